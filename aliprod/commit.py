@@ -1,0 +1,182 @@
+"""A folder is there when its manifest is.
+
+Everything that must survive a crash (weights, resume checkpoints, probabilities, results) is a folder that
+is written beside its final place and becomes visible in one rename, with a manifest of sizes and sha256
+written last. Whoever finds no valid manifest finds nothing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aliprod.errors import StorageFull
+
+MANIFEST = "manifest.json"
+
+
+def write(folder: Path, fill: Callable[[Path], None], record: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Let ``fill`` write files into a new folder, then make it appear as ``folder``, whole or not at all.
+
+    Where ``folder`` is committed already, what is there stays and ours is discarded: results are addressed
+    by key and written once.
+
+    Args:
+        fill: called with an empty folder on the same file system.
+        record: JSON-serialisable facts, kept in the manifest.
+    Returns:
+        The record of what is there now.
+    Raises:
+        StorageFull: no room, no permission, or the path is gone; nothing half-written is visible.
+    """
+    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    with storage(folder):
+        try:
+            staging.mkdir(parents=True)
+            fill(staging)
+            _write_manifest(staging, record or {})
+            return _publish(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The record of a committed folder; None where there is none or a file has another size than it says."""
+    manifest = _manifest(folder)
+    if manifest is None or not all(_size(folder / name) == f["bytes"] for name, f in manifest["files"].items()):
+        return None
+    return dict(manifest["record"])
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a committed folder: the names of files whose bytes are not those of the manifest."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        return [MANIFEST]
+    return [
+        name
+        for name, expected in manifest["files"].items()
+        if _size(folder / name) != expected["bytes"] or sha256(folder / name) != expected["sha256"]
+    ]
+
+
+def digest(folder: Path) -> str:
+    """sha256 of the manifest: one name for all the bytes of a committed folder."""
+    return sha256(folder / MANIFEST)
+
+
+def file_digest(folder: Path, name: str) -> str:
+    """sha256 of one file of a committed folder, as its manifest says."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise FileNotFoundError(folder / MANIFEST)
+    return str(manifest["files"][name]["sha256"])
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write one file, whole or not at all.
+
+    Raises:
+        StorageFull: as in `write`.
+    """
+    staging = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    with storage(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging.write_bytes(content.encode() if isinstance(content, str) else content)
+            _sync(staging)
+            os.replace(staging, path)
+            _sync(path.parent)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn what a full, read-only or vanished disk raises, in any library, into one StorageFull."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFull(
+            f"cannot be written: {error.strerror or error}.",
+            path,
+            f"{_free(path)}Finished work is intact; make room or restore the path and start the same command again.",
+        ) from error
+    except Exception as error:
+        if "os error" not in str(error).lower():  # safetensors wraps the system's errors in its own type
+            raise
+        raise StorageFull(
+            f"cannot be written: {error}.", path, f"{_free(path)}Finished work is intact; start the same command again."
+        ) from error
+
+
+def _free(path: Path) -> str:
+    for parent in (path, *path.parents):
+        if parent.is_dir():
+            return f"{shutil.disk_usage(parent).free:,} bytes are free. "
+    return ""
+
+
+def _write_manifest(folder: Path, record: dict[str, Any]) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        _sync(path)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+    }
+    text = json.dumps({"files": files, "record": record}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    _sync(folder / MANIFEST)
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _sync(path)
+
+
+def _publish(staging: Path, folder: Path) -> dict[str, Any]:
+    if folder.exists() and read(folder) is None:
+        os.replace(folder, folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.bad")
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        if (there := read(folder)) is None:
+            raise
+        return there
+    _sync(folder.parent)
+    record = read(folder)
+    if record is None:
+        raise OSError(f"{folder} vanished after it was written")
+    return record
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest if {"files", "record"} <= manifest.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
