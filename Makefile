@@ -1,0 +1,33 @@
+# Everything is installed into .venv, with the versions of constraints.txt. Needs make and Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check format clean
+
+demo: $(INSTALLED)  ## render a small catalogue, train sixteen jobs, add eleven members up
+	$(BIN)/aliprod run jobs/quickstart.toml
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+check: $(INSTALLED)  ## what pre-commit and .ci/run ask for
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing aliprod and what it needs into .venv (torch, Ray, MLflow: gigabytes, minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+	@echo "installed: `$(BIN)/python --version`, `du -sh .venv | cut -f1` in .venv"
+
+clean:  ## trained jobs (runs/) are yours and stay
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find aliprod benchmarks jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
