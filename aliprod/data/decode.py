@@ -1,0 +1,166 @@
+"""The bytes of a picture become an upright RGB image of 8 bits, or a reason why not.
+
+Whatever lies in a catalogue may be hostile: only six formats are tried, told apart by content, never by name,
+and a picture's size is judged by its header before a pixel is decoded.
+"""
+
+import io
+import re
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+MOST_PIXELS = 50_000_000
+MOST_BYTES = 256 * 2**20  # of a file: 50 M pixels in any of the formats stay below
+LEAST_SIDE = 8  # less is a tracking pixel or a separator line, no photograph
+
+_JPEG = rb"\xff\xd8\xff"
+_FORMATS: dict[re.Pattern[bytes], Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+    re.compile(_JPEG): JpegImageFile,
+    re.compile(rb"\x89PNG\r\n\x1a\n"): PngImageFile,
+    re.compile(rb"RIFF....WEBP", re.DOTALL): WebPImageFile,
+    re.compile(rb"GIF8[79]a"): GifImageFile,
+    re.compile(rb"BM"): BmpImageFile,
+    re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"): TiffImageFile,
+}
+# What Pillow's parsers raise at damaged files, as fuzzing has shown, and their relatives.
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError, EOFError,
+    RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Warning,
+)  # fmt: skip
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# A damaged EXIF block does not make a picture unreadable. Set once, here: filters are not safe to change in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+
+
+class Unreadable(Exception):
+    """Not a picture that can be used; the text is the reason."""
+
+
+def decode(source: Path | bytes) -> Image.Image:
+    """A picture as it is to be seen: RGB, 8 bits, turned by its EXIF orientation, alpha laid on white.
+
+    Of an animation the first frame. All of the file is decoded: half a JPEG is no picture. Safe in threads.
+
+    Args:
+        source: a file, or the bytes of one.
+    Raises:
+        Unreadable: no such file, none of the six formats, damaged, or of a size that is refused.
+    """
+    image = opened(source)
+    try:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        rgb = image if image.mode == "RGB" and "transparency" not in image.info else _as_rgb(image)
+        return _plain(rgb) if turn is None else rgb.transpose(turn)
+    except _DAMAGE as error:
+        raise Unreadable(f"is damaged: {_reason(error)}") from error
+
+
+def decode_anyway(source: Path | bytes) -> tuple[Image.Image, str]:
+    """What can be seen of a picture that may not be left out, and what is wrong with it.
+
+    A test row stays in the submission whatever its picture: of a JPEG that breaks off the part that is there,
+    else a grey picture.
+
+    Returns:
+        The image as from `decode`, and "" or the reason why it is not all there.
+    """
+    try:
+        return decode(source), ""
+    except Unreadable as unreadable:
+        reason = str(unreadable)
+    try:
+        content = _content(source)
+        if re.match(_JPEG, content):
+            return decode(content + b"\xff\xd9"), reason  # an end marker: the decoder leaves the rest grey
+    except Unreadable:
+        pass
+    return Image.new("RGB", (256, 256), (128, 128, 128)), reason
+
+
+def opened(source: Path | bytes) -> ImageFile.ImageFile:
+    """A picture whose header was read and judged, and whose pixels were not.
+
+    Raises:
+        Unreadable: as `decode`.
+    """
+    content = _content(source)
+    parse = next((parse for start, parse in _FORMATS.items() if start.match(content)), None)
+    if parse is None:
+        raise Unreadable("is empty" if not content else "is no JPEG, PNG, WebP, GIF, BMP or TIFF")
+    try:
+        image = parse(io.BytesIO(content))  # not Image.open, whose own limit only warns
+    except _DAMAGE as error:
+        raise Unreadable(f"is damaged: {_reason(error)}") from error
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise Unreadable(f"is {width:,} x {height:,} pixels large; more than {MOST_PIXELS:,} are refused")
+    if min(width, height) < LEAST_SIDE:
+        raise Unreadable(f"is {width} x {height} pixels small; a side below {LEAST_SIDE} is refused")
+    return image
+
+
+def _content(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    try:
+        status = source.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise Unreadable("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a file")
+        if status.st_size > MOST_BYTES:
+            raise Unreadable(f"has {status.st_size:,} bytes; more than {MOST_BYTES:,} are refused")
+        return source.read_bytes()
+    except FileNotFoundError as error:
+        raise Unreadable("is not there") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise Unreadable(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DAMAGE:
+        return 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise Unreadable("has 32 bits a channel, whose brightness has no fixed scale")
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        seen = image.convert("RGBA")
+        white = Image.new("RGBA", seen.size, "white")
+        return Image.alpha_composite(white, seen).convert("RGB")
+    return image.convert("RGB")
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Without the file's bytes and headers, which an opened picture would keep alive."""
+    return image.copy() if isinstance(image, ImageFile.ImageFile) else image
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
