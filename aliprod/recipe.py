@@ -25,7 +25,7 @@ class Frozen(BaseModel):
 class PerClass(Frozen):
     """The balanced view: at most this many images of each class, chosen by seed."""
 
-    per_class: int = Field(ge=1)
+    per_class: int = Field(ge=1, description="at most this many images of each class, the same every epoch")
 
 
 class LearningRate(Frozen):
@@ -35,28 +35,32 @@ class LearningRate(Frozen):
     half a cosine down to zero at the last step.
     """
 
-    backbone: float = Field(default=0.01, gt=0, le=100)
-    heads: float = Field(default=0.1, gt=0, le=100)
-    schedule: Literal["steps", "cosine"] = "steps"
-    warmup_epochs: float = Field(default=0.0, ge=0)
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), strict=False)
-    gamma: float = Field(default=0.1, gt=0, le=1)
+    backbone: float = Field(default=0.01, gt=0, le=100, description="of the backbone's weights")
+    heads: float = Field(default=0.1, gt=0, le=100, description="of the classifier and the objective's own layers")
+    schedule: Literal["steps", "cosine"] = Field(
+        default="steps", description="after the warm-up: drops at milestones, or half a cosine down to zero"
+    )
+    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up, in every step; may be a part")
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), strict=False, description="epochs (from 0) at whose start lr is multiplied by gamma; steps only"
+    )
+    gamma: float = Field(default=0.1, gt=0, le=1, description="factor at each milestone")
 
 
 class OptimizerRecipe(Frozen):
     """SGD without Nesterov; weight decay on weights only, not on norm parameters and biases."""
 
-    name: Literal["sgd"] = "sgd"
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    clip_norm: float | None = Field(default=5.0, gt=0)
+    name: Literal["sgd"] = Field(default="sgd", description="SGD without Nesterov")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum")
+    weight_decay: float = Field(default=1e-4, ge=0, description="on weights; none on norm parameters and biases")
+    clip_norm: float | None = Field(default=5.0, gt=0, description="largest norm of the gradient")
 
 
 class ObjectiveRecipe(BaseModel):
     """A file of objectives/ (or a module of the user's) and its options, checked against its signature."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    name: str
+    name: str = Field(description="a file of objectives/, or a module of your own: package.module")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,24 +70,50 @@ class ObjectiveRecipe(BaseModel):
 class Stage(Frozen):
     """A training recipe: which images, how they are shown, what is minimised, how, for how long."""
 
-    start: str | None = None
-    pretrained: bool | str = False
-    images: Annotated[Literal["all"] | PerClass, Field(union_mode="left_to_right")] = "all"
-    resize: int = Field(default=256, ge=8, le=4096)
-    crop: int = Field(default=224, ge=8, le=4096)
-    augmentation: tuple[Augmentation, ...] = Field(default=("random_resized_crop", "flip"), strict=False)
-    scale: tuple[float, float] = Field(default=(0.08, 1.0), strict=False)  # area share of random_resized_crop
-    objective: Annotated[ObjectiveRecipe, BeforeValidator(_named)] = ObjectiveRecipe(name="cross_entropy")
-    optimizer: OptimizerRecipe = OptimizerRecipe()
-    lr: LearningRate = LearningRate()
-    epochs: int = Field(default=1, ge=1, le=100_000)
-    batch_size: int = Field(default=256, ge=1)  # images, over all devices of a job
-    drop_rate: float | None = Field(default=None, ge=0, lt=1)  # None: the backbone's own
-    drop_path_rate: float | None = Field(default=None, ge=0, lt=1)
-    zero_init_last: bool = False  # zero the last norm scale of each residual block, where training starts from scratch
-    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of the averaged weights; None: no average
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the device has it
-    seed: int = Field(default=0, ge=0)
+    start: str | None = Field(default=None, description="the stage of the same backbone whose weights it starts from")
+    pretrained: bool | str = Field(
+        default=False,
+        description="where there is no start: ImageNet weights (true), none (false), or a safetensors file, or a folder "
+        "that holds NETWORK.safetensors",
+    )
+    images: Annotated[Literal["all"] | PerClass, Field(union_mode="left_to_right")] = Field(
+        default="all", description="every training image, or the balanced view { per_class = 30 }"
+    )
+    resize: int = Field(default=256, ge=8, le=4096, description="pixels: side of the square that is cropped from")
+    crop: int = Field(default=224, ge=8, le=4096, description="pixels: side of what the network sees")
+    augmentation: tuple[Augmentation, ...] = Field(
+        default=("random_resized_crop", "flip"),
+        strict=False,
+        description="exactly one of random_resized_crop, random_crop, resize; beside it any of the others",
+    )
+    scale: tuple[float, float] = Field(
+        default=(0.08, 1.0), strict=False, description="smallest and largest share of the area, random_resized_crop only"
+    )
+    objective: Annotated[ObjectiveRecipe, BeforeValidator(_named)] = Field(
+        default=ObjectiveRecipe(name="cross_entropy"),
+        description='what is minimised: a name, or { name = "dcl", parts = 7 } with options',
+    )
+    optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="how the weights move")
+    lr: LearningRate = Field(default=LearningRate(), description="learning rates and their schedule")
+    epochs: int = Field(default=1, ge=1, le=100_000, description="passes over the images of the stage")
+    batch_size: int = Field(default=256, ge=1, description="images a step, over all devices of a job")
+    drop_rate: float | None = Field(
+        default=None, ge=0, lt=1, description="dropout before the classifier; without it the backbone's own"
+    )
+    drop_path_rate: float | None = Field(
+        default=None, ge=0, lt=1, description="stochastic depth; without it the backbone's own"
+    )
+    zero_init_last: bool = Field(
+        default=False,
+        description="zero the last norm scale of each residual block, where training starts from scratch",
+    )
+    ema: float | None = Field(
+        default=None, gt=0, lt=1, description="decay of the averaged weights, scored beside the raw ones; without it none"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the forward pass; auto: bfloat16 where the device has it"
+    )
+    seed: int = Field(default=0, ge=0, description="of all randomness of the job; without it the plan's seed")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
