@@ -1,0 +1,53 @@
+"""Top-1 error per image and per class, and top-k error: what a recogniser is judged by (methods.md, 8)."""
+
+import torch
+from torch import Tensor
+
+
+def class_errors(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
+    """Top-1 error of each class.
+
+    Args:
+        labels: (N,) int64, row in the class list; images with a label below 0 (unknown) are left out.
+        predicted: (N,) int64; anything but the label is an error, a number outside the class list too.
+    Returns:
+        (num_classes,) float64 in 0 to 1, NaN for a class without images.
+    Raises:
+        ValueError: a label is not below num_classes.
+    """
+    known = labels >= 0
+    labels, predicted = labels[known], predicted[known]
+    if len(labels) and int(labels.max()) >= num_classes:
+        raise ValueError(f"label {int(labels.max())} is outside a list of {num_classes} classes")
+    images = torch.bincount(labels, minlength=num_classes).double()
+    wrong = torch.bincount(labels[predicted != labels], minlength=num_classes).double()
+    return wrong / images  # 0/0 is NaN
+
+
+def mean_class_error(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
+    """Mean over classes of the class's top-1 error: the metric of AliProducts, in 0 to 1.
+
+    Arguments as in `class_errors`; classes without images are left out.
+
+    Returns:
+        () float64; NaN where no image has a label.
+    """
+    return class_errors(labels, predicted, num_classes).nanmean()
+
+
+def top_k_error(labels: Tensor, scores: Tensor, k: int) -> Tensor:
+    """Share of images whose label is not among the k highest scores; ties go to the first class.
+
+    Args:
+        labels: (N,) int64; images with a label below 0 are left out.
+        scores: (N, K) of any float dtype; a NaN at the label is an error.
+    Returns:
+        () float64 in 0 to 1; NaN where no image has a label.
+    """
+    known = labels >= 0
+    labels, scores = labels[known, None], scores[known]
+    own = scores.gather(1, labels)
+    later = torch.arange(scores.shape[1], device=scores.device) >= labels
+    behind = (scores < own) | ((scores == own) & later)  # the label itself is among them, unless it is NaN
+    rank = scores.shape[1] - behind.sum(dim=1)  # from 0
+    return (rank >= k).double().mean()

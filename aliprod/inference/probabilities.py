@@ -1,0 +1,253 @@
+"""A member's probabilities on an image set, as a committed folder of row shards in float16.
+
+    probabilities-00000.npy ...  (n, K) float16, rows_per_shard rows each, fewer in the last
+    rows.parquet                 image_id (string), label (int64 class id, null where unknown), in row order
+    classes.parquet              class_id (int64), in column order
+    manifest.json                checksums and the record: job, key, weights, split, views, ...
+
+At 250,000 images and 50,030 classes this is 25 GB: it is written and read a few rows at a time.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from aliprod import commit
+from aliprod.errors import Failed
+
+STEM = "probabilities"
+SHARD_BYTES = 256 * 2**20
+ROWS_PER_CHECK = 16  # rows summed in float64 at once: 6 MB at 50,030 classes
+
+Half = npt.NDArray[np.float16]
+Ids: TypeAlias = Sequence[str] | pa.StringArray
+Labels: TypeAlias = Sequence[int | None] | npt.NDArray[np.int64] | pa.Int64Array
+
+
+@dataclass(frozen=True, eq=False)
+class Probabilities:
+    """An open store. Nothing but ids is in memory; rows are read from the shards when asked for."""
+
+    folder: Path
+    ids: pa.StringArray  # (N,) in row order
+    classes: npt.NDArray[np.int64]  # (K,) class ids in column order
+    labels: pa.Int64Array  # (N,) class ids, null where unknown
+    record: dict[str, Any]
+    rows_per_shard: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def name(self) -> str:
+        """The job whose probabilities these are, for messages."""
+        return str(self.record.get("job", self.folder))
+
+    @property
+    def split(self) -> str:
+        """The image set that was predicted: train, val or test."""
+        return str(self.record.get("split", "")) or "the"
+
+    def rows(self, low: int, high: int) -> Half:
+        """Rows low to high (exclusive): (high - low, K), a read-only view of the file where one shard holds them all.
+
+        Raises:
+            IndexError: there are no such rows.
+        """
+        if not 0 <= low <= high <= len(self):
+            raise IndexError(f"rows {low} to {high} of {len(self)}")
+        parts = [part for _, part in self._parts(np.arange(low, high))]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, len(self.classes)), np.float16), *parts])
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Half:
+        """The given rows in the given order: (len(rows), K), a view where they follow each other in one shard.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+            return self.rows(int(rows[0]), int(rows[-1]) + 1)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        taken = np.empty((len(rows), len(self.classes)), np.float16)
+        for places, part in self._parts(rows):
+            taken[places] = part
+        return taken
+
+    def _parts(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Half]]:
+        """For each shard in turn: places in ``rows`` that it holds, and those rows of it."""
+        shards = rows // self.rows_per_shard
+        for shard in np.unique(shards):
+            places = np.flatnonzero(shards == shard)
+            inside = rows[places] - shard * self.rows_per_shard
+            # Opened anew each time: every map holds a file open, and eleven members have a thousand shards.
+            file = np.load(_shard(self.folder / STEM, shard), mmap_mode="r")
+            ordered = inside[-1] - inside[0] == len(inside) - 1 and bool((np.diff(inside) == 1).all())
+            yield places, file[inside[0] : inside[-1] + 1] if ordered else file[inside]
+
+
+def write(
+    folder: Path,
+    ids: Ids,
+    classes: npt.ArrayLike,
+    blocks: Iterable[Tensor | npt.NDArray[np.floating[Any]]],
+    labels: Labels | None = None,
+    record: Mapping[str, Any] | None = None,
+    rows_per_shard: int | None = None,
+) -> dict[str, Any]:
+    """Write probabilities as they come, checked, and commit them; on any error nothing is left behind.
+
+    Args:
+        ids: (N,) image ids, each once, in row order.
+        classes: (K,) class ids, each once, in column order.
+        blocks: (n, K) each, on any device, together N rows; rounded to the nearest float16.
+        labels: (N,) class ids, None where unknown.
+        record: job, key, weights, split, views, ...: what the manifest is to say.
+        rows_per_shard: default: as many as make 256 MB, at most 8192.
+    Returns:
+        The record that now stands in the folder.
+    Raises:
+        Failed: a row holds NaN or does not sum to one.
+        StorageFull: no room.
+        ValueError: ids, classes and blocks do not fit each other.
+    """
+    record = dict(record or {})
+    names = _strings(ids)
+    numbers = np.asarray(classes, dtype=np.int64)
+    per_shard = rows_per_shard or min(8192, max(1, SHARD_BYTES // (2 * max(1, len(numbers)))))
+    known = pa.nulls(len(names), pa.int64()) if labels is None else pa.array(labels, pa.int64())
+    if names.null_count or len(names.unique()) != len(names) or len(np.unique(numbers)) != len(numbers):
+        raise ValueError("an image id or a class id occurs twice")
+
+    def fill(staging: Path) -> None:
+        table = pa.table({"image_id": names, "label": known})
+        pq.write_table(table.replace_schema_metadata({"rows_per_shard": str(per_shard)}), staging / "rows.parquet")
+        pq.write_table(pa.table({"class_id": numbers}), staging / "classes.parquet")
+        row = 0
+        for block in blocks:
+            rows = _half(block)
+            if rows.shape[1:] != numbers.shape or row + len(rows) > len(names):
+                raise ValueError(f"a block of shape {tuple(rows.shape)} at row {row} of {len(names)} x {len(numbers)}")
+            check(rows, names[row : row + len(rows)], row, str(record.get("job", folder)), str(record.get("split", "")))
+            append(staging / STEM, rows.numpy(), row, len(names), per_shard)
+            row += len(rows)
+        if row != len(names):
+            raise ValueError(f"{row} rows of probabilities for {len(names)} images")
+
+    return commit.write(folder, fill, record)
+
+
+def open_store(folder: Path) -> Probabilities:
+    """Open committed probabilities; sizes are checked, bytes are not (`commit.verify` does).
+
+    Raises:
+        Failed: there are none, or they are damaged.
+    """
+    record = commit.read(folder)
+    if record is None:
+        raise Failed(
+            "holds no finished probabilities: there is no manifest, or a file has another size than it says.",
+            folder,
+            "Delete the folder and submit jobs/ensemble.py: only this member is predicted again.",
+        )
+    try:
+        rows, classes = pq.read_table(folder / "rows.parquet"), pq.read_table(folder / "classes.parquet")
+        store = Probabilities(
+            folder,
+            rows["image_id"].combine_chunks(),
+            classes["class_id"].to_numpy(),
+            rows["label"].combine_chunks(),
+            record,
+            int(rows.schema.metadata[b"rows_per_shard"]),
+        )
+        for low in range(0, len(store), store.rows_per_shard):
+            expected = (min(store.rows_per_shard, len(store) - low), len(store.classes))
+            shard = np.load(_shard(folder / STEM, low // store.rows_per_shard), mmap_mode="r")
+            if shard.shape != expected or shard.dtype != np.float16:
+                raise ValueError(f"shard {low // store.rows_per_shard} is {shard.shape} {shard.dtype}, not {expected}")
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors and KeyErrors
+        raise Failed(
+            f"the probabilities are damaged: {error}.",
+            folder,
+            "Delete the folder and submit jobs/ensemble.py: only this member is predicted again.",
+        ) from error
+    return store
+
+
+def tolerance(num_classes: int) -> float:
+    """How far from one the sum of a row of float16 may lie (methods.md, 8): rounding, and what flushed to zero."""
+    return float(2**-11 + num_classes * 2**-25)
+
+
+def check(rows: Tensor, ids: pa.StringArray, first: int, member: str, split: str, advice: str = "") -> None:
+    """Every row must be a distribution.
+
+    Args:
+        rows: (n, K) of any float dtype. ids: (n,). first: number of the first of these rows in its store.
+    Raises:
+        Failed: naming member, image and row.
+    """
+    for low in range(0, len(rows), ROWS_PER_CHECK):
+        part = rows[low : low + ROWS_PER_CHECK]
+        sums = part.sum(dim=1, dtype=torch.float64)
+        good = ((sums - 1).abs() <= tolerance(rows.shape[1])) & (part >= 0).all(dim=1)
+        if bool(good.all()):
+            continue
+        bad = int(good.logical_not().nonzero()[0])
+        image = f"{split} image {ids[low + bad].as_py()}".strip()
+        raise Failed(
+            f"the probabilities of {image} (row {first + low + bad:,}) {_fault(part[bad], float(sums[bad]))}.",
+            member,
+            advice
+            or "Nothing was written. Move the alias `member` to another version, or take the member out of the "
+            "plan, and submit jobs/ensemble.py.",
+        )
+
+
+def append(stem: Path, rows: npt.NDArray[Any], row: int, total: int, per_shard: int) -> None:
+    """Write rows ``row`` and on to the end of their shards: STEM-00000.npy, per_shard rows each, ``total`` in all.
+
+    Plain writes, not a writable map: on a full disk a map ends the process (SIGBUS), a write raises.
+    """
+    while len(rows):
+        shard, offset = divmod(row, per_shard)
+        piece, rows = rows[: per_shard - offset], rows[per_shard - offset :]
+        shape = (min(per_shard, total - shard * per_shard), rows.shape[1])
+        header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
+        with _shard(stem, shard).open("ab") as file:
+            if offset == 0:
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(piece).data)
+        row += len(piece)
+
+
+def _shard(stem: Path, number: int) -> Path:
+    return stem.with_name(f"{stem.name}-{number:05d}.npy")
+
+
+def _strings(ids: Ids) -> pa.StringArray:
+    return ids if isinstance(ids, pa.StringArray) else pa.array(ids, pa.string())
+
+
+def _half(block: Tensor | npt.NDArray[np.floating[Any]]) -> Tensor:
+    rows = block if isinstance(block, Tensor) else from_dlpack(block)
+    return rows.detach().half().cpu().contiguous()
+
+
+def _fault(row: Tensor, total: float) -> str:
+    if bool(row.isnan().any()):
+        return "hold NaN"
+    if not bool(row.isfinite().all()):
+        return "hold infinity"
+    if bool((row < 0).any()):
+        return "hold a number below zero"
+    return f"sum to {total:.6g}, not to one"

@@ -1,0 +1,55 @@
+"""Ten crops of an image, and the mean of their softmaxes (methods.md, 7)."""
+
+import torch
+from torch import Tensor
+
+from aliprod.errors import Refused
+
+
+def boxes(height: int, width: int, crop: int) -> Tensor:
+    """Where the ten crops lie, in the order of torchvision's ten_crop.
+
+    Top left, top right, bottom left, bottom right, centre, then the same five of the mirrored image, given
+    as boxes of the unmirrored one that are to be flipped. The centre's offset is rounded half to even.
+
+    Returns:
+        (10, 3) int64: top, left, flipped (0 or 1).
+    Raises:
+        Refused: the image is smaller than the crop.
+    """
+    if crop < 1 or min(height, width) < crop:
+        raise Refused(
+            f"ten crops of {crop} pixels do not fit an image of {height} x {width}.",
+            advice="A stage's resize must not be smaller than its crop.",
+        )
+    bottom, right = height - crop, width - crop
+    five = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    mirrored = [(top, right - left, 1) for top, left in five]
+    return torch.tensor([(top, left, 0) for top, left in five] + mirrored)
+
+
+def crops(image: Tensor, crop: int) -> Tensor:
+    """The ten crops of an image or of a batch of them.
+
+    Args:
+        image: (..., C, H, W) of any dtype, on any device.
+        crop: side in pixels.
+    Returns:
+        (..., 10, C, crop, crop), in the order of `boxes`.
+    """
+    views = [
+        image[..., top : top + crop, left : left + crop].flip(-1 if flipped else ())
+        for top, left, flipped in boxes(image.shape[-2], image.shape[-1], crop).tolist()
+    ]
+    return torch.stack(views, dim=-4)
+
+
+def mean_probabilities(logits: Tensor) -> Tensor:
+    """Mean over views of their softmaxes, not softmax of their mean: a member's row stays a distribution.
+
+    Args:
+        logits: (B, V, K) of any float dtype; V = 10 for ten crops.
+    Returns:
+        (B, K) float32, or float64 where the logits are.
+    """
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=2).mean(dim=1)

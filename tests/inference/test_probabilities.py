@@ -1,0 +1,177 @@
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aliprod import commit
+from aliprod.errors import Failed
+from aliprod.inference.probabilities import open_store, tolerance, write
+
+
+def softmax(rows, num_classes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (4 * torch.randn(rows, num_classes, generator=generator)).softmax(dim=1)
+
+
+def ids(count):
+    return [f"{i}.jpg" for i in range(count)]
+
+
+@given(
+    rows=st.integers(0, 40),
+    per_shard=st.integers(1, 15),
+    per_block=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_what_is_written_is_read_across_blocks_and_shards(tmp_path_factory, rows, per_shard, per_block, seed, data):
+    folder = tmp_path_factory.mktemp("store") / "probabilities"
+    values = softmax(rows, 7, seed)
+    labels = [None if i % 3 else i for i in range(rows)]
+    classes = np.arange(7)[::-1] * 10
+    write(folder, ids(rows), classes, values.split(per_block) if rows else [], labels, {"job": "a/b"}, per_shard)
+
+    store = open_store(folder)
+    expected = values.numpy().astype(np.float16)
+    low = data.draw(st.integers(0, rows))
+    high = data.draw(st.integers(low, rows))
+    chosen = np.array(data.draw(st.lists(st.integers(0, max(0, rows - 1)), max_size=rows)), dtype=np.int64)
+    assert store.rows(low, high).tobytes() == expected[low:high].tobytes()
+    assert store.take(chosen).tobytes() == expected[chosen].tobytes()
+    assert store.ids.to_pylist() == ids(rows)
+    assert store.labels.to_pylist() == labels
+    assert store.classes.tolist() == classes.tolist()
+    assert store.record == {"job": "a/b"}
+    assert commit.verify(folder) == []
+
+
+def test_files_open_with_numpy_and_parquet_alone(tmp_path):
+    values = softmax(5, 3)
+    write(tmp_path / "p", ids(5), [4, 5, 6], [values], labels=[4, 5, 6, None, 4], rows_per_shard=2)
+    shards = [np.load(tmp_path / "p" / f"probabilities-0000{i}.npy") for i in range(3)]
+    assert [len(shard) for shard in shards] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate(shards), values.half().numpy())
+    rows = pq.read_table(tmp_path / "p" / "rows.parquet").to_pydict()
+    assert rows == {"image_id": ids(5), "label": [4, 5, 6, None, 4]}
+    assert pq.read_table(tmp_path / "p" / "classes.parquet").to_pydict() == {"class_id": [4, 5, 6]}
+
+
+def test_blocks_make_no_difference_to_the_bytes(tmp_path):
+    values = softmax(9, 4)
+    write(tmp_path / "a", ids(9), range(4), values.split(2), rows_per_shard=4)
+    write(tmp_path / "b", ids(9), range(4), [values.numpy()], rows_per_shard=4)
+    assert commit.digest(tmp_path / "a") == commit.digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ([0.5, 0.5, float("nan")], "hold NaN"),
+        ([0.5, 0.5, float("inf")], "hold infinity"),
+        ([0.75, 0.75, -0.5], "hold a number below zero"),
+        ([0.5, 0.25, 0.25 + 2**-10], r"sum to 1\.00098, not to one"),
+        ([0.0, 0.0, 0.0], "sum to 0, not to one"),
+    ],
+)
+def test_row_that_is_no_distribution_is_named_and_nothing_is_left(tmp_path, row, problem):
+    values = softmax(1300, 3)
+    values[1234] = torch.tensor(row)
+    with pytest.raises(Failed, match=rf"a/b: the probabilities of test image 1234\.jpg \(row 1,234\) {problem}"):
+        write(tmp_path / "p", ids(1300), range(3), values.split(100), record={"job": "a/b", "split": "test"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_as_far_from_one_as_rounding_can_take_them_are_accepted(tmp_path):
+    assert tolerance(50_030) == pytest.approx(2e-3, rel=0.02)  # methods.md, 8
+    uniform = torch.full((1, 50_030), 1 / 50_030)  # every entry is rounded the same way
+    confident = torch.full((1, 50_030), 2**-25)  # every small entry is flushed to zero
+    confident[0, 0] = 1 - 50_029 * 2**-25
+    write(tmp_path / "p", ids(2), range(50_030), [torch.cat([uniform, confident])])
+    sums = open_store(tmp_path / "p").rows(0, 2).sum(axis=1, dtype=np.float64)
+    assert (abs(sums - 1) <= tolerance(50_030)).all()
+    assert abs(sums - 1).max() > 1e-3
+
+
+def test_rounding_is_to_the_nearest(tmp_path):
+    values = torch.tensor([[1 / 3, 2 / 3]])
+    write(tmp_path / "p", ["a"], [0, 1], [values])
+    assert open_store(tmp_path / "p").rows(0, 1).tolist() == [[0.333251953125, 0.66650390625]]  # by IEEE 754, binary16
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "problem"),
+    [
+        (["a", "a"], [0, 1], "occurs twice"),
+        (["a", "b"], [1, 1], "occurs twice"),
+        (["a"], [0, 1], "a block of shape"),
+        (["a", "b", "c"], [0, 1], "2 rows of probabilities for 3 images"),
+        (["a", "b"], [0, 1, 2], "a block of shape"),
+    ],
+)
+def test_ids_and_classes_must_fit_the_blocks(tmp_path, names, classes, problem):
+    with pytest.raises(ValueError, match=problem):
+        write(tmp_path / "p", names, classes, [softmax(2, 2)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_there_or_half_there_is_said(tmp_path):
+    with pytest.raises(Failed, match="holds no finished probabilities"):
+        open_store(tmp_path / "p")
+    write(tmp_path / "p", ids(4), range(3), [softmax(4, 3)])
+    shard = tmp_path / "p" / "probabilities-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(Failed, match="holds no finished probabilities"):
+        open_store(tmp_path / "p")
+
+
+def test_a_folder_that_holds_something_else_is_said_to_be_damaged(tmp_path):
+    commit.write(tmp_path / "p", lambda folder: commit.write_file(folder / "rows.parquet", b"not Parquet"))
+    with pytest.raises(Failed, match="the probabilities are damaged"):
+        open_store(tmp_path / "p")
+
+
+def test_verify_notices_a_changed_byte(tmp_path):
+    write(tmp_path / "p", ids(4), range(3), [softmax(4, 3)], rows_per_shard=2)
+    shard = tmp_path / "p" / "probabilities-00001.npy"
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    open_store(tmp_path / "p")  # the sizes are right
+    assert commit.verify(tmp_path / "p") == ["probabilities-00001.npy"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1, 2), (2, 1), (0, 5)])
+def test_rows_that_are_not_there_are_refused(tmp_path, low, high):
+    write(tmp_path / "p", ids(4), range(3), [softmax(4, 3)])
+    with pytest.raises(IndexError):
+        open_store(tmp_path / "p").rows(low, high)
+    with pytest.raises(IndexError):
+        open_store(tmp_path / "p").take(np.array([low, high, 9]))
+
+
+MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from aliprod.inference.probabilities import open_store, write
+
+def peak(rows):
+    ids, blocks = [str(i) for i in range(rows)], (torch.randn(50, 2000).softmax(1) for _ in range(rows // 50))
+    folder = Path(sys.argv[1]) / str(rows)
+    write(folder, ids, range(2000), blocks, rows_per_shard=500)
+    store = open_store(folder)
+    for low in range(0, rows, 50):
+        store.rows(low, low + 50).max()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+print(-peak(1000) + peak(20000))
+"""
+
+
+def test_memory_is_flat_in_rows(tmp_path):
+    grown = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
+    assert int(grown.stdout) < 20_000  # kB; the file is 80 MB, the float32 blocks are 160
