@@ -1,0 +1,305 @@
+"""What a rendered product package looks like: `look` says it in words and numbers, `face` draws it.
+
+Both are functions of (seed, class number); the fonts are those that Pillow ships.
+"""
+
+import colorsys
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from aliprod.randomness import seed_of
+
+Colour = tuple[int, int, int]
+Box = tuple[int, int, int, int]
+Tone = Literal["main", "dark", "light", "accent", "metal"]
+Part = tuple[Literal["ellipse", "rounded", "polygon"], tuple[int, ...], Tone]  # drawn in this order
+
+FAMILY_SIZES = (2, 2, 2, 2, 3, 3, 3, 3, 4)  # and again from the start
+WIDTH, HEIGHT = 256, 352  # of the drawing; a face is half of it, so that edges are smooth
+KINDS = [  # section, kind, shape: neighbours differ in shape
+    ("Drinks", "Soda", "can"), ("Pantry", "Pasta", "box"), ("Drinks", "Juice", "bottle"),
+    ("Snacks", "Crisps", "bag"), ("Pantry", "Jam", "jar"), ("Care", "Cream", "tube"),
+    ("Pantry", "Soup", "can"), ("Snacks", "Biscuits", "box"), ("Care", "Shampoo", "bottle"),
+    ("Pantry", "Rice", "bag"), ("Pantry", "Honey", "jar"), ("Care", "Toothpaste", "tube"),
+    ("Pets", "Cat food", "can"), ("Drinks", "Tea", "box"), ("Home", "Cleaner", "bottle"),
+    ("Snacks", "Nuts", "bag"), ("Drinks", "Coffee", "jar"), ("Pantry", "Mustard", "tube"),
+    ("Drinks", "Tonic", "can"), ("Pets", "Treats", "box"), ("Pantry", "Oil", "bottle"),
+    ("Home", "Tabs", "bag"), ("Care", "Balm", "jar"), ("Home", "Polish", "tube"),
+]  # fmt: skip
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+FLAVOURS = (
+    "Classic", "Light", "Zero", "Mild", "Lemon", "Cherry", "Mint", "Vanilla", "Cocoa", "Apple", "Peach", "Ginger",
+    "Berry", "Rose", "Spicy", "Mango", "Melon", "Olive", "Pepper", "Plum", "Sea salt", "Honey", "Lime", "Fig", "Aloe",
+)  # fmt: skip
+AMOUNTS = ("100", "150", "200", "250", "330", "400", "500", "750", "900", "1 L", "2x", "4x", "6+1")
+EMBLEMS = (  # corners and inner radius of a star
+    (4, 0.3), (40, 1.0), (3, 0.5), (5, 0.45), (4, 0.71), (9, 0.7), (6, 0.4),
+)  # fmt: skip
+PATTERNS = ("bars", "plain", "dots", "slants", "checks", "lines", "zigzag")
+LAYOUTS = ("panel", "band", "oval", "split", "slope")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A package's silhouette, what is drawn over the label afterwards, the label's box, how round it is (0 to 1)."""
+
+    body: tuple[Part, ...]
+    trim: tuple[Part, ...]
+    front: Box
+    round: float
+
+
+SHAPES = {
+    "box": Shape(
+        (("polygon", (14, 44, 58, 14, 244, 14, 244, 306, 200, 340, 14, 340), "main"),),
+        (
+            ("polygon", (200, 44, 244, 14, 244, 306, 200, 340), "dark"),
+            ("polygon", (14, 44, 58, 14, 244, 14, 200, 44), "light"),
+            ("polygon", (200, 196, 244, 164, 244, 206, 200, 240), "accent"),
+        ),
+        (14, 44, 200, 340),
+        0.0,
+    ),
+    "can": Shape(
+        (("rounded", (36, 26, 220, 332, 16), "main"), ("ellipse", (36, 296, 220, 348), "main")),
+        (
+            ("ellipse", (36, 8, 220, 52), "metal"),
+            ("ellipse", (46, 14, 210, 48), "dark"),
+            ("ellipse", (52, 18, 204, 50), "metal"),
+            ("ellipse", (104, 24, 152, 40), "accent"),
+        ),
+        (36, 46, 220, 326),
+        1.0,
+    ),
+    "bottle": Shape(
+        (
+            ("rounded", (106, 30, 150, 140, 4), "main"),
+            ("polygon", (106, 76, 150, 76, 192, 136, 64, 136), "main"),
+            ("rounded", (60, 118, 196, 348, 26), "main"),
+        ),
+        (("rounded", (100, 6, 156, 56, 8), "accent"),),
+        (60, 140, 196, 334),
+        0.9,
+    ),
+    "bag": Shape(
+        (
+            ("polygon", (30, 14, 226, 14, 216, 60, 228, 180, 216, 300, 226, 340), "main"),
+            ("polygon", (226, 340, 30, 340, 40, 300, 28, 180, 40, 60, 30, 14), "main"),
+        ),
+        (
+            ("polygon", (30, 14, 226, 14, 222, 36, 34, 36), "accent"),
+            ("polygon", (34, 320, 222, 320, 226, 340, 30, 340), "dark"),
+        ),
+        (34, 44, 222, 314),
+        0.5,
+    ),
+    "jar": Shape(
+        (("rounded", (30, 74, 226, 344, 34), "main"),),
+        (("rounded", (44, 34, 212, 86, 10), "accent"), ("rounded", (44, 76, 212, 88, 6), "metal")),
+        (30, 100, 226, 322),
+        0.8,
+    ),
+    "tube": Shape(
+        (("polygon", (44, 12, 212, 12, 182, 300, 74, 300), "main"),),
+        (("polygon", (44, 12, 212, 12, 210, 34, 46, 34), "dark"), ("rounded", (78, 290, 178, 346, 8), "accent")),
+        (66, 40, 190, 286),
+        0.6,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Look:
+    """What every picture of one class shows; all down to ``paper`` it shares with its family."""
+
+    section: str
+    kind: str
+    shape: str
+    brand: str
+    layout: str
+    slim: float  # width of the face, 1 = as drawn
+    main: Colour
+    paper: Colour
+    flavour: str
+    amount: str
+    emblem: tuple[int, float]
+    pattern: str
+    accent: Colour
+
+    @property
+    def family(self) -> str:
+        """Unique in a catalogue: no two families have one brand."""
+        return f"{self.brand} {self.kind}"
+
+
+def family_of(number: int) -> tuple[int, int]:
+    """The family of a class and its place among the members; both from 0."""
+    starts = [0, *accumulate(FAMILY_SIZES)]
+    round_, place = divmod(number, starts[-1])
+    family = bisect_right(starts, place) - 1
+    return round_ * len(FAMILY_SIZES) + family, place - starts[family]
+
+
+def look(seed: int, number: int) -> Look:
+    """What class ``number`` of the catalogues of ``seed`` looks like.
+
+    Neighbouring families differ in shape and, by the golden ratio, far in hue; members step through flavours,
+    emblems and patterns by a stride prime to their number, so that no two of a family agree in any.
+    """
+    family, member = family_of(number)
+    drawn = np.random.default_rng(seed_of(seed, "family", family))
+    start = int(drawn.integers(1000)) + member
+    section, kind, shape = KINDS[(family + seed_of(seed, "kinds")) % len(KINDS)]
+    hue = (seed_of(seed, "hues") / 2**32 + family * 0.618034) % 1.0
+    value = (0.85, 0.6, 0.95)[family % 3]
+    return Look(
+        section=section,
+        kind=kind,
+        shape=shape,
+        brand=_brand(seed, family),
+        layout=LAYOUTS[(family + seed_of(seed, "layouts")) % len(LAYOUTS)],
+        slim=float(drawn.uniform(0.8, 1.1)),
+        main=colour(hue, drawn.uniform(0.55, 0.95), value),
+        paper=colour(drawn.uniform(), drawn.uniform(0.02, 0.2), 0.98),
+        flavour=FLAVOURS[start * 7 % len(FLAVOURS)],
+        amount=AMOUNTS[start * 5 % len(AMOUNTS)],
+        emblem=EMBLEMS[start % len(EMBLEMS)],
+        pattern=PATTERNS[start * 2 % len(PATTERNS)],
+        accent=colour(hue + 0.2 + 0.22 * member, 0.9, (0.9, 0.45)[member % 2]),
+    )
+
+
+def face(look: Look) -> Image.Image:
+    """The front of a package: RGBA, 176 pixels high and about 128 wide, transparent around it."""
+    shape = SHAPES[look.shape]
+    drawing = Image.new("RGBA", (WIDTH, HEIGHT))
+    _parts(ImageDraw.Draw(drawing), shape.body, look)
+    outline = drawing.getchannel("A")
+    _label(ImageDraw.Draw(drawing), shape.front, look)
+    drawing.putalpha(outline)
+    _parts(ImageDraw.Draw(drawing), shape.trim, look)
+    return _shaded(drawing, shape.round).resize((round(look.slim * WIDTH / 2), HEIGHT // 2), Image.Resampling.LANCZOS)
+
+
+def colour(hue: float, saturation: float, value: float) -> Colour:
+    """From hue (any number, modulo 1), saturation and value (0 to 1)."""
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _brand(seed: int, family: int) -> str:
+    """Three syllables; 101,159 is prime to 70**3, so each of 343,000 families has its own."""
+    index = (family * 101_159 + seed_of(seed, "brands")) % len(SYLLABLES) ** 3
+    index, last = divmod(index, len(SYLLABLES))
+    return "".join(SYLLABLES[i] for i in (*divmod(index, len(SYLLABLES)), last)).title()
+
+
+def _mix(one: Colour, other: Colour, share: float) -> Colour:
+    red, green, blue = (round(a + share * (b - a)) for a, b in zip(one, other, strict=True))
+    return red, green, blue
+
+
+def _ink(ground: Colour) -> Colour:
+    """Black or white, whichever can be read on ``ground``."""
+    return (24, 20, 28) if 0.3 * ground[0] + 0.59 * ground[1] + 0.11 * ground[2] > 140 else (250, 250, 245)
+
+
+def _parts(draw: ImageDraw.ImageDraw, parts: tuple[Part, ...], look: Look) -> None:
+    tones: dict[Tone, Colour] = {
+        "main": look.main,
+        "dark": _mix(look.main, (0, 0, 0), 0.35),
+        "light": _mix(look.main, (255, 255, 255), 0.3),
+        "accent": look.accent,
+        "metal": (196, 198, 204),
+    }
+    for figure, where, tone in parts:
+        if figure == "ellipse":
+            draw.ellipse(where, tones[tone])
+        elif figure == "rounded":
+            draw.rounded_rectangle(where[:4], where[4], tones[tone])
+        else:
+            draw.polygon(where, tones[tone])
+
+
+def _label(draw: ImageDraw.ImageDraw, front: Box, look: Look) -> None:
+    """Brand on top, the layout's ground with emblem and flavour, a band with the pattern, the amount."""
+    left, top, right, bottom = front
+    wide, high, middle = right - left, bottom - top, (left + right) // 2
+    _ground(draw, look, left, top, wide, high)
+    _text(draw, look.brand, middle, top + 0.13 * high, 0.9 * wide, 0.2 * high, _ink(look.main))
+    _emblem(draw, look, middle, top + 0.45 * high, 0.15 * min(wide, high))
+    _text(draw, look.flavour, middle, top + 0.68 * high, 0.72 * wide, 0.15 * high, _ink(look.paper))
+    _band(draw, look, (left, top + round(0.8 * high), right, top + round(0.9 * high)))
+    _text(draw, look.amount, middle, top + 0.95 * high, 0.4 * wide, 0.1 * high, _ink(look.main))
+
+
+def _ground(draw: ImageDraw.ImageDraw, look: Look, left: int, top: int, wide: int, high: int) -> None:
+    def at(*shares: float) -> list[float]:
+        return [left + wide * s if i % 2 == 0 else top + high * s for i, s in enumerate(shares)]
+
+    if look.layout == "panel":
+        draw.rounded_rectangle(at(0.1, 0.25, 0.9, 0.78), 0.06 * wide, look.paper)
+    elif look.layout == "band":
+        draw.rectangle(at(0, 0.26, 1, 0.78), look.paper)
+    elif look.layout == "oval":
+        draw.ellipse(at(0.02, 0.23, 0.98, 0.84), look.paper)
+    elif look.layout == "split":
+        draw.rectangle(at(0, 0.25, 1, 1), look.paper)
+        draw.rectangle(at(0, 0.92, 1, 1), look.main)
+    else:
+        draw.polygon(at(0, 0.38, 1, 0.2, 1, 0.74, 0, 0.92), look.paper)
+
+
+def _emblem(draw: ImageDraw.ImageDraw, look: Look, x: float, y: float, radius: float) -> None:
+    corners, inner = look.emblem
+    turns = [(math.pi * i / corners, radius * (inner if i % 2 else 1.0)) for i in range(2 * corners)]
+    draw.polygon([(x + r * math.sin(turn), y - r * math.cos(turn)) for turn, r in turns], look.accent)
+
+
+def _band(draw: ImageDraw.ImageDraw, look: Look, box: Box) -> None:
+    left, top, right, bottom = box
+    high = bottom - top
+    middle, thick = (top + bottom) // 2, high // 6
+    draw.rectangle(box, look.accent)
+    ink = _ink(look.accent)
+    for x in range(left, right, high):
+        cell = {
+            "bars": [(x, top), (x + high // 2, top), (x + high // 2, bottom), (x, bottom)],
+            "slants": [(x, bottom), (x + high // 2, top), (x + high, top), (x + high // 2, bottom)],
+            "checks": [(x, top), (x + high // 2, top), (x + high // 2, bottom), (x + high, bottom)],
+            "zigzag": [(x, bottom), (x + high // 2, top), (x + high, bottom)],
+            "lines": [(x, middle - thick), (x + high, middle - thick), (x + high, middle + thick), (x, middle + thick)],
+        }.get(look.pattern)
+        if cell:
+            draw.polygon(cell, ink)
+        elif look.pattern == "dots":
+            draw.ellipse((x + high // 5, top + high // 5, x + 4 * high // 5, bottom - high // 5), ink)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _text(draw: ImageDraw.ImageDraw, words: str, x: float, y: float, wide: float, high: float, ink: Colour) -> None:
+    """Words in the middle of (x, y), as large as ``wide`` and ``high`` allow."""
+    size = min(high, 50 * wide / _font(50).getlength(words))
+    draw.text((x, y), words, ink, _font(round(size)), anchor="mm", stroke_width=1)
+
+
+def _shaded(drawing: Image.Image, roundness: float) -> Image.Image:
+    """Light from the upper left; round bodies darken to their sides and have a streak of gloss."""
+    x = np.linspace(-1, 1, drawing.width, dtype=np.float32)
+    y = np.linspace(0, 1, drawing.height, dtype=np.float32)[:, None]
+    light = (1 - 0.12 * y) * (1.05 - roundness * 0.6 * (x + 0.2) ** 2)
+    gloss = 60 * roundness * np.maximum(0, 1 - np.abs(x + 0.35) / 0.12)
+    pixels = np.asarray(drawing).astype(np.float32)
+    pixels[..., :3] = pixels[..., :3] * light[..., None] + gloss[:, None]
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
