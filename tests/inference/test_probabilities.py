@@ -160,18 +160,18 @@ from pathlib import Path
 from aliprod.inference.probabilities import open_store, write
 
 def peak(rows):
-    ids, blocks = [str(i) for i in range(rows)], (torch.randn(50, 2000).softmax(1) for _ in range(rows // 50))
+    ids, blocks = [str(i) for i in range(rows)], (torch.rand(50, 4000).softmax(1) for _ in range(rows // 50))
     folder = Path(sys.argv[1]) / str(rows)
-    write(folder, ids, range(2000), blocks, rows_per_shard=500)
+    write(folder, ids, range(4000), blocks, rows_per_shard=500)
     store = open_store(folder)
     for low in range(0, rows, 50):
         store.rows(low, low + 50).max()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-print(-peak(1000) + peak(20000))
+print(-peak(1000) + peak(20000))  # kB
 """
 
 
 def test_memory_is_flat_in_rows(tmp_path):
     grown = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
-    assert int(grown.stdout) < 20_000  # kB; the file is 80 MB, the float32 blocks are 160
+    assert int(grown.stdout) < 80_000  # kB; the file is 160 MB, the float32 blocks are 320
