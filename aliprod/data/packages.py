@@ -124,7 +124,7 @@ class Look:
     shape: str
     brand: str
     layout: str
-    slim: float  # width of the face, 1 = as drawn
+    slim: float  # the width over that of the drawing
     main: Colour
     paper: Colour
     flavour: str
@@ -150,12 +150,12 @@ def family_of(number: int) -> tuple[int, int]:
 def look(seed: int, number: int) -> Look:
     """What class ``number`` of the catalogues of ``seed`` looks like.
 
-    Neighbouring families differ in shape and, by the golden ratio, far in hue; members step through flavours,
-    emblems and patterns by a stride prime to their number, so that no two of a family agree in any.
+    Neighbouring families differ in shape and, by the golden ratio, far in hue. Members step through flavours, amounts,
+    emblems and patterns by strides prime to the lists' lengths, so that no two of a family agree in any.
     """
     family, member = family_of(number)
     drawn = np.random.default_rng(seed_of(seed, "family", family))
-    start = int(drawn.integers(1000)) + member
+    start = seed_of(seed, "members", family) + member
     section, kind, shape = KINDS[(family + seed_of(seed, "kinds")) % len(KINDS)]
     hue = (seed_of(seed, "hues") / 2**32 + family * 0.618034) % 1.0
     value = (0.85, 0.6, 0.95)[family % 3]

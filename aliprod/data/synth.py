@@ -20,8 +20,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from aliprod.commit import storage
 from aliprod.data.packages import face, look
 from aliprod.data.photograph import photograph
@@ -187,5 +185,5 @@ def _render(task: tuple[Path, int, int, dict[str, list[int]]]) -> None:
         below.mkdir(parents=True, exist_ok=True)
         for place, image in enumerate(images):
             picture_seed = seed_of(seed, number, split, place)
-            quality = int(np.random.default_rng(picture_seed).integers(55, 96))
+            quality = 55 + seed_of(picture_seed, "quality") % 41
             photograph(front, picture_seed).save(below / f"{image}.jpg", quality=quality)
