@@ -1,0 +1,206 @@
+"""Rows become batches, from any step on.
+
+The order is a function of (seed, epoch), a picture's augmentation of (seed, epoch, image id): the number of
+loader processes or ranks, or a restart, changes nothing of what a step sees.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from aliprod.data import augment, selection
+from aliprod.data.catalogue import Images
+from aliprod.data.decode import Unreadable, decode
+from aliprod.randomness import seed_of
+from aliprod.recipe import PerClass, Stage
+
+View = tuple[int, int, int]  # row, epoch, how often the row was seen earlier in this epoch
+
+log = logging.getLogger(__name__)
+_SUBSTITUTES = 20  # pictures of the same class that are tried for an unreadable one
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step sees on one rank.
+
+    Attributes:
+        images: (B, 3, crop, crop) float32, normalised, channels last.
+        labels: (B,) int64.
+        rows: (B,) int64 rows of the split, on the CPU.
+        epoch, step: since the job began.
+        seed: of whatever the network draws in this step, on this rank.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    epoch: int
+    step: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where and how pictures are read: which rank of how many, loader processes, device, a network's input."""
+
+    device: torch.device
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    rank: int = 0
+    world_size: int = 1
+    processes: int = 0
+
+
+class TrainBatches:
+    """The batches of a stage, epoch by epoch.
+
+    Args:
+        images: the training split.
+        class_ids: (K,) class id of each label.
+        group: this many images of one class stand together in a batch.
+    """
+
+    def __init__(self, images: Images, class_ids: np.ndarray, stage: Stage, group: int, feed: Feed) -> None:
+        self.stage, self.group, self.feed = stage, group, feed
+        self.images = images.take(_selected(images, class_ids, stage))
+        self.groups_per_batch = max(1, stage.batch_size // group)
+        self._steps = _Steps()
+        self._loader = _data_loader(_TrainViews(self.images, stage, feed.interpolation), self._steps, feed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches only, since a partial one disturbs the norm layers; at least one."""
+        return max(1, self._units(0).shape[0] // self.groups_per_batch)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from step ``skip`` on, on the device."""
+        first_step = epoch * self.steps_per_epoch
+        self._steps.batches = self._steps_of(epoch, skip)
+        for offset, (pixels, labels, centres, rows) in enumerate(self._loader):
+            step = first_step + skip + offset
+            to = {"device": self.feed.device, "non_blocking": True}
+            images = augment.on_device(pixels.to(**to), centres.to(**to), self.feed.mean, self.feed.std)
+            seed = seed_of(self.stage.seed, "step", step, self.feed.rank)
+            yield Batch(images, labels.to(**to), rows, epoch, step, seed)
+
+    def ids(self, rows: Tensor) -> list[str]:
+        """Image ids of the rows of a batch."""
+        return [self.images.ids[int(row)].as_py() for row in rows]
+
+    def _units(self, epoch: int) -> np.ndarray:
+        """(U, group) rows of this epoch in order."""
+        if self.group > 1:
+            return selection.grouped(self.images.labels, self.group, self.stage.seed, epoch)
+        return selection.order(len(self.images), self.stage.seed, epoch)[:, None]
+
+    def _steps_of(self, epoch: int, skip: int) -> Iterator[list[View]]:
+        """This rank's views of each step from ``skip`` on: global batch k is a slice, a rank a strided slice of it."""
+        units = self._units(epoch)
+        repeats = _repeats(units.ravel()).reshape(units.shape)
+        size, rank, world = self.groups_per_batch, self.feed.rank, self.feed.world_size
+        for step in range(skip, self.steps_per_epoch):
+            mine = slice(step * size + rank, (step + 1) * size, world)
+            rows, again = units[mine].ravel().tolist(), repeats[mine].ravel().tolist()
+            yield [(row, epoch, repeat) for row, repeat in zip(rows, again, strict=True)]
+
+
+def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """A split in order, squared to ``side`` for validation and ten-crop; each picture once, over all ranks.
+
+    An unreadable picture is grey, and named in the log: its row may not vanish from a submission.
+
+    Yields:
+        Rows (n,) int64 and pixels (n, 3, side, side) uint8 on the device.
+    """
+    rows = np.arange(feed.rank, len(images), feed.world_size)
+    batches = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
+    loader = _data_loader(_Squares(images, side, feed.interpolation), batches, feed)
+    for chunk, pixels in zip(batches, loader, strict=True):
+        yield np.asarray(chunk, dtype=np.int64), pixels.to(feed.device, non_blocking=True)
+
+
+def _selected(images: Images, class_ids: np.ndarray, stage: Stage) -> np.ndarray:
+    if isinstance(stage.images, PerClass):
+        return selection.balanced(images.labels, images.ids, class_ids, stage.images.per_class, stage.seed)
+    return np.arange(len(images))
+
+
+def _repeats(rows: np.ndarray) -> np.ndarray:
+    """How often each row stood earlier in ``rows``: a picture seen again gets another augmentation."""
+    order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
+    first = np.searchsorted(ordered, ordered, side="left")
+    repeats = np.empty(len(rows), dtype=np.int64)
+    repeats[order] = np.arange(len(rows)) - first
+    return repeats
+
+
+class _Steps(Sampler[list[View]]):
+    """The batches that the loader takes next; renewed each epoch, so that loader processes live on."""
+
+    def __init__(self) -> None:
+        self.batches: Iterable[list[View]] = ()
+
+    def __iter__(self) -> Iterator[list[View]]:
+        return iter(self.batches)
+
+
+class _TrainViews(Dataset[tuple[Tensor, int, Tensor, int]]):
+    def __init__(self, images: Images, stage: Stage, interpolation: str) -> None:
+        self.images, self.stage, self.interpolation = images, stage, interpolation
+
+    def __getitem__(self, view: View) -> tuple[Tensor, int, Tensor, int]:
+        row, epoch, repeat = view
+        seed = seed_of(self.stage.seed, epoch, self.images.ids[row].as_py(), repeat)
+        pixels, centre = augment.train_view(self._picture(row), self.stage, seed, self.interpolation)
+        return pixels, int(self.images.labels[row]), centre, row
+
+    def _picture(self, row: int) -> Image.Image:
+        return _readable(self.images, row) or self._substitute(row)
+
+    def _substitute(self, row: int) -> Image.Image:
+        """The next readable picture of the class of an unreadable one."""
+        same = np.flatnonzero(self.images.labels == self.images.labels[row])
+        after = np.roll(same, -int(np.searchsorted(same, row)) - 1)[:_SUBSTITUTES]
+        pictures = (_readable(self.images, int(other)) for other in after)
+        return next((picture for picture in pictures if picture), _grey(self.stage.crop))
+
+
+class _Squares(Dataset[Tensor]):
+    def __init__(self, images: Images, side: int, interpolation: str) -> None:
+        self.images, self.side, self.interpolation = images, side, interpolation
+
+    def __getitem__(self, row: int) -> Tensor:
+        return augment.square(_readable(self.images, row) or _grey(self.side), self.side, self.interpolation)
+
+
+def _readable(images: Images, row: int) -> Image.Image | None:
+    try:
+        return decode(images.path(row))
+    except Unreadable as reason:
+        log.warning("%s: %s; `aliprod data check` lists all such pictures.", images.path(row), reason)
+        return None
+
+
+def _grey(side: int) -> Image.Image:
+    return Image.new("RGB", (side, side), augment.GREY)
+
+
+def _data_loader(dataset: Dataset, batches: Sampler | Sequence, feed: Feed) -> DataLoader:  # type: ignore[type-arg]
+    """A PyTorch loader; its processes are forked from a clean server, since forking a training process can hang."""
+    workers = {"persistent_workers": True, "multiprocessing_context": "forkserver"} if feed.processes else {}
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=feed.processes,
+        pin_memory=feed.device.type == "cuda",
+        **workers,  # type: ignore[arg-type]
+    )

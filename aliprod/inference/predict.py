@@ -1,0 +1,55 @@
+"""Weights and images become probabilities: one forward path for validation, ten-crop and strangers' files."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aliprod.data.augment import normalise
+from aliprod.data.catalogue import Images
+from aliprod.data.loader import Feed, squared_batches
+from aliprod.inference.ten_crop import crops, mean_probabilities
+from aliprod.models.recogniser import Recogniser
+
+Views = Literal["ten_crop", "center"]
+_FORWARD_IMAGES = 256  # views in one forward pass: bounds the memory of activations
+
+
+@torch.inference_mode()
+def predict(
+    model: Recogniser, images: Images, resize: int, crop: int, views: Views, feed: Feed, dtype: torch.dtype
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Probabilities of a split in order, this rank's share of it.
+
+    Each picture is decoded and squared once and sent as 8-bit pixels; its views are cut on the device. The
+    probabilities of ten crops are averaged after the softmax.
+
+    Args:
+        model: in eval mode, on ``feed.device``.
+        resize, crop: pixels.
+        dtype: of the forward pass; softmax and mean are float32.
+    Yields:
+        Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
+    """
+    views_per_image = 10 if views == "ten_crop" else 1
+    for rows, pixels in squared_batches(images, resize, feed, max(1, _FORWARD_IMAGES // views_per_image)):
+        logits = _logits(model, _views(pixels, crop, views), feed, dtype)
+        yield rows, mean_probabilities(logits).cpu()
+
+
+def _views(pixels: Tensor, crop: int, views: Views) -> Tensor:
+    """(n, 3, side, side) -> (n, V, 3, crop, crop), uint8."""
+    if views == "ten_crop":
+        return torch.stack([crops(picture, crop) for picture in pixels])
+    offset = round((pixels.shape[-1] - crop) / 2)
+    return pixels[:, None, :, offset : offset + crop, offset : offset + crop]
+
+
+def _logits(model: Recogniser, views: Tensor, feed: Feed, dtype: torch.dtype) -> Tensor:
+    """(n, V, 3, crop, crop) uint8 -> (n, V, K) float32."""
+    images = normalise(views.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(feed.device.type, dtype, enabled=dtype is not torch.float32):
+        logits: Tensor = model(images)
+    return logits.float().unflatten(0, views.shape[:2])

@@ -1,0 +1,175 @@
+"""Weights on disk: safetensors, a configuration and the class list. No pickle.
+
+A weights folder holds ``model.safetensors``, ``config.json`` (network, input, where the weights come from) and
+``classes.json`` (class id and name of each row of the classifier): all that predicting needs.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aliprod import commit
+from aliprod.errors import Refused, did_you_mean
+from aliprod.models.recogniser import Recogniser
+
+MODEL, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.json"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What predicting with weights takes, beside the weights.
+
+    Attributes:
+        network: timm's name.
+        mean, std: of pixels in 0 to 1.
+        resize, crop: pixels; images are squared to ``resize``, views of ``crop`` are cut from that.
+        job, key, epoch, top1_error, averaged: where the weights come from; ``averaged``: they are the EMA.
+    """
+
+    network: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    resize: int
+    crop: int
+    job: str = ""
+    key: str = ""
+    epoch: int = -1
+    top1_error: float | None = None
+    averaged: bool = False
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class id and name of each row of the classifier."""
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...] = field(default=())
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: Classes) -> None:
+    """Write a weights folder (into a folder that `aliprod.commit.write` hands out)."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / MODEL)
+    (folder / CONFIG).write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+    (folder / CLASSES).write_text(json.dumps(asdict(classes), ensure_ascii=False), encoding="utf-8")
+
+
+def load(folder: Path) -> tuple[Recogniser, Config, Classes]:
+    """The recogniser of a weights folder, in eval mode.
+
+    Raises:
+        Refused: it is no weights folder, or one that is damaged.
+    """
+    config, classes = describe(folder)
+    model = Recogniser(config.network, len(classes.ids))
+    load_into(model, folder)
+    return model.eval(), config, classes
+
+
+def describe(folder: Path) -> tuple[Config, Classes]:
+    """The configuration and classes of a weights folder, without its weights.
+
+    Raises:
+        Refused: it is no weights folder, or one that is damaged.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        classes = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
+        config |= {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
+        return Config(**config), Classes(tuple(classes["ids"]), tuple(classes["names"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Refused(
+            f"is no weights folder ({type(error).__name__}: {error}).",
+            folder,
+            f"A weights folder holds {MODEL}, {CONFIG} and {CLASSES}, as in STORAGE/jobs/BACKBONE/STAGE/KEY/weights.",
+        ) from error
+
+
+def load_into(model: nn.Module, folder: Path) -> None:
+    """Load the weights of a folder into a model of the same shape: a parent's into its child.
+
+    Raises:
+        Refused: the file is damaged, or of another network or class list.
+    """
+    if commit.read(folder) is not None and MODEL in commit.verify(folder):
+        raise Refused("does not hold the bytes that its manifest says.", folder / MODEL, "Restore it or delete it.")
+    try:
+        model.load_state_dict(load_file(folder / MODEL))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise Refused(f"cannot be loaded: {str(error).splitlines()[0]}", folder / MODEL) from error
+
+
+def pretrained_file(network: str, source: str) -> Path:
+    """The local safetensors file of a network's pretrained backbone: a file, or NETWORK.safetensors in a folder."""
+    path = Path(source).expanduser()
+    return path / f"{network}.safetensors" if path.is_dir() else path
+
+
+def fetch_pretrained(network: str, folder: Path) -> None:
+    """Bring timm's ImageNet weights of a network into a committed folder, through timm's own hub path.
+
+    Raises:
+        Refused: timm knows no weights for this network, or they cannot be had from here.
+    """
+    if commit.read(folder) is not None:
+        return
+    config = timm.get_pretrained_cfg(network)
+    if config is None or not config.has_weights:
+        others = timm.list_pretrained(f"*{network.split('.')[0].split('_')[-1]}*")
+        raise Refused(
+            f"timm {timm.__version__} has no pretrained weights for {network}.",
+            network,
+            f"{did_you_mean(network, others)} Or set pretrained = false, or a safetensors file of your own.".strip(),
+        )
+    try:
+        backbone = timm.create_model(network, pretrained=True, num_classes=0, global_pool="")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise Refused(
+            f"its ImageNet weights cannot be fetched: {str(error).splitlines()[0]}",
+            network,
+            "Without internet, put its safetensors file where every node reads it and set pretrained = "
+            f'"PATH" in the plan: a file, or a folder with {network}.safetensors.',
+        ) from error
+    commit.write(folder, lambda staging: _save_backbone(staging, network, backbone), {"network": network})
+
+
+def load_pretrained(model: Recogniser, file: Path) -> None:
+    """Load a backbone's weights; the classifier stays as initialised. A classifier in the file is left out.
+
+    Raises:
+        Refused: missing, damaged, or of another network.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise Refused(
+            f"holds no pretrained weights for {model.network} ({error}).",
+            file,
+            'Set pretrained = "PATH" to a safetensors file of this network, or to a folder of NETWORK.safetensors.',
+        ) from error
+    own = model.backbone.state_dict()
+    wrong = [name for name, tensor in own.items() if name not in tensors or tensors[name].shape != tensor.shape]
+    if wrong:
+        raise Refused(
+            f"is not of {model.network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
+            f"the first {wrong[0]}.",
+            file,
+        )
+    model.backbone.load_state_dict({name: tensors[name] for name in own})
+
+
+def _save_backbone(folder: Path, network: str, backbone: nn.Module) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
+    save_file(tensors, folder / f"{network}.safetensors")
+
+
+def as_classes(ids: Sequence[Any], names: Sequence[str]) -> Classes:
+    """Classes from any sequences of ids and names."""
+    return Classes(tuple(int(i) for i in ids), tuple(names))

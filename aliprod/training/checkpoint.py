@@ -1,0 +1,96 @@
+"""The resume state of a job: everything it needs to go on bit for bit. Tensors in safetensors, the rest in JSON."""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aliprod import commit
+from aliprod.training.ema import Average
+from aliprod.training.learner import Learner
+from aliprod.training.optimizer import Optimizer
+
+log = logging.getLogger(__name__)
+_KEPT = 2  # the newest may be damaged: the one before is then used
+
+
+@dataclass
+class State:
+    """Where a job stands. Counters start at 0; ``losses`` are the sums of this epoch's loss parts so far."""
+
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    best_epoch: int = -1
+    best_error: float | None = None
+    best_averaged: bool = False
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def capture(
+    folder: Path, state: State, learner: Learner, optimizer: Optimizer, average: Average | None, best: dict[str, Tensor]
+) -> None:
+    """Write the resume state into a folder that `aliprod.commit.write` hands out."""
+    _save(folder / "learner.safetensors", learner.state_dict())
+    _save(folder / "optimizer.safetensors", optimizer.state())
+    if average is not None:
+        _save(folder / "average.safetensors", average.state(learner.model))
+    if best:
+        _save(folder / "best.safetensors", best)
+    (folder / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+
+
+def restore(
+    folder: Path, learner: Learner, optimizer: Optimizer, average: Average | None
+) -> tuple[State, dict[str, Tensor]]:
+    """Take back what `capture` wrote: the state, and the best weights so far."""
+    learner.load_state_dict(load_file(folder / "learner.safetensors"))
+    optimizer.load_state(load_file(folder / "optimizer.safetensors"))
+    if average is not None:
+        average.load(load_file(folder / "average.safetensors"))
+    best = folder / "best.safetensors"
+    state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    return state, load_file(best) if best.exists() else {}
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint of a job; damaged ones are set aside, each with one line in the log."""
+    for candidate in sorted(_committed(folder), reverse=True):
+        damaged = commit.verify(candidate)
+        if not damaged:
+            return candidate
+        aside = candidate.with_name(f"{candidate.name}.bad")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(candidate, aside)
+        log.warning("%s is damaged (%s): set aside, going on from the one before.", candidate, ", ".join(damaged))
+    return None
+
+
+def prune(folder: Path) -> None:
+    """Keep the newest two."""
+    for old in sorted(_committed(folder))[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def place_of(folder: Path, state: State) -> Path:
+    """Where the checkpoint of a state lies: names sort by step."""
+    return folder / f"step-{state.step:010d}"
+
+
+def _committed(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if path.suffix != ".bad"]
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.detach().to("cpu", copy=False).contiguous() for name, tensor in tensors.items()}, path)
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the CPU that training does not change any more."""
+    return {name: torch.clone(tensor.detach()).cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,46 @@
+"""Averaged weights: an exponential moving average beside the raw ones (Polyak and Juditsky 1992)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def update(ema: Tensor, weights: Tensor, decay: float, step: int | None = None) -> Tensor:
+    """ema <- d ema + (1 - d) weights.
+
+    Args:
+        step: number of this update, from 1, for the warm-up d = min(decay, (1 + step) / (10 + step)); None: none.
+    Returns:
+        The new average, a new tensor of the same shape.
+    """
+    return ema.lerp(weights.to(ema.dtype), 1 - warmed_up(decay, step))
+
+
+def warmed_up(decay: float, step: int | None) -> float:
+    """The decay of an update, lower in the first ones so that the initial weights are soon forgotten."""
+    return decay if step is None else min(decay, (1 + step) / (10 + step))
+
+
+class Average:
+    """The average of a model's weights. Buffers (norm statistics, counters) are copied, not averaged."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = [p.detach().clone() for p in model.parameters()]
+        self._names = [name for name, _ in model.named_parameters()]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take one more step into the average, in one fused call; ``step`` from 1."""
+        current: Sequence[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(self.parameters, current, 1 - warmed_up(self.decay, step))
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """A state dict for ``model``: averaged parameters, the model's own buffers."""
+        return dict(model.state_dict()) | dict(zip(self._names, self.parameters, strict=True))
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take back parameters by name."""
+        for name, parameter in zip(self._names, self.parameters, strict=True):
+            parameter.copy_(state[name])

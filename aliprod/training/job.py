@@ -1,0 +1,180 @@
+"""A job and its folder: train, keep what must be kept, commit the weights last.
+
+The folder ``jobs/BACKBONE/STAGE/KEY`` holds ``metrics.jsonl`` (one line per report), ``resume/`` (checkpoints of
+a job on its way), ``last/`` (weights of the last epoch, where that is not the best) and ``weights/`` (the best),
+whose commit record says that the job is finished.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from aliprod import commit
+from aliprod.data.catalogue import Catalogue
+from aliprod.models import weights
+from aliprod.models.recogniser import normalisation
+from aliprod.recipe import Stage
+from aliprod.training import checkpoint
+from aliprod.training.loop import Candidate, Progress, train
+
+METRICS, RESUME, LAST, WEIGHTS = "metrics.jsonl", "resume", "last", "weights"
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a process needs to train a job, on whatever machine.
+
+    Attributes:
+        name, key: of the job.
+        network: timm's name.
+        folder: the job's, in the storage path.
+        start, pretrained: weights folder of the parent; safetensors file of the backbone.
+    """
+
+    name: str
+    key: str
+    network: str
+    stage: Stage
+    folder: Path
+    start: Path | None = None
+    pretrained: Path | None = None
+    save_every_steps: int | None = None
+    threads: int = 1
+    loader_processes: int = 0
+
+
+def run(work: Work, catalogue: Catalogue) -> Iterator[Progress]:
+    """Train a job from its newest checkpoint on, and keep what it yields in its folder (on rank 0).
+
+    Raises:
+        StorageFull: what is finished stays; the same job goes on from its newest checkpoint later.
+        NonFiniteLoss, Refused: as `aliprod.training.loop.train`.
+    """
+    if commit.read(work.folder / WEIGHTS) is not None:
+        return
+    began = time.time()
+    resume = _agreed(work.folder / RESUME)
+    told = _steps_told(work.folder / METRICS)
+    for progress in train(
+        work.stage,
+        work.network,
+        catalogue,
+        start=work.start,
+        pretrained=work.pretrained,
+        resume=resume,
+        save_every_steps=work.save_every_steps,
+        threads=work.threads,
+        loader_processes=work.loader_processes,
+    ):
+        if progress.place.rank == 0:
+            _keep(work, catalogue, progress, told, began)
+        if dist.is_initialized():
+            dist.barrier()
+        yield progress
+
+
+def _agreed(folder: Path) -> Path | None:
+    """The checkpoint that all ranks go on from: rank 0 looks, since it sets damaged ones aside."""
+    if not dist.is_initialized():
+        return checkpoint.newest(folder)
+    found = [checkpoint.newest(folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _keep(work: Work, catalogue: Catalogue, progress: Progress, told: set[int], began: float) -> None:
+    state = progress.state
+    if state.step not in told:
+        told.add(state.step)
+        _append(work.folder / METRICS, _line(progress))
+    if progress.epoch_ended and state.epoch == work.stage.epochs:
+        _finish(work, catalogue, progress, began)
+        return
+    commit.write(checkpoint.place_of(work.folder / RESUME, state), progress.capture, {"key": work.key})
+    checkpoint.prune(work.folder / RESUME)
+
+
+def _finish(work: Work, catalogue: Catalogue, progress: Progress, began: float) -> None:
+    best, last = progress.best, progress.last
+    assert best is not None and last is not None  # noqa: S101  the end of an epoch has both
+    if best.epoch != last.epoch:
+        _commit_weights(work, catalogue, last, work.folder / LAST, {})
+    record = {
+        "job": work.name,
+        "key": work.key,
+        "network": work.network,
+        "epochs": work.stage.epochs,
+        "steps": progress.state.step,
+        "best_epoch": best.epoch,
+        "top1_error": best.top1_error,
+        "averaged": best.averaged,
+        "stage": work.stage.model_dump(mode="json"),
+        "environment": progress.place.environment(),
+        "seconds": round(time.time() - began, 1),
+    }
+    _commit_weights(work, catalogue, best, work.folder / WEIGHTS, record)
+    shutil.rmtree(work.folder / RESUME, ignore_errors=True)
+
+
+def _commit_weights(
+    work: Work, catalogue: Catalogue, candidate: Candidate, folder: Path, record: dict[str, Any]
+) -> None:
+    mean, std, interpolation = normalisation(work.network)
+    config = weights.Config(
+        network=work.network,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+        resize=work.stage.resize,
+        crop=work.stage.crop,
+        job=work.name,
+        key=work.key,
+        epoch=candidate.epoch,
+        top1_error=candidate.top1_error,
+        averaged=candidate.averaged,
+    )
+    classes = weights.as_classes(catalogue.classes, catalogue.names)
+    fill = partial(weights.save, tensors=candidate.tensors, config=config, classes=classes)
+    commit.write(folder, fill, record)
+
+
+def _line(progress: Progress) -> dict[str, Any]:
+    """One line of metrics.jsonl. Its time is set once and kept, so that MLflow never draws a point twice."""
+    state = progress.state
+    epoch = state.epoch - 1 if progress.epoch_ended else state.epoch
+    place = {
+        "epoch": epoch,
+        "step": state.step,
+        "epoch_ended": progress.epoch_ended,
+        "time_ms": int(time.time() * 1000),
+    }
+    return place | {name: value for name, value in progress.metrics.items()}
+
+
+def _steps_told(path: Path) -> set[int]:
+    """The steps that are in the file already: a resumed job does not tell them twice."""
+    steps = set()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            steps.add(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):  # torn by a crash
+            continue
+    return steps
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with commit.storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        with path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

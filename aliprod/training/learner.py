@@ -1,0 +1,116 @@
+"""Model and objective as one module, on its device."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from aliprod.data.catalogue import Catalogue
+from aliprod.models.recogniser import Recogniser
+from aliprod.objectives import Batch, Context, build
+from aliprod.randomness import seed_of
+from aliprod.recipe import Stage
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs, and on what its bytes hang besides the plan."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    threads: int = 1
+
+    def environment(self) -> dict[str, Any]:
+        """What the promise of equal bytes is bound to; stands in the commit record."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "torch": torch.__version__,
+            "device": name,
+            "world_size": self.world_size,
+            "threads": self.threads,
+        }
+
+
+def place(threads: int = 1) -> Place:
+    """This process's place: its GPU where there is one, its rank where a process group is up.
+
+    Sets the number of threads (sums differ with it) and deterministic kernels.
+    """
+    torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return Place(device, rank, world_size, threads)
+
+
+class Learner(nn.Module):
+    """What is trained: a recogniser and the auxiliary heads of its objective.
+
+    Args:
+        network: timm's name.
+    Attributes:
+        dtype: in which the forward pass runs (autocast); weights, losses and sums stay float32.
+    """
+
+    def __init__(self, stage: Stage, network: str, catalogue: Catalogue, place: Place) -> None:
+        super().__init__()
+        torch.manual_seed(seed_of(stage.seed, "init", network))
+        self.stage, self.place = stage, place
+        self.dtype = precision(stage, place.device)
+        self.model = Recogniser(
+            network, catalogue.num_classes, stage.drop_rate or 0.0, stage.drop_path_rate, stage.zero_init_last
+        )
+        self.objective = build(stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue))
+        self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted loss parts of a batch, each a scalar."""
+        torch.manual_seed(batch.seed)
+        with autocast(self.place.device, self.dtype):
+            parts: dict[str, Tensor] = self.objective(self.model, batch)
+        return parts
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The classifier's and the objective's own."""
+        return chain(self.model.classifier.parameters(), self.objective.parameters())
+
+    def distributed(self) -> nn.Module:
+        """This module, or, where there are several ranks, its data-parallel wrapper."""
+        if self.place.world_size == 1:
+            return self
+        return DistributedDataParallel(
+            self, device_ids=[self.place.device] if self.place.device.type == "cuda" else None
+        )
+
+
+def precision(stage: Stage, device: torch.device) -> torch.dtype:
+    """The dtype of a stage's forward pass on a device: ``auto`` is bfloat16 on GPUs that have it, else float32."""
+    if stage.precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[stage.precision]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which a model runs at ``dtype``."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+
+
+def _context(stage: Stage, model: Recogniser, catalogue: Catalogue) -> Context:
+    return Context(
+        num_classes=catalogue.num_classes,
+        num_features=model.num_features,
+        crop=stage.crop,
+        epochs=stage.epochs,
+        class_counts=torch.from_numpy(catalogue.class_counts),
+        ancestor=None if catalogue.ancestor is None else torch.from_numpy(catalogue.ancestor),
+    )

@@ -1,0 +1,234 @@
+"""train(): one job, read from top to bottom. It knows no Ray and no MLflow: it yields, whoever iterates decides."""
+
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.loader import Batch, Feed, TrainBatches
+from aliprod.errors import NonFiniteLoss, listing
+from aliprod.models import weights
+from aliprod.models.recogniser import normalisation
+from aliprod.recipe import Stage
+from aliprod.training import checkpoint
+from aliprod.training.checkpoint import State
+from aliprod.training.ema import Average
+from aliprod.training.learner import Learner, Place, place
+from aliprod.training.optimizer import Optimizer
+from aliprod.training.validate import top1_errors
+
+_CHECK_STEPS = 50  # a non-finite loss is noticed within so many steps; the weights are safe at once
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that an epoch ended with: the raw or the averaged ones, whichever erred less on validation."""
+
+    epoch: int
+    top1_error: float | None
+    averaged: bool
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a job tells, the same on every rank.
+
+    Attributes:
+        epoch_ended: this is the end of an epoch; else it is a point where a checkpoint is due.
+        metrics: finite numbers by name, ``train/...`` and ``val/...``.
+        capture: writes a resume checkpoint into an empty folder.
+        best, last: the best candidate so far, and this epoch's; None in mid-epoch.
+    """
+
+    state: State
+    epoch_ended: bool
+    metrics: dict[str, float]
+    capture: Callable[[Path], None]
+    place: Place
+    best: Candidate | None = None
+    last: Candidate | None = None
+
+
+def train(
+    stage: Stage,
+    network: str,
+    catalogue: Catalogue,
+    *,
+    start: Path | None = None,
+    pretrained: Path | None = None,
+    resume: Path | None = None,
+    save_every_steps: int | None = None,
+    threads: int = 1,
+    loader_processes: int = 0,
+) -> Iterator[Progress]:
+    """Train one job; yield a Progress at each epoch's end and at each step where a checkpoint is due.
+
+    Args:
+        network: timm's name.
+        start: weights folder of the parent job.
+        pretrained: safetensors file of the backbone, in a stage without parent.
+        resume: a resume checkpoint of this very job; wins over both.
+        save_every_steps: a checkpoint is due every so many steps; None: at the ends of epochs only.
+        threads: of PyTorch; sums differ with it.
+    Raises:
+        NonFiniteLoss: names epoch, step, loss parts, rates and image ids; the weights are as before it.
+        Refused: weights that do not fit.
+    """
+    where = place(threads)
+    learner = Learner(stage, network, catalogue, where)
+    mean, std, interpolation = normalisation(network)
+    feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
+    batches = TrainBatches(catalogue.train, catalogue.classes, stage, learner.objective.group, feed)
+    optimizer = Optimizer(learner, stage, batches.steps_per_epoch)
+    if resume is None and start is not None:
+        weights.load_into(learner.model, start)
+    elif resume is None and pretrained is not None:
+        weights.load_pretrained(learner.model, pretrained)
+    average = Average(learner.model, stage.ema) if stage.ema else None
+    state, best = State(), {}
+    if resume is not None:
+        state, best = checkpoint.restore(resume, learner, optimizer, average)
+    step_of = learner.distributed()
+    captured = partial(checkpoint.capture, learner=learner, optimizer=optimizer, average=average)
+
+    while state.epoch < stage.epochs:
+        learner.train()
+        watch, sums, recent = _Watch(), _Sums(state.losses, where.device), _Recent(optimizer, batches)
+        for batch in watch.waits(batches.epoch(state.epoch, skip=state.step_in_epoch)):
+            parts = step_of(batch)
+            optimizer.step(torch.stack(list(parts.values())).sum(), state.step)
+            state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
+            if average is not None:
+                average.update(learner.model, state.step)
+            sums.add(parts)
+            recent.add(batch, parts)
+            if (
+                save_every_steps
+                and state.step % save_every_steps == 0
+                and state.step_in_epoch < batches.steps_per_epoch
+            ):
+                recent.check()
+                state.losses = sums.totals()
+                metrics = _train_metrics(stage, state, optimizer, watch, sums)
+                yield Progress(state, False, metrics, partial(captured, state=state, best=best), where)
+        recent.check()
+        metrics = _train_metrics(stage, state, optimizer, watch, sums)
+        last, errors = _candidate(learner, average, catalogue, feed, state.epoch)
+        if last.top1_error is None or state.best_error is None or last.top1_error < state.best_error:
+            best = checkpoint.copied(last.tensors)
+            state.best_epoch, state.best_error, state.best_averaged = state.epoch, last.top1_error, last.averaged
+        state.epoch, state.step_in_epoch, state.losses = state.epoch + 1, 0, {}
+        chosen = Candidate(state.best_epoch, state.best_error, state.best_averaged, best)
+        capture = partial(captured, state=state, best=best)
+        yield Progress(state, True, metrics | errors, capture, where, chosen, last)
+
+
+def _candidate(
+    learner: Learner, average: Average | None, catalogue: Catalogue, feed: Feed, epoch: int
+) -> tuple[Candidate, dict[str, float]]:
+    """The better of raw and averaged weights after an epoch, and the errors of both."""
+    stage, model = learner.stage, learner.model
+    errors = top1_errors(model, catalogue, stage, feed, learner.dtype)
+    raw = Candidate(epoch, errors.get("val/top1_error"), False, model.state_dict())
+    if average is None:
+        return raw, errors
+    kept = checkpoint.copied(model.state_dict())
+    model.load_state_dict(average.state(model))
+    of_average = top1_errors(model, catalogue, stage, feed, learner.dtype)
+    averaged = Candidate(epoch, of_average.get("val/top1_error"), True, checkpoint.copied(model.state_dict()))
+    model.load_state_dict(kept)
+    errors |= {f"{name}_averaged": value for name, value in of_average.items()}
+    better = averaged if (averaged.top1_error or 0.0) <= (raw.top1_error or 0.0) else raw
+    return better, errors
+
+
+def _train_metrics(
+    stage: Stage, state: State, optimizer: Optimizer, watch: "_Watch", sums: "_Sums"
+) -> dict[str, float]:
+    rates = {f"lr/{part}": optimizer.lr_of(part, state.step - 1) for part in ("backbone", "heads")}
+    losses = {f"train/loss_{name}": total / state.step_in_epoch for name, total in sums.totals().items()}
+    speed = {
+        "speed/images_per_second": watch.steps * stage.batch_size / watch.seconds,
+        "speed/data_wait_share": watch.waited / watch.seconds,
+        "speed/memory_bytes": float(_peak_memory_bytes()),
+    }
+    return {"train/loss": sum(losses.values()), **losses, **rates, **speed}
+
+
+class _Recent:
+    """The latest steps, so that a non-finite loss can be laid at a step's door without waiting for each."""
+
+    def __init__(self, optimizer: Optimizer, batches: TrainBatches) -> None:
+        self.optimizer, self.batches = optimizer, batches
+        self.steps: deque[tuple[int, int, Tensor, dict[str, Tensor]]] = deque(maxlen=_CHECK_STEPS)
+
+    def add(self, batch: Batch, parts: dict[str, Tensor]) -> None:
+        detached = {name: part.detach() for name, part in parts.items()}
+        self.steps.append((batch.step, batch.epoch, batch.rows, detached))
+        if len(self.steps) == _CHECK_STEPS and batch.step % _CHECK_STEPS == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss where a step was not finite. Synchronises with the device."""
+        bad = self.optimizer.first_bad_step()
+        if bad is None:
+            return
+        _, epoch, rows, parts = next(step for step in self.steps if step[0] == bad)
+        values = ", ".join(f"{name} {float(part):g}" for name, part in parts.items())
+        rate = self.optimizer.lr_of("backbone", bad)
+        raise NonFiniteLoss(
+            f"the loss or its gradient is not finite in epoch {epoch}, step {bad} ({values}; lr {rate:g}).",
+            advice=f"The weights are as they were before it. Images: {listing(self.batches.ids(rows), 8)}\n"
+            "A lower lr, a warm-up or a smaller clip_norm usually cures it.",
+        )
+
+
+class _Watch:
+    """Seconds since it was made, and how many of them were spent waiting for batches."""
+
+    def __init__(self) -> None:
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        return max(1e-9, time.perf_counter() - self.began)
+
+    def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.steps += 1
+            yield batch
+
+
+class _Sums:
+    """Sums of the loss parts of an epoch, kept on the device so that no step waits for them."""
+
+    def __init__(self, before: dict[str, float], device: torch.device) -> None:
+        self.device = device
+        self.sums = {name: torch.tensor(value, device=device) for name, value in before.items()}
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        for name, part in parts.items():
+            zero = self.sums.get(name)
+            self.sums[name] = part.detach().float() + (0.0 if zero is None else zero)
+
+    def totals(self) -> dict[str, float]:
+        return {name: float(total) for name, total in self.sums.items()}
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
