@@ -40,7 +40,7 @@ class LearningRate(Frozen):
     schedule: Literal["steps", "cosine"] = Field(
         default="steps", description="after the warm-up: drops at milestones, or half a cosine down to zero"
     )
-    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up, in every step; may be a part")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up, step by step; may be a fraction")
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), strict=False, description="epochs (from 0) at whose start lr is multiplied by gamma; steps only"
     )
@@ -51,7 +51,7 @@ class OptimizerRecipe(Frozen):
     """SGD without Nesterov; weight decay on weights only, not on norm parameters and biases."""
 
     name: Literal["sgd"] = Field(default="sgd", description="SGD without Nesterov")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(default=1e-4, ge=0, description="on weights; none on norm parameters and biases")
     clip_norm: float | None = Field(default=5.0, gt=0, description="largest norm of the gradient")
 

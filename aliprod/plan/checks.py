@@ -1,0 +1,127 @@
+"""What one table of a plan says about another: jobs, starts, members, settings that do not go together."""
+
+from collections import Counter
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+
+from pydantic import ValidationError
+
+from aliprod.plan.problems import Problem, shown, unknown
+from aliprod.plan.schema import Plan, Settings, effective
+from aliprod.plan.source import Key, dotted
+from aliprod.recipe import Stage
+
+
+def names(plan: Plan) -> Iterator[Problem]:
+    """Jobs and overrides of backbones and stages that are not there, or are there twice."""
+    for backbone, stages in plan.jobs.items():
+        key: Key = ("jobs", backbone)
+        if backbone not in plan.backbones:
+            yield unknown(key, f"jobs: there is no backbone {shown(backbone)}.", backbone, plan.backbones, "Backbones")
+        for name, count in Counter(stages).items():
+            if name not in plan.stages:
+                sentence = f"{dotted(key)}: there is no stage {shown(name)}."
+                yield unknown(key, sentence, name, plan.stages, "Stages", quoted=name)
+            elif count > 1:
+                yield Problem(key, f"{dotted(key)} says {shown(name)} {count} times.", quoted=name)
+    targets = dict.fromkeys([*plan.backbones, *plan.job_names()])
+    for target in plan.overrides:
+        if target not in targets:
+            sentence = f"overrides: {shown(target)} is neither a backbone nor a job of this plan."
+            yield unknown(("overrides", target), sentence, target, targets, "Backbones and jobs")
+
+
+def members(plan: Plan) -> Iterator[Problem]:
+    """Members that are no jobs, or stand there twice."""
+    key: Key = ("ensemble", "members")
+    jobs = dict.fromkeys(plan.job_names())
+    for member, count in Counter(plan.ensemble.members).items():
+        if member not in jobs:
+            backbone = member.partition("/")[0]
+            its = [f"{backbone}/{name}" for name in plan.jobs.get(backbone, ())]
+            sentence = f"member {shown(member)} is not a job of this plan."
+            listed = f"Jobs of {backbone}" if its else "Jobs"
+            yield unknown(key, sentence, member, its or jobs, listed, quoted=member)
+        elif count > 1:
+            yield Problem(key, f"member {shown(member)} stands there {count} times.", quoted=member)
+
+
+def starts(plan: Plan) -> Iterator[Problem]:
+    """Stages that start from one that the backbone lacks, or from each other in a circle."""
+    for backbone, stages in plan.jobs.items():
+        parents = {name: plan.start(backbone, name) for name in stages if name in plan.stages}
+        for name, start in parents.items():
+            if start is not None and start not in stages:
+                yield _missing_start(plan, backbone, name, start)
+        try:
+            TopologicalSorter({name: [start] for name, start in parents.items() if start}).prepare()
+        except CycleError as error:
+            circle = error.args[1]
+            key = _origin(plan, backbone, circle[1], "start")
+            yield Problem(key, f"{dotted(key)}: stages start from each other in a circle: {' > '.join(circle)}.")
+
+
+def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
+    """Settings that are right each by itself, but not in one stage.
+
+    Args:
+        wrong: keys of tables that have problems of their own; what they take part in is not asked about.
+    """
+    used = {name for stages in plan.jobs.values() for name in stages}
+    combinations: list[list[Key]] = [[("stages", name)] for name in plan.stages if name not in used]
+    for backbone, stages in plan.jobs.items():
+        for name in dict.fromkeys(stages):
+            own: list[Key] = [("overrides", backbone), ("overrides", f"{backbone}/{name}")]
+            if name in plan.stages:
+                combinations.append([("stages", name), *(key for key in own if key[1] in plan.overrides)])
+    for keys in combinations:
+        if not wrong & {("defaults",), *keys}:
+            yield from _combined(plan, keys)
+
+
+def _combined(plan: Plan, keys: list[Key]) -> Iterator[Problem]:
+    """What is wrong with a job's merged settings, at the first table with which it is."""
+    tables = [getattr(plan, str(group))[name] for group, name in keys]
+    if _clash(plan, tables):
+        reasons = ((key, _clash(plan, tables[:count])) for count, key in enumerate(keys, 1))
+        yield next(Problem(key, f"{dotted(key)}: {reason}.") for key, reason in reasons if reason)
+
+
+def _clash(plan: Plan, tables: list[Settings]) -> str:
+    try:
+        stage = effective(plan.seed, plan.defaults, tables)
+    except ValidationError as error:
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return _uneven(plan, stage) or _off_grid(stage)
+
+
+def _uneven(plan: Plan, stage: Stage) -> str:
+    workers = plan.cluster.workers
+    uneven = stage.batch_size % workers
+    return f"batch_size = {stage.batch_size} cannot be dealt evenly to {workers} workers" if uneven else ""
+
+
+def _off_grid(stage: Stage) -> str:
+    """DCL cuts the crop into parts x parts cells; the feature map, crop / 32 a side, must fall into the same."""
+    parts = stage.objective.options.get("parts")
+    cells = stage.crop // 32
+    if stage.objective.name != "dcl" or not isinstance(parts, int) or parts < 1 or (cells and cells % parts == 0):
+        return ""
+    fitting = " or ".join(str(32 * parts * times) for times in (1, 2))
+    return f"crop = {stage.crop} gives {cells} cells a side, no multiple of parts = {parts}; {fitting} would fit"
+
+
+def _missing_start(plan: Plan, backbone: str, name: str, start: str) -> Problem:
+    key = _origin(plan, backbone, name, "start")
+    if start not in plan.stages:
+        return unknown(key, f"{dotted(key)}: there is no stage {shown(start)}.", start, plan.stages, "Stages")
+    jobs: Key = ("jobs", backbone)
+    sentence = f"{dotted(jobs)}: {shown(name)} starts from {shown(start)}, which is not in the list."
+    return Problem(jobs, sentence, f"Add {shown(start)}: it is trained once, whoever starts from it.")
+
+
+def _origin(plan: Plan, backbone: str, name: str, setting: str) -> Key:
+    """Key of a setting in the table that has the last word on it."""
+    keys: list[Key] = [("stages", name), ("overrides", backbone), ("overrides", f"{backbone}/{name}")]
+    said = [key for key, table in zip(keys, plan.layers(backbone, name), strict=True) if setting in table]
+    return (*(said[-1] if said else ("defaults",)), setting)

@@ -1,0 +1,134 @@
+"""A TOML file and --set flags become a Plan, or a list of everything that is wrong with them.
+
+Whether the catalogue is there is asked by who needs it, and whether timm knows the backbones by `run`.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from aliprod.errors import Refused
+from aliprod.plan import checks, options
+from aliprod.plan.problems import Problem, shape, shown, unknown
+from aliprod.plan.schema import Plan, Settings
+from aliprod.plan.source import Key, Source, absolute, dotted, odd_values, read
+from aliprod.recipe import Stage
+
+MOST_PROBLEMS = 20
+_STAND_IN: dict[str, Any] = {"format": 1, "name": "plan", "catalogue": {"path": "."}}  # lets the rest be checked
+
+
+def load(path: Path, sets: Sequence[str] = ()) -> Plan:
+    """Read and check a plan.
+
+    Args:
+        sets: what --set gave: KEY=VALUE each, VALUE in TOML.
+    Returns:
+        The plan, its paths absolute: those of the file count from its folder, those of ``sets`` from the current one.
+    Raises:
+        Refused: with file, line (or flag), key and nearest right name of each of the first 20 problems.
+    """
+    source = read(path, sets)
+    found: dict[Key, Problem] = {}
+    for problem in islice(_problems(source), 10 * MOST_PROBLEMS):  # some say the same of several jobs
+        found.setdefault((*problem.key, problem.quoted or ""), problem)
+    if found:
+        raise _refusal(source, list(found.values()))
+    _make_paths_absolute(source)
+    return Plan.model_validate(source.data)
+
+
+def _refusal(source: Source, problems: list[Problem]) -> Refused:
+    first = problems[0]
+    if len(problems) == 1:
+        return Refused(first.sentence, source.where(first.key, first.quoted), first.advice)
+    lines = [
+        f"{source.where(problem.key, problem.quoted)}: {problem.sentence} {problem.advice}".rstrip()
+        for problem in problems[:MOST_PROBLEMS]
+    ]
+    more = len(problems) > MOST_PROBLEMS
+    count = f"more than {MOST_PROBLEMS} problems; the first {MOST_PROBLEMS}" if more else f"{len(problems)} problems"
+    return Refused(f"{count}:", source.path, "\n".join(lines))
+
+
+def _problems(source: Source) -> Iterator[Problem]:
+    for key, complaint in odd_values(source.data):
+        yield Problem(key, f"{dotted(key)} is {complaint}.")
+    plan, structural = _structure(source.data)
+    yield from structural
+    wrong: set[Key] = set()
+    for key, table in _layers(source.data):
+        for problem in _layer(key, table):
+            wrong.add(key)
+            yield problem
+    if plan is not None:
+        yield from checks.names(plan)
+        yield from checks.starts(plan)
+        yield from checks.together(plan, wrong)
+        yield from checks.members(plan)
+
+
+def _structure(data: dict[str, Any]) -> tuple[Plan | None, list[Problem]]:
+    """The plan, and what is wrong with its tables; a plan also where only tables are wrong that name nothing."""
+    try:
+        return Plan.model_validate(data), []
+    except ValidationError as error:
+        problems = list(shape(Plan, data, error))
+    wrong = {name for problem in problems for name in problem.key[:1]}
+    try:
+        sound = {key: value for key, value in data.items() if key not in wrong}
+        return Plan.model_validate(_STAND_IN | sound), problems
+    except ValidationError:
+        return None, problems
+
+
+def _layers(data: dict[str, Any]) -> Iterator[tuple[Key, Settings]]:
+    """Every table of stage settings, with its key."""
+    tables: list[tuple[Key, Any]] = [(("defaults",), data.get("defaults"))]
+    for group in ("stages", "overrides"):
+        named = data.get(group)
+        tables += [((group, name), table) for name, table in named.items()] if isinstance(named, dict) else []
+    yield from ((key, table) for key, table in tables if isinstance(table, dict))
+
+
+def _layer(at: Key, table: Settings) -> Iterator[Problem]:
+    """Wrong settings of one table, whatever the others say."""
+    try:
+        stage = Stage.model_validate(table)
+    except ValidationError as error:
+        inside = [problem for problem in shape(Stage, table, error, at) if problem.key != at]
+        if inside:
+            yield from inside
+            return
+        stage = Stage.model_validate({key: value for key, value in table.items() if key == "objective"})
+    if "objective" in table:
+        yield from _objective(stage.objective.name, stage.objective.options, (*at, "objective"))
+
+
+def _objective(name: str, given: Settings, at: Key) -> Iterator[Problem]:
+    known = options.options(name)
+    if known is None:
+        yield unknown(at, f"{dotted(at)}: there is no objective {shown(name)}.", name, options.names(), "Objectives")
+        return
+    for key, value in given.items():
+        if key not in known:
+            sentence = f"{dotted(at)}: {name} has no option {dotted((key,))}."
+            yield unknown((*at, key), sentence, key, known, f"Options of {name}")
+        elif not known[key].accepts(value):
+            expected = known[key].expected()
+            yield Problem((*at, key), f"{dotted((*at, key))} = {shown(value)} must be {expected}.")
+    for key, option in known.items():
+        if option.required and key not in given:
+            yield Problem(at, f"{dotted(at)}: {name} needs the option {key}.")
+
+
+def _make_paths_absolute(source: Source) -> None:
+    paths = [((*key, "pretrained"), table) for key, table in _layers(source.data)]
+    paths += [((name, key), source.data.get(name, {})) for name, key in (("catalogue", "path"), ("cluster", "storage"))]
+    for key, table in paths:
+        setting = str(key[-1])
+        if isinstance(value := table.get(setting), str):
+            table[setting] = absolute(source, key, value)

@@ -1,0 +1,149 @@
+"""What pydantic finds wrong with a table, said in the plan's own words: key, sentence, nearest right name."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from aliprod.errors import did_you_mean, listing
+from aliprod.plan.source import Key, dotted
+
+_MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "finite_number": "a finite number",
+    "string_too_short": "a string that is not empty",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a plan."""
+
+    key: Key
+    sentence: str
+    advice: str = ""
+    quoted: str | None = None  # the string that stands on the line to be named
+
+
+def unknown(
+    key: Key, sentence: str, name: str, names: Iterable[str], listed: str, quoted: str | None = None
+) -> Problem:
+    """A name that is none of ``names``; the advice has the nearest and, after ``listed``, all."""
+    known = list(names)[:_MOST_NAMES]
+    known_as = f"{listed}: {listing(known)}." if known else f"{listed}: none."
+    return Problem(key, sentence, f"{did_you_mean(name, known)} {known_as}".strip(), quoted)
+
+
+def shape(model: type[BaseModel], data: Any, error: ValidationError, at: Key = ()) -> Iterator[Problem]:
+    """Problems of a table that does not fit its model; one a key, the most exact of a union's branches.
+
+    Args:
+        at: key of the table in the plan.
+    """
+    found: dict[Key, list[ErrorDetails]] = {}
+    for details in error.errors():
+        found.setdefault(_real(details["loc"], data, details["type"]), []).append(details)
+    for key, several in found.items():
+        if not any(other[: len(key)] == key and len(other) > len(key) for other in found):
+            yield _problem(model, data, at, key, several)
+
+
+def shown(value: Any) -> str:
+    """A value of a plan, short."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _real(loc: Key, data: Any, kind: str) -> Key:
+    """pydantic's location without the names of union branches, which are no keys of the plan."""
+    key: list[str | int] = []
+    for place, part in enumerate(loc):
+        last = place == len(loc) - 1
+        if isinstance(data, dict) and (part in data or (last and kind == "missing")):
+            key.append(part)
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            key.append(part)
+            data = data[part]
+    return tuple(key)
+
+
+def _problem(model: type[BaseModel], data: Any, at: Key, key: Key, several: list[ErrorDetails]) -> Problem:
+    first = several[0]
+    whole, name = at + key, str(key[-1]) if key else ""
+    table = dotted((at + key)[:-1]) or "a plan"
+    match first["type"]:
+        case "extra_forbidden":
+            names = sorted(_fields(model, key[:-1]))
+            sentence = f"{table} has no setting {dotted((name,))}."
+            return unknown(whole, sentence, name, names, f"{_kind(at, key)} may say")
+        case "missing" if isinstance(_at(data, key[:-1]), list):
+            return Problem(whole[:-1], f"{table} has too few values.")
+        case "missing":
+            return Problem(whole, f"{table} lacks {dotted((name,))}.")
+        case "value_error":
+            reason = first["msg"].removeprefix("Value error, ")
+            return Problem(whole, f"{dotted(whole)}: {reason}." if whole else f"{reason}.")
+    expected = " or ".join(dict.fromkeys(map(_expected, several)))
+    return Problem(whole, f"{dotted(whole)} = {shown(_at(data, key))} must be {expected}.")
+
+
+def _expected(details: ErrorDetails) -> str:
+    limits: dict[str, Any] = details.get("ctx") or {}
+    match details["type"]:
+        case "literal_error":
+            return str(limits["expected"]).replace("'", '"')
+        case "greater_than":
+            return f"greater than {limits['gt']:g}"
+        case "greater_than_equal":
+            return f"at least {limits['ge']:g}"
+        case "less_than":
+            return f"less than {limits['lt']:g}"
+        case "less_than_equal":
+            return f"at most {limits['le']:g}"
+        case "too_short":
+            return f"a list of at least {limits['min_length']}"
+        case "too_long":
+            return f"a list of at most {limits['max_length']}"
+    return _EXPECTED.get(details["type"], details["msg"])
+
+
+def _kind(at: Key, key: Key) -> str:
+    table = (at + key)[:-1]
+    in_stage = table[:1] == ("defaults",) or (len(table) == 2 and table[0] in ("stages", "overrides"))
+    return "A stage" if in_stage else dotted(table[-1:]) or "A plan"
+
+
+def _at(data: Any, key: Key) -> Any:
+    for part in key:
+        data = data[part]
+    return data
+
+
+def _fields(model: type[BaseModel], key: Key) -> Iterable[str]:
+    """Names of the settings of the table at ``key``."""
+    for part in key:
+        field = model.model_fields.get(str(part))
+        inner = next(_models(field.annotation), None) if field else None
+        if inner is None:
+            return ()
+        model = inner
+    return model.model_fields
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)

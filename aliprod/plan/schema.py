@@ -1,0 +1,170 @@
+"""What a plan may say, as frozen types; ``python -m aliprod.plan.schema`` prints the reference, docs/plan.md.
+
+What a stage may say is `aliprod.recipe.Stage`. A stage's table is partial: defaults, overrides and the plan's
+seed are merged into it before it becomes one.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from aliprod.plan.options import complete
+from aliprod.recipe import PLAIN_NAME, Frozen, ObjectiveRecipe, Stage
+
+MOST_JOBS = 1_000
+WHOLE = ("objective", "images")  # replaced as a whole where another table says them; other tables merge key by key
+
+
+def _plain(name: str) -> str:
+    if not PLAIN_NAME.fullmatch(name):
+        raise ValueError("it becomes a folder: letters, digits, dots, hyphens and underscores, at most 128")
+    return name
+
+
+PlainName = Annotated[str, AfterValidator(_plain)]
+Text = Annotated[str, Field(min_length=1)]
+Settings = dict[str, Any]
+
+
+class Synth(Frozen):
+    """A generated catalogue of rendered packages."""
+
+    classes: int = Field(ge=2, le=1_000_000, description="classes")
+    images: int = Field(ge=1, description="training images")
+    seed: int = Field(default=0, ge=0, description="of the rendering")
+
+
+class CatalogueSource(Frozen):
+    """The annotated images: where they lie, or how to render them."""
+
+    path: Text | None = Field(
+        default=None, description="AliProducts layout, ImageFolder, CSV or prepared; relative to the plan's file"
+    )
+    synth: Synth | None = Field(
+        default=None,
+        description="instead of a path: { classes, images, seed }, rendered in the storage folder at the first run",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "CatalogueSource":
+        if (self.path is None) == (self.synth is None):
+            raise ValueError("a catalogue has either a path or synth = { classes, images, seed }")
+        return self
+
+
+class Ensemble(Frozen):
+    """The members whose probabilities are added."""
+
+    members: tuple[str, ...] = Field(
+        strict=False,
+        min_length=1,
+        max_length=127,  # sums of more float16 probabilities would not be exact in int32
+        description="jobs, each BACKBONE/STAGE",
+    )
+    views: Literal["ten_crop", "center"] = Field(
+        default="ten_crop", description="of each test image: ten crops, or the centre alone"
+    )
+
+
+class Cluster(Frozen):
+    """Where and how the jobs run. None of it is part of a key: changing it trains nothing again."""
+
+    storage: Text | None = Field(
+        default=None,
+        description="folder that keeps all results, relative to the plan's file; without it --storage, "
+        "ALIPROD_STORAGE or `runs` in the current folder",
+    )
+    tracking_uri: Text | None = Field(
+        default=None,
+        description="MLflow server; without it --tracking-uri, MLFLOW_TRACKING_URI or SQLite in the storage folder",
+    )
+    workers: int = Field(default=1, ge=1, le=4096, description="ranks of a job: GPUs where it trains on them")
+    cpus_per_worker: int = Field(default=1, ge=1, le=1024, description="CPUs of a rank; also its number of threads")
+    loader_processes: int = Field(
+        default=0, ge=0, le=1024, description="processes of a rank that read images; 0: the rank reads them itself"
+    )
+    save_every_steps: int | None = Field(
+        default=None, ge=1, description="steps between resume checkpoints; without it one an epoch"
+    )
+    max_parallel_jobs: int | None = Field(
+        default=None, ge=1, description="jobs side by side; without it as many as the cluster has room for"
+    )
+    max_failures: int = Field(default=3, ge=0, description="how often a job is resumed after it failed")
+    use_gpu: Literal["auto"] | bool = Field(default="auto", description="auto: where the cluster has any")
+
+
+class Plan(Frozen):
+    """A checked plan. Only `aliprod.plan.load.load` makes one: it checks what one table says about another."""
+
+    format: Literal[1] = Field(description="of this file: 1")
+    name: PlainName = Field(description="of the plan: its folder, its MLflow experiment, its models' first name")
+    seed: int = Field(default=0, ge=0, description="of every stage that states none")
+    catalogue: CatalogueSource = Field(description="the images")
+    backbones: dict[PlainName, Text] = Field(description="our name = timm's name, with the tag of its weights")
+    defaults: Settings = Field(default={}, description="settings of every stage that does not say otherwise")
+    stages: dict[PlainName, Settings] = Field(description="a table of settings each: [stages.NAME]")
+    overrides: dict[str, Settings] = Field(
+        default={},
+        description='settings of one backbone, [overrides.BACKBONE], or of one job, [overrides."BACKBONE/STAGE"]',
+    )
+    jobs: dict[str, Annotated[tuple[str, ...], Field(strict=False, min_length=1)]] = Field(
+        min_length=1, description="backbone = the list of its stages"
+    )
+    ensemble: Ensemble = Field(description="what is added up")
+    cluster: Cluster = Field(default=Cluster(), description="where it runs; no part of any key")
+
+    @model_validator(mode="after")
+    def _of_bounded_size(self) -> "Plan":
+        if sum(map(len, self.jobs.values())) > MOST_JOBS:
+            raise ValueError(f"a plan has at most {MOST_JOBS:,} jobs")
+        return self
+
+    def stage(self, backbone: str, name: str) -> Stage:
+        """The effective stage of a job: everything merged, the objective's options completed."""
+        return effective(self.seed, self.defaults, self.layers(backbone, name))
+
+    def layers(self, backbone: str, name: str) -> list[Settings]:
+        """The tables that say something about a job, the weakest first; defaults apart."""
+        return [self.stages[name], self.overrides.get(backbone, {}), self.overrides.get(f"{backbone}/{name}", {})]
+
+    def start(self, backbone: str, name: str) -> str | None:
+        """The stage that a job starts from."""
+        start = merged(self.defaults, *self.layers(backbone, name)).get("start")
+        return start if isinstance(start, str) else None
+
+    def job_names(self) -> Iterator[str]:
+        """Names of all jobs, in the plan's order."""
+        for backbone, stages in self.jobs.items():
+            yield from (f"{backbone}/{name}" for name in stages)
+
+
+def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
+    """Merge tables of settings into a stage.
+
+    Raises:
+        pydantic.ValidationError: the settings do not go together.
+    """
+    own = merged(*layers)
+    if "start" in own:  # pretrained by default is meant for the stages that start from nothing
+        defaults = {key: value for key, value in defaults.items() if key != "pretrained"}
+    stage = Stage.model_validate(merged({"seed": seed}, defaults, own))
+    objective = ObjectiveRecipe(name=stage.objective.name, **complete(stage.objective.name, stage.objective.options))
+    return stage.model_copy(update={"objective": objective})
+
+
+def merged(*layers: Mapping[str, Any]) -> Settings:
+    """Tables of settings, the later ones winning: lr and optimizer key by key, objective and images as a whole."""
+    result: Settings = {}
+    for layer in layers:
+        for key, value in layer.items():
+            old = result.get(key)
+            tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
+            result[key] = old | value if tables else value
+    return result
+
+
+if __name__ == "__main__":
+    from aliprod.plan.reference import reference
+
+    print(reference(), end="")
