@@ -1,0 +1,127 @@
+"""What is minimised: one method a file, its pure functions on top, its class ``Objective`` at the end.
+
+The file's name is the objective's name in a plan; ``"my_package.margin"`` is a module of the user's own.
+``Objective(context, *, options)`` is a module that owns the auxiliary heads it trains (initialised from torch's
+global generator); its call ``objective(model, batch)`` returns named scalar parts, weighted, so that their
+sum is the loss. Options are keyword-only with literal defaults. Every loss is computed in float32 (float64
+stays float64), whatever the autocast dtype. At inference nothing of an objective remains.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from aliprod.errors import Refused, did_you_mean, listing
+
+Reduction = Literal["mean", "none"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective may know before the first batch.
+
+    Args:
+        num_features: channels C of the backbone's feature map.
+        crop: side of the square training images, in pixels.
+        class_counts: (K,) int64, training images of each class; None where unknown.
+        ancestor: (L, K) int64, each class's node per level of the product tree, last = the class itself;
+            None without a product tree.
+    """
+
+    num_classes: int
+    num_features: int
+    crop: int
+    epochs: int
+    class_counts: Tensor | None = None
+    ancestor: Tensor | None = None
+
+
+class Model(Protocol):
+    """Backbone and classifier, as an objective sees them."""
+
+    def features(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> (B, C, S, S)
+    def classify(self, features: Tensor) -> Tensor: ...  # (B, C, S, S) -> (B, K)
+    def __call__(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> (B, K)
+
+
+class Batch(Protocol):
+    """Images with labels, and where in the training they stand."""
+
+    @property
+    def images(self) -> Tensor: ...  # (B, 3, H, W) floating point, normalised
+    @property
+    def labels(self) -> Tensor: ...  # (B,) int64
+    @property
+    def epoch(self) -> int: ...  # from 0
+    @property
+    def step(self) -> int: ...  # optimizer steps since the job began
+    @property
+    def seed(self) -> int: ...  # of this step and rank: all that an objective draws is drawn from it
+
+
+def build(name: str, options: Mapping[str, Any], context: Context) -> nn.Module:
+    """The objective that a plan names, with ``group`` set: images of one class that must stand together.
+
+    Args:
+        name: a file of this package ("dcl") or a user's importable module ("my_package.margin").
+    Raises:
+        Refused: no such objective, no such option, or an option that does not fit the context.
+    """
+    objective = _objective(name)
+    parameters = signature(objective.__init__).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            advice = f"{did_you_mean(option, known)} Its options: {listing(known) or 'none'}."
+            raise Refused(f"objective {name} has no option {option}.", advice=advice.strip())
+    bare = objective.__init__ is nn.Module.__init__  # a user's own that has nothing to set up
+    built: Any = objective() if bare else objective(context, **options)
+    if not hasattr(built, "group"):
+        built.group = 1
+    module: nn.Module = built
+    return module
+
+
+def reduced(values: Tensor, reduction: Reduction) -> Tensor:
+    """(B,) to their mean (), or as they are with ``"none"``."""
+    if reduction not in ("mean", "none"):
+        raise Refused(f'reduction = "{reduction}" is unknown.', advice='Say "mean" or "none".')
+    return values.mean() if reduction == "mean" else values
+
+
+def precise(values: Tensor) -> Tensor:
+    """At least float32: half precision is widened, float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def full_precision(values: Tensor) -> torch.autocast:
+    """A context in which matrix products keep the precision of their arguments on ``values``' device."""
+    return torch.autocast(values.device.type, enabled=False)
+
+
+def require(holds: bool, what: str, advice: str) -> None:
+    """Refuse an option, before anything is trained, unless ``holds``."""
+    if not holds:
+        raise Refused(what, advice=advice)
+
+
+def _objective(name: str) -> type[nn.Module]:
+    try:
+        module = importlib.import_module(name if "." in name else f"{__name__}.{name}")
+    except ImportError as error:
+        ours = [found.name for found in pkgutil.iter_modules(__path__)]
+        advice = f"{did_you_mean(name, ours)} There are: {listing(ours, 20)}."
+        if "." in name:
+            advice = "A module of your own must be importable (PYTHONPATH) by every worker."
+        raise Refused(f"objective {name} cannot be imported: {error}.", advice=advice.strip()) from error
+    if not hasattr(module, "Objective"):
+        advice = "A plan can name files that have one; this one offers its functions only."
+        raise Refused(f"objective {name} has no class Objective.", advice=advice)
+    found: type[nn.Module] = module.Objective
+    return found

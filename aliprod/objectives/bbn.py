@@ -1,0 +1,55 @@
+"""BBN, the bilateral-branch network for long tails (Zhou et al. 2020): its mixing, loss and reversed sampling."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aliprod.objectives import Reduction, full_precision, precise, reduced
+
+
+def alpha(epoch: int, epochs: int) -> float:
+    """Weight of the conventional branch, 1 - ((T-1)/T_max)^2 (section 4.3); epoch T from 1."""
+    return 1.0 - ((epoch - 1) / epochs) ** 2
+
+
+def logits(uniform: Tensor, reversed: Tensor, weight: Tensor, bias: Tensor, alpha: float) -> Tensor:  # noqa: A002
+    """W [2 alpha f_c ; 2 (1 - alpha) f_r] + b, equation 1 with the public code's factor 2.
+
+    One branch sees the images as they come, the other sees rare classes more often; training moves from the
+    first to the second. For long tails trained in one go; the doubled head costs twice cross entropy's.
+
+    Args:
+        uniform, reversed: (B, C) features of the conventional and of the re-balancing branch.
+        weight: (K, 2C). bias: (K,). alpha: see `alpha`; 0.5 at inference leaves both unscaled.
+    Returns:
+        (B, K).
+    """
+    mixed = torch.cat([2 * alpha * precise(uniform), 2 * (1 - alpha) * precise(reversed)], dim=1)
+    with full_precision(mixed):
+        return functional.linear(mixed, precise(weight), precise(bias))
+
+
+def loss(
+    logits: Tensor, labels: Tensor, reversed_labels: Tensor, alpha: float, reduction: Reduction = "mean"
+) -> Tensor:
+    """alpha CE(z, uniform labels) + (1 - alpha) CE(z, reversed labels), equation 3.
+
+    Args:
+        logits: (B, K) of `logits`. labels, reversed_labels: (B,) int64 of the two branches' images.
+    Returns:
+        () or, with reduction="none", (B,).
+    """
+    logits = precise(logits)
+    uniform = functional.cross_entropy(logits, labels, reduction="none")
+    rebalancing = functional.cross_entropy(logits, reversed_labels, reduction="none")
+    return reduced(alpha * uniform + (1 - alpha) * rebalancing, reduction)
+
+
+def reversed_probability(counts: Tensor) -> Tensor:
+    """(K,) float64, P(class i) proportional to n_max/n_i (section 4.2); 0 for a class without images.
+
+    Args:
+        counts: (K,) training images of each class.
+    """
+    inverse = torch.where(counts > 0, 1 / counts.double(), 0.0)
+    return inverse / inverse.sum()

@@ -1,0 +1,213 @@
+"""DCL, destruction and construction learning (Chen et al., CVPR 2019).
+
+Each image is also shown cut into a grid and shuffled. The classifier must recognise it all the same (so it looks
+at details), a swap head tells originals from destructed images, a location head says where each cell came from
+(so it learns how a product is put together). The heads are left out at inference.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aliprod.errors import Refused
+from aliprod.objectives import Batch, Context, Model, full_precision, precise, require
+
+STRIDE = 32  # pixels of a cell of the backbones' feature map
+
+
+def shuffle(parts: int, reach: float, generator: torch.Generator) -> Tensor:
+    """Draw the paper's destruction of one image (section 3.1): cells stay near where they were.
+
+    First every row, then every column is put in the order of j + u_j, u_j uniform in (-reach, reach): no cell
+    moves 2 reach or more along either.
+
+    Args:
+        parts: N, cells a side. reach: in cells. generator: on the CPU.
+    Returns:
+        (N, N) int64, the row-major index of the original cell now at each place.
+    """
+    return shuffles(1, parts, reach, generator)[0]
+
+
+def shuffles(images: int, parts: int, reach: float, generator: torch.Generator) -> Tensor:
+    """`shuffle` for each of so many images at once: (images, N, N) int64."""
+    noise = torch.rand(2, images, parts, parts, generator=generator, dtype=torch.float64)
+    rows, columns = reach * (2 * noise - 1)
+    return arranged(rows, columns)
+
+
+def arranged(row_noise: Tensor, column_noise: Tensor) -> Tensor:
+    """The destruction that these displacements make.
+
+    Args:
+        row_noise: (..., N, N), [r, c] displaces column c of row r. column_noise: [c, r] displaces row r of column c.
+    Returns:
+        (..., N, N) int64, as in `shuffle`.
+    """
+    places = torch.arange(row_noise.shape[-1], device=row_noise.device)
+    in_rows = places[:, None] * len(places) + (places + row_noise).argsort(dim=-1)
+    order = (places + column_noise).argsort(dim=-1).transpose(-1, -2)  # [r, c]: row that column c takes for row r
+    return in_rows.gather(-2, order)
+
+
+def jigsaw(image: Tensor, source: Tensor) -> Tensor:
+    """Cell (a, b) of the result is cell ``source[a, b]`` of the image, unresampled.
+
+    Args:
+        image: (..., H, W) of any dtype. source: (N, N), as in `shuffle`, one for all leading dimensions.
+    Raises:
+        Refused: a side is not a multiple of N.
+    """
+    leading = image.reshape(1, -1, *image.shape[-2:])
+    return _jigsaws(leading, source[None]).reshape(image.shape)
+
+
+def location_targets(source: Tensor) -> Tensor:
+    """(source - floor(N²/2)) / N²: where each cell came from, in -1/2 to 1/2.
+
+    Args:
+        source: (..., N, N), as in `shuffle`.
+    Returns:
+        (..., N²) float64.
+    """
+    cells = source.shape[-1] ** 2
+    return (source.flatten(-2).double() - cells // 2) / cells
+
+
+def heads(
+    features: Tensor,
+    class_weight: Tensor,
+    swap_weight: Tensor,
+    location_weight: Tensor,
+    location_bias: Tensor,
+    parts: int = 7,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three heads (section 3.2) on the feature maps of originals and destructed images.
+
+    Args:
+        features: (2B, C, S, S). class_weight: (K, C). swap_weight: (2, C). location_weight: (1, C, 1, 1).
+        location_bias: (1,). parts: N.
+    Returns:
+        Logits (2B, K), swap logits (2B, 2), locations (2B, N²) in -1 to 1.
+    Raises:
+        Refused: S is not a multiple of N.
+    """
+    pooled = _pooled(features)
+    locations = _locations(features, location_weight, location_bias, parts)
+    return _linear(pooled, class_weight), _linear(pooled, swap_weight), locations
+
+
+def losses(
+    logits: Tensor, swap_logits: Tensor, locations: Tensor, labels: Tensor, swap_labels: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """The three means over all 2B rows (equations 2, 4 and 8), unweighted. A batch costs two forward passes.
+
+    For fine-grained classes, as a finetune at twice the resolution.
+
+    Args:
+        logits: (2B, K). swap_logits: (2B, 2). locations, targets: (2B, N²). labels: (2B,) int64.
+        swap_labels: (2B,) int64, 1 = original, 0 = destructed.
+    Returns:
+        ``class``, ``swap`` and ``location``, each ().
+    """
+    locations = precise(locations)
+    return {
+        "class": functional.cross_entropy(precise(logits), labels),
+        "swap": functional.cross_entropy(precise(swap_logits), swap_labels),
+        "location": (locations - targets.to(locations)).abs().mean(),
+    }
+
+
+def _jigsaws(images: Tensor, sources: Tensor) -> Tensor:
+    """`jigsaw` of each image (B, C, H, W) by its own source (B, N, N), in one gather."""
+    parts = sources.shape[-1]
+    height, width = images.shape[-2:]
+    if height % parts or width % parts:
+        raise Refused(f"an image of {height}x{width} cannot be cut into {parts}x{parts} cells.", advice=_works(parts))
+    cells: Tensor = images.unflatten(3, (parts, -1)).unflatten(2, (parts, -1))  # (B, C, N, h, N, w)
+    image = torch.arange(len(images), device=images.device)[:, None, None]
+    sources = sources.long()
+    moved = cells[image, :, sources // parts, :, sources % parts]  # (B, N, N, C, h, w)
+    return moved.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+
+
+def _interleaved(originals: Tensor, destructed: Tensor) -> Tensor:
+    """Rows o0, d0, o1, d1, ..."""
+    return torch.stack([originals, destructed], dim=1).flatten(0, 1)
+
+
+def _pooled(features: Tensor) -> Tensor:
+    return features.mean(dim=(2, 3), dtype=torch.promote_types(features.dtype, torch.float32))
+
+
+def _linear(pooled: Tensor, weight: Tensor) -> Tensor:
+    with full_precision(pooled):
+        return functional.linear(pooled, precise(weight))
+
+
+def _locations(features: Tensor, weight: Tensor, bias: Tensor, parts: int) -> Tensor:
+    """tanh of a 1x1 convolution, averaged over each of N x N windows (which come first, being linear too)."""
+    side = features.shape[-1]
+    if side % parts:
+        what = f"a feature map of {side}x{side} does not fit a grid of {parts}x{parts} cells."
+        raise Refused(what, advice=_works(parts))
+    windows = precise(functional.avg_pool2d(features, side // parts))
+    with full_precision(windows):
+        located = functional.conv2d(windows, precise(weight), precise(bias))
+    return located.flatten(1).tanh()
+
+
+def _works(parts: int) -> str:
+    sizes = ", ".join(str(parts * STRIDE * multiple) for multiple in (1, 2, 3))
+    return f"With parts = {parts}, a crop of {sizes}, ... works."
+
+
+class Objective(nn.Module):
+    """Class, swap and location loss of a batch of originals and their destructed copies.
+
+    Args:
+        parts: cells a side; the crop must be a multiple of parts * 32.
+        reach: how far cells move, in cells. beta, gamma: weights of the swap and of the location loss.
+    """
+
+    group = 1
+
+    def __init__(
+        self, context: Context, *, parts: int = 7, reach: float = 2, beta: float = 1.0, gamma: float = 1.0
+    ) -> None:
+        super().__init__()
+        require(parts >= 2, f"parts = {parts} leaves nothing to shuffle.", "7 is the paper's.")
+        require(reach > 0, f"reach = {reach} is not positive.", "2 is the paper's.")
+        require(beta >= 0 and gamma >= 0, f"beta = {beta}, gamma = {gamma}: one is negative.", "1 is the default.")
+        what = f"dcl cannot cut a crop of {context.crop} into {parts}x{parts} cells."
+        require(context.crop % (parts * STRIDE) == 0, what, _works(parts))
+        self.parts, self.reach, self.beta, self.gamma = parts, reach, beta, gamma
+        channels = context.num_features
+        self.swap_weight = nn.Parameter(torch.empty(2, channels).normal_(std=0.01))  # as the classifier's
+        self.location_weight = nn.Parameter(torch.empty(1, channels, 1, 1).normal_(std=0.001))  # starts mid-targets
+        self.location_bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(batch.seed)
+        sources = shuffles(len(batch.images), self.parts, self.reach, generator).to(batch.images.device)
+        features = model.features(self._pairs(batch.images, sources))
+        parts = losses(
+            model.classify(features),
+            _linear(_pooled(features), self.swap_weight),
+            _locations(features, self.location_weight, self.location_bias, self.parts),
+            batch.labels.repeat_interleave(2),
+            1 - torch.arange(len(features), device=features.device) % 2,
+            self._targets(sources),
+        )
+        return {"class": parts["class"], "swap": self.beta * parts["swap"], "location": self.gamma * parts["location"]}
+
+    def _pairs(self, images: Tensor, sources: Tensor) -> Tensor:
+        """(2B, 3, H, W), laid out in memory as the images are."""
+        pairs = _interleaved(images, _jigsaws(images, sources))
+        last = images.is_contiguous(memory_format=torch.channels_last)
+        return pairs.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def _targets(self, sources: Tensor) -> Tensor:
+        """(2B, N²); an original's source is the identity."""
+        identity = torch.arange(self.parts**2, device=sources.device).view(self.parts, self.parts)
+        return location_targets(_interleaved(identity.expand_as(sources), sources))

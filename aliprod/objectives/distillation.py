@@ -1,0 +1,33 @@
+"""Knowledge distillation (Hinton et al. 2015): a student learns a teacher's whole distribution."""
+
+from torch import Tensor
+from torch.nn import functional
+
+from aliprod.objectives import Reduction, precise, reduced
+
+
+def loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float,
+    weight: float,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """a T^2 KL(softmax(q/T) || softmax(s/T)) + (1 - a) CE(s, t), section 2 of the paper.
+
+    The teacher's wrong classes tell which products look alike, and at a temperature above 1 they weigh more. To
+    put an ensemble into one network; costs the teacher's forward pass or its stored probabilities.
+
+    Args:
+        student, teacher: (B, K) logits s and q; log-probabilities serve, -inf (a probability of 0) included.
+        labels: (B,) int64. temperature: T. weight: a; 1 leaves KL T^2 alone.
+    Returns:
+        () or, with reduction="none", (B,): KL is a mean over images, not over B K.
+    """
+    student = precise(student)
+    softened = (student / temperature).log_softmax(dim=1)
+    target = (precise(teacher) / temperature).softmax(dim=1)
+    divergence = functional.kl_div(softened, target, reduction="none").sum(dim=1)  # 0 log 0 = 0
+    hard = functional.cross_entropy(student, labels, reduction="none")
+    return reduced(weight * temperature**2 * divergence + (1 - weight) * hard, reduction)

@@ -1,0 +1,52 @@
+"""Logit adjustment for long tails (Menon et al. 2020, equation 10)."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aliprod.errors import Refused
+from aliprod.objectives import Batch, Context, Model, Reduction, precise, reduced
+
+
+def loss(logits: Tensor, labels: Tensor, counts: Tensor, tau: float = 1.0, reduction: Reduction = "mean") -> Tensor:
+    """Cross entropy of z + tau log prior; predict with z alone.
+
+    The prior is explained away while training, so that what the logits learn is fit for balanced classes. The
+    principled competitor of a balanced finetune, for training on all images; costs what cross entropy costs.
+
+    Args:
+        logits: (B, K). labels: (B,) int64. counts: (K,) training images of each class; an empty one counts as 1.
+        tau: 0 is cross entropy, 1 aims at the balanced error.
+    Returns:
+        () or, with reduction="none", (B,).
+    """
+    logits = precise(logits)
+    adjusted = logits + tau * _log_prior(counts, logits)
+    return reduced(functional.cross_entropy(adjusted, labels, reduction="none"), reduction)
+
+
+def adjust(logits: Tensor, counts: Tensor, tau: float = 1.0) -> Tensor:
+    """z - tau log prior, (B, K): the same correction, post hoc, for a model trained with cross entropy."""
+    logits = precise(logits)
+    return logits - tau * _log_prior(counts, logits)
+
+
+def _log_prior(counts: Tensor, like: Tensor) -> Tensor:
+    counts = counts.to(like).clamp_min(1)  # log 0 would forbid, or post hoc always predict, an empty class
+    return (counts / counts.sum()).log()
+
+
+class Objective(nn.Module):
+    """Logit-adjusted cross entropy with the catalogue's class counts."""
+
+    group = 1
+    counts: Tensor
+
+    def __init__(self, context: Context, *, tau: float = 1.0) -> None:
+        super().__init__()
+        if context.class_counts is None:
+            raise Refused("logit_adjustment needs the classes' image counts.", advice="Give Context.class_counts.")
+        self.register_buffer("counts", context.class_counts, persistent=False)
+        self.tau = tau
+
+    def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        return {"logit_adjustment": loss(model(batch.images), batch.labels, self.counts, self.tau)}

@@ -1,0 +1,72 @@
+"""Golden vectors as tensors, and a backbone small enough to differentiate in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliprod.objectives import Context
+
+
+class Recogniser(nn.Module):
+    """Stride 32, as the backbones; no norm layer, so that rows do not depend on each other."""
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, num_features, kernel_size=32, stride=32), nn.ReLU())
+        self.classifier = nn.Linear(num_features, num_classes, bias=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.backbone(images)
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.classifier(features.mean(dim=(2, 3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.features(images))
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: Tensor
+    labels: Tensor
+    epoch: int = 0
+    step: int = 0
+    seed: int = 0
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Callable[[str], dict[str, Tensor]]:
+    def read(name: str) -> dict[str, Tensor]:
+        with np.load(shared / "golden" / f"{name}.npz", allow_pickle=False) as arrays:
+            return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+    return read
+
+
+@pytest.fixture
+def context() -> Context:
+    return Context(
+        num_classes=5,
+        num_features=8,
+        crop=64,
+        epochs=3,
+        class_counts=torch.tensor([100, 40, 9, 3, 1]),
+        ancestor=torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 3, 4]]),
+    )
+
+
+@pytest.fixture
+def model(context: Context) -> Recogniser:
+    torch.manual_seed(0)
+    return Recogniser(context.num_features, context.num_classes)
+
+
+@pytest.fixture
+def batch(context: Context) -> Batch:
+    images = torch.randn(8, 3, context.crop, context.crop, generator=torch.Generator().manual_seed(1))
+    return Batch(images, torch.tensor([0, 0, 1, 1, 2, 2, 4, 4]), seed=7)
