@@ -1,0 +1,293 @@
+"""Versions of registered models: what a person picks from, and what was picked."""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+
+from mlflow.entities import LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.exceptions import MlflowException
+
+from aliprod import commit
+from aliprod.errors import AliprodError, Failed, Refused, did_you_mean, listing
+from aliprod.tracking.server import Server, ask, is_missing, reach
+
+MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A version of a registered model, known by the bytes of its weights.
+
+    Args:
+        name: of the registered model.
+        version: None while MLflow does not have it.
+        key: of the job that trained it; "" where it is not known.
+        sha256: of model.safetensors.
+        epoch: from 0.
+        source: ``models:/m-ID`` of the logged model that holds the files; "" while MLflow does not have it.
+    """
+
+    name: str
+    version: int | None
+    key: str
+    sha256: str
+    epoch: int
+    source: str
+
+    @property
+    def model_id(self) -> str:
+        return self.source.removeprefix("models:/")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A committed weights folder: model.safetensors, config.json, classes.json and the manifest."""
+
+    folder: Path
+    sha256: str
+    epoch: int
+    top1_error: float | None
+
+    @classmethod
+    def read(cls, folder: Path) -> "Weights | None":
+        """None where nothing is committed."""
+        if commit.read(folder) is None:
+            return None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return cls(folder, commit.file_digest(folder, MODEL), config["epoch"], config["top1_error"])
+
+
+class Registry:
+    """The registered models of one plan. Every method blocks."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._client = server, server.client
+
+    def name(self, job: str) -> str:
+        """The registered model of a job: PLAN.BACKBONE.STAGE."""
+        return f"{self._server.experiment}.{job.replace('/', '.')}"
+
+    def members(self, names: Iterable[str]) -> dict[str, Choice]:
+        """The version that the alias ``member`` of each job's model marks.
+
+        Raises:
+            Refused: a model has no such alias, or it marks a version that aliprod did not write.
+            Unreachable: MLflow is away.
+        """
+        names = list(names)
+        found = ask(self._server.uri, lambda: {name: self._aliased(self.name(name), "member") for name in names})
+        if missing := [self.name(name) for name, version in found.items() if version is None]:
+            raise Refused(
+                f"{listing(missing)}: no version has the alias `member`, so nothing says which one the ensemble takes.",
+                advice=f"Give it to a version, under Aliases, on {self._server.page(f'models/{missing[0]}')}",
+            )
+        return {name: self._choice(version) for name, version in found.items() if version is not None}
+
+    def download(self, choice: Choice, folder: Path) -> None:
+        """Bring a version's files into ``folder``, committed, with the manifest that they were written with.
+
+        Raises:
+            Failed: they are not there, or not the bytes that the version's sha256 names.
+            Unreachable: MLflow is away.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            got = ask(self._server.uri, lambda: self._fetch(choice, Path(temporary)))
+            record = commit.read(got)
+            if record is None or commit.verify(got) or commit.file_digest(got, MODEL) != choice.sha256:
+                raise self._damaged(choice)
+            commit.write(folder, lambda staging: _copy(got, staging), record)
+
+    def find(self, name: str, key: str, sha256: str) -> ModelVersion | None:
+        """The oldest version of these weights."""
+        found = self._client.search_model_versions(
+            f"name = '{name}' and tags.`key` = '{key}' and tags.`sha256` = '{sha256}'"
+        )
+        return min(found, key=lambda version: int(version.version), default=None)
+
+    def publish(self, job: str, key: str, run_id: str, weights: Weights, checkpoint: str) -> ModelVersion:
+        """The version of these weights; made, with its files, where there is none.
+
+        Args:
+            checkpoint: what it is of its job: "best", "last" or "best, last".
+        """
+        name = self.name(job)
+        if version := self.find(name, key, weights.sha256):
+            self._restore(_choice(version).model_id, weights.folder)
+            return version
+        error = "" if weights.top1_error is None else f"{weights.top1_error:.4f}"
+        told = f"{checkpoint} of {key[:12]}: epoch {weights.epoch}" + (f", top-1 error {error}" if error else "")
+        tags = {"epoch": str(weights.epoch), "top1": error or "unknown", "checkpoint": checkpoint}
+        self._model(name)
+        model_id = self._logged_model(job, key, run_id, weights)
+        return self._client.create_model_version(
+            name,
+            source=f"models:/{model_id}",
+            run_id=run_id,
+            tags=tags | {"key": key, "sha256": weights.sha256},
+            description=told,
+            model_id=model_id,
+            await_creation_for=0,
+        )
+
+    def point(self, job: str, best: str) -> None:
+        """Alias ``best`` marks this version; ``member`` too, unless a person has moved it.
+
+        A person has where the alias is neither missing nor where we last put it. The alias moves before the tags
+        that remember it: killed in between, the next call finds it in place and only writes the tags.
+        """
+        name = self.name(job)
+        model = self._model(name)
+        if model.aliases.get("best") != best:
+            self._client.set_registered_model_alias(name, "best", best)
+        member, ours = model.aliases.get("member"), model.tags.get("aliprod.member_version")
+        if member not in (None, ours, best):
+            return
+        if member != best:
+            self._client.set_registered_model_alias(name, "member", best)
+        if ours != best:
+            self._client.set_registered_model_tag(name, "aliprod.member_set_by", "auto")
+            self._client.set_registered_model_tag(name, "aliprod.member_version", best)
+
+    def _model(self, name: str) -> RegisteredModel:
+        try:
+            return self._client.get_registered_model(name)
+        except MlflowException as error:
+            if not is_missing(error):
+                raise
+        try:
+            return self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was first
+                raise
+        return self._client.get_registered_model(name)
+
+    def _logged_model(self, job: str, key: str, run_id: str, weights: Weights) -> str:
+        """The id of a READY logged model with these files; one that a killed driver left PENDING is deleted."""
+        experiments = [self._server.experiment_id]
+        mine = f"tags.`aliprod.key` = '{key}' and tags.`aliprod.sha256` = '{weights.sha256}'"
+        for model in self._client.search_logged_models(experiments, filter_string=mine):
+            if model.status == LoggedModelStatus.READY:  # filtered here: the server's filter finds nothing
+                return str(model.model_id)
+            self._client.delete_logged_model(model.model_id)
+        model = self._client.create_logged_model(
+            experiments[0],
+            name=f"{re.sub('[./]', '-', job)}-epoch{weights.epoch:03d}",
+            source_run_id=run_id,
+            tags={"aliprod.key": key, "aliprod.sha256": weights.sha256, "aliprod.job": job},
+            model_type="weights",
+        )
+        self._client.log_model_artifacts(model.model_id, str(weights.folder))
+        self._client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
+
+    def _restore(self, model_id: str, folder: Path) -> None:
+        """Send the files again where the artifacts were lost and the database kept."""
+        there = {file.path: file.file_size for file in self._client.list_logged_model_artifacts(model_id)}
+        if any(there.get(path.name) != path.stat().st_size for path in folder.iterdir()):
+            self._client.log_model_artifacts(model_id, str(folder))
+
+    def _fetch(self, choice: Choice, folder: Path) -> Path:
+        try:
+            model = self._client.get_logged_model(choice.model_id)
+            return self._server.download(model.artifact_location, folder)
+        except MlflowException as error:
+            if is_missing(error):
+                raise self._damaged(choice) from error
+            raise
+
+    def _damaged(self, choice: Choice) -> AliprodError:
+        return Failed(
+            f"version {choice.version} of {choice.name} does not hold the weights {choice.sha256[:12]} that its tag "
+            "sha256 names.",
+            advice=f"Choose another version on {self._server.page(f'models/{choice.name}')}, or run the plan again: "
+            "it sends the files anew while they are in the storage path.",
+        )
+
+    def _aliased(self, name: str, alias: str) -> ModelVersion | None:
+        try:
+            return self._client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if is_missing(error):
+                return None
+            raise
+
+    def _choice(self, version: ModelVersion) -> Choice:
+        choice = _choice(version)
+        if not re.fullmatch("[0-9a-f]{64}", choice.sha256) or not re.fullmatch("m-[0-9a-zA-Z]+", choice.model_id):
+            raise Refused(
+                f"version {version.version} of {version.name} was not written by aliprod: it has no tag sha256, or "
+                "its source is no logged model.",
+                advice=f"Give the alias to another version on {self._server.page(f'models/{version.name}')}",
+            )
+        return choice
+
+    def resolve(self, model: str) -> Choice:
+        """The version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` names.
+
+        Raises:
+            Refused: it is neither, or there is no such model, alias or version.
+            Unreachable: MLflow is away.
+        """
+        parts = re.fullmatch(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))", model)
+        if parts is None:
+            raise Refused("is no address of a model.", model, "Write models:/NAME@ALIAS or models:/NAME/VERSION.")
+        name, alias, number = parts["name"], parts["alias"], parts["version"]
+        version = ask(self._server.uri, lambda: self._aliased(name, alias) if alias else self._numbered(name, number))
+        if version is None:
+            raise Refused("there is no such version.", model, self._nearest(name, alias))
+        return self._choice(version)
+
+    def _numbered(self, name: str, number: str) -> ModelVersion | None:
+        try:
+            return self._client.get_model_version(name, number)
+        except MlflowException as error:
+            if is_missing(error):
+                return None
+            raise
+
+    def _nearest(self, name: str, alias: str | None) -> str:
+        models = {model.name: model for model in self._client.search_registered_models(max_results=1000)}
+        if name not in models:
+            return f"{did_you_mean(name, models)} Registered models: {listing(models) or 'none'}.".strip()
+        aliases = models[name].aliases
+        return f"{did_you_mean(alias or '', aliases)} Aliases of {name}: {listing(aliases) or 'none'}.".strip()
+
+
+def fetch(model: str, uri: str, folder: Path) -> Path:
+    """Bring the weights that ``models:/NAME@ALIAS`` names from an MLflow to a folder below ``folder``.
+
+    Returns:
+        The committed weights folder, named by its sha256; not downloaded again where it is there.
+    Raises:
+        Refused, Failed, Unreachable: as in `Registry.resolve` and `Registry.download`.
+    """
+    registry = Registry(reach(uri))
+    choice = registry.resolve(model)
+    there = folder / choice.sha256[:16]
+    if commit.read(there) is None:
+        registry.download(choice, there)
+    return there
+
+
+def _choice(version: ModelVersion) -> Choice:
+    tags = version.tags
+    epoch = tags.get("epoch", "")
+    return Choice(
+        version.name,
+        int(version.version),
+        tags.get("key", ""),
+        tags.get("sha256", ""),
+        int(epoch) if epoch.isdecimal() else -1,
+        version.source or "",
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        if path.name != commit.MANIFEST:
+            copyfile(path, target / path.name)

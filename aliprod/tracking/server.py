@@ -1,0 +1,204 @@
+"""Reaching MLflow: the first call, the pre-flight, and what its errors mean."""
+
+import logging
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from aliprod.errors import Refused, Unreachable
+
+T = TypeVar("T")
+
+PROBE = "aliprod wrote this to see whether artifacts can be written and read back.\n".ljust(1024, ".")
+
+# Codes that say nothing about the request: the same call may succeed in a minute.
+AWAY = frozenset(
+    {
+        "INTERNAL_ERROR",
+        "TEMPORARILY_UNAVAILABLE",
+        "DEADLINE_EXCEEDED",
+        "REQUEST_LIMIT_EXCEEDED",
+        "RESOURCE_EXHAUSTED",
+        "UNAUTHENTICATED",
+        "CUSTOMER_UNAUTHORIZED",
+        "PERMISSION_DENIED",
+    }
+)
+
+PLAIN = {  # of errors that come wrapped in three layers of libraries
+    "Connection refused": "the connection is refused",
+    "Failed to resolve": "the name of its host is not known",
+    "timed out": "no answer in time",
+    "Connection reset": "the connection broke off",
+    "Connection aborted": "the connection broke off",
+    "Invalid Host header": "it refuses the name of its host",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """An MLflow that has answered.
+
+    Args:
+        uri: of its tracking server or database; may hold a password, so never print it.
+        experiment_id: "" where none was asked for.
+    """
+
+    uri: str
+    client: MlflowClient
+    experiment: str = ""
+    experiment_id: str = ""
+
+    def probe(self) -> None:
+        """The cheapest real call; raises what MLflow raises."""
+        self.client.search_experiments(max_results=1)
+
+    def download(self, location: str, folder: Path) -> Path:
+        """Copy the artifacts at a location into an existing folder; where they lie then."""
+        return Path(download_artifacts(location, dst_path=str(folder), tracking_uri=self.uri, registry_uri=self.uri))
+
+    def page(self, fragment: str) -> str:
+        """The address of a page of the UI, such as ``models/NAME``; how to open the UI where no server runs."""
+        if self.uri.startswith("http"):
+            return f"{redacted(self.uri).rstrip('/')}/#/{fragment}"
+        return f"http://127.0.0.1:5000/#/{fragment} after `mlflow ui --backend-store-uri {redacted(self.uri)}`"
+
+
+def reach(uri: str) -> Server:
+    """Make the first call, which in a fresh database runs all migrations: alone, before any other process.
+
+    Raises:
+        Refused: the address is of a kind that cannot work.
+        Unreachable: nothing answers within about 10 s, refuses us, or its database is of another version.
+    """
+    _check_address(uri)
+    _quiet()
+    mlflow.set_tracking_uri(uri)  # for what in mlflow looks at no argument
+    server = ask(uri, lambda: Server(uri, MlflowClient(tracking_uri=uri, registry_uri=uri)))
+    ask(uri, server.probe)
+    return server
+
+
+def connect(uri: str, experiment: str, artifacts: Path | None) -> Server:
+    """Reach MLflow, find or make the experiment, write and read back an artifact of 1 KB.
+
+    Args:
+        artifacts: where a new experiment keeps its artifacts, for a database without a server; a server decides
+            by itself.
+    Raises:
+        Refused, Unreachable: as in `reach`.
+    """
+    server = reach(uri)
+    there = ask(uri, lambda: _experiment(server.client, experiment, None if uri.startswith("http") else artifacts))
+    ask(uri, lambda: _try_artifacts(server, there.artifact_location))
+    return Server(uri, server.client, experiment, there.experiment_id)
+
+
+def ask(uri: str, call: Callable[[], T]) -> T:
+    """The answer of one call.
+
+    Raises:
+        Unreachable: where MLflow raises; with one sentence, without the password of the address.
+    """
+    try:
+        return call()
+    except (MlflowException, OSError) as error:
+        raise Unreachable(f"MLflow does not answer: {sentence(error)}", redacted(uri), _advice(uri, error)) from error
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the same call may succeed later: connection, time limit, server error, access."""
+    if isinstance(error, MlflowException):
+        return error.error_code in AWAY
+    status = getattr(getattr(error, "response", None), "status_code", 500)  # artifacts raise requests' errors
+    return isinstance(error, OSError) and (status >= 500 or status in (401, 403, 408, 429))
+
+
+def is_missing(error: MlflowException) -> bool:
+    """Whether MLflow said that the thing asked for is not there."""
+    unknown_alias = error.error_code == "INVALID_PARAMETER_VALUE" and "alias" in str(error).lower()
+    return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND") or unknown_alias
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, in one short line and without passwords."""
+    text = redacted(str(error)).strip() or type(error).__name__
+    for sign, plain in PLAIN.items():
+        if sign in text:
+            return plain
+    line = text.splitlines()[0]
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def redacted(text: str) -> str:
+    """The text with the user information of every address in it taken out."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
+def _check_address(uri: str) -> None:
+    scheme = urlsplit(uri).scheme
+    if not scheme or scheme == "file":
+        raise Refused(
+            "MLflow no longer keeps runs in a folder.",
+            redacted(uri),
+            "Give http://HOST:PORT of a server, or sqlite:////ABSOLUTE/mlflow.db.",
+        )
+    if scheme == "sqlite":
+        Path(urlsplit(uri).path[1:]).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> Experiment:
+    there = client.get_experiment_by_name(name)
+    if there is None:
+        try:
+            client.create_experiment(name, artifacts.absolute().as_uri() if artifacts else None)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was first
+                raise
+        there = client.get_experiment_by_name(name)
+    elif there.lifecycle_stage == "deleted":
+        client.restore_experiment(there.experiment_id)  # its name is taken for ever, and a plan keeps its name
+    if there is None:
+        raise OSError(f"experiment {name} was made and is not there")
+    return there
+
+
+def _try_artifacts(server: Server, location: str) -> None:
+    repository = get_artifact_repository(location, tracking_uri=server.uri, registry_uri=server.uri)
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "aliprod.txt")
+        probe.write_text(PROBE)
+        repository.log_artifact(str(probe), "preflight")  # type: ignore[no-untyped-call]
+        back = server.download(f"{location.rstrip('/')}/preflight/aliprod.txt", Path(tempfile.mkdtemp(dir=folder)))
+        if back.read_text() != PROBE:
+            raise OSError("the artifact read back is not the one that was written")
+
+
+def _advice(uri: str, error: Exception) -> str:
+    text = str(error)
+    if "out-of-date database schema" in text:
+        return f"Copy the database, then run: mlflow db upgrade {redacted(uri)}"
+    if "Invalid Host header" in text:
+        return "Start the server with --allowed-hosts naming the host of this address."
+    if isinstance(error, MlflowException) and error.error_code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+        return "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+    return (
+        f"Nothing was started. Start the server, or give another --tracking-uri; this client is MLflow "
+        f"{mlflow.__version__}."
+    )
+
+
+def _quiet() -> None:
+    for name in ("mlflow.store.db", "mlflow.store.db.utils", "alembic"):  # a line for each of 50 migrations
+        logging.getLogger(name).setLevel(logging.WARNING)

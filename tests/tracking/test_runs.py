@@ -1,0 +1,259 @@
+"""What MLflow shows of a plan, read back with its own client."""
+
+import json
+import math
+import time
+from collections import Counter
+
+import pytest
+from mlflow import MlflowClient
+
+from aliprod import commit
+from aliprod.errors import Refused, Unreachable
+from aliprod.tracking.runs import Tracking
+
+
+def run_of(client, kind, **tags):
+    experiment = client.get_experiment_by_name("shop").experiment_id
+    wanted = " and ".join(f"tags.`aliprod.{k}` = '{v}'" for k, v in {"kind": kind, **tags}.items())
+    runs = client.search_runs([experiment], wanted)
+    assert len(runs) == 1
+    return runs[0]
+
+
+def everything(client):
+    """Counts of all that a sender could have written twice."""
+    experiment = client.get_experiment_by_name("shop").experiment_id
+    runs = client.search_runs([experiment])
+    points = Counter(
+        (run.info.run_id, name, point.step, point.timestamp, point.value)
+        for run in runs
+        for name in run.data.metrics
+        for point in client.get_metric_history(run.info.run_id, name)
+    )
+    versions = sorted(
+        (v.name, v.version, v.source, tuple(sorted(v.tags.items()))) for v in client.search_model_versions()
+    )
+    models = [m.model_id for m in client.search_logged_models([experiment])]
+    aliases = {m.name: (dict(m.aliases), dict(m.tags)) for m in client.search_registered_models()}
+    tags = sorted((run.info.run_id, name, value) for run in runs for name, value in run.data.tags.items())
+    return {"points": points, "versions": versions, "models": sorted(models), "aliases": aliases, "tags": tags}
+
+
+def test_a_trained_job_is_a_run_below_the_plans_with_its_settings_and_every_point(place, job, trained):
+    tracking, full = place.driver(), job()
+    folder = trained(full)
+    tracking.job_started(full, {"attempt": 1})
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        tracking.epoch(full, record)
+    tracking.job_finished(full, folder)
+    assert tracking.flush(60) == []
+
+    client = MlflowClient(place.uri)
+    run, plan = run_of(client, "job", key=full.key), run_of(client, "plan")
+    assert run.data.tags["mlflow.parentRunId"] == plan.info.run_id
+    assert run.data.tags["aliprod.job"] == "resnet50/full"
+    assert run.data.tags["aliprod.attempt"] == "1"
+    assert run.data.tags["aliprod.result"] == commit.digest(folder / "weights")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["epochs"] == "3"
+    assert run.data.params["lr.backbone"] == "0.01"
+    assert run.data.params["objective.name"] == "cross_entropy"
+    for name in ("train/class", "val/top1_error"):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [(p.step, p.timestamp, p.value) for p in history] == [
+            (r["epoch"], r["time_ms"], r[name]) for r in records
+        ]
+    errors = client.get_metric_history(plan.info.run_id, "top1_error/resnet50/full")
+    assert [p.value for p in errors] == [0.5, 0.2, 0.3]
+    assert [p.value for p in client.get_metric_history(plan.info.run_id, "jobs/done")] == [0, 1]
+    assert [p.value for p in client.get_metric_history(plan.info.run_id, "jobs/running")] == [1, 0]
+    assert plan.data.tags["mlflow.note.content"].startswith("| job | state |")
+
+
+def test_a_reused_job_that_mlflow_lacks_is_sent_whole_and_the_second_time_writes_nothing(place, job, trained):
+    full = job()
+    folder = trained(full)
+    client = MlflowClient(place.uri)
+    for attempt in range(3):
+        tracking = place.driver()
+        tracking.job_finished(full, folder)
+        tracking.job_finished(full, folder)
+        assert tracking.flush(60) == []
+        now = everything(client)
+        assert attempt == 0 or now == before
+        before = now
+    assert len(before["versions"]) == 2
+    assert len(before["models"]) == 2
+    assert set(before["points"].values()) == {1}
+    run = run_of(client, "job")
+    assert run.data.tags["aliprod.result"] == commit.digest(folder / "weights")
+    assert [p.timestamp for p in client.get_metric_history(run.info.run_id, "train/class")][0] == 1_700_000_000_000
+
+
+def test_an_epoch_told_again_after_a_resume_draws_no_second_point(place, job):
+    full = job()
+    for time_ms in (1000, 2000):  # the second driver trains the epoch again, at another time
+        tracking = place.driver()
+        tracking.job_started(full, {})
+        tracking.epoch(full, {"epoch": 0, "time_ms": time_ms, "train/class": 1.5})
+        assert tracking.flush(60) == []
+    client = MlflowClient(place.uri)
+    history = client.get_metric_history(run_of(client, "job").info.run_id, "train/class")
+    assert [(p.step, p.timestamp, p.value) for p in history] == [(0, 1000, 1.5)]
+
+
+def test_a_driver_killed_before_the_result_tag_is_completed_by_the_next(place, job, trained):
+    full = job()
+    folder = trained(full)
+    tracking = place.driver()
+    tracking.job_finished(full, folder)
+    assert tracking.flush(60) == []
+    client = MlflowClient(place.uri)
+    versions = everything(client)["versions"]
+    client.delete_tag(run_of(client, "job").info.run_id, "aliprod.result")
+
+    tracking = place.driver()
+    tracking.job_finished(full, folder)
+    assert tracking.flush(60) == []
+    assert run_of(client, "job").data.tags["aliprod.result"] == commit.digest(folder / "weights")
+    assert everything(client)["versions"] == versions
+    assert set(everything(client)["points"].values()) == {1}
+
+
+def test_values_that_are_not_finite_become_tags_and_the_others_points(place, job):
+    full, tracking = job(), place.driver()
+    tracking.epoch(full, {"epoch": 0, "time_ms": 1, "train/class": math.inf, "val/top1_error": 0.5, "lr": math.nan})
+    assert tracking.flush(60) == []
+    client = MlflowClient(place.uri)
+    run = run_of(client, "job")
+    assert run.data.metrics == {"val/top1_error": 0.5}
+    assert run.data.tags["aliprod.nonfinite.train/class"] == "inf at 0"
+    assert run.data.tags["aliprod.nonfinite.lr"] == "nan at 0"
+
+
+def test_a_failed_job_says_why_until_it_is_started_again(place, job):
+    full, tracking = job(), place.driver()
+    tracking.job_started(full, {})
+    tracking.job_failed(full, "resnet50/full: the loss is NaN at step 7.")
+    assert tracking.flush(60) == []
+    client = MlflowClient(place.uri)
+    assert run_of(client, "job").info.status == "FAILED"
+    assert run_of(client, "job").data.tags["aliprod.error"] == "resnet50/full: the loss is NaN at step 7."
+    tracking = place.driver()
+    tracking.job_started(full, {})
+    assert tracking.flush(60) == []
+    assert run_of(client, "job").info.status == "RUNNING"
+    assert "aliprod.error" not in run_of(client, "job").data.tags
+
+
+def test_a_job_trained_again_to_other_bytes_gets_a_run_of_its_own(place, job, trained, tmp_path):
+    full = job()
+    folder = trained(full)
+    tracking = place.driver()
+    tracking.job_finished(full, folder)
+    assert tracking.flush(60) == []
+    folder.rename(tmp_path / "lost")
+    folder = trained(full, content="other bytes")
+    tracking = place.driver()
+    tracking.job_started(full, {})
+    tracking.job_finished(full, folder)
+    assert tracking.flush(60) == []
+    client = MlflowClient(place.uri)
+    assert run_of(client, "job").data.tags["aliprod.result"] == commit.digest(folder / "weights")
+    assert run_of(client, "superseded").data.tags["aliprod.result"] == commit.digest(tmp_path / "lost" / "weights")
+    best = client.get_model_version_by_alias("shop.resnet50.full", "member")
+    assert best.tags["sha256"] == commit.file_digest(folder / "weights", "model.safetensors")
+
+
+def test_a_run_deleted_by_a_person_while_the_job_trains_is_made_anew(place, job, trained):
+    full, tracking = job(), place.driver()
+    folder = trained(full)
+    tracking.job_started(full, {})
+    assert tracking.flush(60) == []
+    client = MlflowClient(place.uri)
+    client.delete_run(run_of(client, "job").info.run_id)
+    tracking.job_finished(full, folder)
+    assert tracking.flush(60) == []
+    assert run_of(client, "job").data.metrics["best/top1_error"] == 0.2
+
+
+def test_what_the_plan_file_says_about_passwords_does_not_reach_mlflow(place):
+    tracking = Tracking.connect(place.uri, "shop", place.storage / "mlartifacts", place.lines.append)
+    tracking.plan_started(
+        'tracking_uri = "http://ann:hunter2@mlflow:5000"\n', "1" * 64, "see http://ann:hunter2@mlflow"
+    )
+    assert tracking.flush(60) == []
+    stored = [path.read_bytes() for path in place.storage.rglob("*") if path.is_file()]
+    assert any(b"http://mlflow:5000" in content for content in stored)
+    assert not any(b"hunter2" in content for content in stored)
+
+
+def test_only_the_last_of_waiting_tables_is_sent_and_a_long_one_ends_at_a_line(place):
+    tracking = place.driver()
+    for number in range(200):
+        tracking.note(f"{number}\n" + "| a row of the table |\n" * 1000)
+    assert tracking.flush(60) == []
+    note = run_of(MlflowClient(place.uri), "plan").data.tags["mlflow.note.content"]
+    assert note.startswith("199\n")
+    assert len(note) <= 8000
+    assert note.endswith("| a row of the table |\n...")
+
+
+def test_an_ensemble_names_each_members_version_and_bytes(place, job, trained, tmp_path):
+    jobs = [job("resnet50/full", "a"), job("resnet50/dcl", "b")]
+    tracking = place.driver()
+    for one in jobs:
+        tracking.job_finished(one, trained(one))
+    assert tracking.flush(60) == []
+    choices = tracking.registry.members([one.name for one in jobs])
+    submission = tmp_path / "submission.csv"
+    submission.write_text("id,predicted\n1,7\n")
+    result = {
+        "members": {one.name: {"top1_error": 0.25, "version": choices[one.name].version} for one in jobs},
+        "top1_error": 0.125, "split": "test", "submission": str(submission), "probabilities": "",
+    }  # fmt: skip
+    client = MlflowClient(place.uri)
+    for _ in range(2):
+        tracking = place.driver()
+        tracking.ensemble("e" * 64, choices, result)
+        assert tracking.flush(60) == []
+        run = run_of(client, "ensemble")
+        assert run.data.tags["member.resnet50/dcl"] == str(choices["resnet50/dcl"].version)
+        assert run.data.tags["sha256.resnet50/dcl"] == choices["resnet50/dcl"].sha256
+        assert run.data.tags["mlflow.parentRunId"] == run_of(client, "plan").info.run_id
+        assert run.data.metrics == {
+            "top1_error": 0.125,
+            "top1_error/resnet50/full": 0.25,
+            "top1_error/resnet50/dcl": 0.25,
+        }
+        assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"members.json", "submission.csv"}
+        assert {model.model_id for model in run.inputs.model_inputs} == {choice.model_id for choice in choices.values()}
+
+
+def test_a_port_where_nothing_listens_is_told_at_once_and_without_the_password():
+    began = time.monotonic()
+    with pytest.raises(
+        Unreachable, match="http://127.0.0.1:9: MLflow does not answer: the connection is refused"
+    ) as told:
+        Tracking.connect("http://ann:hunter2@127.0.0.1:9", "shop", None)
+    assert told.value.status == 3
+    assert "hunter2" not in str(told.value)
+    assert time.monotonic() - began < 5
+
+
+def test_a_folder_is_refused_as_an_address_of_mlflow(tmp_path):
+    with pytest.raises(Refused, match="no longer keeps runs in a folder"):
+        Tracking.connect(str(tmp_path / "mlruns"), "shop", None)
+
+
+def test_a_database_of_another_release_is_told_how_to_upgrade(place):
+    import sqlite3
+
+    with sqlite3.connect(place.storage / "mlflow.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = '90e64c465722'")
+    database.close()
+    with pytest.raises(Unreachable, match="mlflow db upgrade sqlite:///") as told:
+        place.driver()
+    assert told.value.status == 3
