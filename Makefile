@@ -23,7 +23,7 @@ format: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing aliprod and what it needs into .venv (torch, Ray, MLflow: gigabytes, minutes the first time) ..."
-	@$(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@
 	@echo "installed: `$(BIN)/python --version`, `du -sh .venv | cut -f1` in .venv"
