@@ -1,0 +1,128 @@
+"""Which rows an epoch sees, and in which order: functions of seed and epoch, never of the file's order or a state.
+
+All draws come from splitmix64 (Steele, Lea, Flood, 2014) in integers of our own, so that another version of a
+library changes no batch.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+
+def balanced(labels: Integers, ids: pa.StringArray, class_ids: Integers, per_class: int, seed: int) -> Integers:
+    """At most ``per_class`` images of each class, all where there are fewer (section 1.2 of the report).
+
+    Those with the smallest hash of (seed, class id, image id): independent of the file's order, and what a class
+    keeps does not change with the other classes.
+
+    Args:
+        labels: (N,) rows of ``class_ids``. ids: (N,) row ids of `Images`. class_ids: (K,).
+    Returns:
+        Rows, ascending.
+    """
+    crowded = np.bincount(labels, minlength=len(class_ids)) > per_class
+    among = np.flatnonzero(crowded[labels])
+    hashes = _hashes(seed, class_ids[labels[among]].tolist(), ids.take(pa.array(among)).to_pylist())
+    order = among[np.lexsort((hashes, labels[among]))]  # class after class, its smallest hashes first
+    chosen = order[_place_in_run(labels[order]) < per_class]
+    return np.sort(np.concatenate([np.flatnonzero(~crowded[labels]), chosen]))
+
+
+def order(count: int, seed: int, epoch: int) -> Integers:
+    """The order in which an epoch sees ``count`` rows: a permutation of 0 to count - 1."""
+    return np.argsort(_draws(count, "order", seed, epoch), kind="stable")
+
+
+def grouped(labels: Integers, group: int, seed: int, epoch: int) -> Integers:
+    """An epoch in groups of images of one class, the groups in shuffled order (LIO: groups of 1 + positives).
+
+    Every image is seen, and once, but for those that complete the last group of their class: where it has as
+    many images as a group, other images of the class; where it has fewer, its own again and again.
+
+    Args:
+        labels: (N,).
+    Returns:
+        (G, group) rows; G = sum over classes of ceil(n / group), the same in every epoch.
+    """
+    shuffled = order(len(labels), seed, epoch)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.unique(labels, return_counts=True)[1]
+    groups = -(-counts // group)
+    number = _place_in_run(np.repeat(np.arange(len(counts)), groups))  # of a group in its class
+    places = number[:, None] * group + np.arange(group)  # (G, group)
+    start, size = np.repeat(np.cumsum(counts) - counts, groups)[:, None], np.repeat(counts, groups)[:, None]
+    rows: Integers = by_class[start + places % size]
+    return np.take(rows, np.argsort(_draws(len(rows), "groups", seed, epoch), kind="stable"), axis=0)
+
+
+def reversed_order(labels: Integers, seed: int, epoch: int) -> Integers:
+    """As many draws as there are images, with replacement: the rare classes often (BBN's reversed sampler).
+
+    P(class i) is proportional to n_max / n_i, and uniform inside the class (Zhou et al., CVPR 2020, section 4.2).
+
+    Args:
+        labels: (N,).
+    Returns:
+        (N,) rows.
+    """
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.unique(labels, return_counts=True)[1]
+    upto = np.cumsum(1 / counts)
+    of_class, of_image = (_uniform(_draws(len(labels), name, seed, epoch)) for name in ("class", "image"))
+    drawn = np.searchsorted(upto / upto[-1], of_class, side="right") if len(counts) else np.empty(0, np.int64)
+    return np.take(by_class, (np.cumsum(counts) - counts)[drawn] + (of_image * counts[drawn]).astype(np.int64))
+
+
+def pseudo_labels(probabilities: torch.Tensor, threshold: float, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that are predicted with confidence, at most ``per_class`` of each predicted class, the surest first.
+
+    Args:
+        probabilities: (N, K).
+    Returns:
+        Rows, ascending, and their predicted labels, both int64; of equals the first row and the first class.
+    """
+    table = torch.as_tensor(probabilities).detach().cpu().numpy()
+    labels = table.argmax(axis=1)
+    top = table[np.arange(len(table)), labels].astype(np.float64)
+    sure = np.flatnonzero(top >= threshold)
+    ranked = sure[np.lexsort((-top[sure], labels[sure]))]
+    rows = np.sort(ranked[_place_in_run(labels[ranked]) < per_class])
+    return torch.from_numpy(rows), torch.from_numpy(labels[rows])
+
+
+def _hashes(seed: int, class_ids: Iterable[int], ids: Iterable[str]) -> NDArray[np.uint64]:
+    """64 bits of each image. A row id that says its class too is taken without it, so that an equal image id in
+    another class changes nothing."""
+    texts = (
+        f"{seed}\0{class_id}\0{image_id.removeprefix(f'{class_id}/')}"
+        for class_id, image_id in zip(class_ids, ids, strict=True)
+    )
+    return np.frombuffer(b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts), "<u8")
+
+
+def _place_in_run(sorted_labels: Integers) -> Integers:
+    """0, 1, 2, ... within each run of equal labels."""
+    places = np.arange(len(sorted_labels))
+    starts = np.flatnonzero(np.diff(sorted_labels, prepend=np.nan) != 0)
+    return places - np.repeat(starts, np.diff(starts, append=len(sorted_labels)))
+
+
+def _draws(count: int, *what: int | str) -> NDArray[np.uint64]:
+    """The first numbers of splitmix64, seeded with what they are drawn for."""
+    digest = hashlib.blake2b("\0".join(map(str, what)).encode(), digest_size=8).digest()
+    start = np.frombuffer(digest, "<u8")[0]
+    bits: NDArray[np.uint64] = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """In [0, 1), with 53 bits."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
