@@ -39,9 +39,7 @@ FLAVOURS = (
     "Berry", "Rose", "Spicy", "Mango", "Melon", "Olive", "Pepper", "Plum", "Sea salt", "Honey", "Lime", "Fig", "Aloe",
 )  # fmt: skip
 AMOUNTS = ("100", "150", "200", "250", "330", "400", "500", "750", "900", "1 L", "2x", "4x", "6+1")
-EMBLEMS = (  # corners and inner radius of a star
-    (4, 0.3), (40, 1.0), (3, 0.5), (5, 0.45), (4, 0.71), (9, 0.7), (6, 0.4),
-)  # fmt: skip
+EMBLEMS = ((4, 0.3), (40, 1.0), (3, 0.5), (5, 0.45), (4, 0.71), (9, 0.7), (6, 0.4))  # a star's corners, inner radius
 PATTERNS = ("bars", "plain", "dots", "slants", "checks", "lines", "zigzag")
 LAYOUTS = ("panel", "band", "oval", "split", "slope")
 
@@ -93,10 +91,7 @@ SHAPES = {
             ("polygon", (30, 14, 226, 14, 216, 60, 228, 180, 216, 300, 226, 340), "main"),
             ("polygon", (226, 340, 30, 340, 40, 300, 28, 180, 40, 60, 30, 14), "main"),
         ),
-        (
-            ("polygon", (30, 14, 226, 14, 222, 36, 34, 36), "accent"),
-            ("polygon", (34, 320, 222, 320, 226, 340, 30, 340), "dark"),
-        ),
+        (("polygon", (30, 14, 226, 14, 222, 36, 34, 36), "accent"), ("polygon", (34, 320, 222, 320, 226, 340), "dark")),
         (34, 44, 222, 314),
         0.5,
     ),
@@ -234,9 +229,9 @@ def _label(draw: ImageDraw.ImageDraw, front: Box, look: Look) -> None:
     wide, high, middle = right - left, bottom - top, (left + right) // 2
     _ground(draw, look, left, top, wide, high)
     _text(draw, look.brand, middle, top + 0.13 * high, 0.9 * wide, 0.2 * high, _ink(look.main))
-    _emblem(draw, look, middle, top + 0.45 * high, 0.15 * min(wide, high))
-    _text(draw, look.flavour, middle, top + 0.68 * high, 0.72 * wide, 0.15 * high, _ink(look.paper))
-    _band(draw, look, (left, top + round(0.8 * high), right, top + round(0.9 * high)))
+    _emblem(draw, look, middle, top + 0.44 * high, 0.19 * min(wide, high))
+    _text(draw, look.flavour, middle, top + 0.69 * high, 0.72 * wide, 0.15 * high, _ink(look.paper))
+    _band(draw, look, (left, top + round(0.79 * high), right, top + round(0.91 * high)))
     _text(draw, look.amount, middle, top + 0.95 * high, 0.4 * wide, 0.1 * high, _ink(look.main))
 
 
