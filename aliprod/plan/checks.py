@@ -6,9 +6,9 @@ from graphlib import CycleError, TopologicalSorter
 
 from pydantic import ValidationError
 
-from aliprod.plan.problems import Problem, shown, unknown
+from aliprod.plan.problems import Problem, unknown
 from aliprod.plan.schema import Plan, Settings, effective
-from aliprod.plan.source import Key, dotted
+from aliprod.plan.source import Key, dotted, shown
 from aliprod.recipe import Stage
 
 

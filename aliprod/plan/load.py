@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from aliprod.errors import Refused
 from aliprod.plan import checks, options
-from aliprod.plan.problems import Problem, shape, shown, unknown
+from aliprod.plan.problems import Problem, shape, unknown
 from aliprod.plan.schema import Plan, Settings
-from aliprod.plan.source import Key, Source, absolute, dotted, odd_values, read
+from aliprod.plan.source import Key, Source, absolute, dotted, odd_values, read, shown
 from aliprod.recipe import Stage
 
 MOST_PROBLEMS = 20

@@ -1,6 +1,5 @@
 """What pydantic finds wrong with a table, said in the plan's own words: key, sentence, nearest right name."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -9,9 +8,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from aliprod.errors import did_you_mean, listing
-from aliprod.plan.source import Key, dotted
+from aliprod.plan.source import Key, dotted, shown
 
 _MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
+_MOST_ERRORS = 200
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -42,7 +42,7 @@ def unknown(
     """A name that is none of ``names``; the advice has the nearest and, after ``listed``, all."""
     known = list(names)[:_MOST_NAMES]
     known_as = f"{listed}: {listing(known)}." if known else f"{listed}: none."
-    return Problem(key, sentence, f"{did_you_mean(name, known)} {known_as}".strip(), quoted)
+    return Problem(key, sentence, f"{did_you_mean(name[:128], known)} {known_as}".strip(), quoted)
 
 
 def shape(model: type[BaseModel], data: Any, error: ValidationError, at: Key = ()) -> Iterator[Problem]:
@@ -52,17 +52,12 @@ def shape(model: type[BaseModel], data: Any, error: ValidationError, at: Key = (
         at: key of the table in the plan.
     """
     found: dict[Key, list[ErrorDetails]] = {}
-    for details in error.errors():
+    for details in error.errors()[:_MOST_ERRORS]:
         found.setdefault(_real(details["loc"], data, details["type"]), []).append(details)
+    around = {key[:length] for key in found for length in range(len(key))}
     for key, several in found.items():
-        if not any(other[: len(key)] == key and len(other) > len(key) for other in found):
+        if key not in around:
             yield _problem(model, data, at, key, several)
-
-
-def shown(value: Any) -> str:
-    """A value of a plan, short."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _real(loc: Key, data: Any, kind: str) -> Key:
@@ -73,9 +68,9 @@ def _real(loc: Key, data: Any, kind: str) -> Key:
         if isinstance(data, dict) and (part in data or (last and kind == "missing")):
             key.append(part)
             data = data.get(part)
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+        elif isinstance(data, list) and isinstance(part, int):
             key.append(part)
-            data = data[part]
+            data = data[part] if part < len(data) else None  # a place that is missing
     return tuple(key)
 
 
@@ -88,10 +83,9 @@ def _problem(model: type[BaseModel], data: Any, at: Key, key: Key, several: list
             names = sorted(_fields(model, key[:-1]))
             sentence = f"{table} has no setting {dotted((name,))}."
             return unknown(whole, sentence, name, names, f"{_kind(at, key)} may say")
-        case "missing" if isinstance(_at(data, key[:-1]), list):
-            return Problem(whole[:-1], f"{table} has too few values.")
         case "missing":
-            return Problem(whole, f"{table} lacks {dotted((name,))}.")
+            too_few = isinstance(_at(data, key[:-1]), list)
+            return Problem(whole, f"{table} has too few values." if too_few else f"{table} lacks {dotted((name,))}.")
         case "value_error":
             reason = first["msg"].removeprefix("Value error, ")
             return Problem(whole, f"{dotted(whole)}: {reason}." if whole else f"{reason}.")

@@ -92,6 +92,11 @@ class Cluster(Frozen):
     )
     max_failures: int = Field(default=3, ge=0, description="how often a job is resumed after it failed")
     use_gpu: Literal["auto"] | bool = Field(default="auto", description="auto: where the cluster has any")
+    max_cpus: int | None = Field(default=None, ge=1, description="CPUs that a cluster that grows on demand can reach")
+    max_gpus: int | None = Field(default=None, ge=1, description="GPUs that a cluster that grows on demand can reach")
+    poll_seconds: float = Field(
+        default=2.0, gt=0, le=60, description="how often Ray Train looks after its workers; short jobs want 0.2"
+    )
 
 
 class Plan(Frozen):

@@ -4,6 +4,7 @@ A plan may be written by a careless hand or a hostile one: a dotted key of 100,0
 tomllib all the memory of a machine, so size and dots are limited before anything is parsed.
 """
 
+import json
 import math
 import os
 import re
@@ -19,7 +20,7 @@ from aliprod.errors import Refused
 Key = tuple[str | int, ...]  # the way to a setting: names of tables and places in lists
 
 MOST_BYTES = 256_000
-MOST_DOTS = 100  # in one line
+MOST_DOTS = 50  # in one line
 MOST_DEPTH = 8
 _PART = r"""(?:[A-Za-z0-9_-]+|"[^"\n]*"|'[^'\n]*')"""
 _DOTTED = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
@@ -95,7 +96,13 @@ def odd_values(data: dict[str, Any]) -> Iterator[tuple[Key, str]]:
 
 def dotted(key: Key) -> str:
     """A key as it is written in TOML: quoted where it must be."""
-    return ".".join(part if _BARE.fullmatch(part) else f'"{part}"' for part in map(str, key))
+    return ".".join(part if _BARE.fullmatch(part) else shown(part) for part in map(str, key))
+
+
+def shown(value: Any) -> str:
+    """A value of a plan as text: short, and without the control characters that steer a terminal."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def absolute(source: Source, key: Key, value: str) -> str:
@@ -126,7 +133,7 @@ def _text(path: Path) -> str:
 
 def _parse(text: str, where: Path | str) -> dict[str, Any]:
     for number, line in enumerate(text.split("\n"), 1):
-        if line.count(".") > MOST_DOTS:
+        if line.count(".") > MOST_DOTS and not line.lstrip().startswith("#"):
             raise Refused(f"more than {MOST_DOTS} dots in one line.", f"{where}, line {number}", "Break long lists.")
     try:
         return tomllib.loads(text)
@@ -144,10 +151,10 @@ def _flag(flag: str, path: Path) -> tuple[Key, Any]:
     name, equals, text = flag.partition("=")
     where = f"{path}, --set {flag}"
     if not flag.isprintable():  # also half characters, which no file can hold
-        raise Refused("a flag holds printable characters only.", f"{path}, --set {ascii(flag)}")
-    if not equals or not re.fullmatch(_DOTTED, name.strip()) or name.count(".") > MOST_DOTS:
+        raise Refused("a flag holds printable characters only.", f"{path}, --set {flag!a}")
+    key = _parts(name) if re.fullmatch(_DOTTED, name.strip()) and name.count(".") <= MOST_DOTS else ()
+    if not equals or not key:
         raise Refused("--set takes KEY=VALUE, like stages.dcl.epochs=4.", where)
-    key = _parts(name)
     if len(key) > MOST_DEPTH - 1:
         raise Refused(f"no setting lies {len(key)} tables deep.", where)
     return key, _value(text.strip(), where)
@@ -176,7 +183,16 @@ def _assign(data: dict[str, Any], key: Key, value: Any, where: str) -> None:
 
 
 def _parts(name: str) -> Key:
-    return tuple(part.strip("\"'") for part in re.findall(_PART, name))
+    """The names of a dotted key, unquoted; none where it is malformed."""
+    try:
+        table: Any = tomllib.loads(f"{name} = 0")
+    except tomllib.TOMLDecodeError:
+        return ()
+    key: Key = ()
+    while isinstance(table, dict):
+        ((part, table),) = table.items()
+        key += (part,)
+    return key
 
 
 def _index(lines: Sequence[str]) -> dict[Key, int]:
@@ -186,7 +202,8 @@ def _index(lines: Sequence[str]) -> dict[Key, int]:
     for number, line in enumerate(lines, 1):
         if header := _HEADER.match(line):
             table = _parts(header[1])
-            index.setdefault(table, number)
+            for length in range(1, len(table) + 1):
+                index.setdefault(table[:length], number)
         elif setting := _SETTING.match(line):
             key = table + _parts(setting[1])
             for length in range(len(table) + 1, len(key) + 1):
