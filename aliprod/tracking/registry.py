@@ -142,9 +142,10 @@ class Registry:
         """
         name = self.name(job)
         model = self._model(name)
-        if model.aliases.get("best") != best:
+        aliases = {alias: str(version) for alias, version in model.aliases.items()}  # a database hands out int
+        if aliases.get("best") != best:
             self._client.set_registered_model_alias(name, "best", best)
-        member, ours = model.aliases.get("member"), model.tags.get("aliprod.member_version")
+        member, ours = aliases.get("member"), model.tags.get("aliprod.member_version")
         if member not in (None, ours, best):
             return
         if member != best:

@@ -5,16 +5,14 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from aliprod.plan.graph import Job
 from aliprod.tracking.history import Record
 from aliprod.tracking.outbox import Outbox
 from aliprod.tracking.registry import Choice, Registry
 from aliprod.tracking.server import Server, connect
 from aliprod.tracking.view import View
-
-if TYPE_CHECKING:
-    from aliprod.plan.graph import Job
 
 
 class Tracking:
@@ -67,7 +65,7 @@ class Tracking:
         """The table of the plan's run anew."""
         self._put("table of the jobs", partial(self._view.note, markdown), only_latest=True)
 
-    def job_started(self, job: "Job", facts: Mapping[str, object]) -> None:
+    def job_started(self, job: Job, facts: Mapping[str, object]) -> None:
         """A job was launched.
 
         Args:
@@ -78,11 +76,11 @@ class Tracking:
         self._put(job.name, partial(self._view.start, job, dict(facts)))
         self._count()
 
-    def epoch(self, job: "Job", record: Record) -> None:
+    def epoch(self, job: Job, record: Record) -> None:
         """One line of the job's metrics.jsonl: ``epoch``, ``time_ms`` and metrics under their names."""
         self._put(job.name, partial(self._view.epochs, job, [dict(record)]), spare=True)
 
-    def job_finished(self, job: "Job", folder: Path) -> None:
+    def job_finished(self, job: Job, folder: Path) -> None:
         """A job is finished, now or before this run began: send what MLflow lacks of it, from its folder.
 
         Args:
@@ -94,7 +92,7 @@ class Tracking:
             self._running.remove(job.name)
             self._count()
 
-    def job_failed(self, job: "Job", sentence: str) -> None:
+    def job_failed(self, job: Job, sentence: str) -> None:
         """A job failed, and why."""
         self._put(job.name, partial(self._view.fail, job, sentence, _now()))
         self._running.discard(job.name)

@@ -9,19 +9,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from aliprod import commit
 from aliprod.errors import Failed
+from aliprod.plan import ledger
+from aliprod.plan.graph import Job
 from aliprod.tracking import history
 from aliprod.tracking.registry import Choice, Registry, Weights
 from aliprod.tracking.server import Server, is_away, redacted
-
-if TYPE_CHECKING:
-    from aliprod.plan.graph import Job
 
 TAG_LIMIT = 8000  # characters; MLflow cuts the rest off without a word
 PARAM_LIMIT = 6000
@@ -75,13 +74,14 @@ class View:
         """A point of ``jobs/done`` and ``jobs/running`` on the plan's run; step: seconds since it began."""
         plan = self._plan()
         step = max(0, time_ms - plan.start_ms) // 1000
-        self._log(plan, [Metric("jobs/done", done, time_ms, step), Metric("jobs/running", running, time_ms, step)])
+        points = [Metric("jobs/done", done, time_ms, step), Metric("jobs/running", running, time_ms, step)]
+        self._client.log_batch(plan.run_id, metrics=points)
 
     def end_plan(self, status: str, time_ms: int) -> None:
         """Decoration: status is never the truth."""
         self._client.set_terminated(self._plan().run_id, status, time_ms)
 
-    def start(self, job: "Job", facts: Mapping[str, object]) -> None:
+    def start(self, job: Job, facts: Mapping[str, object]) -> None:
         """A job's run, running; a complete one whose result was lost makes way for a new one."""
         known = self._job(job)
         if "aliprod.result" in known.tags:
@@ -92,21 +92,21 @@ class View:
         self._client.log_batch(known.run_id, tags=[RunTag(f"aliprod.{k}", _cut(str(v))) for k, v in facts.items()])
         self._client.update_run(known.run_id, status="RUNNING")
 
-    def epochs(self, job: "Job", records: Iterable[history.Record]) -> None:
+    def epochs(self, job: Job, records: Iterable[history.Record]) -> None:
         """The metrics of epochs, on the job's run; the error also on the plan's, whose charts it keeps alive."""
         points = [point for record in records for point in history.metrics(record)]
         errors = [_renamed(point, f"top1_error/{job.name}") for point in points if point.key == history.TOP1]
         self._log(self._job(job), points)
         self._log(self._plan(), errors)
 
-    def fail(self, job: "Job", sentence: str, time_ms: int) -> None:
+    def fail(self, job: Job, sentence: str, time_ms: int) -> None:
         """A job's run, failed, and why."""
         known = self._job(job)
         known.tags["aliprod.error"] = _cut(sentence)
         self._client.set_tag(known.run_id, "aliprod.error", _cut(sentence))
         self._client.set_terminated(known.run_id, "FAILED", time_ms)
 
-    def finish(self, job: "Job", folder: Path) -> None:
+    def finish(self, job: Job, folder: Path) -> None:
         """All that MLflow lacks of a finished job: epochs, versions, aliases and, last, the tag of its result.
 
         Raises:
@@ -115,7 +115,7 @@ class View:
         best, last = Weights.read(folder / "weights"), Weights.read(folder / "last")
         if best is None:
             raise Failed("has no committed weights.", folder)
-        records, result = history.read(folder / "metrics.jsonl"), commit.digest(folder / "weights")
+        records, result = ledger.epochs(folder), commit.digest(folder / "weights")
         known = self._job(job, records)
         if known.tags.get("aliprod.result", result) != result:  # trained again, to other bytes
             known = self._replace(job, known, records)
@@ -165,7 +165,7 @@ class View:
             self._client.log_text(known.run_id, self._plan_text, "plan.toml")
         return known
 
-    def _job(self, job: "Job", records: Sequence[history.Record] = ()) -> Known:
+    def _job(self, job: Job, records: Sequence[history.Record] = ()) -> Known:
         known = self._find("job", _key(job)) or self._make_job(job, records)
         if not known.has_params:
             settings = {"backbone": job.backbone, "network": job.network, **job.stage.model_dump(mode="json")}
@@ -174,12 +174,12 @@ class View:
             known.has_params = True
         return known
 
-    def _make_job(self, job: "Job", records: Sequence[history.Record]) -> Known:
+    def _make_job(self, job: Job, records: Sequence[history.Record]) -> Known:
         began = records[0]["time_ms"] if records else _now()
         names = {"job": job.name, "backbone": job.backbone, "stage": job.stage_name}
         return self._make("job", _key(job), job.name, names, began)
 
-    def _replace(self, job: "Job", known: Known, records: Sequence[history.Record] = ()) -> Known:
+    def _replace(self, job: Job, known: Known, records: Sequence[history.Record] = ()) -> Known:
         self._client.set_tag(known.run_id, "aliprod.kind", "superseded")
         del self._runs["job", _key(job)]
         return self._job(job, records)
@@ -274,7 +274,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _key(job: "Job") -> str:
+def _key(job: Job) -> str:
     return str(job.key)  # a job that runs has one: it is None only where the catalogue is not there
 
 

@@ -1,14 +1,14 @@
 """Finished jobs on disk, as training leaves them, and an MLflow without a server."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from aliprod import commit
+from aliprod.plan.graph import Job
 from aliprod.recipe import Stage
 from aliprod.tracking.runs import Tracking
 
@@ -39,21 +39,19 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, migrated: Path) -> Iterator[Place]:
+def place(tmp_path: Path, migrated: Path) -> Place:
     (tmp_path / "mlflow.db").write_bytes(migrated.read_bytes())
-    yield Place(tmp_path, [])
+    return Place(tmp_path, [])
 
 
 @pytest.fixture
-def job() -> Callable[..., SimpleNamespace]:
+def job() -> Callable[..., Job]:
     """Makes a job of a plan; its key is 64 times the given digit."""
 
-    def make(name: str = "resnet50/full", digit: str = "a", epochs: int = 3) -> SimpleNamespace:
+    def make(name: str = "resnet50/full", digit: str = "a", epochs: int = 3) -> Job:
         backbone, stage = name.split("/")
-        return SimpleNamespace(
-            name=name, backbone=backbone, network="resnet50.tv_in1k", stage_name=stage, stage=Stage(epochs=epochs),
-            parents=(), member=True, key=digit * 64,
-        )  # fmt: skip
+        stages = Stage(epochs=epochs)
+        return Job(name, backbone, "resnet50.tv_in1k", stage, stages, (), member=True, key=digit * 64, content=None)
 
     return make
 
@@ -62,7 +60,7 @@ def job() -> Callable[..., SimpleNamespace]:
 def trained(tmp_path: Path) -> Callable[..., Path]:
     """Writes what a finished job leaves: metrics.jsonl, weights/ and, where the last epoch is not the best, last/."""
 
-    def write(job: SimpleNamespace, errors: tuple[float, ...] = (0.5, 0.2, 0.3), content: str = "") -> Path:
+    def write(job: Job, errors: tuple[float, ...] = (0.5, 0.2, 0.3), content: str = "") -> Path:
         folder = tmp_path / "jobs" / job.backbone / job.stage_name / job.key
         folder.mkdir(parents=True, exist_ok=True)
         lines = [

@@ -67,8 +67,8 @@ def test_a_trained_job_is_a_run_below_the_plans_with_its_settings_and_every_poin
         ]
     errors = client.get_metric_history(plan.info.run_id, "top1_error/resnet50/full")
     assert [p.value for p in errors] == [0.5, 0.2, 0.3]
-    assert [p.value for p in client.get_metric_history(plan.info.run_id, "jobs/done")] == [0, 1]
-    assert [p.value for p in client.get_metric_history(plan.info.run_id, "jobs/running")] == [1, 0]
+    assert sorted(p.value for p in client.get_metric_history(plan.info.run_id, "jobs/done")) == [0, 1]
+    assert sorted(p.value for p in client.get_metric_history(plan.info.run_id, "jobs/running")) == [0, 1]
     assert plan.data.tags["mlflow.note.content"].startswith("| job | state |")
 
 
@@ -76,20 +76,20 @@ def test_a_reused_job_that_mlflow_lacks_is_sent_whole_and_the_second_time_writes
     full = job()
     folder = trained(full)
     client = MlflowClient(place.uri)
-    for attempt in range(3):
+    seen = []
+    for _ in range(3):
         tracking = place.driver()
         tracking.job_finished(full, folder)
         tracking.job_finished(full, folder)
         assert tracking.flush(60) == []
-        now = everything(client)
-        assert attempt == 0 or now == before
-        before = now
-    assert len(before["versions"]) == 2
-    assert len(before["models"]) == 2
-    assert set(before["points"].values()) == {1}
+        seen.append(everything(client))
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]["versions"]) == 2
+    assert len(seen[0]["models"]) == 2
+    assert set(seen[0]["points"].values()) == {1}
     run = run_of(client, "job")
     assert run.data.tags["aliprod.result"] == commit.digest(folder / "weights")
-    assert [p.timestamp for p in client.get_metric_history(run.info.run_id, "train/class")][0] == 1_700_000_000_000
+    assert min(p.timestamp for p in client.get_metric_history(run.info.run_id, "train/class")) == 1_700_000_000_000
 
 
 def test_an_epoch_told_again_after_a_resume_draws_no_second_point(place, job):
@@ -219,7 +219,7 @@ def test_an_ensemble_names_each_members_version_and_bytes(place, job, trained, t
         tracking = place.driver()
         tracking.ensemble("e" * 64, choices, result)
         assert tracking.flush(60) == []
-        run = run_of(client, "ensemble")
+        run = client.get_run(run_of(client, "ensemble").info.run_id)
         assert run.data.tags["member.resnet50/dcl"] == str(choices["resnet50/dcl"].version)
         assert run.data.tags["sha256.resnet50/dcl"] == choices["resnet50/dcl"].sha256
         assert run.data.tags["mlflow.parentRunId"] == run_of(client, "plan").info.run_id
@@ -235,7 +235,7 @@ def test_an_ensemble_names_each_members_version_and_bytes(place, job, trained, t
 def test_a_port_where_nothing_listens_is_told_at_once_and_without_the_password():
     began = time.monotonic()
     with pytest.raises(
-        Unreachable, match="http://127.0.0.1:9: MLflow does not answer: the connection is refused"
+        Unreachable, match=r"http://127\.0\.0\.1:9: MLflow does not answer: the connection is refused"
     ) as told:
         Tracking.connect("http://ann:hunter2@127.0.0.1:9", "shop", None)
     assert told.value.status == 3

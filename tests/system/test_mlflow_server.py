@@ -1,0 +1,245 @@
+"""A real `mlflow server` on loopback, killed and started again while jobs train, and frozen."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from mlflow import MlflowClient
+
+from aliprod import commit
+from aliprod.errors import Unreachable
+from aliprod.plan import ledger
+from aliprod.plan.graph import Job
+from aliprod.recipe import Stage
+from aliprod.tracking.runs import Tracking
+
+EPOCHS = 60
+
+
+@dataclass
+class Server:
+    """One worker over SQLite, without the job execution that would start eight processes more."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        store = f"sqlite:///{self.folder}/mlflow.db"
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += [
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            store,
+            "--artifacts-destination",
+            f"{self.folder}/artifacts",
+        ]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+        until = time.monotonic() + 120
+        while not self._healthy():
+            assert time.monotonic() < until, (self.folder / "server.log").read_text()[-2000:]
+            time.sleep(0.2)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
+@dataclass
+class Story:
+    """One outage: what two drivers saw of it, and what MLflow shows afterwards."""
+
+    storage: Path
+    uri: str
+    jobs: dict[str, Job]
+    lines: list[str] = field(default_factory=list)
+    slowest_call: float = 0.0
+    unsent_while_away: list[str] = field(default_factory=list)
+    unsent_after: list[str] = field(default_factory=list)
+    dead_drivers_unsent: list[str] = field(default_factory=list)
+
+    def write(self, name: str) -> Path:
+        """What the training of a job leaves in the storage path, the best epoch being the last."""
+        folder = ledger.folder(self.storage, self.jobs[name])
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record(epoch)) + "\n" for epoch in range(EPOCHS)))
+        commit.write(folder / "weights", lambda staging: fill(staging, name), {})
+        return folder
+
+    def history(self, name: str) -> list[tuple[int, int, float]]:
+        client = MlflowClient(self.uri)
+        run = self.run(name)
+        points = client.get_metric_history(run.info.run_id, "train/class") if run else []
+        return sorted((point.step, point.timestamp, point.value) for point in points)
+
+    def run(self, name: str):
+        client = MlflowClient(self.uri)
+        experiment = client.get_experiment_by_name("shop").experiment_id
+        runs = client.search_runs([experiment], f"tags.`aliprod.job` = '{name}'")
+        assert len(runs) < 2
+        return runs[0] if runs else None
+
+
+def record(epoch: int) -> dict[str, float]:
+    return {"epoch": epoch, "time_ms": 1_700_000_000_000 + epoch, "train/class": 2.0 - epoch, "val/top1_error": 0.5}
+
+
+def fill(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").write_text(content)
+    (folder / "config.json").write_text(json.dumps({"epoch": EPOCHS - 1, "top1_error": 0.5}))
+    (folder / "classes.json").write_text("{}")
+
+
+def job(name: str, digit: str) -> Job:
+    backbone, stage = name.split("/")
+    return Job(name, backbone, "resnet50.tv_in1k", stage, Stage(), (), member=True, key=digit * 64, content=None)
+
+
+DRIVER = """
+    import json, sys
+    from pathlib import Path
+    from aliprod.plan.graph import Job
+    from aliprod.recipe import Stage
+    from aliprod.tracking.runs import Tracking
+
+    uri, folder = sys.argv[1:]
+    job = Job("resnet50/dcl", "resnet50", "resnet50.tv_in1k", "dcl", Stage(), (), True, "b" * 64, None)
+    records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    tracking = Tracking.connect(uri, "shop", None)
+    tracking.plan_started("", "1" * 64, "")
+    tracking.job_started(job, {"attempt": 1})
+    for record in records[:5]:
+        tracking.epoch(job, record)
+    assert tracking.flush(60) == []
+    print("sent", flush=True)
+    input()  # meanwhile the server is killed
+    for record in records[5:]:
+        tracking.epoch(job, record)
+    tracking.job_finished(job, Path(folder))
+    print(json.dumps(tracking.flush(1)), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = Server(tmp_path_factory.mktemp("server"), port)
+    server.start()
+    yield server
+    server.signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def story(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Two drivers train a job each; the server is killed; one driver ends before it is back, the other after."""
+    jobs = {"resnet50/full": job("resnet50/full", "a"), "resnet50/dcl": job("resnet50/dcl", "b")}
+    story = Story(tmp_path_factory.mktemp("storage"), server.uri, jobs)
+    full, folder, others = jobs["resnet50/full"], story.write("resnet50/full"), story.write("resnet50/dcl")
+    tracking = Tracking.connect(server.uri, "shop", None, story.lines.append)
+    tracking.plan_started('name = "shop"\n', "0" * 64, "| job |\n|---|\n")
+    dead = subprocess.Popen(
+        [sys.executable, "-c", dedent(DRIVER), server.uri, str(others)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert dead.stdin is not None
+    assert dead.stdout is not None
+    assert dead.stdout.readline() == "sent\n"
+
+    def call(method, *arguments):
+        began = time.monotonic()
+        method(*arguments)
+        story.slowest_call = max(story.slowest_call, time.monotonic() - began)
+
+    call(tracking.job_started, full, {"attempt": 1})
+    for epoch in range(EPOCHS // 2):
+        call(tracking.epoch, full, record(epoch))
+    while not story.history("resnet50/full"):
+        time.sleep(0.02)
+    server.signal(signal.SIGKILL)
+    for epoch in range(EPOCHS // 2, EPOCHS):
+        call(tracking.epoch, full, record(epoch))
+    call(tracking.job_finished, full, folder)
+    story.unsent_while_away = tracking.flush(2)
+    out, _ = dead.communicate("\n", timeout=60)
+    story.dead_drivers_unsent = json.loads(out)
+
+    server.start()
+    story.unsent_after = tracking.flush(90)
+    later = Tracking.connect(server.uri, "shop", None, story.lines.append)
+    later.plan_started('name = "shop"\n', "0" * 64, "| job |\n|---|\n")
+    later.job_finished(jobs["resnet50/dcl"], others)
+    story.unsent_after += later.flush(90)
+    return story
+
+
+def test_no_call_waits_for_mlflow(story):
+    assert story.slowest_call < 0.2
+
+
+def test_the_outage_is_told_in_two_lines_and_in_what_is_unsent(story):
+    assert [line.split(" (")[0].split(";")[0] for line in story.lines] == ["MLflow is away", "MLflow is back"]
+    assert "resnet50/full: MLflow is away" in story.unsent_while_away
+    assert "resnet50/dcl: MLflow is away" in story.dead_drivers_unsent
+    assert story.unsent_after == []
+
+
+@pytest.mark.parametrize("name", ["resnet50/full", "resnet50/dcl"])
+def test_every_point_arrived_once_at_the_time_it_was_taken(story, name):
+    expected = [(epoch, 1_700_000_000_000 + epoch, 2.0 - epoch) for epoch in range(EPOCHS)]
+    assert story.history(name) == expected
+
+
+@pytest.mark.parametrize("name", ["resnet50/full", "resnet50/dcl"])
+def test_each_job_is_complete_with_one_version_that_comes_back_byte_for_byte(story, name, tmp_path):
+    folder = ledger.folder(story.storage, story.jobs[name])
+    run = story.run(name)
+    assert run.data.tags["aliprod.result"] == commit.digest(folder / "weights")
+    assert run.info.status == "FINISHED"
+    versions = MlflowClient(story.uri).search_model_versions(f"name = 'shop.{name.replace('/', '.')}'")
+    assert [(version.tags["checkpoint"], version.tags["epoch"]) for version in versions] == [("best, last", "59")]
+    tracking = Tracking.connect(story.uri, "shop", None)
+    choice = tracking.registry.members([name])[name]
+    tracking.registry.download(choice, tmp_path / "got")
+    assert commit.digest(tmp_path / "got") == commit.digest(folder / "weights")
+
+
+def test_a_frozen_server_is_told_within_its_time_limit(server, story, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    server.signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        with pytest.raises(Unreachable, match="no answer in time") as told:
+            Tracking.connect(server.uri, "shop", None)
+        assert told.value.status == 3
+        assert time.monotonic() - began < 6
+    finally:
+        server.signal(signal.SIGCONT)
