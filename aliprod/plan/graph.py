@@ -29,7 +29,7 @@ class Job:
     parents: tuple[str, ...]  # names; none or one
     member: bool
     key: str | None  # sha256 in hexadecimal; None without a catalogue
-    content: str | None  # the canonical JSON that the key hashes: what to compare when keys differ
+    content: str | None = None  # the canonical JSON that the key hashes: what to compare when keys differ
 
 
 def jobs(plan: Plan, fingerprint: str | None) -> dict[str, Job]:
