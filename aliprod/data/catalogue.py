@@ -47,11 +47,7 @@ class Images:
         Raises:
             Unreadable: a link on the way leads out of the catalogue's folder.
         """
-        root = os.path.realpath(self.root)
-        path = os.path.realpath(os.path.join(root, self.paths[row].as_py()))  # noqa: PTH118 - per image: half the time
-        if os.path.commonpath((root, path)) != root:
-            raise Unreadable("is a link that leads out of the catalogue's folder")
-        return Path(path)
+        return inside(self.root, self.paths[row].as_py())
 
     def take(self, rows: NDArray[np.integer]) -> "Images":
         """The images of these rows, in this order."""
@@ -108,6 +104,19 @@ class Catalogue:
         if self.ancestor is None:
             return ""
         return hashlib.sha256(_little(self.classes) + _little(self.ancestor)).hexdigest()
+
+
+def inside(root: Path, path: str) -> Path:
+    """A path below ``root``, with the links on the way followed.
+
+    Raises:
+        Unreadable: they lead out of ``root``.
+    """
+    base = os.path.realpath(root)
+    target = os.path.realpath(os.path.join(base, path))  # noqa: PTH118 - for every image: half the time
+    if os.path.commonpath((base, target)) != base:
+        raise Unreadable("is a link that leads out of the catalogue's folder")
+    return Path(target)
 
 
 def _little(numbers: NDArray[np.integer]) -> bytes:

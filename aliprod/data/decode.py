@@ -92,7 +92,7 @@ def decode_anyway(source: Path | bytes) -> tuple[Image.Image, str]:
     except Unreadable as unreadable:
         reason = str(unreadable)
     try:
-        content = _content(source)
+        content = content_of(source)
         if re.match(_JPEG, content):
             return decode(content + b"\xff\xd9"), reason  # an end marker: the decoder leaves the rest grey
     except Unreadable:
@@ -106,7 +106,7 @@ def opened(source: Path | bytes) -> ImageFile.ImageFile:
     Raises:
         Unreadable: as `decode`.
     """
-    content = _content(source)
+    content = content_of(source)
     parse = next((parse for start, parse in _FORMATS.items() if start.match(content)), None)
     if parse is None:
         raise Unreadable("is empty" if not content else "is no JPEG, PNG, WebP, GIF, BMP or TIFF")
@@ -122,7 +122,20 @@ def opened(source: Path | bytes) -> ImageFile.ImageFile:
     return image
 
 
-def _content(source: Path | bytes) -> bytes:
+def animated(content: bytes) -> bool:
+    """Whether there are pictures after the first."""
+    try:
+        return bool(getattr(opened(content), "is_animated", False))
+    except (Unreadable, *_DAMAGE):
+        return False
+
+
+def content_of(source: Path | bytes) -> bytes:
+    """The bytes of a file that may be a picture.
+
+    Raises:
+        Unreadable: no such file, a folder, a pipe, or far too large.
+    """
     if isinstance(source, bytes):
         return source
     try:
@@ -152,8 +165,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         raise Unreadable("has 32 bits a channel, whose brightness has no fixed scale")
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         seen = image.convert("RGBA")
-        white = Image.new("RGBA", seen.size, "white")
-        return Image.alpha_composite(white, seen).convert("RGB")
+        white = Image.new("RGB", seen.size, "white")
+        white.paste(seen, mask=seen.getchannel("A"))
+        return white
     return image.convert("RGB")
 
 

@@ -1,0 +1,187 @@
+"""What is wrong with a catalogue: every image is read once, and every fault is named."""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aliprod.data.catalogue import Catalogue, Integers, Problem, inside
+from aliprod.data.decode import Unreadable, animated, content_of, decode
+from aliprod.data.identity import printable
+from aliprod.data.sources import ENDINGS, read
+from aliprod.errors import Failed, listing
+
+_CHUNK = 64  # images that a process is handed at once
+
+
+@dataclass(frozen=True)
+class Report:
+    """``images`` of the catalogue (all splits), how many of them can be read, and what is wrong with it."""
+
+    images: int
+    readable: int
+    problems: tuple[Problem, ...]
+    classes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``aliprod data check --json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What reading one file has shown."""
+
+    fault: str
+    digest: bytes = b""
+    animated: bool = False
+
+
+@dataclass(frozen=True)
+class _Row:
+    path: str
+    split: str
+    label: int
+
+
+def check(path: Path, processes: int) -> Report:
+    """Read every image of a catalogue.
+
+    Args:
+        processes: that read side by side; each holds one picture.
+    Raises:
+        Refused: as `sources.read`.
+        Failed: a process died of a picture; the sentence names those it was reading.
+    """
+    catalogue = read(path)
+    rows = list(_rows(catalogue))
+    looks = list(_look_at_all(catalogue.root, [row.path for row in rows], processes))
+    return Report(
+        images=len(rows),
+        readable=sum(not look.fault for look in looks),
+        classes=catalogue.num_classes,
+        problems=(
+            *catalogue.problems,
+            *_faults(rows, looks),
+            *_twins(rows, looks),
+            *_empty_classes(catalogue, looks),
+            *_not_listed(catalogue, rows),
+        ),
+    )
+
+
+def _rows(catalogue: Catalogue) -> Iterator[_Row]:
+    for images in (catalogue.train, catalogue.val, catalogue.test):
+        for path, label in zip(images.paths.to_pylist(), images.labels.tolist(), strict=True):
+            yield _Row(path, images.split, label)
+
+
+def _look_at_all(root: Path, paths: list[str], processes: int) -> Iterator[_Look]:
+    """In order; never more chunks in flight than the processes need."""
+    chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
+    if processes <= 1 or len(paths) <= _CHUNK:
+        for chunk in chunks:
+            yield from _look_at(root, chunk)
+        return
+    ahead: deque[tuple[str, Future[list[_Look]]]] = deque()  # the first path of a chunk, and what will come of it
+    try:
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            while True:
+                for chunk in islice(chunks, 2 * processes - len(ahead)):
+                    ahead.append((chunk[0], pool.submit(_look_at, root, chunk)))
+                if not ahead:
+                    return
+                yield from ahead[0][1].result()
+                ahead.popleft()
+    except BrokenProcessPool as error:
+        raise Failed(
+            "A process died while it read pictures.",
+            f"{root / ahead[0][0]} and the pictures after it" if ahead else root,
+            "Was it out of memory? Try fewer processes, or take out the picture that kills it.",
+        ) from error
+
+
+def _look_at(root: Path, paths: list[str]) -> list[_Look]:
+    return [_look(root, path) for path in paths]
+
+
+def _look(root: Path, path: str) -> _Look:
+    try:
+        content = content_of(inside(root, path))
+        decode(content)
+    except Unreadable as unreadable:
+        return _Look(str(unreadable))
+    return _Look("", hashlib.blake2b(content, digest_size=16).digest(), animated(content))
+
+
+def _faults(rows: list[_Row], looks: list[_Look]) -> Iterator[Problem]:
+    for row, look in zip(rows, looks, strict=True):
+        if look.fault:
+            instead = "predicted from what can be seen of it, else from grey" if row.split == "test" else "skipped"
+            yield Problem(row.path, printable(f"{look.fault}: {instead}"))
+        elif look.animated:
+            yield Problem(row.path, "is animated: its first frame is the picture")
+
+
+def _twins(rows: list[_Row], looks: list[_Look]) -> Iterator[Problem]:
+    """Byte-equal pictures: each is named with one other, the most harmful kind of twin first."""
+    read = np.flatnonzero([not look.fault for look in looks])
+    halves = np.frombuffer(b"".join(looks[row].digest for row in read), "<u8").reshape(-1, 2)
+    order = np.lexsort((halves[:, 0], halves[:, 1]))
+    changes = np.flatnonzero((halves[order][1:] != halves[order][:-1]).any(axis=1)) + 1
+    for group in np.split(read[order], changes):
+        if len(group) > 1:
+            yield from _twins_among([rows[row] for row in sorted(group)])
+
+
+def _twins_among(group: list[_Row]) -> Iterator[Problem]:
+    of_split = {row.split: row for row in reversed(group)}  # the first of each
+    of_label = {row.label: row for row in reversed(group)}
+    for row in group:
+        elsewhere = next((other for split, other in of_split.items() if split != row.split), None)
+        relabelled = next((other for label, other in of_label.items() if label != row.label), None)
+        if elsewhere:
+            twin, harm = elsewhere, f"a leak between {row.split} and {elsewhere.split}"
+        elif relabelled:
+            twin, harm = relabelled, "one picture, two labels"
+        else:
+            twin, harm = (group[1] if row is group[0] else group[0]), "the same picture twice"
+        more = f" and {len(group) - 2:,} more" if len(group) > 2 else ""
+        yield Problem(row.path, f"has the bytes of {twin.path}{more}: {harm}")
+
+
+def _empty_classes(catalogue: Catalogue, looks: list[_Look]) -> Iterator[Problem]:
+    readable = np.array([not look.fault for look in looks[: len(catalogue.train)]], bool)
+    counts = np.bincount(catalogue.train.labels[readable], minlength=catalogue.num_classes)
+    empty: Integers = catalogue.classes[counts == 0]
+    if len(empty):
+        yield Problem("train", f"no image of {len(empty):,} classes can be read: {listing(map(str, empty.tolist()))}")
+
+
+def _not_listed(catalogue: Catalogue, rows: list[_Row]) -> Iterator[Problem]:
+    """Pictures beside the listed ones, counted for each folder of the top; a refused row counts as listed."""
+    paths = {row.path for row in rows}
+    refused = {problem.path.rpartition("/")[2] for problem in catalogue.problems}
+    for top in sorted({path.partition("/")[0] for path in paths if "/" in path}):
+        found = [path for path in _pictures(catalogue.root, top) if path not in paths]
+        extra = [path for path in found if path.rpartition("/")[2] not in refused]
+        if extra:
+            files = "1 picture is" if len(extra) == 1 else f"{len(extra):,} pictures are"
+            yield Problem(top, printable(f"{files} not listed and not used: {listing(extra, 5)}"))
+
+
+def _pictures(root: Path, top: str) -> Iterable[str]:
+    if not (root / top).resolve().is_relative_to(root):
+        return
+    for folder, _, names in os.walk(root / top):  # follows no links
+        relative = Path(folder).relative_to(root).as_posix()
+        yield from sorted(f"{relative}/{name}" for name in names if name.lower().endswith(ENDINGS))
