@@ -270,7 +270,7 @@ def _images(rows: _Rows, classes: Integers, root: Path) -> Images:
     labels = _labels(class_ids, classes)
     known = (labels >= 0) | (class_ids < 0)
     kept = np.flatnonzero(once & known)
-    shared = np.bincount(codes[once])[codes[kept]] > 1
+    shared = np.bincount(codes[kept])[codes[kept]] > 1
     for row in np.flatnonzero(~once):
         rows.refuse(rows.paths[row], "is listed more than once: it counts once")
     for row in np.flatnonzero(once & ~known):

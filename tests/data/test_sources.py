@@ -174,6 +174,11 @@ def test_validation_images_of_an_untrained_class_are_named_and_left_out(tmp_path
     assert [(problem.path, "77" in problem.problem) for problem in catalogue.problems] == [("val/00077/v.jpg", True)]
 
 
+def test_a_row_that_is_left_out_does_not_rename_the_one_that_stays(tmp_path: Path) -> None:
+    write_rows(tmp_path / "val.json", [{"image_id": "v.jpg", "class_id": class_id} for class_id in (77, 1)])
+    assert train_of(tmp_path, {"image_id": "a.jpg", "class_id": 1}).val.ids.to_pylist() == ["v.jpg"]
+
+
 def test_a_link_out_of_the_catalogue_is_not_followed(tmp_path: Path) -> None:
     root, secret = tmp_path / "catalogue", tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
