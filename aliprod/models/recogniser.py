@@ -1,6 +1,7 @@
 """A recogniser: a timm backbone and a linear classifier without bias on its pooled features."""
 
 import warnings
+from typing import Any
 
 import timm
 import torch
@@ -39,7 +40,7 @@ class Recogniser(nn.Module):
         self.backbone = _backbone(network, drop_path_rate)
         if zero_init_last:
             _zero_last_norms(self.backbone)
-        self.num_features: int = self.backbone.num_features
+        self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
         self.dropout = nn.Dropout(drop_rate)
         self.classifier = nn.Linear(self.num_features, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.01)
@@ -86,7 +87,7 @@ def normalisation(network: str) -> tuple[tuple[float, ...], tuple[float, ...], s
 
 
 def _backbone(network: str, drop_path_rate: float | None) -> nn.Module:
-    options = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
+    options: dict[str, Any] = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # timm's notes on renamed networks
         try:

@@ -5,7 +5,7 @@ A weights folder holds ``model.safetensors``, ``config.json`` (network, input, w
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,3 @@ def load_pretrained(model: Recogniser, file: Path) -> None:
 def _save_backbone(folder: Path, network: str, backbone: nn.Module) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     save_file(tensors, folder / f"{network}.safetensors")
-
-
-def as_classes(ids: Sequence[Any], names: Sequence[str]) -> Classes:
-    """Classes from any sequences of ids and names."""
-    return Classes(tuple(int(i) for i in ids), tuple(names))

@@ -1,7 +1,5 @@
 """Averaged weights: an exponential moving average beside the raw ones (Polyak and Juditsky 1992)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +31,7 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take one more step into the average, in one fused call; ``step`` from 1."""
-        current: Sequence[Tensor] = list(model.parameters())
+        current: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(self.parameters, current, 1 - warmed_up(self.decay, step))
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """A job and its folder: train, keep what must be kept, commit the weights last.
 
-The folder ``jobs/BACKBONE/STAGE/KEY`` holds ``metrics.jsonl`` (one line per report), ``resume/`` (checkpoints of
+The folder ``jobs/BACKBONE/STAGE/KEY`` holds ``metrics.jsonl`` (a line an epoch), ``resume/`` (checkpoints of
 a job on its way), ``last/`` (weights of the last epoch, where that is not the best) and ``weights/`` (the best),
 whose commit record says that the job is finished.
 """
@@ -23,7 +23,7 @@ from aliprod.models import weights
 from aliprod.models.recogniser import normalisation
 from aliprod.recipe import Stage
 from aliprod.training import checkpoint
-from aliprod.training.loop import Candidate, Progress, train
+from aliprod.training.loop import Candidate, EpochEnd, Progress, train
 
 METRICS, RESUME, LAST, WEIGHTS = "metrics.jsonl", "resume", "last", "weights"
 
@@ -62,7 +62,7 @@ def run(work: Work, catalogue: Catalogue) -> Iterator[Progress]:
         return
     began = time.time()
     resume = _agreed(work.folder / RESUME)
-    told = _steps_told(work.folder / METRICS)
+    told = _epochs_told(work.folder / METRICS)
     for progress in train(
         work.stage,
         work.network,
@@ -91,36 +91,34 @@ def _agreed(folder: Path) -> Path | None:
 
 
 def _keep(work: Work, catalogue: Catalogue, progress: Progress, told: set[int], began: float) -> None:
-    state = progress.state
-    if state.step not in told:
-        told.add(state.step)
-        _append(work.folder / METRICS, _line(progress))
-    if progress.epoch_ended and state.epoch == work.stage.epochs:
-        _finish(work, catalogue, progress, began)
+    state, end = progress.state, progress.end
+    if end is not None and end.last.epoch not in told:
+        told.add(end.last.epoch)
+        _append(work.folder / METRICS, _line(progress, end.last.epoch))
+    if end is not None and state.epoch == work.stage.epochs:
+        _finish(work, catalogue, progress, end, began)
         return
     commit.write(checkpoint.place_of(work.folder / RESUME, state), progress.capture, {"key": work.key})
     checkpoint.prune(work.folder / RESUME)
 
 
-def _finish(work: Work, catalogue: Catalogue, progress: Progress, began: float) -> None:
-    best, last = progress.best, progress.last
-    assert best is not None and last is not None  # noqa: S101  the end of an epoch has both
-    if best.epoch != last.epoch:
-        _commit_weights(work, catalogue, last, work.folder / LAST, {})
+def _finish(work: Work, catalogue: Catalogue, progress: Progress, end: EpochEnd, began: float) -> None:
+    if end.best.epoch != end.last.epoch:
+        _commit_weights(work, catalogue, end.last, work.folder / LAST, {})
     record = {
         "job": work.name,
         "key": work.key,
         "network": work.network,
         "epochs": work.stage.epochs,
         "steps": progress.state.step,
-        "best_epoch": best.epoch,
-        "top1_error": best.top1_error,
-        "averaged": best.averaged,
+        "best_epoch": end.best.epoch,
+        "top1_error": end.best.top1_error,
+        "averaged": end.best.averaged,
         "stage": work.stage.model_dump(mode="json"),
         "environment": progress.place.environment(),
         "seconds": round(time.time() - began, 1),
     }
-    _commit_weights(work, catalogue, best, work.folder / WEIGHTS, record)
+    _commit_weights(work, catalogue, end.best, work.folder / WEIGHTS, record)
     shutil.rmtree(work.folder / RESUME, ignore_errors=True)
 
 
@@ -141,33 +139,25 @@ def _commit_weights(
         top1_error=candidate.top1_error,
         averaged=candidate.averaged,
     )
-    classes = weights.as_classes(catalogue.classes, catalogue.names)
+    classes = weights.Classes(tuple(catalogue.classes.tolist()), catalogue.names)
     fill = partial(weights.save, tensors=candidate.tensors, config=config, classes=classes)
     commit.write(folder, fill, record)
 
 
-def _line(progress: Progress) -> dict[str, Any]:
+def _line(progress: Progress, epoch: int) -> dict[str, Any]:
     """One line of metrics.jsonl. Its time is set once and kept, so that MLflow never draws a point twice."""
-    state = progress.state
-    epoch = state.epoch - 1 if progress.epoch_ended else state.epoch
-    place = {
-        "epoch": epoch,
-        "step": state.step,
-        "epoch_ended": progress.epoch_ended,
-        "time_ms": int(time.time() * 1000),
-    }
-    return place | {name: value for name, value in progress.metrics.items()}
+    return {"epoch": epoch, "time_ms": time.time_ns() // 1_000_000, **progress.metrics}
 
 
-def _steps_told(path: Path) -> set[int]:
-    """The steps that are in the file already: a resumed job does not tell them twice."""
-    steps = set()
+def _epochs_told(path: Path) -> set[int]:
+    """The epochs that are in the file already: a resumed job does not tell them twice."""
+    epochs = set()
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            steps.add(int(json.loads(line)["step"]))
+            epochs.add(int(json.loads(line)["epoch"]))
         except (ValueError, KeyError, TypeError):  # torn by a crash
             continue
-    return steps
+    return epochs
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -38,23 +38,28 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class EpochEnd:
+    """What an epoch leaves: the best candidate so far and this epoch's own, which may be the same."""
+
+    best: Candidate
+    last: Candidate
+
+
+@dataclass(frozen=True)
 class Progress:
-    """What a job tells, the same on every rank.
+    """What a job tells, in the same places on every rank.
 
     Attributes:
-        epoch_ended: this is the end of an epoch; else it is a point where a checkpoint is due.
-        metrics: finite numbers by name, ``train/...`` and ``val/...``.
+        metrics: numbers by name: ``train/...`` of this rank, ``val/...`` of all.
         capture: writes a resume checkpoint into an empty folder.
-        best, last: the best candidate so far, and this epoch's; None in mid-epoch.
+        end: None in mid-epoch, where only a checkpoint is due.
     """
 
     state: State
-    epoch_ended: bool
     metrics: dict[str, float]
     capture: Callable[[Path], None]
     place: Place
-    best: Candidate | None = None
-    last: Candidate | None = None
+    end: EpochEnd | None = None
 
 
 def train(
@@ -87,13 +92,14 @@ def train(
     mean, std, interpolation = normalisation(network)
     feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
     batches = TrainBatches(catalogue.train, catalogue.classes, stage, learner.objective.group, feed)
-    optimizer = Optimizer(learner, stage, batches.steps_per_epoch)
+    steps_per_epoch = batches.steps_per_epoch
+    optimizer = Optimizer(learner, stage, steps_per_epoch)
     if resume is None and start is not None:
         weights.load_into(learner.model, start)
     elif resume is None and pretrained is not None:
         weights.load_pretrained(learner.model, pretrained)
     average = Average(learner.model, stage.ema) if stage.ema else None
-    state, best = State(), {}
+    state, best = State(), dict[str, Tensor]()
     if resume is not None:
         state, best = checkpoint.restore(resume, learner, optimizer, average)
     step_of = learner.distributed()
@@ -118,7 +124,7 @@ def train(
                 recent.check()
                 state.losses = sums.totals()
                 metrics = _train_metrics(stage, state, optimizer, watch, sums)
-                yield Progress(state, False, metrics, partial(captured, state=state, best=best), where)
+                yield Progress(state, metrics, partial(captured, state=state, best=best), where)
         recent.check()
         metrics = _train_metrics(stage, state, optimizer, watch, sums)
         last, errors = _candidate(learner, average, catalogue, feed, state.epoch)
@@ -128,7 +134,7 @@ def train(
         state.epoch, state.step_in_epoch, state.losses = state.epoch + 1, 0, {}
         chosen = Candidate(state.best_epoch, state.best_error, state.best_averaged, best)
         capture = partial(captured, state=state, best=best)
-        yield Progress(state, True, metrics | errors, capture, where, chosen, last)
+        yield Progress(state, metrics | errors, capture, where, EpochEnd(chosen, last))
 
 
 def _candidate(

@@ -1,0 +1,5 @@
+"""``python -m aliprod``."""
+
+from aliprod.cli import main
+
+main()

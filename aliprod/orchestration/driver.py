@@ -1,0 +1,244 @@
+"""The driver: what `aliprod run` and a submitted job do. It launches, waits, gathers, and yields events."""
+
+import hashlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from aliprod import commit
+from aliprod.errors import Failed
+from aliprod.orchestration import cluster, gather, launch, members
+from aliprod.orchestration.board import Board
+from aliprod.orchestration.gather import Splits
+from aliprod.orchestration.prepare import Prepared, prepare
+from aliprod.orchestration.scheduler import Share, Task, execute
+from aliprod.plan.events import Ended, Event, Said
+from aliprod.plan.open import Request
+from aliprod.tracking.registry import Choice
+from aliprod.tracking.runs import Tracking
+from aliprod.training.job import WEIGHTS, Work
+
+_TICK_SECONDS = 0.5
+_FLUSH_SECONDS = 120.0
+
+
+class _Session:
+    """The cluster, joined when there is something to do on it, and whether a person wants the run to stop."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.stop, self.lease = prepared, threading.Event(), None
+
+    def join(self) -> None:
+        if self.lease is not None:
+            return
+        cluster.join(self.prepared.places.address)
+        if threading.current_thread() is threading.main_thread():  # after ray.init, which sets handlers of its own
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: self.stop.set())
+        self.lease = cluster.hold(self.prepared.plan.name, self.prepared.places.storage)
+        cluster.probe(self.prepared.places.storage)
+
+
+def run(request: Request) -> Iterator[Event]:
+    """Train what is not finished, then gather the ensemble.
+
+    Yields:
+        Events; the last is `Ended`.
+    Raises:
+        Refused: the input is wrong, nothing was started. Unreachable: cluster, storage or, at the start, MLflow.
+        Failed: the ensemble cannot be made. KeyboardInterrupt: it was told to stop.
+    """
+    yield from _says(request.places.note)
+    yield from _driven(prepare(request))
+
+
+def ensemble(request: Request) -> Iterator[Event]:
+    """Gather the ensemble anew from the chosen checkpoints; trains nothing.
+
+    Raises:
+        Failed: a member is not trained yet. Else as `run`.
+    """
+    yield from _says(request.places.note)
+    prepared = prepare(request)
+    if missing := [name for name in request.plan.ensemble.members if name in prepared.todo]:
+        raise Failed(f"not trained yet: {', '.join(missing)}.", request.plan.name, "Run the plan first.")
+    yield from _driven(Prepared(request, prepared.catalogue, prepared.jobs, (), {}))
+
+
+def _driven(prepared: Prepared) -> Iterator[Event]:
+    said: list[str] = []
+    places, text = prepared.places, prepared.request.text
+    tracking = Tracking.connect(places.tracking_uri, prepared.plan.name, places.artifacts, said.append)
+    board, session = Board(prepared, tracking), _Session(prepared)
+    tracking.plan_started(text, hashlib.sha256(text.encode()).hexdigest(), board.table())
+    status = "KILLED"
+    try:
+        for event in _stages(board, session):
+            yield event
+            yield from _drained(said)
+        status = "FINISHED" if not board.jobs_in("failed", "not_run") else "FAILED"
+    finally:
+        ray.shutdown()
+        tracking.plan_finished(status)
+        unsent = tracking.flush(_FLUSH_SECONDS)
+    yield from _drained([*said, *unsent])
+    yield Ended(json.loads((prepared.folder / "result.json").read_text(encoding="utf-8")))
+
+
+def _stages(board: Board, session: _Session) -> Iterator[Event]:
+    """Reuse, train, choose, predict, add up; the outcome ends up in result.json."""
+    yield from board.reuse()
+    if board.prepared.todo:
+        yield from _train(board, session)
+    result = None
+    if not board.jobs_in("failed", "not_run"):
+        board.tracking.flush(_FLUSH_SECONDS)
+        choices, note = members.choose(board.prepared, board.tracking.registry)
+        yield from _says(note)
+        which = gather.splits(board.prepared.catalogue)
+        key = members.ensemble_key(board.prepared, choices, which)
+        if not gather.is_done(board.prepared.folder, key):
+            yield from _gather(board, choices, which, key, session)
+        result = _result(board.prepared, choices, which)
+        board.tracking.ensemble(key, choices, result)
+    outcome = {
+        "plan": board.prepared.plan.name,
+        "trained": board.jobs_in("finished"),
+        "reused": board.jobs_in("reused"),
+        "failed": board.jobs_in("failed"),
+        "not_run": board.jobs_in("not_run"),
+        "ensemble": result,
+    }
+    commit.write_file(board.prepared.folder / "result.json", json.dumps(outcome, indent=1))
+
+
+def _train(board: Board, session: _Session) -> Iterator[Event]:
+    """Train in order of the longest remaining path, and predict each member as soon as it is trained."""
+    prepared = board.prepared
+    session.join()
+    gpu = cluster.uses_gpu(prepared.plan.cluster)
+    share = launch.share(prepared.plan.cluster, gpu)
+    cluster.check_room(prepared.plan.cluster, share)
+    which = gather.splits(prepared.catalogue)
+    tasks = []
+    for name in prepared.todo:
+        tasks.append(Task(name, prepared.jobs[name].parents, share, partial(_launch, prepared, name, gpu)))
+        if prepared.jobs[name].member:
+            # The best is what the ensemble takes, unless a person says otherwise.
+            tasks += [_prediction(prepared, name, split, None, gpu) for split in which.all]
+    yield from _execute(board, tasks, session)
+
+
+def _gather(
+    board: Board, choices: Mapping[str, Choice], which: Splits, key: str, session: _Session
+) -> Iterator[Event]:
+    """Predict what the choices lack, then run the final task."""
+    prepared = board.prepared
+    session.join()
+    gpu = cluster.uses_gpu(prepared.plan.cluster)
+    wanted: dict[str, dict[str, Any]] = {name: {} for name in choices}
+    tasks = []
+    for name, choice in choices.items():
+        for split in which.all:
+            prediction = members.prediction(prepared, name, choice, split)
+            wanted[name][split] = prediction.folder
+            if commit.read(prediction.folder) is not None:
+                continue
+            if commit.read(prediction.weights) is None:
+                board.tracking.registry.download(choice, prediction.weights)
+            tasks.append(_prediction(prepared, name, split, choice, gpu))
+    yield from _execute(board, tasks, session)
+    if failed := board.jobs_in("failed"):
+        raise Failed(f"the probabilities of {', '.join(failed)} are missing: no ensemble was written.")
+    yield Said(f"Adding up {len(choices)} members.")
+    failure = ray.get(gather.start_sum(wanted, which, prepared.folder, key))
+    if failure:
+        raise Failed(failure)
+
+
+def _execute(board: Board, tasks: list[Task], session: _Session) -> Iterator[Event]:
+    settings, running = board.prepared.plan.cluster, list[Any]()
+    capacity = partial(cluster.limit, settings)
+    for change in execute(tasks, capacity, partial(_wait, running), session.stop.is_set, settings.max_parallel_jobs):
+        yield from board.reports()
+        if change is not None:
+            yield from board.tell(change)
+        if session.stop.is_set():
+            for handle in running:
+                ray.cancel(handle, force=True)
+            raise KeyboardInterrupt
+
+
+def _wait(running: list[Any], handles: list[Any]) -> list[tuple[Any, str]]:
+    """Wait a moment for any of the handles; each that ended, with why it failed or ''."""
+    running[:] = handles
+    if not handles:
+        time.sleep(_TICK_SECONDS)
+        return []
+    done, _ = ray.wait(handles, num_returns=1, timeout=_TICK_SECONDS)
+    return [(handle, _failure(handle)) for handle in done]
+
+
+def _failure(handle: Any) -> str:
+    try:
+        return str(ray.get(handle))
+    except ray.exceptions.RayError as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
+    job, settings = prepared.jobs[name], prepared.plan.cluster
+    work = Work(
+        name=name,
+        key=str(job.key),
+        network=job.network,
+        stage=job.stage,
+        folder=prepared.job_folder(name),
+        start=prepared.job_folder(job.parents[0]) / WEIGHTS if job.parents else None,
+        pretrained=None if job.parents else prepared.pretrained.get(job.network),
+        save_every_steps=settings.save_every_steps,
+        threads=settings.cpus_per_worker,
+        loader_processes=settings.loader_processes,
+    )
+    return launch.launch(work, prepared.catalogue.root, settings, gpu, prepared.places.storage / "ray")
+
+
+def _prediction(prepared: Prepared, name: str, split: str, choice: Choice | None, gpu: bool) -> Task:
+    """Predict a split with a choice; None: with the best, once the job is trained."""
+    share = Share(prepared.plan.cluster.cpus_per_worker, 1 if gpu else 0)
+
+    def start() -> Any:
+        prediction = members.prediction(prepared, name, choice or members.best_of(prepared, name), split)
+        return gather.start_prediction(prediction, prepared.catalogue.root, share)
+
+    return Task(f"{name} {split}", () if choice else (name,), share, start)
+
+
+def _result(prepared: Prepared, choices: Mapping[str, Choice], which: Splits) -> dict[str, Any]:
+    scores = gather.scores(prepared.folder)
+    return {
+        "members": {
+            name: {"top1_error": scores["members"][name], "version": choice.version} for name, choice in choices.items()
+        },
+        "top1_error": scores["ensemble"],
+        "split": which.scored,
+        "submission": str(prepared.folder / "submission.csv") if which.main == "test" else None,
+        "probabilities": str(prepared.folder / "ensemble"),
+    }
+
+
+def _says(text: str) -> Iterator[Event]:
+    if text:
+        yield Said(text)
+
+
+def _drained(texts: list[str]) -> Iterator[Event]:
+    while texts:
+        yield Said(texts.pop(0))

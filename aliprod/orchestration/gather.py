@@ -1,0 +1,160 @@
+"""Ray tasks at the end of a plan: predict a member's probabilities, and add the members up."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from aliprod import commit
+from aliprod.data import sources
+from aliprod.data.catalogue import Catalogue, Images
+from aliprod.data.loader import Feed
+from aliprod.ensemble.add import submission, write_ensemble
+from aliprod.ensemble.score import aligned, as_labels, predicted_classes, top1_error
+from aliprod.errors import AliprodError
+from aliprod.inference import probabilities
+from aliprod.inference.predict import Views, predict
+from aliprod.models import weights
+from aliprod.orchestration.scheduler import Share
+
+_SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which images are predicted: ``main`` makes the submission, ``scored`` (where labels are known) the errors."""
+
+    main: str
+    scored: str | None
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(split for split in (self.main, self.scored) if split))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A member's probabilities on a split: from which weights, where to.
+
+    Attributes:
+        sha256: of the weights.
+        weights, folder: of the weights and of the store.
+    """
+
+    job: str
+    key: str
+    sha256: str
+    weights: Path
+    split: str
+    views: Views
+    folder: Path
+
+
+def splits(catalogue: Catalogue) -> Splits:
+    """Test, and val where the labels of test are not known; val alone where there is no test."""
+    labelled = "test" if len(catalogue.test) and catalogue.test_labels is not None else None
+    scored = labelled or ("val" if len(catalogue.val) else None)
+    return Splits("test" if len(catalogue.test) else "val", scored)
+
+
+def start_prediction(prediction: Prediction, catalogue: Path, share: Share) -> Any:
+    """Start predicting; the task is named after the job and the split. Resolves to why it failed, or ''."""
+    options: dict[str, Any] = {"name": f"{prediction.job} {prediction.split}"}
+    return _predict.options(num_cpus=share.cpus, num_gpus=share.gpus, **options).remote(
+        prediction, catalogue, share.cpus
+    )
+
+
+def start_sum(members: Mapping[str, Mapping[str, Path]], which: Splits, folder: Path, key: str) -> Any:
+    """Start the final task: add the members up, write ensemble, submission and scores. Resolves like a prediction.
+
+    Args:
+        members: job -> split -> store.
+        folder: the plan's.
+        key: of the ensemble, kept beside its scores.
+    """
+    return _sum.options(name="ensemble").remote(
+        {name: dict(stores) for name, stores in members.items()}, which, folder, key
+    )
+
+
+def is_done(folder: Path, key: str) -> bool:
+    """Whether a plan's folder holds the ensemble of this key, whole."""
+    return scores(folder).get("key") == key and commit.read(folder / "ensemble") is not None
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """Top-1 errors (mean over classes) of the members and the ensemble that a plan's folder holds; {} before."""
+    try:
+        return dict(json.loads((folder / _SCORES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+@ray.remote(max_retries=3)
+def _predict(prediction: Prediction, catalogue_path: Path, threads: int) -> str:
+    try:
+        _write_probabilities(prediction, sources.read(catalogue_path), threads)
+    except AliprodError as error:
+        return str(error)
+    return ""
+
+
+def _write_probabilities(prediction: Prediction, catalogue: Catalogue, threads: int) -> None:
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config, classes = weights.load(prediction.weights)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images: Images = getattr(catalogue, prediction.split)
+    feed = Feed(device, config.mean, config.std, config.interpolation)
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    blocks = (block for _, block in predict(model, images, config.resize, config.crop, prediction.views, feed, dtype))
+    record = {
+        "job": prediction.job,
+        "key": prediction.key,
+        "weights": prediction.sha256,
+        "split": prediction.split,
+        "views": prediction.views,
+        "catalogue": catalogue.fingerprint,
+    }
+    labels = _labels(catalogue, prediction.split)
+    probabilities.write(prediction.folder, images.ids, classes.ids, blocks, labels, record)
+
+
+def _labels(catalogue: Catalogue, split: str) -> pa.Int64Array | None:
+    """Class ids of a split, null where unknown; None where the catalogue says nothing."""
+    labels = catalogue.test_labels if split == "test" else getattr(catalogue, split).labels
+    return None if labels is None else as_labels(labels, catalogue.classes)
+
+
+@ray.remote(max_retries=3)
+def _sum(members: dict[str, dict[str, Path]], which: Splits, folder: Path, key: str) -> str:
+    try:
+        _write_ensemble(members, which, folder, key)
+    except AliprodError as error:
+        return str(error)
+    return ""
+
+
+def _write_ensemble(members: dict[str, dict[str, Path]], which: Splits, folder: Path, key: str) -> None:
+    """Scores are written last: where they name the key, all else is there."""
+    found: dict[str, Any] = {"key": key, "members": dict.fromkeys(members), "ensemble": None}
+    for split in which.all:
+        stores = [probabilities.open_store(stores[split]) for stores in members.values()]
+        target = folder / ("ensemble" if split == which.main else f"ensemble-{split}")
+        predictions = write_ensemble(target, stores, record={"split": split, "jobs": list(members)})
+        if split == "test":
+            commit.write_file(folder / "submission.csv", submission(predictions.ids, predictions.predicted))
+        if split == which.scored:
+            labels = aligned(predictions.ids, stores[0].ids, stores[0].labels)
+            found["ensemble"] = top1_error(labels, predictions.predicted.numpy())
+            found["members"] = {
+                name: top1_error(store.labels, predicted_classes(store))
+                for name, store in zip(members, stores, strict=True)
+            }
+    commit.write_file(folder / _SCORES, json.dumps(found, indent=1))

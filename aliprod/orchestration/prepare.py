@@ -1,0 +1,109 @@
+"""What must hold before a GPU is held: storage, catalogue, backbones, pretrained weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from aliprod import commit
+from aliprod.data import sources
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.synth import synthesise
+from aliprod.errors import Refused, StorageFull, Unreachable
+from aliprod.plan import graph, ledger
+from aliprod.plan.graph import Job
+from aliprod.plan.open import Request
+from aliprod.plan.places import Places, catalogue_path
+from aliprod.plan.schema import Plan, Synth
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose catalogue has been read.
+
+    Attributes:
+        todo: jobs that are not finished, the longest remaining path first.
+        pretrained: file of each pretrained backbone that a job in ``todo`` starts from, by timm's name.
+    """
+
+    request: Request
+    catalogue: Catalogue
+    jobs: Mapping[str, Job]
+    todo: tuple[str, ...]
+    pretrained: Mapping[str, Path]
+
+    @property
+    def plan(self) -> Plan:
+        return self.request.plan
+
+    @property
+    def places(self) -> Places:
+        return self.request.places
+
+    @property
+    def folder(self) -> Path:
+        """The plan's own, for what people open."""
+        return self.places.of(self.plan)
+
+    def job_folder(self, name: str) -> Path:
+        return ledger.folder(self.places.storage, self.jobs[name])
+
+
+def prepare(request: Request) -> Prepared:
+    """Read the catalogue (render it first where the plan says so) and see what is to be done.
+
+    Raises:
+        Refused: no catalogue, a backbone that timm does not know, pretrained weights that cannot be had.
+        Unreachable: the storage path cannot be written.
+    """
+    check_storage(request.places.storage)
+    path = catalogue_path(request.plan, request.places)
+    if request.plan.catalogue.synth is not None and not path.exists():
+        _render(request.plan.catalogue.synth, path)
+    catalogue = sources.read(path)
+    jobs = graph.jobs(request.plan, catalogue.fingerprint)
+    unfinished = {name for name, job in jobs.items() if ledger.finished(request.places.storage, job) is None}
+    todo = tuple(name for name in graph.order_by_remaining_work(jobs) if name in unfinished)
+    return Prepared(request, catalogue, jobs, todo, _pretrained(request, [jobs[name] for name in todo]))
+
+
+def check_storage(storage: Path) -> None:
+    """Write a file and take it away again.
+
+    Raises:
+        Unreachable: that failed.
+    """
+    try:
+        commit.write_file(storage / ".writable", "")
+        (storage / ".writable").unlink()
+    except (StorageFull, OSError) as error:
+        what = error.what if isinstance(error, StorageFull) else str(error)
+        raise Unreachable(
+            f"the storage path {what}", storage, "Give --storage a folder that you may write, with room."
+        ) from error
+
+
+def _render(synth: Synth, path: Path) -> None:
+    try:
+        synthesise(path, synth.classes, synth.images, synth.seed)
+    except Refused:
+        if not path.exists():  # else another driver was faster, with the same pictures
+            raise
+
+
+def _pretrained(request: Request, jobs: list[Job]) -> dict[str, Path]:
+    """Check the backbones of these jobs with timm, and bring the weights that they start from into the storage path."""
+    if not jobs:
+        return {}
+    from aliprod.models import recogniser, weights  # timm takes seconds to import: not for a plan that is finished
+
+    for backbone, network in request.plan.backbones.items():
+        recogniser.check_network(network, f"[backbones] {backbone}")
+    files = {}
+    for job in jobs:
+        if isinstance(job.stage.pretrained, str):
+            files[job.network] = Path(job.stage.pretrained)
+        elif job.stage.pretrained and not job.parents:
+            folder = request.places.storage / "pretrained" / job.network
+            weights.fetch_pretrained(job.network, folder)
+            files[job.network] = folder / f"{job.network}.safetensors"
+    return files

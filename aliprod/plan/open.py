@@ -1,0 +1,31 @@
+"""A checked plan where it runs: its catalogue's fingerprint, its jobs and their keys."""
+
+from dataclasses import dataclass
+
+from aliprod.data import sources
+from aliprod.plan import graph
+from aliprod.plan.graph import Job
+from aliprod.plan.places import Places, catalogue_path
+from aliprod.plan.schema import Plan
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked plan, the text of its file, and where it runs."""
+
+    plan: Plan
+    text: str
+    places: Places
+
+
+def open_jobs(request: Request) -> tuple[dict[str, Job], str]:
+    """The jobs of a plan; without keys, and with a note that says so, where the catalogue is not there yet.
+
+    Raises:
+        Refused: what is there is no catalogue.
+    """
+    path = catalogue_path(request.plan, request.places)
+    if path.exists():
+        return graph.jobs(request.plan, sources.read(path).fingerprint), ""
+    cure = "the first run renders it" if request.plan.catalogue.synth else "`run` would refuse"
+    return graph.jobs(request.plan, None), f"There is no catalogue at {path}, so the jobs have no keys: {cure}."
