@@ -189,7 +189,8 @@ class Objective(nn.Module):
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(batch.seed)
-        sources = shuffles(len(batch.images), self.parts, self.reach, generator).to(batch.images.device)
+        sources = shuffles(len(batch.images), self.parts, self.reach, generator)
+        sources = sources.to(batch.images.device, non_blocking=True)  # blocking would wait for the step before
         features = model.features(self._pairs(batch.images, sources))
         parts = losses(
             model.classify(features),

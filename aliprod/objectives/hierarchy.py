@@ -75,6 +75,7 @@ class Objective(nn.Module):
 
     group = 1
     ancestor: Tensor
+    weights: Tensor
 
     def __init__(self, context: Context, *, kind: str = "marginal", beta: float = 0.5) -> None:
         super().__init__()
@@ -86,9 +87,10 @@ class Objective(nn.Module):
         require(beta >= 0, f"beta = {beta} is negative.", "0.5 is the default, 0 is cross entropy.")
         self.kind, self.beta = kind, beta
         self.register_buffer("ancestor", context.ancestor, persistent=False)
+        self.register_buffer("weights", win_weights(len(context.ancestor)), persistent=False)
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         logits = model(batch.images)
         if self.kind == "win":
-            return {"hierarchy": win_loss(logits, batch.labels, self.ancestor, win_weights(len(self.ancestor)))}
+            return {"hierarchy": win_loss(logits, batch.labels, self.ancestor, self.weights)}
         return {"hierarchy": marginal_loss(logits, batch.labels, self.ancestor, self.beta)}

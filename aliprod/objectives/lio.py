@@ -32,7 +32,7 @@ def pseudo_mask(features: Tensor) -> Tensor:
     cells = maps.flatten(3).transpose(1, 2).flatten(2)  # (G, C, (P+1) S²)
     with full_precision(cells):
         correlation = cells.transpose(1, 2) @ cells / channels
-    best = correlation.view(groups, images, side * side, images, side * side).amax(dim=4)  # (G, P+1, S², P+1)
+    best = correlation.view(groups, images, side * side, images, side * side).max(dim=4).values  # (G, P+1, S², P+1)
     others = 1 - torch.eye(images, dtype=best.dtype, device=best.device)
     mean = (best * others[:, None]).sum(dim=3) / (images - 1)
     return mean.view(groups, images, side, side)
