@@ -109,7 +109,7 @@ class Registry:
         )
         return min(found, key=lambda version: int(version.version), default=None)
 
-    def publish(self, job: str, key: str, run_id: str, weights: Weights, checkpoint: str) -> ModelVersion:
+    def publish(self, job: str, key: str, run_id: str, weights: Weights, checkpoint: str) -> Choice:
         """The version of these weights; made, with its files, where there is none.
 
         Args:
@@ -118,13 +118,13 @@ class Registry:
         name = self.name(job)
         if version := self.find(name, key, weights.sha256):
             self._restore(_choice(version).model_id, weights.folder)
-            return version
+            return _choice(version)
         error = "" if weights.top1_error is None else f"{weights.top1_error:.4f}"
         told = f"{checkpoint} of {key[:12]}: epoch {weights.epoch}" + (f", top-1 error {error}" if error else "")
         tags = {"epoch": str(weights.epoch), "top1": error or "unknown", "checkpoint": checkpoint}
         self._model(name)
         model_id = self._logged_model(job, key, run_id, weights)
-        return self._client.create_model_version(
+        version = self._client.create_model_version(
             name,
             source=f"models:/{model_id}",
             run_id=run_id,
@@ -133,14 +133,15 @@ class Registry:
             model_id=model_id,
             await_creation_for=0,
         )
+        return _choice(version)
 
-    def point(self, job: str, best: str) -> None:
+    def point(self, job: str, choice: Choice) -> None:
         """Alias ``best`` marks this version; ``member`` too, unless a person has moved it.
 
         A person has where the alias is neither missing nor where we last put it. The alias moves before the tags
         that remember it: killed in between, the next call finds it in place and only writes the tags.
         """
-        name = self.name(job)
+        name, best = self.name(job), str(choice.version)
         model = self._model(name)
         aliases = {alias: str(version) for alias, version in model.aliases.items()}  # a database hands out int
         if aliases.get("best") != best:

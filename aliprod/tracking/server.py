@@ -1,6 +1,7 @@
 """Reaching MLflow: the first call, the pre-flight, and what its errors mean."""
 
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from sqlalchemy.exc import SQLAlchemyError
 
 from aliprod.errors import Refused, Unreachable
 
@@ -82,9 +84,9 @@ def reach(uri: str) -> Server:
         Refused: the address is of a kind that cannot work.
         Unreachable: nothing answers within about 10 s, refuses us, or its database is of another version.
     """
-    _check_address(uri)
     _quiet()
-    mlflow.set_tracking_uri(uri)  # for what in mlflow looks at no argument
+    ask(uri, lambda: _check_address(uri))
+    _make_default(uri)
     server = ask(uri, lambda: Server(uri, MlflowClient(tracking_uri=uri, registry_uri=uri)))
     ask(uri, server.probe)
     return server
@@ -113,8 +115,10 @@ def ask(uri: str, call: Callable[[], T]) -> T:
     """
     try:
         return call()
-    except (MlflowException, OSError) as error:
-        raise Unreachable(f"MLflow does not answer: {sentence(error)}", redacted(uri), _advice(uri, error)) from error
+    except (MlflowException, OSError, SQLAlchemyError, ImportError) as error:  # the last: a database's driver
+        raise Unreachable(
+            f"MLflow does not answer: {sentence(error).rstrip('.')}.", redacted(uri), _advice(uri, error)
+        ) from error
 
 
 def is_away(error: BaseException) -> bool:
@@ -179,7 +183,7 @@ def _try_artifacts(server: Server, location: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "aliprod.txt")
         probe.write_text(PROBE)
-        repository.log_artifact(str(probe), "preflight")  # type: ignore[no-untyped-call]
+        repository.log_artifact(str(probe), "preflight")
         back = server.download(f"{location.rstrip('/')}/preflight/aliprod.txt", Path(tempfile.mkdtemp(dir=folder)))
         if back.read_text() != PROBE:
             raise OSError("the artifact read back is not the one that was written")
@@ -197,6 +201,19 @@ def _advice(uri: str, error: Exception) -> str:
         f"Nothing was started. Start the server, or give another --tracking-uri; this client is MLflow "
         f"{mlflow.__version__}."
     )
+
+
+def _make_default(uri: str) -> None:
+    """For what looks at no argument: a database resolves a version's ``models:/m-ID`` through mlflow's default.
+
+    mlflow puts the address, password and all, into the environment too, where the next plan of this process would
+    take it for the user's: taken out again.
+    """
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def _quiet() -> None:

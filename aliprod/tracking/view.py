@@ -120,11 +120,12 @@ class View:
         if known.tags.get("aliprod.result", result) != result:  # trained again, to other bytes
             known = self._replace(job, known, records)
         self.epochs(job, records)
-        version = self.registry.publish(job.name, _key(job), known.run_id, best, "best" if last else "best, last")
+        versions = [self.registry.publish(job.name, _key(job), known.run_id, best, "best" if last else "best, last")]
         if last:
-            self.registry.publish(job.name, _key(job), known.run_id, last, "last")
-        self.registry.point(job.name, version.version)
+            versions.append(self.registry.publish(job.name, _key(job), known.run_id, last, "last"))
+        self.registry.point(job.name, versions[0])
         if "aliprod.result" not in known.tags:
+            self._bind(known, versions, records)
             self._complete(known, _final(best, records), result)
 
     def ensemble(self, key: str, choices: Mapping[str, Choice], result: Mapping[str, Any], time_ms: int) -> None:
@@ -148,6 +149,15 @@ class View:
         self._log(self._plan(), [_renamed(point, "top1_error") for point in points if point.key == "top1_error"])
         self._complete(known, points, commit.sha256(Path(submission)) if submission else key)
 
+    def _bind(self, known: Known, versions: Sequence[Choice], records: Sequence[history.Record]) -> None:
+        """Tell each model's epoch again with its id: the run stores a point once, its table of models shows it."""
+        for version in versions:
+            points = history.metrics(history.of_epoch(records, version.epoch))
+            bound = [
+                Metric(p.key, p.value, p.timestamp, p.step, version.model_id) for p in points if history.is_finite(p)
+            ]
+            self._client.log_batch(known.run_id, metrics=bound)
+
     def _completed(self, choice: Choice) -> Choice:
         """A choice made while MLflow was away, with the version it has by now."""
         if choice.version is not None:
@@ -161,7 +171,7 @@ class View:
     def _plan(self) -> Known:
         known = self._find("plan", self._plan_hash)
         if known is None:
-            known = self._make("plan", self._plan_hash, f"plan {self._plan_hash[:12]}", {}, _now())
+            known = self._make("plan", self._plan_hash, f"{self._server.experiment} {self._plan_hash[:8]}", {}, _now())
             self._client.log_text(known.run_id, self._plan_text, "plan.toml")
         return known
 

@@ -39,7 +39,8 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, migrated: Path) -> Place:
+def place(tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the address that is given counts, no other
     (tmp_path / "mlflow.db").write_bytes(migrated.read_bytes())
     return Place(tmp_path, [])
 

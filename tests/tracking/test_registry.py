@@ -38,6 +38,9 @@ def test_best_and_last_become_versions_that_say_what_they_are(place, job, traine
     assert best.description == "best of aaaaaaaaaaaa: epoch 1, top-1 error 0.2000"
     models = client.search_logged_models([client.get_experiment_by_name("shop").experiment_id])
     assert {model.status for model in models} == {LoggedModelStatus.READY}
+    assert {(metric.key, metric.value) for model in models for metric in model.metrics or []} >= {
+        ("val/top1_error", 0.2), ("val/top1_error", 0.3),
+    }  # fmt: skip
     assert {model.name for model in models} == {"resnet50-full-epoch001", "resnet50-full-epoch002"}
 
 

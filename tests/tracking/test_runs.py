@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sqlite3
 import time
 from collections import Counter
 
@@ -249,11 +251,28 @@ def test_a_folder_is_refused_as_an_address_of_mlflow(tmp_path):
 
 
 def test_a_database_of_another_release_is_told_how_to_upgrade(place):
-    import sqlite3
-
     with sqlite3.connect(place.storage / "mlflow.db") as database:
         database.execute("UPDATE alembic_version SET version_num = '90e64c465722'")
     database.close()
     with pytest.raises(Unreachable, match="mlflow db upgrade sqlite:///") as told:
         place.driver()
     assert told.value.status == 3
+
+
+def test_a_file_that_is_no_database_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(Unreachable, match="file is not a database"):
+        Tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "shop", tmp_path)
+
+
+def test_an_experiment_that_a_person_deleted_is_restored(place):
+    client = MlflowClient(place.uri)
+    assert place.driver().flush(60) == []
+    client.delete_experiment(client.get_experiment_by_name("shop").experiment_id)
+    assert place.driver().flush(60) == []
+    assert client.get_experiment_by_name("shop").lifecycle_stage == "active"
+
+
+def test_connecting_leaves_the_environments_address_alone(place):
+    place.driver()
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:9"
