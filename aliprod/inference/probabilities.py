@@ -55,7 +55,7 @@ class Probabilities:
     @property
     def split(self) -> str:
         """The image set that was predicted: train, val or test."""
-        return str(self.record.get("split", "")) or "the"
+        return str(self.record.get("split", ""))
 
     def rows(self, low: int, high: int) -> Half:
         """Rows low to high (exclusive): (high - low, K), a read-only view of the file where one shard holds them all.
@@ -137,7 +137,8 @@ def write(
             rows = _half(block)
             if rows.shape[1:] != numbers.shape or row + len(rows) > len(names):
                 raise ValueError(f"a block of shape {tuple(rows.shape)} at row {row} of {len(names)} x {len(numbers)}")
-            check(rows, names[row : row + len(rows)], row, str(record.get("job", folder)), str(record.get("split", "")))
+            numbered = range(row, row + len(rows))
+            check(rows, names[row : row + len(rows)], numbered, str(record.get("job", folder)), record.get("split", ""))
             append(staging / STEM, rows.numpy(), row, len(names), per_shard)
             row += len(rows)
         if row != len(names):
@@ -188,11 +189,11 @@ def tolerance(num_classes: int) -> float:
     return float(2**-11 + num_classes * 2**-25)
 
 
-def check(rows: Tensor, ids: pa.StringArray, first: int, member: str, split: str, advice: str = "") -> None:
+def check(rows: Tensor, ids: pa.StringArray, numbers: Sequence[int], member: str, split: str = "") -> None:
     """Every row must be a distribution.
 
     Args:
-        rows: (n, K) of any float dtype. ids: (n,). first: number of the first of these rows in its store.
+        rows: (n, K) of any float dtype. ids: (n,). numbers: (n,), where the rows stand in the member's store.
     Raises:
         Failed: naming member, image and row.
     """
@@ -205,11 +206,10 @@ def check(rows: Tensor, ids: pa.StringArray, first: int, member: str, split: str
         bad = int(good.logical_not().nonzero()[0])
         image = f"{split} image {ids[low + bad].as_py()}".strip()
         raise Failed(
-            f"the probabilities of {image} (row {first + low + bad:,}) {_fault(part[bad], float(sums[bad]))}.",
+            f"the probabilities of {image} (row {numbers[low + bad]:,}) {_fault(part[bad], float(sums[bad]))}.",
             member,
-            advice
-            or "Nothing was written. Move the alias `member` to another version, or take the member out of the "
-            "plan, and submit jobs/ensemble.py.",
+            "Nothing was written. Move the alias `member` to another version, or take the member out of the plan, "
+            "and submit jobs/ensemble.py.",
         )
 
 

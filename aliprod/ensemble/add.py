@@ -1,0 +1,365 @@
+"""The sum of the members' probabilities, what it predicts, and the submission (methods.md, 8).
+
+Rows are matched by image id and columns by class id, never by position; the sum comes out with ids in the
+order of the submission and class ids ascending. It is exact, so neither the order of members, rows or columns
+nor the size of a block changes a byte: every float16 in 0 to 1 is a multiple of 2**-24, and so float32 is
+exact for sums below one, float64 for all sums of up to 127 such numbers.
+"""
+
+import csv
+import io
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from aliprod import commit
+from aliprod.ensemble.match import Places, match_columns, match_rows, submission_order
+from aliprod.errors import Failed, Refused
+from aliprod.inference.probabilities import Probabilities, append, check, tolerance
+
+MOST = 127  # members or sum of weights: 127 * 2**24 is below 2**31, so int32 would do as well
+TOP = 5  # classes kept for each image
+TILE = 2**18  # entries added at a time: they and the member's stay in a core's cache
+STRIP = 64
+BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums of the rows low to high (exclusive).
+
+    Attributes:
+        rounded: (n, K) float32, the nearest to each sum; below one that is the sum itself.
+        columns: (n, 5 or K) the highest sums' columns, ties to the first. values: those sums, exact, float64.
+        rows_above, columns_above, values_above: where a sum is one or more, and the exact one.
+    """
+
+    low: int
+    high: int
+    rounded: Tensor
+    columns: Tensor
+    values: Tensor
+    rows_above: Tensor
+    columns_above: Tensor
+    values_above: Tensor
+
+    def exact(self) -> Tensor:
+        """The sums: (n, K) float64."""
+        sums = self.rounded.double()
+        sums[self.rows_above, self.columns_above] = self.values_above
+        return sums
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Members whose rows and columns have been matched.
+
+    Attributes:
+        weights: whole numbers, above zero.
+        ids: (N,) in the order of the submission. classes: (K,) class ids, ascending.
+        rows: for each member, where its rows stand: (N,). columns: where its columns stand, None: in order.
+    """
+
+    members: tuple[Probabilities, ...]
+    weights: tuple[int, ...]
+    ids: pa.StringArray
+    classes: npt.NDArray[np.int64]
+    rows: tuple[Places, ...]
+    columns: tuple[Tensor | None, ...]
+
+    def sums(self, low: int, high: int, out: Tensor | None = None) -> Sums:
+        """Add up rows low to high (exclusive). Memory: 4 bytes an entry, and 2 for each member of another order.
+
+        Args:
+            out: (high - low or more, K) float32, to hold the sums; used again, it saves a third of the time.
+        Raises:
+            Failed: a row is no distribution; names member, image and row.
+        """
+        parts = [self._part(member, low, high) for member in range(len(self.members))]
+        rounded = torch.empty(high - low, len(self.classes)) if out is None else out[: high - low]
+        totals, values, columns = _add(parts, self.weights, rounded)
+        doubtful = ~((totals - 1).abs() <= tolerance(len(self.classes)) - 2**-14)  # NaN too; float32 sums err by less
+        for member in doubtful.any(dim=1).nonzero()[:, 0].tolist():
+            store, rows = self.members[member], self.rows[member][low:high]
+            check(parts[member], self.ids[low:high], rows.tolist(), store.name, store.split)
+        return _exact(parts, self.weights, low, rounded, values, columns)
+
+    def _part(self, member: int, low: int, high: int) -> Tensor:
+        part = from_dlpack(self.members[member].take(self.rows[member][low:high]))
+        columns = self.columns[member]
+        return part if columns is None else part.index_select(1, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What an ensemble predicts: ids (N,) in the order of the submission, predicted class ids (N,) int64."""
+
+    ids: pa.StringArray
+    predicted: Tensor
+
+
+def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None) -> Ensemble:
+    """Find each image's row and each class's column in every member.
+
+    Args:
+        weights: whole numbers, one a member, default 1; a member of weight 0 is not looked at.
+    Raises:
+        Refused: no member, or weights that cannot be added exactly.
+        Failed: a member lacks an image or has another class list.
+    """
+    weights = [1] * len(members) if weights is None else list(weights)
+    if len(weights) != len(members) or not 1 <= sum(weights) <= MOST or any(w < 0 or w != int(w) for w in weights):
+        raise Refused(
+            f"{len(members)} members cannot be added with the weights {weights}.",
+            advice=f"Each member needs a whole number from 0 on; together at least 1 and at most {MOST}: "
+            "so many float16 numbers add up exactly.",
+        )
+    members = [member for member, weight in zip(members, weights, strict=True) if weight]
+    names = [member.name for member in members]
+    ids, rows = match_rows(names, [member.ids for member in members])
+    classes, columns = match_columns(names, [member.classes for member in members])
+    in_order = np.arange(len(classes))
+    return Ensemble(
+        tuple(members),
+        tuple(int(weight) for weight in weights if weight),
+        ids,
+        classes,
+        tuple(rows),
+        tuple(None if np.array_equal(places, in_order) else torch.from_numpy(places) for places in columns),
+    )
+
+
+def add(members: Sequence[Probabilities], rows_per_block: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    """The members' exact sum, block by block; ids and classes as in `match`.
+
+    Args:
+        rows_per_block: memory is bounded by it; default: as many as make 64 MB in float32.
+    Yields:
+        low, high, sums of the rows low to high (exclusive): (high - low, K) float64.
+    Raises:
+        Failed, Refused: as in `match` and `Ensemble.sums`.
+    """
+    for block in each_block(match(members), rows_per_block):
+        yield block.low, block.high, block.exact()
+
+
+def each_block(ensemble: Ensemble, rows_per_block: int | None = None) -> Iterator[Sums]:
+    """The sums block by block, in one buffer: what a block's ``rounded`` holds is gone with the next block."""
+    rows, num_classes = len(ensemble.ids), len(ensemble.classes)
+    size = rows_per_block or max(1, BLOCK_BYTES // (4 * max(1, num_classes)))
+    buffer = torch.empty(min(size, rows), num_classes)
+    for low in range(0, rows, size):
+        yield ensemble.sums(low, min(low + size, rows), buffer)
+
+
+def write_ensemble(
+    folder: Path,
+    members: Sequence[Probabilities],
+    weights: Sequence[int] | None = None,
+    record: Mapping[str, Any] | None = None,
+    rows_per_block: int | None = None,
+) -> Predictions:
+    """Add the members up and commit the result in place of what ``folder`` held; until then that stays.
+
+        sums-00000.npy ...   (n, K) float32: the exact sums, rounded once
+        rows.parquet         image_id, label (class id, null where unknown), in the order of the submission
+        classes.parquet      class_id, ascending
+        predictions.parquet  image_id, class_id, top_classes (five class ids), shares (their sums over the weights' sum)
+
+    Args:
+        record: more to say in the manifest, beside the members' records, weights and digests.
+    Returns:
+        What the ensemble predicts.
+    Raises:
+        Failed, Refused: as in `match` and `Ensemble.sums`; nothing was written.
+        StorageFull: no room; nothing was written.
+    """
+    ensemble = match(members, weights)
+    facts = {
+        **(record or {}),
+        "members": [_origin(*pair) for pair in zip(ensemble.members, ensemble.weights, strict=True)],
+    }
+    if commit.read(folder) == facts:
+        return read_predictions(folder)
+    fresh = folder.with_name(f".{folder.name}.fresh")
+    shutil.rmtree(fresh, ignore_errors=True)
+    commit.write(fresh, lambda staging: _fill(staging, ensemble, rows_per_block), facts)
+    with commit.storage(folder):
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    return read_predictions(folder)
+
+
+def read_predictions(folder: Path) -> Predictions:
+    """What a committed ensemble predicts.
+
+    Raises:
+        Failed: there is none.
+    """
+    if commit.read(folder) is None:
+        raise Failed("holds no finished ensemble.", folder, "Submit jobs/ensemble.py: it is added up anew.")
+    table = pq.read_table(folder / "predictions.parquet", columns=["image_id", "class_id"])
+    return Predictions(table["image_id"].combine_chunks(), torch.from_numpy(table["class_id"].to_numpy().copy()))
+
+
+def add_members(members: Sequence[tuple[Sequence[str], Tensor, Tensor]]) -> tuple[list[str], Tensor, Tensor]:
+    """The exact sum of members in memory.
+
+    Args:
+        members: (ids, classes (K,) int64, probabilities (N, K) float16) each, rows and columns in any order.
+    Returns:
+        ids in the order of the submission, classes (K,) ascending, sums (N, K) float64.
+    Raises:
+        Refused: no member, or more than can be added exactly.
+        Failed: an image is missing, a class list is another, a row is no distribution; names the member.
+    """
+    if not 1 <= len(members) <= MOST:
+        raise Refused(f"{len(members)} members cannot be added exactly.", advice=f"Take 1 to {MOST}.")
+    names = [f"member {number}" for number in range(len(members))]
+    given = [pa.array(ids, pa.string()) for ids, _, _ in members]
+    ids, rows = match_rows(names, given)
+    classes, columns = match_columns(names, [part.cpu().numpy() for _, part, _ in members])
+    for name, named, (_, _, part) in zip(names, given, members, strict=True):
+        check(part, named, range(len(named)), name)
+    sums = torch.zeros(len(ids), len(classes), dtype=torch.float64)
+    for (_, _, part), places, order in zip(members, rows, columns, strict=True):
+        sums += part.cpu()[torch.from_numpy(places)][:, torch.from_numpy(order)].double()
+    return ids.to_pylist(), torch.from_numpy(classes), sums
+
+
+def top_classes(sums: Tensor, classes: Tensor, count: int) -> Tensor:
+    """The classes of the highest sums, ties to the first in ``classes``.
+
+    Args:
+        sums: (N, K). classes: (K,) class ids.
+    Returns:
+        (N, count) class ids, from the highest sum down; K of them where there are fewer than count.
+    """
+    return classes[_highest(sums, count)]
+
+
+def submission(ids: Sequence[str] | pa.StringArray, predicted: Tensor | Sequence[int]) -> str:
+    """The CSV that AliProducts takes: id,predicted, a line an image.
+
+    Args:
+        ids: (N,) as the catalogue gives them, in any order. predicted: (N,) class ids.
+    """
+    names = [str(name) for name in ids]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "predicted"])
+    numbers: dict[str, int] = dict(zip(names, map(int, predicted), strict=True))
+    writer.writerows((name, numbers[name]) for name in sorted(numbers, key=submission_order))
+    return text.getvalue()
+
+
+def _add(parts: Sequence[Tensor], weights: Sequence[int], sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Write float32 sums (n, K); return each part's row sums (members, n), the k highest and their columns (n, k).
+
+    k is such that every sum of one or more is among them: all sums of a row add up to the weights' sum.
+    """
+    rows, num_classes = parts[0].shape
+    k = min(num_classes, max(TOP + 1, int(sum(weights) * (1 + tolerance(num_classes)))))
+    step = max(1, TILE // max(1, num_classes))
+    totals, values, columns = torch.empty(len(parts), rows), torch.empty(rows, k), torch.empty(rows, k).long()
+    converted = torch.empty(step, num_classes)
+    padded = torch.full((step, -(-num_classes // STRIP) * STRIP), -1.0)  # below every sum
+    for low in range(0, rows, step):
+        high = min(low + step, rows)
+        tile, added = padded[: high - low, :num_classes].zero_(), converted[: high - low]
+        for member, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            added.copy_(part[low:high])  # converting first is much faster than adding mixed types
+            torch.sum(added, dim=1, out=totals[member, low:high])
+            tile.add_(added, alpha=weight)
+        sums[low:high] = tile
+        values[low:high], columns[low:high] = _candidates(padded[: high - low], k)
+    return totals, values, columns
+
+
+def _candidates(padded: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest of each row and their columns, as topk, but four times as fast: they lie in the k strips with
+    the highest maxima."""
+    strips = padded.view(len(padded), -1, STRIP)
+    chosen = strips.amax(dim=2).topk(min(k, strips.shape[1]), dim=1).indices
+    values, places = strips.gather(1, chosen[:, :, None].expand(-1, -1, STRIP)).flatten(1).topk(k, dim=1)
+    return values, chosen.gather(1, places // STRIP) * STRIP + places % STRIP
+
+
+def _exact(
+    parts: Sequence[Tensor], weights: Sequence[int], low: int, rounded: Tensor, values: Tensor, columns: Tensor
+) -> Sums:
+    """Replace what float32 could not hold, the sums of one and more, and order the highest by what they are."""
+    columns, order = columns.sort(dim=1)
+    highest = values.gather(1, order).double()
+    row, place = (highest >= 1).nonzero(as_tuple=True)
+    column = columns[row, place]
+    above = torch.zeros(len(row), dtype=torch.float64)
+    for part, weight in zip(parts, weights, strict=True):
+        above += part[row, column].double() * weight
+    highest[row, place] = above
+    rounded[row, column] = above.float()
+    best = _highest(highest, TOP)
+    sums = Sums(low, low + len(rounded), rounded, columns.gather(1, best), highest.gather(1, best), row, column, above)
+    last = sums.values[:, -1:]
+    tied = ((highest >= last).all(dim=1) & (last[:, 0] < 1)).nonzero()[:, 0]  # may tie with columns that are not here
+    if columns.shape[1] < rounded.shape[1] and len(tied):
+        sums.columns[tied] = _highest(sums.exact()[tied], TOP)
+    return sums
+
+
+def _highest(values: Tensor, count: int) -> Tensor:
+    """Columns of the highest values, ties to the first: (N, min(count, K))."""
+    count = min(count, values.shape[1])
+    top = values.topk(min(count + 1, values.shape[1]), dim=1)
+    columns = top.indices[:, :count].clone()
+    tied = (top.values[:, 1:] == top.values[:, :-1]).any(dim=1)  # topk says nothing about the order of equals
+    rest = values[tied]
+    for place in range(count if len(rest) else 0):
+        first = rest.argmax(dim=1, keepdim=True)  # the first of equals
+        columns[tied, place] = first[:, 0]
+        rest.scatter_(1, first, -torch.inf)
+    return columns
+
+
+def _fill(staging: Path, ensemble: Ensemble, rows_per_block: int | None) -> None:
+    classes, total = torch.from_numpy(ensemble.classes), sum(ensemble.weights)
+    per_shard = min(8192, max(1, 2**28 // (4 * max(1, len(classes)))))
+    best = torch.empty(len(ensemble.ids), min(TOP, len(classes)), dtype=torch.int64)
+    shares = torch.empty(best.shape, dtype=torch.float64)
+    for sums in each_block(ensemble, rows_per_block):
+        append(staging / "sums", sums.rounded.numpy(), sums.low, len(ensemble.ids), per_shard)
+        best[sums.low : sums.high], shares[sums.low : sums.high] = classes[sums.columns], sums.values / total
+    labels = ensemble.members[0].labels.take(pa.array(ensemble.rows[0]))
+    pq.write_table(pa.table({"image_id": ensemble.ids, "label": labels}), staging / "rows.parquet")
+    pq.write_table(pa.table({"class_id": ensemble.classes}), staging / "classes.parquet")
+    predictions = {
+        "image_id": ensemble.ids,
+        "class_id": best[:, 0].numpy(),
+        "top_classes": _lists(best),
+        "shares": _lists(shares),
+    }
+    pq.write_table(pa.table(predictions), staging / "predictions.parquet")
+
+
+def _lists(rows: Tensor) -> pa.ListArray:
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.flatten().numpy()))
+
+
+def _origin(member: Probabilities, weight: int) -> dict[str, Any]:
+    return {**member.record, "weight": weight, "probabilities": commit.digest(member.folder)}
