@@ -3,17 +3,24 @@
 Heavy modules are imported inside the commands, so that help and a refused plan stay fast.
 """
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from aliprod import __version__
-from aliprod.errors import AliprodError, Refused
+from aliprod.errors import AliprodError
 from aliprod.plan.events import Changed, Ended, Event
+
+if TYPE_CHECKING:
+    from aliprod.plan.graph import Job
+    from aliprod.plan.open import Request
 
 INTERRUPTED = 130
 
@@ -49,27 +56,52 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def takes_plan(command: Callable[..., None]) -> Callable[..., None]:
-    """What every command that takes a plan accepts."""
-    for option in reversed(
-        [
-            click.argument("file", type=click.Path(path_type=Path)),
-            click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan."),
-            click.option("--storage", type=click.Path(path_type=Path), help="Folder of all results. [runs]"),
-            click.option("--tracking-uri", help="MLflow. [SQLite in the storage folder]"),
-            click.option("--address", help="Ray cluster. [a local one of our own]"),
-            click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON, as the last line."),
-        ]
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True)
+class Asked:
+    """What the commands that take a plan are given."""
+
+    file: Path
+    sets: tuple[str, ...]
+    storage: Path | None
+    tracking_uri: str | None
+    address: str | None
+    as_json: bool
+
+    def request(self) -> "Request":
+        """The checked plan, and where it runs."""
+        from aliprod.plan.load import load
+        from aliprod.plan.open import Request
+        from aliprod.plan.places import resolve
+
+        plan = load(self.file, self.sets)
+        places = resolve(plan, self.storage, self.tracking_uri, self.address)
+        return Request(plan, self.file.read_text(encoding="utf-8-sig"), places)
+
+
+def takes_plan(command: Callable[[Asked], None]) -> Callable[..., None]:
+    """A command with the argument FILE and the flags of `Asked`."""
+
+    @functools.wraps(command)
+    def asked(**given: Any) -> None:
+        command(Asked(**given))
+
+    options: tuple[Callable[..., Any], ...] = (
+        click.argument("file", type=click.Path(path_type=Path)),
+        click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan."),
+        click.option("--storage", type=click.Path(path_type=Path), help="Folder of all results. [runs]"),
+        click.option("--tracking-uri", help="MLflow. [SQLite in the storage folder]"),
+        click.option("--address", help="Ray cluster. [a local one of our own]"),
+        click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON, as the last line."),
+    )
+    wrapped: Callable[..., None] = asked
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 @app.command("plan")
 @takes_plan
-def plan_command(
-    file: Path, sets: tuple[str, ...], storage: Path | None, tracking_uri: str | None, address: str | None, as_json: bool
-) -> None:
+def plan_command(asked: Asked) -> None:
     """Check a plan and show its jobs, their keys, what is done and what would run.
 
     \b
@@ -77,7 +109,8 @@ def plan_command(
     """
     from aliprod.report import status
 
-    request, jobs = _opened(file, sets, storage, tracking_uri, address)
+    request = asked.request()
+    jobs = _jobs(request)
     rows = [
         {
             "name": job.name,
@@ -90,22 +123,20 @@ def plan_command(
         }
         for job in jobs.values()
     ]
-    if not as_json:
-        shown = [[r["name"], ", ".join(r["parents"]), (r["key"] or "-")[:12], r["state"], _yes(r["member"])] for r in rows]
+    if not asked.as_json:
+        shown = [[*_columns(row), "yes" if row["member"] else ""] for row in rows]
         click.echo(status.table(shown, ["job", "starts from", "key", "state", "member"]))
         waiting = sum(row["state"] == "waiting" for row in rows)
         click.echo(f"{len(rows)} jobs, {waiting} to train, {len(request.plan.ensemble.members)} members.")
     _answer(
-        as_json,
+        asked.as_json,
         {"plan": request.plan.name, "jobs": rows, "members": list(request.plan.ensemble.members), "estimate": None},
     )
 
 
 @app.command("run")
 @takes_plan
-def run_command(
-    file: Path, sets: tuple[str, ...], storage: Path | None, tracking_uri: str | None, address: str | None, as_json: bool
-) -> None:
+def run_command(asked: Asked) -> None:
     """Run what is not finished, then gather the ensemble. Run it again to go on after anything.
 
     \b
@@ -113,15 +144,12 @@ def run_command(
     """
     from aliprod.orchestration import driver
 
-    request, _ = _opened(file, sets, storage, tracking_uri, address, must_exist=True)
-    _drive(driver.run(request), as_json, whole=True)
+    _drive(driver.run(asked.request()), asked.as_json, whole=True)
 
 
 @app.command("ensemble")
 @takes_plan
-def ensemble_command(
-    file: Path, sets: tuple[str, ...], storage: Path | None, tracking_uri: str | None, address: str | None, as_json: bool
-) -> None:
+def ensemble_command(asked: Asked) -> None:
     """Write the ensemble anew from the checkpoints that carry the alias `member` in MLflow.
 
     \b
@@ -129,15 +157,12 @@ def ensemble_command(
     """
     from aliprod.orchestration import driver
 
-    request, _ = _opened(file, sets, storage, tracking_uri, address, must_exist=True)
-    _drive(driver.ensemble(request), as_json, whole=False)
+    _drive(driver.ensemble(asked.request()), asked.as_json, whole=False)
 
 
 @app.command("status")
 @takes_plan
-def status_command(
-    file: Path, sets: tuple[str, ...], storage: Path | None, tracking_uri: str | None, address: str | None, as_json: bool
-) -> None:
+def status_command(asked: Asked) -> None:
     """Show the state of every job, now or at the end, from the storage path alone.
 
     \b
@@ -145,9 +170,10 @@ def status_command(
     """
     from aliprod.report import status
 
-    request, jobs = _opened(file, sets, storage, tracking_uri, address)
+    request = asked.request()
+    jobs = _jobs(request)
     rows = status.states(request.plan, jobs, request.places)
-    if not as_json:
+    if not asked.as_json:
         shown = [
             [
                 row["name"],
@@ -160,7 +186,7 @@ def status_command(
             for row in rows
         ]
         click.echo(status.table(shown, ["job", "state", "epoch", "top-1 error, %", "images/s", "seconds left"]))
-    _answer(as_json, {"plan": request.plan.name, "jobs": rows})
+    _answer(asked.as_json, {"plan": request.plan.name, "jobs": rows})
 
 
 @app.command("evaluate")
@@ -261,27 +287,14 @@ def check_command(path: Path, as_json: bool) -> None:
     _answer(as_json, report)
 
 
-def _opened(
-    file: Path,
-    sets: tuple[str, ...],
-    storage: Path | None,
-    tracking_uri: str | None,
-    address: str | None,
-    must_exist: bool = False,
-) -> tuple[Any, Mapping[str, Any]]:
-    """The request, and the jobs of its plan; without keys where the catalogue is not there and need not be."""
-    from aliprod.plan.load import load
-    from aliprod.plan.open import Request, open_jobs
-    from aliprod.plan.places import resolve
+def _jobs(request: "Request") -> "dict[str, Job]":
+    """The jobs of a plan; without keys, and a note that says so, where the catalogue is not there."""
+    from aliprod.plan.open import open_jobs
 
-    plan = load(file, sets)
-    request = Request(plan, file.read_text(encoding="utf-8-sig"), resolve(plan, storage, tracking_uri, address))
-    if must_exist:
-        return request, {}
     jobs, note = open_jobs(request)
     if note:
         click.echo(note, err=True)
-    return request, jobs
+    return jobs
 
 
 def _drive(events: Iterator[Event], as_json: bool, whole: bool) -> None:
@@ -307,7 +320,9 @@ def _summarise(outcome: Mapping[str, Any], as_json: bool, whole: bool) -> None:
     from aliprod.report import status
 
     if not as_json:
-        click.echo(f"Trained {len(outcome['trained'])}, reused {len(outcome['reused'])}, failed {len(outcome['failed'])}.")
+        click.echo(
+            f"Trained {len(outcome['trained'])}, reused {len(outcome['reused'])}, failed {len(outcome['failed'])}."
+        )
         if outcome["ensemble"]:
             click.echo(status.outcome_table(outcome))
             click.echo(f"Submission: {outcome['ensemble']['submission'] or 'none, as there are no test images'}")
@@ -315,7 +330,7 @@ def _summarise(outcome: Mapping[str, Any], as_json: bool, whole: bool) -> None:
     _answer(as_json, outcome if whole else outcome["ensemble"])
 
 
-def _state(job: Any, storage: Path) -> str:
+def _state(job: "Job", storage: Path) -> str:
     from aliprod.plan import ledger
 
     return "finished" if ledger.finished(storage, job) is not None else "waiting"
@@ -332,13 +347,11 @@ def _answer(as_json: bool, answer: Mapping[str, Any]) -> None:
         click.echo(json.dumps(answer, ensure_ascii=False))
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else ""
+def _columns(row: Mapping[str, Any]) -> list[str]:
+    return [row["name"], ", ".join(row["parents"]), (row["key"] or "-")[:12], row["state"]]
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0))
 
 

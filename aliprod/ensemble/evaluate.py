@@ -43,7 +43,9 @@ def _predictions(path: Path) -> tuple[pa.StringArray, np.ndarray]:
         return ensemble.ids, ensemble.predicted.numpy()
     if path.is_dir():
         if not (path / f"{STEM}-00000.npy").exists():
-            raise Refused("holds neither an ensemble nor probabilities.", path, "Give PLAN/ensemble or a member's store.")
+            raise Refused(
+                "holds neither an ensemble nor probabilities.", path, "Give PLAN/ensemble or a member's store."
+            )
         store = open_store(path)
         return store.ids, predicted_classes(store)
     return _csv(path, "predicted")
@@ -53,18 +55,21 @@ def _labels(path: Path) -> tuple[pa.StringArray, pa.Int64Array]:
     if path.suffix != ".json":
         ids, numbers = _csv(path, "class_id")
         return ids, pa.array(numbers, pa.int64())
-    ids, numbers = [], []
+    names: list[str] = []
+    class_ids: list[int] = []
     for row in rows(path):
         if isinstance(row, dict) and (number := class_number(row.get("class_id", row.get("category_id")))) is not None:
-            ids.append(str(row.get("image_id", row.get("id"))))
-            numbers.append(number)
-    return pa.array(ids, pa.string()), pa.array(numbers, pa.int64())
+            names.append(str(row.get("image_id", row.get("id"))))
+            class_ids.append(number)
+    return pa.array(names, pa.string()), pa.array(class_ids, pa.int64())
 
 
 def _csv(path: Path, column: str) -> tuple[pa.StringArray, np.ndarray]:
     lines = csv.DictReader(utf8(path).splitlines())
     if not {"id", column} <= set(lines.fieldnames or ()):
-        raise Refused(f"has no columns id and {column}.", path, f"Its first line is {','.join(lines.fieldnames or ['empty'])}.")
+        raise Refused(
+            f"has no columns id and {column}.", path, f"Its first line is {','.join(lines.fieldnames or ['empty'])}."
+        )
     ids, numbers = [], []
     for line in lines:
         number = class_number(line[column])

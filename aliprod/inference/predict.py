@@ -35,8 +35,13 @@ def predict(
     """
     views_per_image = 10 if views == "ten_crop" else 1
     for rows, pixels in squared_batches(images, resize, feed, max(1, _FORWARD_IMAGES // views_per_image)):
-        logits = _logits(model, _views(pixels, crop, views), feed, dtype)
-        yield rows, mean_probabilities(logits).cpu()
+        yield rows, look(model, pixels, crop, views, feed, dtype).cpu()
+
+
+@torch.inference_mode()
+def look(model: Recogniser, pixels: Tensor, crop: int, views: Views, feed: Feed, dtype: torch.dtype) -> Tensor:
+    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8 on the device of ``feed``."""
+    return mean_probabilities(_logits(model, _views(pixels, crop, views), feed, dtype))
 
 
 def _views(pixels: Tensor, crop: int, views: Views) -> Tensor:

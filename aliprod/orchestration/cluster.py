@@ -27,6 +27,7 @@ def join(address: str | None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on: that is no news
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own deprecations are none of the user's business
@@ -120,7 +121,7 @@ def hold(plan: str, storage: Path) -> Any:
     """
     name = f"{plan} in {storage}"
     try:
-        lease = ray.remote(num_cpus=0)(_Lease).options(name=name).remote(os.getpid())
+        lease: Any = ray.remote(num_cpus=0)(_Lease).options(name=name).remote(os.getpid())
     except ValueError as error:  # Ray's ActorAlreadyExistsError is one
         raise Refused(
             "another driver of this cluster runs this plan in this storage path.",

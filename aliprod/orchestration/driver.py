@@ -136,9 +136,7 @@ def _train(board: Board, session: _Session) -> Iterator[Event]:
     yield from _execute(board, tasks, session)
 
 
-def _gather(
-    board: Board, choices: Mapping[str, Choice], which: Splits, key: str, session: _Session
-) -> Iterator[Event]:
+def _gather(board: Board, choices: Mapping[str, Choice], which: Splits, key: str, session: _Session) -> Iterator[Event]:
     """Predict what the choices lack, then run the final task."""
     prepared = board.prepared
     session.join()

@@ -47,7 +47,7 @@ def environment(cluster: Cluster) -> dict[str, str]:
 def _fit(work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
     per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if gpu else {})
     trainer = TorchTrainer(
-        train_rank,
+        train_rank,  # type: ignore[arg-type]  # Ray 2.60 passes on what it returns, its types do not say so
         train_loop_config={"rank": Rank(work, catalogue)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=gpu, resources_per_worker=per_worker),
@@ -59,7 +59,7 @@ def _fit(work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: 
     )
     for _ in range(cluster.max_failures + 1):
         try:
-            return str(trainer.fit().return_value or "")
+            return str(trainer.fit().return_value or "")  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             return _cause(error)
         except ray.exceptions.RayError as error:  # its controller died: the same name goes on

@@ -5,14 +5,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from aliprod import commit
-from aliprod.errors import Unreachable
+from aliprod.errors import Refused, Unreachable
 from aliprod.models.weights import MODEL
 from aliprod.orchestration.gather import Prediction, Splits
 from aliprod.orchestration.prepare import Prepared
+from aliprod.plan.places import Places
+from aliprod.plan.schema import Plan
 from aliprod.tracking.registry import Choice, Registry
+
+_FILE = "members.json"
 
 
 def choose(prepared: Prepared, registry: Registry) -> tuple[dict[str, Choice], str]:
@@ -23,16 +26,32 @@ def choose(prepared: Prepared, registry: Registry) -> tuple[dict[str, Choice], s
     Raises:
         Refused: a model has no such alias, or it marks a version that aliprod did not write.
     """
-    names, file = prepared.plan.ensemble.members, prepared.folder / "members.json"
+    names, file = prepared.plan.ensemble.members, prepared.folder / _FILE
     try:
-        choices = registry.members(names)
+        choices, note = registry.members(names), ""
     except Unreachable as error:
-        seen = {name: Choice(**choice) for name, choice in _read(file).items() if name in names}
         best = {name: best_of(prepared, name, registry.name(name)) for name in names}
-        return best | seen, f"MLflow is away ({error.what}) The choice of checkpoints last seen counts."
+        choices = best | {name: choice for name, choice in _last_seen(file).items() if name in names}
+        note = f"MLflow is away ({error.what}) The choice of checkpoints last seen counts."
     commit.write_file(file, json.dumps({name: asdict(choice) for name, choice in choices.items()}, indent=1))
     others = [name for name, choice in choices.items() if choice.key != prepared.jobs[name].key]
-    return choices, f"Chosen from another state of the plan: {', '.join(others)}." if others else ""
+    if others:
+        note = f"{note} Chosen from another state of the plan: {', '.join(others)}.".strip()
+    return choices, note
+
+
+def chosen_weights(plan: Plan, places: Places) -> list[Path]:
+    """Weights folders of the checkpoints that a plan's ensemble was last made of.
+
+    Raises:
+        Refused: there is no ensemble yet.
+    """
+    folder = places.of(plan)
+    choices = _last_seen(folder / _FILE)
+    found = [_weights(folder, places.storage / "jobs" / name / choice.key, choice) for name, choice in choices.items()]
+    if not found or any(commit.read(weights) is None for weights in found):
+        raise Refused("has no ensemble in this storage path yet.", f"plan {plan.name}", "Run the plan first.")
+    return found
 
 
 def best_of(prepared: Prepared, name: str, model: str = "") -> Choice:
@@ -50,7 +69,7 @@ def prediction(prepared: Prepared, name: str, choice: Choice, split: str) -> Pre
     store = f"{choice.sha256[:16]}-{split}" + ("" if views == "ten_crop" else f"-{views}")
     if choice.key != job.key:  # the same weights may have predicted the images of another catalogue
         store += f"-{prepared.catalogue.fingerprint[:8]}"
-    weights = _weights(prepared, folder, choice)
+    weights = _weights(prepared.folder, folder, choice)
     return Prediction(name, choice.key, choice.sha256, weights, split, views, folder / "probabilities" / store)
 
 
@@ -65,16 +84,17 @@ def ensemble_key(prepared: Prepared, choices: Mapping[str, Choice], which: Split
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _weights(prepared: Prepared, folder: Path, choice: Choice) -> Path:
+def _weights(plan_folder: Path, job_folder: Path, choice: Choice) -> Path:
     """Where the weights of a choice lie, or, where they are in MLflow alone, where they are to be brought."""
     for kind in ("weights", "last"):
-        if commit.read(folder / kind) is not None and commit.file_digest(folder / kind, MODEL) == choice.sha256:
-            return folder / kind
-    return prepared.folder / "chosen" / choice.sha256[:16]
+        there = job_folder / kind
+        if commit.read(there) is not None and commit.file_digest(there, MODEL) == choice.sha256:
+            return there
+    return plan_folder / "chosen" / choice.sha256[:16]
 
 
-def _read(file: Path) -> dict[str, dict[str, Any]]:
+def _last_seen(file: Path) -> dict[str, Choice]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return {name: Choice(**choice) for name, choice in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}

@@ -52,7 +52,9 @@ def states(plan: Plan, jobs: Mapping[str, Job], places: Places) -> list[dict[str
 def outcome_table(outcome: Mapping[str, Any]) -> str:
     """The error of each member and of the ensemble, per cent."""
     ensemble = outcome["ensemble"]
-    rows: list[list[object]] = [[name, _percent(m["top1_error"]), m["version"]] for name, m in ensemble["members"].items()]
+    rows: list[list[object]] = [
+        [name, _percent(m["top1_error"]), m["version"]] for name, m in ensemble["members"].items()
+    ]
     errors = [m["top1_error"] for m in ensemble["members"].values() if m["top1_error"] is not None]
     if errors:
         rows.append(["mean of the members", _percent(sum(errors) / len(errors)), None])
@@ -101,7 +103,9 @@ def _after(event: Changed) -> str:
     error = event.record.get("top1_error")
     if event.state in ("finished", "reused"):
         seconds = f" in {event.record['seconds']:.0f} s" if event.state == "finished" else ""
-        return seconds + ("" if error is None else f", top-1 error {error:.2%} after epoch {event.record['best_epoch'] + 1}")
+        return seconds + (
+            "" if error is None else f", top-1 error {error:.2%} after epoch {event.record['best_epoch'] + 1}"
+        )
     return f": {event.detail}" if event.detail else ""
 
 

@@ -1,0 +1,123 @@
+"""What `aliprod predict` does: pictures of any kind, one model or a plan's whole ensemble. It needs no cluster."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aliprod.data.augment import square
+from aliprod.data.decode import Unreadable, decode
+from aliprod.data.loader import Feed
+from aliprod.errors import Refused
+from aliprod.inference.predict import look
+from aliprod.models import weights
+from aliprod.models.recogniser import Recogniser
+from aliprod.orchestration import members
+from aliprod.plan.load import load
+from aliprod.plan.places import resolve
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_PICTURES = 32  # at a time
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class _Member:
+    model: Recogniser
+    config: weights.Config
+    feed: Feed
+
+
+def recognise(
+    model: str, inputs: Sequence[Path], storage: Path | None, tracking_uri: str | None
+) -> Iterator[dict[str, Any]]:
+    """Answer for each picture in files and folders.
+
+    Args:
+        model: a weights folder, ``models:/NAME@ALIAS``, or a plan's file.
+    Yields:
+        path, class_id, name, probability and the top five; or path and error, for what is no picture.
+    Raises:
+        Refused: no such model or input.
+    """
+    paths = [path for given in inputs for path in _files(given)]
+    models, classes = _load(_weights(model, storage, tracking_uri))
+    for low in range(0, len(paths), _PICTURES):
+        yield from _answers(paths[low : low + _PICTURES], models, classes)
+
+
+def _answers(paths: Sequence[Path], models: Sequence[_Member], classes: weights.Classes) -> Iterator[dict[str, Any]]:
+    seen = [_decoded(path) for path in paths]
+    pictures = [picture for picture in seen if isinstance(picture, Image.Image)]
+    probabilities = iter(_probabilities(pictures, models)) if pictures else iter(())
+    for path, picture in zip(paths, seen, strict=True):
+        if isinstance(picture, str):
+            yield {"path": str(path), "error": picture}
+        else:
+            yield {"path": str(path), **_answer(next(probabilities), classes)}
+
+
+def _probabilities(pictures: Sequence[Image.Image], models: Sequence[_Member]) -> Tensor:
+    """(n, K): the mean of the members' ten-crop probabilities."""
+    total: Tensor | float = 0.0
+    for member in models:
+        side, crop = member.config.resize, member.config.crop
+        pixels = torch.stack([square(picture, side, member.config.interpolation) for picture in pictures])
+        pixels = pixels.to(member.feed.device)
+        total = total + look(member.model, pixels, crop, "ten_crop", member.feed, torch.float32).cpu() / len(models)
+    assert isinstance(total, Tensor)  # noqa: S101  there is at least one member
+    return total
+
+
+def _answer(row: Tensor, classes: weights.Classes) -> dict[str, Any]:
+    values, places = row.topk(min(_TOP, len(row)))
+    top = [
+        {"class_id": classes.ids[place], "name": classes.names[place], "probability": round(value, 6)}
+        for value, place in zip(values.tolist(), places.tolist(), strict=True)
+    ]
+    return {**top[0], "top": top}
+
+
+def _decoded(path: Path) -> Image.Image | str:
+    try:
+        return decode(path)
+    except Unreadable as reason:
+        return str(reason)
+
+
+def _files(given: Path) -> list[Path]:
+    if given.is_dir():
+        return sorted(path for path in given.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    return [given]
+
+
+def _load(folders: Sequence[Path]) -> tuple[list[_Member], weights.Classes]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded, lists = [], []
+    for folder in folders:
+        model, config, classes = weights.load(folder)
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        loaded.append(_Member(model, config, Feed(device, config.mean, config.std, config.interpolation)))
+        lists.append(classes)
+    for folder, classes in zip(folders, lists, strict=True):
+        if classes.ids != lists[0].ids:
+            raise Refused("knows other classes than the first member.", folder, "Run the plan again.")
+    return loaded, lists[0]
+
+
+def _weights(model: str, storage: Path | None, tracking_uri: str | None) -> list[Path]:
+    if model.endswith(".toml"):
+        plan = load(Path(model))
+        return members.chosen_weights(plan, resolve(plan, storage, tracking_uri, None))
+    if model.startswith("models:/"):
+        from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
+
+        folder = (storage or Path(os.environ.get("ALIPROD_STORAGE", "runs"))).absolute()
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        return [fetch(model, uri, folder / "models")]
+    return [Path(model)]
