@@ -10,7 +10,9 @@ import csv
 import io
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +182,7 @@ def write_ensemble(
     Args:
         record: more to say in the manifest, beside the members' records, weights and digests.
     Returns:
-        What the ensemble predicts.
+        What the ensemble that now stands in the folder predicts.
     Raises:
         Failed, Refused: as in `match` and `Ensemble.sums`; nothing was written.
         StorageFull: no room; nothing was written.
@@ -192,16 +194,10 @@ def write_ensemble(
     }
     if commit.read(folder) == facts:
         return read_predictions(folder)
-    fresh = folder.with_name(f".{folder.name}.fresh")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.fresh")
     commit.write(fresh, lambda staging: _fill(staging, ensemble, rows_per_block), facts)
     with commit.storage(folder):
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(fresh, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace(folder, fresh)
     return read_predictions(folder)
 
 
@@ -334,6 +330,20 @@ def _highest(values: Tensor, count: int) -> Tensor:
         columns[tied, place] = first[:, 0]
         rest.scatter_(1, first, -torch.inf)
     return columns
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    old = fresh.with_suffix(".old")
+    try:
+        with suppress(FileNotFoundError):
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+    except OSError:
+        if commit.read(folder) is None:
+            raise  # else another driver has just published its own: that stays
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _fill(staging: Path, ensemble: Ensemble, rows_per_block: int | None) -> None:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -253,6 +254,22 @@ def test_an_old_ensemble_stays_where_the_new_one_fails(tmp_path):
     with pytest.raises(Failed, match="hold NaN"):
         write_ensemble(tmp_path / "ensemble", members)
     assert commit.digest(tmp_path / "ensemble") == digest
+
+
+def test_two_drivers_that_write_one_ensemble_at_once_leave_a_whole_one(tmp_path):
+    members = stores(tmp_path, drawn(2, 20, 6, 3))
+    choices = [members, members[:1], members[1:], members[::-1]]
+    with ThreadPoolExecutor(4) as pool:
+        written = list(pool.map(lambda chosen: write_ensemble(tmp_path / "ensemble", chosen), choices))
+    assert all(len(predictions.ids) == 20 for predictions in written)
+    assert commit.verify(tmp_path / "ensemble") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ensemble", "m0", "m1"]
+
+
+def test_no_image_makes_an_empty_ensemble(tmp_path):
+    members = stores(tmp_path, [([], torch.arange(4), torch.zeros(0, 4))] * 2)
+    predictions = write_ensemble(tmp_path / "ensemble", members)
+    assert submission(predictions.ids, predictions.predicted) == "id,predicted\n"
 
 
 def test_no_ensemble_is_said(tmp_path):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -60,6 +61,12 @@ def test_files_open_with_numpy_and_parquet_alone(tmp_path):
     rows = pq.read_table(tmp_path / "p" / "rows.parquet").to_pydict()
     assert rows == {"image_id": ids(5), "label": [4, 5, 6, None, 4]}
     assert pq.read_table(tmp_path / "p" / "classes.parquet").to_pydict() == {"class_id": [4, 5, 6]}
+
+
+def test_arrow_arrays_are_taken_as_they_are(tmp_path):
+    write(tmp_path / "a", pa.array(ids(3)), np.arange(2), [softmax(3, 2)], pa.array([1, None, 0], pa.int64()))
+    write(tmp_path / "b", ids(3), torch.arange(2), [softmax(3, 2).numpy()], [1, None, 0])
+    assert commit.digest(tmp_path / "a") == commit.digest(tmp_path / "b")
 
 
 def test_blocks_make_no_difference_to_the_bytes(tmp_path):
