@@ -13,7 +13,7 @@ def loss(logits: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tenso
     gives up on hopeless (often mislabelled) images: for two or three epochs on top of a good model only.
 
     Written as a sigmoid, since at 50,030 classes 1 - p_t taken from a float32 softmax is rounding noise below
-    1e-5. Costs one more pass over the logits than cross entropy.
+    1e-5. Costs about 3 times cross entropy (64 x 50,030 logits, one CPU core), little beside the classifier.
 
     Args:
         logits: (B, K). labels: (B,) int64.

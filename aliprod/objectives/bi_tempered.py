@@ -40,7 +40,8 @@ def loss(
     """sum_k y (log_t1 y - log_t1 p) - (y^(2-t1) - p^(2-t1)) / (2-t1), equation 8.
 
     Below 1, t1 bounds what one far outlier can cost; above 1, t2 keeps mislabelled images near the border from
-    moving it. For noisy labels; costs some fifty passes over the logits, cross entropy about four.
+    moving it. For noisy labels; costs about 40 times cross entropy (64 x 50,030
+    logits, one CPU core), still less than the classifier's own matrix products.
 
     Args:
         logits: (B, K). labels: (B,) int64. t1: at most 1. t2: at least 1. smoothing: share of the target that
@@ -111,8 +112,8 @@ def _newton(below: Tensor, t2: float) -> Tensor:
     shift = torch.zeros_like(below[:, :1])
     for _ in range(NEWTON_STEPS):
         log_p = _log_exp_t(below - shift, t2)
-        log_sum = log_p.logsumexp(dim=1, keepdim=True)
-        log_slope = (t2 * log_p).logsumexp(dim=1, keepdim=True)  # D, as b^(-t2/(t2-1)) = p^t2
+        log_sum = log_p.exp().sum(dim=1, keepdim=True).log()  # of 1 to K terms in 0 to 1: cannot overflow
+        log_slope = (t2 * log_p).exp().sum(dim=1, keepdim=True).log()  # D, as b^(-t2/(t2-1)) = p^t2
         gap = -torch.expm1((1 - t2) * log_sum) / (t2 - 1)
         shift = shift + gap * (t2 * log_sum - log_slope).exp()
     return shift

@@ -173,7 +173,7 @@ class Objective(nn.Module):
     group = 1
 
     def __init__(
-        self, context: Context, *, parts: int = 7, reach: float = 2, beta: float = 1.0, gamma: float = 1.0
+        self, context: Context, *, parts: int = 7, reach: float = 2.0, beta: float = 1.0, gamma: float = 1.0
     ) -> None:
         super().__init__()
         require(parts >= 2, f"parts = {parts} leaves nothing to shuffle.", "7 is the paper's.")
