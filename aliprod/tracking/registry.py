@@ -26,7 +26,7 @@ class Choice:
     Args:
         name: of the registered model.
         version: None while MLflow does not have it.
-        key: of the job that trained it; "" where it is not known.
+        key: of the job that trained it.
         sha256: of model.safetensors.
         epoch: from 0.
         source: ``models:/m-ID`` of the logged model that holds the files; "" while MLflow does not have it.
@@ -219,11 +219,13 @@ class Registry:
             raise
 
     def _choice(self, version: ModelVersion) -> Choice:
+        """A version as a choice; its tags become paths, and anybody may have written them, so they are checked."""
         choice = _choice(version)
-        if not re.fullmatch("[0-9a-f]{64}", choice.sha256) or not re.fullmatch("m-[0-9a-zA-Z]+", choice.model_id):
+        hashes = all(re.fullmatch("[0-9a-f]{64}", value) for value in (choice.key, choice.sha256))
+        if not hashes or not re.fullmatch("m-[0-9a-zA-Z]+", choice.model_id):
             raise Refused(
-                f"version {version.version} of {version.name} was not written by aliprod: it has no tag sha256, or "
-                "its source is no logged model.",
+                f"version {version.version} of {version.name} was not written by aliprod: its tags key and sha256 are "
+                "no hashes, or its source is no logged model.",
                 advice=f"Give the alias to another version on {self._server.page(f'models/{version.name}')}",
             )
         return choice
@@ -291,5 +293,5 @@ def _choice(version: ModelVersion) -> Choice:
 
 def _copy(source: Path, target: Path) -> None:
     for path in source.iterdir():
-        if path.name != commit.MANIFEST:
+        if path.is_file() and path.name != commit.MANIFEST:
             copyfile(path, target / path.name)

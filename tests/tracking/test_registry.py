@@ -108,6 +108,13 @@ def test_a_version_that_aliprod_did_not_write_is_refused(place, job, trained):
         tracking.registry.members(["resnet50/full"])
 
 
+def test_tags_that_would_lead_out_of_the_storage_path_are_refused(place, job, trained):
+    tracking = send(place, job(), trained(job()))
+    MlflowClient(place.uri).set_model_version_tag(MODEL, "1", "key", "../../../elsewhere")
+    with pytest.raises(Refused, match="its tags key and sha256 are no hashes"):
+        tracking.registry.members(["resnet50/full"])
+
+
 def test_a_download_is_the_committed_folder_byte_for_byte(place, job, trained, tmp_path):
     folder = trained(job())
     tracking = send(place, job(), folder)

@@ -124,6 +124,21 @@ def test_a_driver_killed_before_the_result_tag_is_completed_by_the_next(place, j
     assert set(everything(client)["points"].values()) == {1}
 
 
+def test_of_two_runs_that_two_drivers_made_for_a_key_the_oldest_is_completed(place, job, trained):
+    full, tracking = job(), place.driver()
+    tracking.job_started(full, {})
+    assert tracking.flush(60) == []
+    client = MlflowClient(place.uri)
+    first = run_of(client, "job")
+    tags = {name: value for name, value in first.data.tags.items() if name.startswith("aliprod.")}
+    second = client.create_run(first.info.experiment_id, first.info.start_time + 1, tags)
+    tracking = place.driver()
+    tracking.job_finished(full, trained(full))
+    assert tracking.flush(60) == []
+    assert "aliprod.result" in client.get_run(first.info.run_id).data.tags
+    assert "aliprod.result" not in client.get_run(second.info.run_id).data.tags
+
+
 def test_values_that_are_not_finite_become_tags_and_the_others_points(place, job):
     full, tracking = job(), place.driver()
     tracking.epoch(full, {"epoch": 0, "time_ms": 1, "train/class": math.inf, "val/top1_error": 0.5, "lr": math.nan})
