@@ -40,8 +40,7 @@ def loss(
     """sum_k y (log_t1 y - log_t1 p) - (y^(2-t1) - p^(2-t1)) / (2-t1), equation 8.
 
     Below 1, t1 bounds what one far outlier can cost; above 1, t2 keeps mislabelled images near the border from
-    moving it. For noisy labels; costs about 40 times cross entropy (64 x 50,030
-    logits, one CPU core), still less than the classifier's own matrix products.
+    moving it. For noisy labels; costs about 40 times cross entropy (64 x 50,030 logits, one CPU core).
 
     Args:
         logits: (B, K). labels: (B,) int64. t1: at most 1. t2: at least 1. smoothing: share of the target that

@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from aliprod.objectives import Context
+
+settings.register_profile("loaded", deadline=None)  # a busy machine is no fault of an example
+settings.load_profile("loaded")
 
 
 class Recogniser(nn.Module):
