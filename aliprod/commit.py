@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from aliprod.errors import StorageFull
 
 MANIFEST = "manifest.json"
@@ -37,7 +39,8 @@ def write(folder: Path, fill: Callable[[Path], None], record: dict[str, Any] | N
     staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     with storage(folder):
         try:
-            staging.mkdir(parents=True)
+            _make(folder.parent)
+            staging.mkdir()
             fill(staging)
             _write_manifest(staging, record or {})
             return _publish(staging, folder)
@@ -87,7 +90,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     staging = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     with storage(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             staging.write_bytes(content.encode() if isinstance(content, str) else content)
             _sync(staging)
             os.replace(staging, path)
@@ -113,8 +116,8 @@ def storage(path: Path) -> Iterator[None]:
             path,
             f"{_free(path)}Finished work is intact; make room or restore the path and start the same command again.",
         ) from error
-    except Exception as error:
-        if "os error" not in str(error).lower():  # safetensors wraps the system's errors in its own type
+    except SafetensorError as error:  # it wraps the system's errors in its own type
+        if "os error" not in str(error).lower():
             raise
         raise StorageFull(
             f"cannot be written: {error}.", path, f"{_free(path)}Finished work is intact; start the same command again."
@@ -123,9 +126,17 @@ def storage(path: Path) -> Iterator[None]:
 
 def _free(path: Path) -> str:
     for parent in (path, *path.parents):
-        if parent.is_dir():
+        if os.path.isdir(parent):  # noqa: PTH112 - Path.is_dir raises where a folder on the way may not be entered
             return f"{shutil.disk_usage(parent).free:,} bytes are free. "
     return ""
+
+
+def _make(folder: Path) -> None:
+    """Make a folder with its parents. Their names are synced too: a power cut may not take what lies in them."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        _sync(path.parent)
 
 
 def _write_manifest(folder: Path, record: dict[str, Any]) -> None:
