@@ -49,12 +49,12 @@ def train_view(image: Image.Image, stage: Stage, seed: int, interpolation: str) 
             image = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=GREY)(image)
         else:  # cutout, on the device after normalising
             centre = torch.randint(stage.crop, (2,))
-    return F.pil_to_tensor(image), centre
+    return _pixels(image), centre
 
 
 def square(image: Image.Image, side: int, interpolation: str) -> Tensor:
     """A picture squared to ``side``, its ratio not kept (the report): (3, side, side) uint8."""
-    return F.pil_to_tensor(F.resize(image, [side, side], InterpolationMode(interpolation)))
+    return _pixels(F.resize(image, [side, side], InterpolationMode(interpolation)))
 
 
 def eval_view(image: Tensor, resize: int, crop: int, interpolation: str = "bicubic") -> Tensor:
@@ -98,3 +98,9 @@ def on_device(pixels: Tensor, centre: Tensor, mean: tuple[float, ...], std: tupl
     images = normalise(pixels, mean, std).contiguous(memory_format=torch.channels_last)
     size = pixels.shape[-1]
     return images.masked_fill_(cutout_mask(size, size // _CUTOUT_SHARE, centre)[:, None], 0.0)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8."""
+    pixels: Tensor = F.pil_to_tensor(image)
+    return pixels

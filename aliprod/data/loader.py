@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from aliprod.data import augment, selection
 from aliprod.data.catalogue import Images
-from aliprod.data.decode import Unreadable, decode
+from aliprod.data.decode import LEAST_SIDE, Unreadable, decode, decode_anyway
+from aliprod.errors import Refused
 from aliprod.randomness import seed_of
 from aliprod.recipe import PerClass, Stage
 
@@ -66,19 +67,21 @@ class TrainBatches:
         images: the training split.
         class_ids: (K,) class id of each label.
         group: this many images of one class stand together in a batch.
+    Attributes:
+        steps_per_epoch: whole batches only, since a partial one disturbs the norm layers. Where the images make no
+            whole batch, all of them are the only one.
+    Raises:
+        Refused: a batch cannot be dealt to the ranks in equal parts of whole groups.
     """
 
     def __init__(self, images: Images, class_ids: np.ndarray, stage: Stage, group: int, feed: Feed) -> None:
         self.stage, self.group, self.feed = stage, group, feed
         self.images = images.take(_selected(images, class_ids, stage))
-        self.groups_per_batch = max(1, stage.batch_size // group)
+        groups = len(self._units(0))
+        self.groups_per_batch = _groups_per_batch(stage.batch_size, group, groups, feed.world_size)
+        self.steps_per_epoch = groups // self.groups_per_batch
         self._steps = _Steps()
         self._loader = _data_loader(_TrainViews(self.images, stage, feed.interpolation), self._steps, feed)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches only, since a partial one disturbs the norm layers; at least one."""
-        return max(1, self._units(0).shape[0] // self.groups_per_batch)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step ``skip`` on, on the device."""
@@ -115,7 +118,8 @@ class TrainBatches:
 def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
     """A split in order, squared to ``side`` for validation and ten-crop; each picture once, over all ranks.
 
-    An unreadable picture is grey, and named in the log: its row may not vanish from a submission.
+    Of an unreadable picture what can be seen is shown, and it is named in the log: its row may not vanish from a
+    submission.
 
     Yields:
         Rows (n,) int64 and pixels (n, 3, side, side) uint8 on the device.
@@ -131,6 +135,18 @@ def _selected(images: Images, class_ids: np.ndarray, stage: Stage) -> np.ndarray
     if isinstance(stage.images, PerClass):
         return selection.balanced(images.labels, images.ids, class_ids, stage.images.per_class, stage.seed)
     return np.arange(len(images))
+
+
+def _groups_per_batch(batch_size: int, group: int, groups: int, world_size: int) -> int:
+    whole = batch_size // group
+    if whole < 1 or whole % world_size:
+        raise Refused(
+            f"batch_size = {batch_size} cannot be dealt to {world_size} ranks in groups of {group} of one class.",
+            advice=f"Make it a multiple of {group * world_size}.",
+        )
+    if groups < world_size:
+        raise Refused(f"{groups * group} training images are too few for {world_size} ranks.", advice="Ask for fewer.")
+    return min(whole, groups - groups % world_size)
 
 
 def _repeats(rows: np.ndarray) -> np.ndarray:
@@ -179,15 +195,30 @@ class _Squares(Dataset[Tensor]):
         self.images, self.side, self.interpolation = images, side, interpolation
 
     def __getitem__(self, row: int) -> Tensor:
-        return augment.square(_readable(self.images, row) or _grey(self.side), self.side, self.interpolation)
+        return augment.square(_visible(self.images, row), self.side, self.interpolation)
 
 
 def _readable(images: Images, row: int) -> Image.Image | None:
     try:
         return decode(images.path(row))
     except Unreadable as reason:
-        log.warning("%s: %s; `aliprod data check` lists all such pictures.", images.path(row), reason)
+        _warn(images, row, reason)
         return None
+
+
+def _visible(images: Images, row: int) -> Image.Image:
+    """What can be seen of a picture that may not be left out."""
+    try:
+        picture, reason = decode_anyway(images.path(row))
+    except Unreadable as leads_out:
+        picture, reason = _grey(LEAST_SIDE), str(leads_out)
+    if reason:
+        _warn(images, row, reason)
+    return picture
+
+
+def _warn(images: Images, row: int, reason: object) -> None:
+    log.warning("%s %s; `aliprod data check` lists all such pictures.", images.root / images.paths[row].as_py(), reason)
 
 
 def _grey(side: int) -> Image.Image:

@@ -47,7 +47,7 @@ def look(model: Recogniser, pixels: Tensor, crop: int, views: Views, feed: Feed,
 def _views(pixels: Tensor, crop: int, views: Views) -> Tensor:
     """(n, 3, side, side) -> (n, V, 3, crop, crop), uint8."""
     if views == "ten_crop":
-        return torch.stack([crops(picture, crop) for picture in pixels])
+        return crops(pixels, crop)
     offset = round((pixels.shape[-1] - crop) / 2)
     return pixels[:, None, :, offset : offset + crop, offset : offset + crop]
 
@@ -57,4 +57,5 @@ def _logits(model: Recogniser, views: Tensor, feed: Feed, dtype: torch.dtype) ->
     images = normalise(views.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
     with torch.autocast(feed.device.type, dtype, enabled=dtype is not torch.float32):
         logits: Tensor = model(images)
-    return logits.float().unflatten(0, views.shape[:2])
+    n, views_per_image = views.shape[:2]
+    return logits.float().view(n, views_per_image, -1)
