@@ -20,8 +20,8 @@ class Recogniser(nn.Module):
         network: timm's name, with or without a weights tag.
         num_classes: K.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the backbone; None: the backbone's own default.
-        zero_init_last: zero the last norm scale of each residual block (where timm has not done so), without
+        drop_path_rate: stochastic depth of the backbone; None or 0: none.
+        zero_init_last: zero the last norm scale of each residual bottleneck (where timm has not done so), without
             which deep squeeze-and-excitation networks do not learn from scratch.
     Raises:
         Refused: timm has no such network, or it has no stochastic depth.
@@ -87,7 +87,7 @@ def normalisation(network: str) -> tuple[tuple[float, ...], tuple[float, ...], s
 
 
 def _backbone(network: str, drop_path_rate: float | None) -> nn.Module:
-    options: dict[str, Any] = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
+    options: dict[str, Any] = {} if not drop_path_rate else {"drop_path_rate": drop_path_rate}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # timm's notes on renamed networks
         try:
@@ -100,6 +100,6 @@ def _backbone(network: str, drop_path_rate: float | None) -> nn.Module:
 
 def _zero_last_norms(backbone: nn.Module) -> None:
     for module in backbone.modules():
-        last = getattr(module, "bn3", None)
-        if isinstance(last, nn.BatchNorm2d):
+        last, residual = getattr(module, "bn3", None), getattr(module, "has_skip", True)
+        if isinstance(last, nn.BatchNorm2d) and residual:  # a block without a way around it would be silenced
             torch.nn.init.zeros_(last.weight)

@@ -5,10 +5,9 @@ A weights folder holds ``model.safetensors``, ``config.json`` (network, input, w
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import timm
 from safetensors import SafetensorError
@@ -92,18 +91,33 @@ def describe(folder: Path) -> tuple[Config, Classes]:
         ) from error
 
 
-def load_into(model: nn.Module, folder: Path) -> None:
-    """Load the weights of a folder into a model of the same shape: a parent's into its child.
+def load_parent(model: Recogniser, folder: Path, class_ids: Sequence[int]) -> None:
+    """Load a parent's backbone and head into its child.
 
     Raises:
-        Refused: the file is damaged, or of another network or class list.
+        Refused: the folder is damaged, or of another network or class list.
     """
-    if commit.read(folder) is not None and MODEL in commit.verify(folder):
-        raise Refused("does not hold the bytes that its manifest says.", folder / MODEL, "Restore it or delete it.")
+    if describe(folder)[1].ids != tuple(class_ids):
+        raise Refused(
+            "was trained on another class list than this catalogue's.", folder, "Train its parent on this catalogue."
+        )
+    load_into(model, folder)
+
+
+def load_into(model: Recogniser, folder: Path) -> None:
+    """Load the weights of a folder into a model of the same shape.
+
+    Raises:
+        Refused: the folder is damaged, or of another network or number of classes.
+    """
+    if (folder / commit.MANIFEST).exists() and (damaged := commit.verify(folder)):
+        raise Refused("does not hold the bytes that its manifest says.", folder / damaged[0], "Restore or delete it.")
     try:
-        model.load_state_dict(load_file(folder / MODEL))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise Refused(f"cannot be loaded: {str(error).splitlines()[0]}", folder / MODEL) from error
+        tensors = load_file(folder / MODEL)
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"cannot be loaded: {error}", folder / MODEL) from error
+    _check_shapes(model.network, model.state_dict(), tensors, folder / MODEL)
+    model.load_state_dict({name: tensors[name] for name in model.state_dict()})
 
 
 def pretrained_file(network: str, source: str) -> Path:
@@ -155,14 +169,20 @@ def load_pretrained(model: Recogniser, file: Path) -> None:
             'Set pretrained = "PATH" to a safetensors file of this network, or to a folder of NETWORK.safetensors.',
         ) from error
     own = model.backbone.state_dict()
-    wrong = [name for name, tensor in own.items() if name not in tensors or tensors[name].shape != tensor.shape]
+    counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
+    tensors = counters | tensors  # weights from before PyTorch 0.4.1 have no counters
+    _check_shapes(model.network, own, tensors, file)
+    model.backbone.load_state_dict({name: tensors[name] for name in own})
+
+
+def _check_shapes(network: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    wrong = [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]
     if wrong:
         raise Refused(
-            f"is not of {model.network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
+            f"is not of {network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
             f"the first {wrong[0]}.",
             file,
         )
-    model.backbone.load_state_dict({name: tensors[name] for name in own})
 
 
 def _save_backbone(folder: Path, network: str, backbone: nn.Module) -> None:
