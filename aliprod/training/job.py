@@ -6,6 +6,7 @@ whose commit record says that the job is finished.
 """
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -25,6 +26,7 @@ from aliprod.recipe import Stage
 from aliprod.training import checkpoint
 from aliprod.training.loop import Candidate, EpochEnd, Progress, train
 
+log = logging.getLogger(__name__)
 METRICS, RESUME, LAST, WEIGHTS = "metrics.jsonl", "resume", "last", "weights"
 
 
@@ -62,6 +64,8 @@ def run(work: Work, catalogue: Catalogue) -> Iterator[Progress]:
         return
     began = time.time()
     resume = _agreed(work.folder / RESUME)
+    if resume is not None:
+        log.info("%s goes on from %s.", work.name, resume)
     told = _epochs_told(work.folder / METRICS)
     for progress in train(
         work.stage,

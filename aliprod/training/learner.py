@@ -60,6 +60,7 @@ class Learner(nn.Module):
         network: timm's name.
     Attributes:
         dtype: in which the forward pass runs (autocast); weights, losses and sums stay float32.
+        group: images of one class that must stand together in a batch.
     """
 
     def __init__(self, stage: Stage, network: str, catalogue: Catalogue, place: Place) -> None:
@@ -71,6 +72,7 @@ class Learner(nn.Module):
             network, catalogue.num_classes, stage.drop_rate or 0.0, stage.drop_path_rate, stage.zero_init_last
         )
         self.objective = build(stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue))
+        self.group: int = getattr(self.objective, "group", 1)
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -83,6 +85,12 @@ class Learner(nn.Module):
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """The classifier's and the objective's own."""
         return chain(self.model.classifier.parameters(), self.objective.parameters())
+
+    def share_buffers(self) -> None:
+        """Give every rank the buffers of rank 0, whose weights are kept: norm statistics differ between ranks."""
+        if self.place.world_size > 1:
+            for buffer in self.buffers():
+                dist.broadcast(buffer, src=0)
 
     def distributed(self) -> nn.Module:
         """This module, or, where there are several ranks, its data-parallel wrapper."""

@@ -1,14 +1,15 @@
 """train(): one job, read from top to bottom. It knows no Ray and no MLflow: it yields, whoever iterates decides."""
 
+import math
 import resource
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from aliprod.data.catalogue import Catalogue
@@ -23,6 +24,8 @@ from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, place
 from aliprod.training.optimizer import Optimizer
 from aliprod.training.validate import top1_errors
+
+_Seen = tuple[dict[str, float], list[str]]  # loss parts and image ids of a step on one rank
 
 _CHECK_STEPS = 50  # a non-finite loss is noticed within so many steps; the weights are safe at once
 
@@ -91,11 +94,11 @@ def train(
     learner = Learner(stage, network, catalogue, where)
     mean, std, interpolation = normalisation(network)
     feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
-    batches = TrainBatches(catalogue.train, catalogue.classes, stage, learner.objective.group, feed)
+    batches = TrainBatches(catalogue.train, catalogue.classes, stage, learner.group, feed)
     steps_per_epoch = batches.steps_per_epoch
     optimizer = Optimizer(learner, stage, steps_per_epoch)
     if resume is None and start is not None:
-        weights.load_into(learner.model, start)
+        weights.load_parent(learner.model, start, catalogue.classes.tolist())
     elif resume is None and pretrained is not None:
         weights.load_pretrained(learner.model, pretrained)
     average = Average(learner.model, stage.ema) if stage.ema else None
@@ -126,6 +129,7 @@ def train(
                 metrics = _train_metrics(stage, state, optimizer, watch, sums)
                 yield Progress(state, metrics, partial(captured, state=state, best=best), where)
         recent.check()
+        learner.share_buffers()
         metrics = _train_metrics(stage, state, optimizer, watch, sums)
         last, errors = _candidate(learner, average, catalogue, feed, state.epoch)
         if last.top1_error is None or state.best_error is None or last.top1_error < state.best_error:
@@ -170,31 +174,44 @@ def _train_metrics(
 
 
 class _Recent:
-    """The latest steps, so that a non-finite loss can be laid at a step's door without waiting for each."""
+    """The steps since the last check, so that a loss that is not finite is laid at its step's door."""
 
     def __init__(self, optimizer: Optimizer, batches: TrainBatches) -> None:
         self.optimizer, self.batches = optimizer, batches
-        self.steps: deque[tuple[int, int, Tensor, dict[str, Tensor]]] = deque(maxlen=_CHECK_STEPS)
+        self.steps: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def add(self, batch: Batch, parts: dict[str, Tensor]) -> None:
         detached = {name: part.detach() for name, part in parts.items()}
-        self.steps.append((batch.step, batch.epoch, batch.rows, detached))
-        if len(self.steps) == _CHECK_STEPS and batch.step % _CHECK_STEPS == 0:
+        self.steps[batch.step] = batch.rows, detached
+        if len(self.steps) == _CHECK_STEPS:
             self.check()
 
     def check(self) -> None:
         """Raise NonFiniteLoss where a step was not finite. Synchronises with the device."""
         bad = self.optimizer.first_bad_step()
-        if bad is None:
-            return
-        _, epoch, rows, parts = next(step for step in self.steps if step[0] == bad)
-        values = ", ".join(f"{name} {float(part):g}" for name, part in parts.items())
-        rate = self.optimizer.lr_of("backbone", bad)
-        raise NonFiniteLoss(
-            f"the loss or its gradient is not finite in epoch {epoch}, step {bad} ({values}; lr {rate:g}).",
-            advice=f"The weights are as they were before it. Images: {listing(self.batches.ids(rows), 8)}\n"
+        if bad is not None:
+            raise self._error(bad)
+        self.steps.clear()
+
+    def _error(self, step: int) -> NonFiniteLoss:
+        rows, parts = self.steps[step]
+        mine = {name: float(part) for name, part in parts.items()}, self.batches.ids(rows)
+        losses, ids = min(_of_all_ranks(mine), key=lambda seen: math.isfinite(sum(seen[0].values())))  # the culprit's
+        values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+        epoch, rate = step // self.batches.steps_per_epoch, self.optimizer.lr_of("backbone", step)
+        return NonFiniteLoss(
+            f"the loss or its gradient is not finite in epoch {epoch}, step {step} ({values}; lr {rate:g}).",
+            advice=f"The weights are as they were before it. Images: {listing(ids, 8)}\n"
             "A lower lr, a warm-up or a smaller clip_norm usually cures it.",
         )
+
+
+def _of_all_ranks(mine: _Seen) -> list[_Seen]:
+    if not dist.is_initialized():
+        return [mine]
+    gathered = [mine] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
 
 
 class _Watch:

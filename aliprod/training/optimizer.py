@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from aliprod.recipe import Stage
 from aliprod.training.learner import Learner
 
+_SCALER = ("scale", "_growth_tracker")  # what changes in a gradient scaler's state
+
 
 def lr_at(
     step: int, base_lr: float, steps_per_epoch: int, warmup_epochs: float, milestones: Sequence[int], gamma: float
@@ -40,7 +42,9 @@ class Optimizer:
     """SGD of a learner's backbone and heads, each at its own rate, that never lets a non-finite step through.
 
     A step whose gradient norm is not finite is skipped on the device, and so are all after it, without a
-    synchronisation; `first_bad_step` tells, when asked, which one it was.
+    synchronisation; `first_bad_step` tells, when asked, which one it was. Where one rank's loss is not finite, all
+    ranks skip the step. In float16 gradients overflow now and then: the scaler skips such a step and lowers its scale,
+    and only a scale below 1 tells of losses that are not finite.
     """
 
     def __init__(self, learner: Learner, stage: Stage, steps_per_epoch: int) -> None:
@@ -51,20 +55,20 @@ class Optimizer:
         self.parameters = [p for group in self.groups for p in group["params"]]
         device = self.parameters[0].device
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._scaler = torch.amp.GradScaler(device.type) if learner.dtype is torch.float16 else None  # type: ignore[attr-defined]
+        self._scaler = torch.amp.GradScaler(device.type) if learner.dtype is torch.float16 else None
 
     def step(self, loss: Tensor, step: int) -> None:
         """Backward and one update of the weights with this step's learning rates."""
         for group in self.groups:
             group["lr"] = self.lr_of(group["part"], step)
         self.sgd.zero_grad(set_to_none=True)
+        one = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)  # NaN reaches all ranks with the gradients
         if self._scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward(one)
         else:
-            self._scaler.scale(loss).backward()
+            self._scaler.scale(loss).backward(one)
             self._scaler.unscale_(self.sgd)
-        norm = self._clip()
-        self._update(torch.isfinite(norm) & torch.isfinite(loss.detach()), step)
+        self._update(torch.isfinite(self._clip()), step)
 
     def lr_of(self, part: str, step: int) -> float:
         """The learning rate of the backbone or the heads at a step."""
@@ -77,14 +81,15 @@ class Optimizer:
     def first_bad_step(self) -> int | None:
         """The step whose loss or gradient was not finite, and from which on nothing was updated. Synchronises."""
         step = int(self._bad_step.item())
-        return None if step < 0 else step
+        return None if step < 0 or (self._scaler is not None and self._scaler.get_scale() >= 1) else step
 
     def state(self) -> dict[str, Tensor]:
         """Momentum by position of the parameter, for a resume checkpoint."""
         buffers = (self.sgd.state[p].get("momentum_buffer") for p in self.parameters)
         state = {f"momentum.{i}": buffer for i, buffer in enumerate(buffers) if buffer is not None}
         if self._scaler is not None:
-            state["scale"] = torch.tensor(self._scaler.get_scale())
+            scaler = self._scaler.state_dict()
+            state |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in _SCALER}
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -93,8 +98,9 @@ class Optimizer:
             if (momentum := state.get(f"momentum.{i}")) is not None:
                 buffer = torch.empty_like(parameter, memory_format=torch.preserve_format)
                 self.sgd.state[parameter]["momentum_buffer"] = buffer.copy_(momentum)
-        if self._scaler is not None and "scale" in state:
-            self._scaler.update(float(state["scale"]))
+        if self._scaler is not None:
+            saved = {name: state[f"scaler.{name}"].item() for name in _SCALER}
+            self._scaler.load_state_dict(self._scaler.state_dict() | saved)
 
     def _clip(self) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
@@ -108,7 +114,8 @@ class Optimizer:
             self.sgd.found_inf = (self._bad_step >= 0).float()  # type: ignore[attr-defined]
             self.sgd.step()
         else:
-            self._scaler.step(self.sgd)  # float16 overflows now and then: its scaler skips such a step
+            self._bad_step.copy_(torch.where(finite, self._bad_step, step))
+            self._scaler.step(self.sgd)
             self._scaler.update()
 
 
