@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.sources import read
+from aliprod.data.synth import synthesise
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -12,3 +16,11 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip("needs the folder ../shared (photographs and golden vectors), which is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    """A rendered catalogue of 4 classes: 32 training, 24 validation and 40 test images. Not to be changed."""
+    folder = tmp_path_factory.mktemp("catalogues") / "packages"
+    synthesise(folder, classes=4, images=32, seed=0)
+    return read(folder)

@@ -1,0 +1,98 @@
+"""A process of a job, as tests start them: it may be killed at a named moment, and leaves what each rank saw."""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from aliprod.data import sources
+from aliprod.errors import AliprodError
+from aliprod.training import job
+
+
+@dataclass(frozen=True)
+class Death:
+    """SIGKILL at the ``count``-th audit event of this name (Python's own: open, os.rename ...) on such a path."""
+
+    event: str
+    path: str
+    count: int = 1
+
+
+def start(
+    work: job.Work, catalogue: Path, death: Death | None = None, rank: int = 0, world_size: int = 1
+) -> BaseProcess:
+    """Start a rank of a job as a process of its own, forked from a clean one that has imported what it needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["aliprod.training.job", "aliprod.data.sources"])
+    process = context.Process(target=_train, args=(work, catalogue, death, rank, world_size))
+    process.start()
+    return process
+
+
+def train(work: job.Work, catalogue: Path, death: Death | None = None) -> int:
+    """Exit code of a job of one rank."""
+    process = start(work, catalogue, death)
+    process.join(120)
+    assert process.exitcode is not None, "the job hangs"
+    return process.exitcode
+
+
+def log_of(work: job.Work, rank: int = 0) -> str:
+    return (work.folder / f"log-{rank}.txt").read_text()
+
+
+def seen_by(work: job.Work, rank: int) -> list[dict[str, str]]:
+    """What a rank saw at the end of each epoch: its metrics, and the sha256 of its weights and buffers."""
+    return [json.loads(line) for line in (work.folder / f"rank-{rank}.jsonl").read_text().splitlines()]
+
+
+def sha256(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _train(work: job.Work, catalogue: Path, death: Death | None, rank: int, world_size: int) -> None:
+    work.folder.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=work.folder / f"log-{rank}.txt", level=logging.INFO)
+    if world_size > 1:
+        meeting = work.folder.with_suffix(".meeting")
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    if death is not None:
+        _arm(death)
+    try:
+        with (work.folder / f"rank-{rank}.jsonl").open("a") as seen:
+            for progress in job.run(work, sources.read(catalogue)):
+                if progress.end is not None:
+                    line = {"metrics": progress.metrics, "weights": sha256(progress.end.last.tensors)}
+                    seen.write(json.dumps(line) + "\n")
+    except AliprodError as error:
+        logging.getLogger().error("%s", error)
+        sys.exit(error.status)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _arm(death: Death) -> None:
+    left = death.count
+
+    def die(event: str, args: tuple[object, ...]) -> None:
+        nonlocal left
+        if event == death.event and death.path in f"{args[:2]}":
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(die)

@@ -1,0 +1,204 @@
+"""job: killed processes end with the bytes of undisturbed ones."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from job_process import Death, log_of, seen_by, start, train
+
+from aliprod import commit
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.loader import Feed
+from aliprod.models import weights
+from aliprod.recipe import Stage
+from aliprod.training.job import Work
+from aliprod.training.validate import top1_errors
+
+NETWORK = "test_resnet.r160_in1k"
+
+
+def work_in(folder: Path, stage: Stage, network: str = NETWORK) -> Work:
+    return Work("net/stage", "0123", network, stage, folder / "job", save_every_steps=3)
+
+
+def result(work: Work) -> dict[str, str]:
+    """sha256 of the weights that a finished job has left."""
+    kept = [folder for folder in (work.folder / "weights", work.folder / "last") if folder.exists()]
+    return {folder.name: commit.sha256(folder / "model.safetensors") for folder in kept}
+
+
+def told(work: Work) -> list[dict[str, float]]:
+    """metrics.jsonl, without what hangs on the clock."""
+    lines = (work.folder / "metrics.jsonl").read_text().splitlines()
+    clock = ("time_ms", "speed/")
+    return [{key: v for key, v in json.loads(line).items() if not key.startswith(clock)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Work]:
+    """A finished job with averaged weights, and one without."""
+    works = {}
+    for averaged in (True, False):
+        works[averaged] = work_in(tmp_path_factory.mktemp("undisturbed"), stage_with(averaged))
+        assert train(works[averaged], packages.root) == 0
+    return works
+
+
+def stage_with(averaged: bool) -> Stage:
+    return Stage(
+        resize=40,
+        crop=32,
+        batch_size=8,
+        epochs=3,
+        augmentation=("random_resized_crop", "flip", "auto_augment", "cutout"),
+        drop_rate=0.2,
+        ema=0.9 if averaged else None,
+    )
+
+
+# 8 pictures a step, 24 after an epoch; checkpoints after steps 3, 4, 6, 8 and 9.
+DEATHS = {
+    "before the first checkpoint": Death("open", ".jpg", 5),
+    "in mid-epoch, after a checkpoint": Death("open", ".jpg", 30),
+    "while it validates": Death("open", ".jpg", 4 * 8 + 10),
+    "between an epoch's line and its checkpoint": Death("os.mkdir", "/.step-0000000004."),
+    "with a checkpoint that is not committed": Death("os.rename", "/.step-0000000006."),
+    "while an old checkpoint is removed": Death("shutil.rmtree", "/step-0000000003"),
+    "between the last checkpoint and the weights": Death("os.mkdir", "/.weights."),
+    "with weights that are not committed": Death("os.rename", "/.weights."),
+    "with weights and its checkpoints": Death("shutil.rmtree", "/resume"),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS.values(), ids=DEATHS.keys())
+def test_a_job_that_is_killed_and_started_again_ends_with_the_same_bytes(
+    packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path, death: Death
+) -> None:
+    work = work_in(tmp_path, stage_with(averaged=True))
+    assert train(work, packages.root, death) == -signal.SIGKILL
+    going_on = any((work.folder / "resume").glob("step-*/manifest.json")) and not (work.folder / "weights").exists()
+    assert train(work, packages.root) == 0
+    assert ("goes on from" in log_of(work)) == going_on
+    assert result(work) == result(undisturbed[True])
+    assert told(work) == told(undisturbed[True])
+
+
+def test_a_job_without_averaged_weights_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path
+) -> None:
+    work = work_in(tmp_path, stage_with(averaged=False))
+    codes = []
+    while not codes or codes[-1]:
+        codes.append(train(work, packages.root, Death("open", ".jpg", 50)))
+        assert len(codes) < 10
+    assert codes[:-1] == [-signal.SIGKILL] * (len(codes) - 1)
+    assert len(codes) == 4
+    assert result(work) == result(undisturbed[False])
+    assert told(work) == told(undisturbed[False])
+
+
+def test_averaging_changes_the_bytes(undisturbed: dict[bool, Work]) -> None:
+    assert result(undisturbed[True])["weights"] != result(undisturbed[False])["weights"]
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_costs_an_interval_and_no_bytes(
+    packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path
+) -> None:
+    work = work_in(tmp_path, stage_with(averaged=True))
+    assert train(work, packages.root, Death("os.rename", "/.step-0000000008.")) == -signal.SIGKILL
+    newest = work.folder / "resume/step-0000000006/learner.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-100] ^= 1
+    newest.write_bytes(content)
+    assert train(work, packages.root) == 0
+    warnings = [line for line in log_of(work).splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert "step-0000000006 is damaged (learner.safetensors)" in warnings[0]
+    assert f"goes on from {work.folder}/resume/step-0000000004" in log_of(work)
+    assert result(work) == result(undisturbed[True])
+
+
+def test_a_finished_job_is_not_trained_again(packages: Catalogue, undisturbed: dict[bool, Work]) -> None:
+    work = undisturbed[True]
+    before = {path: os.stat(path).st_mtime_ns for path in sorted(work.folder.rglob("*")) if path.suffix != ".txt"}
+    assert train(work, packages.root, Death("open", ".jpg")) == 0
+    after = {path: os.stat(path).st_mtime_ns for path in sorted(work.folder.rglob("*")) if path.suffix != ".txt"}
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed <= {"rank-0.jsonl"}
+
+
+def test_what_a_finished_job_leaves_is_whole_and_says_where_it_comes_from(undisturbed: dict[bool, Work]) -> None:
+    work = undisturbed[True]
+    assert commit.verify(work.folder / "weights") == []
+    assert not (work.folder / "resume").exists()
+    record = commit.read(work.folder / "weights")
+    assert record is not None
+    assert (record["job"], record["key"], record["epochs"], record["steps"]) == ("net/stage", "0123", 3, 12)
+    assert record["top1_error"] == min(
+        min(line["val/top1_error"], line["val/top1_error_averaged"]) for line in told(work)
+    )
+    config, classes = weights.describe(work.folder / "weights")
+    assert (config.epoch, config.averaged) == (record["best_epoch"], record["averaged"])
+    assert classes.ids == (0, 1, 2, 3)
+    assert [line["epoch"] for line in told(work)] == [0, 1, 2]
+
+
+def of_two_ranks(work: Work, catalogue: Path, *deaths: Death | None) -> list[int | None]:
+    ranks = [start(work, catalogue, death, rank, 2) for rank, death in enumerate(deaths or (None, None))]
+    for process in ranks:
+        process.join(120)
+    return [process.exitcode for process in ranks]
+
+
+@pytest.fixture(scope="module")
+def of_two(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    work = work_in(tmp_path_factory.mktemp("ranks"), stage_with(averaged=True))
+    assert of_two_ranks(work, packages.root) == [0, 0]
+    return work
+
+
+def test_two_ranks_hold_the_same_weights_and_buffers(of_two: Work) -> None:
+    first, second = seen_by(of_two, 0), seen_by(of_two, 1)
+    assert len(first) == 3
+    assert [seen["weights"] for seen in first] == [seen["weights"] for seen in second]
+    record = commit.read(of_two.folder / "weights")
+    assert record is not None
+    assert record["environment"]["world_size"] == 2
+
+
+def test_the_errors_of_two_ranks_are_those_of_one_rank_with_the_same_weights(
+    packages: Catalogue, of_two: Work
+) -> None:
+    record = commit.read(of_two.folder / "weights")
+    model, config, _ = weights.load(of_two.folder / "weights")
+    feed = Feed(torch.device("cpu"), config.mean, config.std, config.interpolation)
+    errors = top1_errors(model, packages, of_two.stage, feed, torch.float32)
+    assert record is not None
+    assert errors["val/top1_error"] == record["top1_error"]
+
+
+def test_two_ranks_learn_what_one_does_where_no_norm_layer_mixes_images(
+    packages: Catalogue, tmp_path: Path
+) -> None:
+    stage = stage_with(averaged=False).model_copy(update={"drop_rate": None, "epochs": 1})
+    one, two = (work_in(tmp_path / name, stage, "test_efficientnet_gn.in1k") for name in ("one", "two"))
+    assert train(one, packages.root) == 0
+    assert of_two_ranks(two, packages.root) == [0, 0]
+    state, other = (weights.load(work.folder / "weights")[0].state_dict() for work in (one, two))
+    for name, tensor in state.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_where_one_ranks_loss_is_not_finite_all_stop_and_name_that_ranks_images(
+    packages: Catalogue, tmp_path: Path
+) -> None:
+    stage = stage_with(averaged=False).model_dump() | {"objective": {"name": "own.spoilt", "step": 5, "rank": 1}}
+    work = work_in(tmp_path, Stage.model_validate(stage))
+    assert of_two_ranks(work, packages.root) == [1, 1]
+    complaint = [line for line in log_of(work).splitlines() if "Images:" in line or "not finite" in line]
+    assert complaint == [line for line in log_of(work, 1).splitlines() if "Images:" in line or "not finite" in line]
+    assert "not finite in epoch 1, step 5 (class nan; lr 0.01)" in complaint[0]
+    assert len(complaint[1].split("Images:")[1].split(",")) == 4  # of the 8 images of the step
