@@ -26,7 +26,7 @@ from aliprod.tracking.runs import Tracking
 from aliprod.training.job import WEIGHTS, Work
 
 _TICK_SECONDS = 0.5
-_FLUSH_SECONDS = 120.0
+_FLUSH_SECONDS = 60.0
 
 
 class _Session:
@@ -99,8 +99,8 @@ def _stages(board: Board, session: _Session) -> Iterator[Event]:
         yield from _train(board, session)
     result = None
     if not board.jobs_in("failed", "not_run"):
-        board.tracking.flush(_FLUSH_SECONDS)
-        choices, note = members.choose(board.prepared, board.tracking.registry)
+        unsent = board.tracking.flush(_FLUSH_SECONDS)
+        choices, note = members.choose(board.prepared, board.tracking.registry, complete=not unsent)
         yield from _says(note)
         which = gather.splits(board.prepared.catalogue)
         key = members.ensemble_key(board.prepared, choices, which)

@@ -18,9 +18,11 @@ from aliprod.tracking.registry import Choice, Registry
 _FILE = "members.json"
 
 
-def choose(prepared: Prepared, registry: Registry) -> tuple[dict[str, Choice], str]:
+def choose(prepared: Prepared, registry: Registry, complete: bool) -> tuple[dict[str, Choice], str]:
     """The version that the alias ``member`` marks; while MLflow is away the choice last seen, at first the best.
 
+    Args:
+        complete: MLflow has all that this run has to tell; otherwise it counts as away.
     Returns:
         A choice for each member, and what a person should know about it, or ''.
     Raises:
@@ -28,11 +30,14 @@ def choose(prepared: Prepared, registry: Registry) -> tuple[dict[str, Choice], s
     """
     names, file = prepared.plan.ensemble.members, prepared.folder / _FILE
     try:
+        if not complete:
+            raise Unreachable("it lacks what this run has yet to tell.")
         choices, note = registry.members(names), ""
     except Unreachable as error:
         best = {name: best_of(prepared, name, registry.name(name)) for name in names}
-        choices = best | {name: choice for name, choice in _last_seen(file).items() if name in names}
-        note = f"MLflow is away ({error.what}) The choice of checkpoints last seen counts."
+        seen = {n: c for n, c in _last_seen(file).items() if n in names and c.key == prepared.jobs[n].key}
+        choices = best | seen
+        note = f"MLflow is away ({error.what}) The choice of checkpoints last seen counts, else each job's best."
     commit.write_file(file, json.dumps({name: asdict(choice) for name, choice in choices.items()}, indent=1))
     others = [name for name, choice in choices.items() if choice.key != prepared.jobs[name].key]
     if others:
