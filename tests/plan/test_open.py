@@ -1,0 +1,60 @@
+"""A plan beside its catalogue, without it, and beside something that is none."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aliprod.data import sources
+from aliprod.errors import Refused
+from aliprod.plan import graph
+from aliprod.plan.open import Request, open_jobs
+from aliprod.plan.places import resolve
+from aliprod.plan.schema import Plan
+
+
+@pytest.fixture
+def opened(load_text: Callable[..., Plan], small: str, tmp_path: Path) -> Callable[..., Request]:
+    """A request for the small plan, its own weights replaced by none."""
+
+    def request(text: str = small) -> Request:
+        plan = load_text(text)
+        return Request(plan, text, resolve(plan, tmp_path / "runs", None, None))
+
+    return request
+
+
+def test_without_its_catalogue_a_plan_has_jobs_without_keys_and_says_so(opened: Callable[..., Request]) -> None:
+    jobs, note = open_jobs(opened())
+    assert list(jobs) == ["resnet/full", "resnet/dcl", "net-b3/full", "net-b3/dcl"]
+    assert {job.key for job in jobs.values()} == {None}
+    assert "pictures" in note
+    assert "`run` would refuse" in note
+
+
+def test_a_catalogue_that_is_to_be_rendered_is_not_missed(opened: Callable[..., Request], small: str) -> None:
+    _, note = open_jobs(opened(small.replace('path = "pictures"', "synth = { classes = 2, images = 9 }")))
+    assert "the first run renders it" in note
+
+
+def test_beside_its_catalogue_every_job_has_the_key_of_that_catalogue(
+    opened: Callable[..., Request], shared: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shared / "data" / "tiny", tmp_path / "pictures")
+    request = opened()
+    jobs, note = open_jobs(request)
+    assert note == ""
+    assert jobs == graph.jobs(request.plan, sources.read(shared / "data" / "tiny").fingerprint)
+    assert len({job.key for job in jobs.values()} - {None}) == len(jobs)
+
+
+def test_what_is_there_and_no_catalogue_is_refused(opened: Callable[..., Request], tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(Refused, match="holds no catalogue") as refused:
+        open_jobs(opened())
+    assert refused.value.where == str(tmp_path / "pictures")
+    (tmp_path / "pictures").rmdir()
+    (tmp_path / "pictures").write_text("a file")
+    with pytest.raises(Refused, match="is a file, not the folder of a catalogue"):
+        open_jobs(opened())
