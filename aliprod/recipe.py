@@ -97,12 +97,8 @@ class Stage(Frozen):
     lr: LearningRate = Field(default=LearningRate(), description="learning rates and their schedule")
     epochs: int = Field(default=1, ge=1, le=100_000, description="passes over the images of the stage")
     batch_size: int = Field(default=256, ge=1, description="images a step, over all devices of a job")
-    drop_rate: float | None = Field(
-        default=None, ge=0, lt=1, description="dropout before the classifier; without it the backbone's own"
-    )
-    drop_path_rate: float | None = Field(
-        default=None, ge=0, lt=1, description="stochastic depth; without it the backbone's own"
-    )
+    drop_rate: float = Field(default=0.0, ge=0, lt=1, description="dropout before the classifier")
+    drop_path_rate: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth of the backbone")
     zero_init_last: bool = Field(
         default=False,
         description="zero the last norm scale of each residual block, where training starts from scratch",

@@ -20,7 +20,7 @@ class Recogniser(nn.Module):
         network: timm's name, with or without a weights tag.
         num_classes: K.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the backbone; None or 0: none.
+        drop_path_rate: stochastic depth of the backbone.
         zero_init_last: zero the last norm scale of each residual bottleneck (where timm has not done so), without
             which deep squeeze-and-excitation networks do not learn from scratch.
     Raises:
@@ -32,10 +32,11 @@ class Recogniser(nn.Module):
         network: str,
         num_classes: int,
         drop_rate: float = 0.0,
-        drop_path_rate: float | None = None,
+        drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
     ) -> None:
         super().__init__()
+        check_network(network, network)
         self.network = network
         self.backbone = _backbone(network, drop_path_rate)
         if zero_init_last:
@@ -86,7 +87,7 @@ def normalisation(network: str) -> tuple[tuple[float, ...], tuple[float, ...], s
     return tuple(config.mean), tuple(config.std), config.interpolation
 
 
-def _backbone(network: str, drop_path_rate: float | None) -> nn.Module:
+def _backbone(network: str, drop_path_rate: float) -> nn.Module:
     options: dict[str, Any] = {} if not drop_path_rate else {"drop_path_rate": drop_path_rate}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # timm's notes on renamed networks

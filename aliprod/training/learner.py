@@ -69,7 +69,7 @@ class Learner(nn.Module):
         self.stage, self.place = stage, place
         self.dtype = precision(stage, place.device)
         self.model = Recogniser(
-            network, catalogue.num_classes, stage.drop_rate or 0.0, stage.drop_path_rate, stage.zero_init_last
+            network, catalogue.num_classes, stage.drop_rate, stage.drop_path_rate, stage.zero_init_last
         )
         self.objective = build(stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue))
         self.group: int = getattr(self.objective, "group", 1)
