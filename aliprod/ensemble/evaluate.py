@@ -1,6 +1,8 @@
 """A submission, or a folder of probabilities, against labels."""
 
 import csv
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from aliprod.data.annotations import rows, utf8
 from aliprod.data.identity import class_number
 from aliprod.ensemble.add import read_predictions
 from aliprod.ensemble.score import aligned, predicted_classes, score
-from aliprod.errors import Refused
+from aliprod.errors import Refused, listing
 from aliprod.inference.probabilities import STEM, open_store
 
 
@@ -65,16 +67,27 @@ def _labels(path: Path) -> tuple[pa.StringArray, pa.Int64Array]:
 
 
 def _csv(path: Path, column: str) -> tuple[pa.StringArray, np.ndarray]:
-    lines = csv.DictReader(utf8(path).splitlines())
-    if not {"id", column} <= set(lines.fieldnames or ()):
-        raise Refused(
-            f"has no columns id and {column}.", path, f"Its first line is {','.join(lines.fieldnames or ['empty'])}."
-        )
-    ids, numbers = [], []
-    for line in lines:
-        number = class_number(line[column])
+    numbers: dict[str, int] = {}
+    for line, name, written in _lines(path, column):
+        number = class_number(written)
         if number is None:
-            raise Refused(f'{column} "{line[column]}" is no class id.', f"{path}, line {lines.line_num}")
-        ids.append(line["id"])
-        numbers.append(number)
-    return pa.array(ids, pa.string()), np.asarray(numbers, dtype=np.int64)
+            raise Refused(f'{column} "{written}" is no class id.', f"{path}, line {line}")
+        if name in numbers:
+            raise Refused(f"has the image {name} twice.", f"{path}, line {line}", "Keep one line for each image.")
+        numbers[name] = number
+    return pa.array(numbers.keys(), pa.string()), np.array(list(numbers.values()), np.int64)
+
+
+def _lines(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
+    """Number, id and ``column`` of each line."""
+    lines = csv.DictReader(io.StringIO(utf8(path), newline=""), restval="", strict=True)
+    try:
+        if not {"id", column} <= set(lines.fieldnames or ()):
+            header = listing(lines.fieldnames or ["empty"])
+            raise Refused(f"has no columns id and {column}.", path, f"Its first line is {header}.")
+        for row in lines:
+            yield lines.line_num, row["id"], row[column]
+    except csv.Error as error:
+        raise Refused(
+            f"is not CSV: {error}.", f"{path}, line {lines.reader.line_num}", "Quote it as RFC 4180 says."
+        ) from error
