@@ -1,0 +1,201 @@
+"""A Ray cluster of the tests' own, a tiny catalogue, and a tiny plan."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from aliprod.data.synth import synthesise
+
+PLAN = """\
+format = 1
+name = "tiny"
+
+[catalogue]
+path = "catalogue"
+
+[backbones]
+resnet = "test_resnet.r160_in1k"
+efficientnet = "test_efficientnet.r160_in1k"
+
+[defaults]
+resize = 72
+crop = 64
+augmentation = ["random_crop", "flip"]
+batch_size = 8
+lr = { backbone = 0.02, heads = 0.02 }
+
+[stages.full]
+epochs = 3
+
+[stages.dcl]
+start = "full"
+objective = { name = "dcl", parts = 2 }
+
+[stages.lio]
+start = "full"
+objective = { name = "lio", positives = 1 }
+
+[stages.accuracy]  # so slow that its second epoch is no better than its first: it leaves a best and a last checkpoint
+start = "dcl"
+objective = "accuracy"
+epochs = 2
+lr = { backbone = 1e-7, heads = 1e-7 }
+
+[jobs]
+resnet = ["full", "dcl", "lio", "accuracy"]
+efficientnet = ["full"]
+
+[ensemble]
+members = ["resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
+
+[cluster]
+save_every_steps = 2
+use_gpu = false
+poll_seconds = 0.2
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray head with four CPUs, open on loopback, with a home of its own.
+
+    Attributes:
+        address, dashboard: of its GCS, host and port; of its dashboard, http.
+        environment: for what talks to it.
+    """
+
+    process: psutil.Popen
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+    @property
+    def home(self) -> Path:
+        return Path(self.environment["HOME"])
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """`aliprod ARGUMENTS --address OURS`, in a process group of its own."""
+        command = [sys.executable, "-m", "aliprod", *map(str, arguments), "--address", self.address]
+        return subprocess.Popen(
+            command,
+            env=self.environment,
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def aliprod(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """The same, waited for."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=900)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train."""
+        return [process for process in self.process.children(recursive=True) if _title(process) == "RayTrainWorker"]
+
+    def until(self, true: Callable[[], bool], seconds: float = 300) -> None:
+        """Wait for something to happen on it."""
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, "it did not happen in time"
+            time.sleep(0.02)
+
+    def ask(self, path: str) -> Any:
+        """What the dashboard answers."""
+        with urllib.request.urlopen(f"{self.dashboard}{path}", timeout=60) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Started at the first test that asks for it, killed with all it started after the last."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets lie below it, and a socket's path is at most 107
+    (folder / "home").mkdir()
+    gcs, dashboard, agent, client = _free_ports(4)
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "ALIPROD_"))}
+    environment = others | {
+        "HOME": str(folder / "home"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_memory_monitor_refresh_ms": "0",  # it counts the whole machine: other programs would get ours killed
+    }
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
+        *("--num-cpus=4", "--num-gpus=0", f"--port={gcs}", f"--temp-dir={folder}", "--object-store-memory=200000000"),
+        *("--include-dashboard=true", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+        *(f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
+    ]
+    with (folder / "head.log").open("wb") as log:
+        process = psutil.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        found = Cluster(process, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
+        found.until(lambda: process.poll() is not None or _answers(found), seconds=180)
+        assert process.poll() is None, (folder / "head.log").read_text()
+        yield found
+    finally:
+        family = [*process.children(recursive=True), process]
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a plan of five tiny jobs, beside its catalogue of 4 classes."""
+    folder = tmp_path_factory.mktemp("plan")
+    synthesise(folder / "catalogue", classes=4, images=64, seed=0)
+    (folder / "tiny.toml").write_text(PLAN)
+    return folder / "tiny.toml"
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _answers(cluster: Cluster) -> bool:
+    try:
+        nodes = cluster.ask("/api/v0/nodes")["data"]["result"]["result"]
+    except (OSError, ValueError, KeyError, TypeError):
+        time.sleep(0.3)
+        return False
+    return any(node["state"] == "ALIVE" for node in nodes)
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess, IndexError):
+        return process.cmdline()[0].removeprefix("ray::").split(".")[0].split("(")[0]
+    return ""

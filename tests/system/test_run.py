@@ -1,0 +1,286 @@
+"""A whole plan on a real Ray: run, run again, changed, failed, interrupted, with its workers and its driver killed."""
+
+import json
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aliprod import commit
+from aliprod.ensemble.add import read_predictions
+from aliprod.inference import probabilities
+from aliprod.plan import ledger
+
+JOBS = ["resnet/full", "resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
+MEMBERS = ["resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A storage path after a plan was run in it, and what is then to be compared."""
+
+    storage: Path
+    process: subprocess.CompletedProcess[str]
+    outcome: dict[str, Any]
+    bytes: dict[str, str]
+
+
+def last_line(process: subprocess.CompletedProcess[str]) -> Any:
+    assert process.returncode in (0, 1), process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def digests(storage: Path) -> dict[str, str]:
+    """sha256 of all that a run computes: weights, probabilities, ensemble, submission; without records of when."""
+    found = {"submission": commit.sha256(storage / "tiny" / "submission.csv")}
+    folders = [
+        *storage.glob("jobs/*/*/*/*"),
+        *storage.glob("jobs/*/*/*/probabilities/*"),
+        storage / "tiny" / "ensemble",
+    ]
+    for folder in folders:
+        for file in folder.iterdir() if commit.read(folder) is not None else ():
+            if file.name != commit.MANIFEST:
+                found[file.relative_to(storage).as_posix()] = commit.sha256(file)
+    return found
+
+
+def checkpoints(storage: Path) -> set[Path]:
+    return {path for path in storage.glob("jobs/*/*/*/resume/step-*") if commit.read(path) is not None}
+
+
+def times(storage: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in storage.glob("jobs/**/*")}
+
+
+def mlflow_of(storage: Path) -> Any:
+    from aliprod.tracking.server import reach
+
+    return reach(f"sqlite:///{storage / 'mlflow.db'}").client
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    storage = tmp_path_factory.mktemp("whole")
+    process = cluster.aliprod("run", plan, "--storage", storage, "--json")
+    return Run(storage, process, last_line(process), digests(storage))
+
+
+# An undisturbed run
+
+
+def test_a_plan_is_run_to_its_end(whole: Run) -> None:
+    assert whole.process.returncode == 0
+    assert whole.outcome["trained"] == JOBS
+    assert whole.outcome["reused"] == whole.outcome["failed"] == whole.outcome["not_run"] == []
+    assert list(whole.outcome["ensemble"]["members"]) == MEMBERS
+    assert json.loads((whole.storage / "tiny" / "result.json").read_text()) == whole.outcome
+
+
+def test_the_submission_has_every_test_image_once_and_a_class_of_the_catalogue(whole: Run, plan: Path) -> None:
+    header, *lines = (whole.storage / "tiny" / "submission.csv").read_text().splitlines()
+    listed = json.loads((plan.parent / "catalogue" / "test.json").read_text())["images"]
+    labels = json.loads((plan.parent / "catalogue" / "train.json").read_text())["images"]
+    assert header == "id,predicted"
+    assert sorted(line.split(",")[0] for line in lines) == sorted(row["image_id"] for row in listed)
+    assert {int(line.split(",")[1]) for line in lines} <= {int(row["class_id"]) for row in labels}
+
+
+def test_the_prediction_is_the_highest_sum_of_the_members_probabilities(whole: Run) -> None:
+    folders = [next(whole.storage.glob(f"jobs/{name}/*/probabilities/*-test")) for name in MEMBERS]
+    stores = [probabilities.open_store(folder) for folder in folders]
+    total = sum(store.rows(0, len(store)).astype(np.float64) for store in stores)
+    expected = dict(zip(stores[0].ids.to_pylist(), stores[0].classes[np.argmax(total, axis=1)].tolist(), strict=True))
+    written = read_predictions(whole.storage / "tiny" / "ensemble")
+    assert dict(zip(written.ids.to_pylist(), written.predicted.tolist(), strict=True)) == expected
+
+
+def test_the_error_that_is_told_is_the_one_counted_from_the_submission(whole: Run, plan: Path) -> None:
+    rows = json.loads((plan.parent / "catalogue" / "test_labels.json").read_text())["images"]
+    truth = {row["image_id"]: int(row["class_id"]) for row in rows}
+    lines = (whole.storage / "tiny" / "submission.csv").read_text().splitlines()[1:]
+    predicted = {image: int(class_id) for image, class_id in (line.split(",") for line in lines)}
+    errors = [
+        np.mean([predicted[image] != truth[image] for image in truth if truth[image] == class_id])
+        for class_id in set(truth.values())
+    ]
+    assert whole.outcome["ensemble"]["split"] == "test"
+    assert whole.outcome["ensemble"]["top1_error"] == pytest.approx(np.mean(errors))
+
+
+def test_mlflow_holds_a_run_for_each_job_below_the_plans(whole: Run) -> None:
+    client = mlflow_of(whole.storage)
+    experiment = client.get_experiment_by_name("tiny")
+    runs = client.search_runs([experiment.experiment_id])
+    jobs = {run.data.tags["aliprod.job"]: run for run in runs if "aliprod.job" in run.data.tags}
+    folders = {f"{path.parts[-3]}/{path.parts[-2]}": path for path in whole.storage.glob("jobs/*/*/*")}
+    parents = {run.data.tags.get("mlflow.parentRunId") for run in jobs.values()}
+    assert {name: run.data.tags["aliprod.key"] for name, run in jobs.items()} == {
+        name: folder.name for name, folder in folders.items()
+    }
+    assert len(parents) == 1
+    assert client.get_run(parents.pop()).info.status == "FINISHED"
+    for name, run in jobs.items():
+        points = client.get_metric_history(run.info.run_id, "val/top1_error")
+        told = {line["epoch"]: line["val/top1_error"] for line in ledger.epochs(folders[name])}
+        assert {point.step: point.value for point in points} == told
+        assert len(points) == len(told)
+
+
+def test_mlflow_holds_every_checkpoint_as_a_version_and_marks_the_best_as_member(whole: Run) -> None:
+    client = mlflow_of(whole.storage)
+    for name in JOBS:
+        model = f"tiny.{name.replace('/', '.')}"
+        folder = next(whole.storage.glob(f"jobs/{name}/*"))
+        kept = {commit.sha256(path) for path in folder.glob("*/model.safetensors")}
+        versions = client.search_model_versions(f"name = '{model}'")
+        assert {version.tags["sha256"] for version in versions} == kept
+        best = client.get_model_version_by_alias(model, "member")
+        assert best.tags["sha256"] == commit.sha256(folder / "weights" / "model.safetensors")
+
+
+def test_the_dashboard_names_every_job(whole: Run, cluster: Any) -> None:
+    tasks = cluster.ask("/api/v0/tasks?limit=9999&detail=1")["data"]["result"]["result"]
+    runs = cluster.ask("/api/train/v2/runs/v1")["train_runs"]
+    assert {*JOBS, "ensemble", "resnet/dcl test"} <= {task["name"] for task in tasks}
+    assert {name.replace("/", ".") for name in JOBS} <= {run["name"].rpartition("-")[0] for run in runs}
+
+
+# Once more
+
+
+def test_a_second_run_trains_nothing_and_touches_no_job(whole: Run, cluster: Any, plan: Path) -> None:
+    before = times(whole.storage)
+    outcome = last_line(cluster.aliprod("run", plan, "--storage", whole.storage, "--json"))
+    assert outcome == whole.outcome | {"trained": [], "reused": JOBS}
+    assert times(whole.storage) == before
+    assert digests(whole.storage) == whole.bytes
+
+
+def test_a_changed_stage_is_trained_again_and_nothing_else(whole: Run, cluster: Any, plan: Path) -> None:
+    before = times(whole.storage)
+    changed = ["--set", "stages.lio.seed=1", "--set", 'name="changed"']
+    outcome = last_line(cluster.aliprod("run", plan, "--storage", whole.storage, "--json", *changed))
+    assert outcome["trained"] == ["resnet/lio"]
+    assert outcome["reused"] == [name for name in JOBS if name != "resnet/lio"]
+    touched = {path for path, time in times(whole.storage).items() if before.get(path) != time}
+    assert {path.relative_to(whole.storage / "jobs").parts[:2] for path in touched} == {("resnet", "lio")}
+
+
+def test_a_job_that_fails_for_good_stops_its_descendants_alone(whole: Run, cluster: Any, plan: Path) -> None:
+    sets = ["--set", "stages.dcl.optimizer.weight_decay=1e38", "--set", "stages.lio.seed=2", "--set", 'name="failing"']
+    process = cluster.aliprod("run", plan, "--storage", whole.storage, "--json", *sets)
+    outcome = last_line(process)
+    assert process.returncode == 1
+    assert (outcome["failed"], outcome["not_run"]) == (["resnet/dcl"], ["resnet/accuracy"])
+    assert (outcome["trained"], outcome["reused"]) == (["resnet/lio"], ["resnet/full", "efficientnet/full"])
+    assert outcome["ensemble"] is None
+    assert sorted(path.name for path in (whole.storage / "failing").iterdir()) == ["result.json", "state.json"]
+    assert "Error: resnet/dcl failed: the loss or its gradient is not finite in epoch 0, step" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_the_ensemble_takes_the_version_that_a_person_has_chosen(whole: Run, cluster: Any, plan: Path) -> None:
+    client, model = mlflow_of(whole.storage), "tiny.resnet.accuracy"
+    [last] = [one for one in client.search_model_versions(f"name = '{model}'") if one.tags["checkpoint"] == "last"]
+    client.set_registered_model_alias(model, "member", last.version)
+    ensemble = last_line(cluster.aliprod("ensemble", plan, "--storage", whole.storage, "--json"))
+    assert ensemble["members"]["resnet/accuracy"]["version"] == int(last.version)
+    stores = {
+        name: probabilities.open_store(next(whole.storage.glob(f"jobs/{name}/*/probabilities/{sha[:16]}-test")))
+        for name in MEMBERS
+        for sha in [client.get_model_version_by_alias(f"tiny.{name.replace('/', '.')}", "member").tags["sha256"]]
+    }
+    assert stores["resnet/accuracy"].record["weights"] == last.tags["sha256"]
+    total = sum(store.rows(0, len(store)).astype(np.float64) for store in stores.values())
+    highest = stores["resnet/dcl"].classes[np.argmax(total, axis=1)].tolist()
+    written = read_predictions(whole.storage / "tiny" / "ensemble")
+    expected = dict(zip(stores["resnet/dcl"].ids.to_pylist(), highest, strict=True))
+    assert dict(zip(written.ids.to_pylist(), written.predicted.tolist(), strict=True)) == expected
+
+
+# Disturbed
+
+
+@dataclass
+class Disturbed:
+    """What was done to a plan on its way, and how it ended."""
+
+    storage: Path
+    interrupted: int
+    workers_killed: int
+    resumed: dict[str, int]
+    driver: int
+    outcome: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    """Interrupted at its first checkpoint; started again, its workers killed in mid-job, then its driver; finished."""
+    storage = tmp_path_factory.mktemp("disturbed")
+    command = ("run", plan, "--storage", storage, "--json")
+    first = cluster.start(*command)
+    cluster.until(lambda: bool(first.poll() or checkpoints(storage)))
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=120)
+
+    second = cluster.start(*command)
+    cluster.until(lambda: bool(second.poll() or cluster.workers()))
+    seen, workers = checkpoints(storage), cluster.workers()
+    cluster.until(lambda: bool(second.poll() or checkpoints(storage) - seen))
+    for worker in workers:
+        worker.kill()
+    at_kill = {path.parent.parent: path.name for path in sorted(checkpoints(storage) - seen)}
+    cluster.until(lambda: bool(second.poll()) or any(_further(folder, at) for folder, at in at_kill.items()))
+    assert second.poll() is None, second.communicate()
+    resumed = {"/".join(folder.parts[-3:-1]): int(at.removeprefix("step-")) for folder, at in at_kill.items()}
+    os.killpg(second.pid, signal.SIGKILL)
+    second.communicate()
+    last = cluster.aliprod(*command)
+    return Disturbed(storage, first.returncode, len(workers), resumed, second.returncode, last_line(last))
+
+
+def _further(folder: Path, checkpoint: str) -> bool:
+    """Whether a job has committed a later checkpoint, or its weights."""
+    later = any(path.name > checkpoint for path in checkpoints(folder.parents[3]) if path.parent.parent == folder)
+    return later or commit.read(folder / "weights") is not None
+
+
+def test_an_interrupted_run_exits_with_130_and_goes_on_later(disturbed: Disturbed) -> None:
+    assert disturbed.interrupted == 130
+    assert disturbed.outcome["failed"] == disturbed.outcome["not_run"] == []
+
+
+def test_a_killed_worker_is_started_again_by_ray(disturbed: Disturbed, cluster: Any) -> None:
+    assert disturbed.workers_killed >= 1
+    runs = cluster.ask("/api/train/v2/runs/v1")["train_runs"]
+    here = [run for run in runs if str(disturbed.storage) in run["run_settings"]["run_config"]["storage_path"]]
+    again = {run["name"].rpartition("-")[0] for run in here if len(run["attempts"]) > 1}
+    assert again & {name.replace("/", ".") for name in disturbed.resumed}
+
+
+def test_a_killed_driver_leaves_nothing_that_trains(disturbed: Disturbed, cluster: Any) -> None:
+    assert disturbed.driver == -signal.SIGKILL
+    assert [worker for worker in cluster.workers() if worker.is_running()] == []
+
+
+def test_no_disturbance_changes_a_byte(disturbed: Disturbed, whole: Run) -> None:
+    assert digests(disturbed.storage) == whole.bytes
+
+
+def test_no_disturbance_tells_an_epoch_twice(disturbed: Disturbed) -> None:
+    for file in disturbed.storage.glob("jobs/*/*/*/metrics.jsonl"):
+        epochs = [json.loads(line)["epoch"] for line in file.read_text().splitlines()]
+        assert epochs == list(range(len(epochs)))
+    client = mlflow_of(disturbed.storage)
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    for run in runs:
+        if "aliprod.job" in run.data.tags:
+            steps = [point.step for point in client.get_metric_history(run.info.run_id, "val/top1_error")]
+            assert sorted(steps) == sorted(set(steps))
+            assert run.info.status == "FINISHED"
