@@ -17,7 +17,7 @@ from aliprod.errors import Failed
 from aliprod.orchestration import cluster, gather, launch, members
 from aliprod.orchestration.board import Board
 from aliprod.orchestration.gather import Splits
-from aliprod.orchestration.prepare import Prepared, prepare
+from aliprod.orchestration.prepare import Prepared, prepare, with_pretrained
 from aliprod.orchestration.scheduler import Share, Task, execute
 from aliprod.plan.events import Ended, Event, Said
 from aliprod.plan.open import Request
@@ -27,6 +27,7 @@ from aliprod.training.job import WEIGHTS, Work
 
 _TICK_SECONDS = 0.5
 _FLUSH_SECONDS = 60.0
+_HURRIED_SECONDS = 10.0  # of a run that was told to stop
 
 
 class _Session:
@@ -41,9 +42,21 @@ class _Session:
         cluster.join(self.prepared.places.address)
         if threading.current_thread() is threading.main_thread():  # after ray.init, which sets handlers of its own
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: self.stop.set())
+                signal.signal(number, self._told_to_stop)
         self.lease = cluster.hold(self.prepared.plan.name, self.prepared.places.storage)
         cluster.probe(self.prepared.places.storage)
+
+    def check(self, handles: list[Any]) -> None:
+        """Where the run was told to stop, end what it has running, and the run."""
+        if self.stop.is_set():
+            for handle in handles:
+                ray.cancel(handle, force=True)
+            raise KeyboardInterrupt
+
+    def _told_to_stop(self, *_: object) -> None:
+        if self.stop.is_set():  # twice: at once
+            raise KeyboardInterrupt
+        self.stop.set()
 
 
 def run(request: Request) -> Iterator[Event]:
@@ -56,7 +69,7 @@ def run(request: Request) -> Iterator[Event]:
         Failed: the ensemble cannot be made. KeyboardInterrupt: it was told to stop.
     """
     yield from _says(request.places.note)
-    yield from _driven(prepare(request))
+    yield from _driven(with_pretrained(prepare(request)))
 
 
 def ensemble(request: Request) -> Iterator[Event]:
@@ -69,7 +82,8 @@ def ensemble(request: Request) -> Iterator[Event]:
     prepared = prepare(request)
     if missing := [name for name in request.plan.ensemble.members if name in prepared.todo]:
         raise Failed(f"not trained yet: {', '.join(missing)}.", request.plan.name, "Run the plan first.")
-    yield from _driven(Prepared(request, prepared.catalogue, prepared.jobs, (), {}))
+    finished = {name: job for name, job in prepared.jobs.items() if name not in prepared.todo}
+    yield from _driven(Prepared(request, prepared.catalogue, finished, ()))
 
 
 def _driven(prepared: Prepared) -> Iterator[Event]:
@@ -87,7 +101,7 @@ def _driven(prepared: Prepared) -> Iterator[Event]:
     finally:
         ray.shutdown()
         tracking.plan_finished(status)
-        unsent = tracking.flush(_FLUSH_SECONDS)
+        unsent = tracking.flush(_FLUSH_SECONDS if status != "KILLED" else _HURRIED_SECONDS)
     yield from _drained([*said, *unsent])
     yield Ended(json.loads((prepared.folder / "result.json").read_text(encoding="utf-8")))
 
@@ -156,7 +170,10 @@ def _gather(board: Board, choices: Mapping[str, Choice], which: Splits, key: str
     if failed := board.jobs_in("failed"):
         raise Failed(f"the probabilities of {', '.join(failed)} are missing: no ensemble was written.")
     yield Said(f"Adding up {len(choices)} members.")
-    failure = ray.get(gather.start_sum(wanted, which, prepared.folder, key))
+    total = [gather.start_sum(wanted, which, prepared.folder, key)]
+    while not (ended := _wait([], total)):
+        session.check(total)
+    [(_, failure)] = ended
     if failure:
         raise Failed(failure)
 
@@ -168,10 +185,7 @@ def _execute(board: Board, tasks: list[Task], session: _Session) -> Iterator[Eve
         yield from board.reports()
         if change is not None:
             yield from board.tell(change)
-        if session.stop.is_set():
-            for handle in running:
-                ray.cancel(handle, force=True)
-            raise KeyboardInterrupt
+        session.check(running)
 
 
 def _wait(running: list[Any], handles: list[Any]) -> list[tuple[Any, str]]:

@@ -1,7 +1,7 @@
 """What must hold before a GPU is held: storage, catalogue, backbones, pretrained weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from aliprod import commit
@@ -22,14 +22,15 @@ class Prepared:
 
     Attributes:
         todo: jobs that are not finished, the longest remaining path first.
-        pretrained: file of each pretrained backbone that a job in ``todo`` starts from, by timm's name.
+        pretrained: file of each pretrained backbone that a job in ``todo`` starts from, by timm's name; empty
+            before `with_pretrained`.
     """
 
     request: Request
     catalogue: Catalogue
     jobs: Mapping[str, Job]
     todo: tuple[str, ...]
-    pretrained: Mapping[str, Path]
+    pretrained: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -52,7 +53,7 @@ def prepare(request: Request) -> Prepared:
     """Read the catalogue (render it first where the plan says so) and see what is to be done.
 
     Raises:
-        Refused: no catalogue, a backbone that timm does not know, pretrained weights that cannot be had.
+        Refused: there is no catalogue.
         Unreachable: the storage path cannot be written.
     """
     check_storage(request.places.storage)
@@ -63,7 +64,30 @@ def prepare(request: Request) -> Prepared:
     jobs = graph.jobs(request.plan, catalogue.fingerprint)
     unfinished = {name for name, job in jobs.items() if ledger.finished(request.places.storage, job) is None}
     todo = tuple(name for name in graph.order_by_remaining_work(jobs) if name in unfinished)
-    return Prepared(request, catalogue, jobs, todo, _pretrained(request, [jobs[name] for name in todo]))
+    return Prepared(request, catalogue, jobs, todo)
+
+
+def with_pretrained(prepared: Prepared) -> Prepared:
+    """Check the backbones with timm, and bring the weights that jobs start from into the storage path.
+
+    Raises:
+        Refused: a backbone that timm does not know, pretrained weights that cannot be had.
+    """
+    if not prepared.todo:
+        return prepared
+    from aliprod.models import recogniser, weights  # timm takes seconds to import: not for a plan that is finished
+
+    for backbone, network in prepared.plan.backbones.items():
+        recogniser.check_network(network, f"[backbones] {backbone}")
+    files = {}
+    for job in (prepared.jobs[name] for name in prepared.todo):
+        if isinstance(job.stage.pretrained, str):
+            files[job.network] = Path(job.stage.pretrained)
+        elif job.stage.pretrained and not job.parents:
+            folder = prepared.places.storage / "pretrained" / job.network
+            weights.fetch_pretrained(job.network, folder)
+            files[job.network] = folder / f"{job.network}.safetensors"
+    return replace(prepared, pretrained=files)
 
 
 def check_storage(storage: Path) -> None:
@@ -88,22 +112,3 @@ def _render(synth: Synth, path: Path) -> None:
     except Refused:
         if not path.exists():  # else another driver was faster, with the same pictures
             raise
-
-
-def _pretrained(request: Request, jobs: list[Job]) -> dict[str, Path]:
-    """Check the backbones of these jobs with timm, and bring the weights that they start from into the storage path."""
-    if not jobs:
-        return {}
-    from aliprod.models import recogniser, weights  # timm takes seconds to import: not for a plan that is finished
-
-    for backbone, network in request.plan.backbones.items():
-        recogniser.check_network(network, f"[backbones] {backbone}")
-    files = {}
-    for job in jobs:
-        if isinstance(job.stage.pretrained, str):
-            files[job.network] = Path(job.stage.pretrained)
-        elif job.stage.pretrained and not job.parents:
-            folder = request.places.storage / "pretrained" / job.network
-            weights.fetch_pretrained(job.network, folder)
-            files[job.network] = folder / f"{job.network}.safetensors"
-    return files
