@@ -1,4 +1,4 @@
-"""What a plan may say, as frozen types; ``python -m aliprod.plan.schema`` prints the reference, docs/plan.md.
+"""What a plan may say, as frozen types; `reference` prints them as docs/plan.md.
 
 What a stage may say is `aliprod.recipe.Stage`. A stage's table is partial: defaults, overrides and the plan's
 seed are merged into it before it becomes one.
@@ -167,9 +167,3 @@ def merged(*layers: Mapping[str, Any]) -> Settings:
             tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
             result[key] = old | value if tables else value
     return result
-
-
-if __name__ == "__main__":
-    from aliprod.plan.reference import reference
-
-    print(reference(), end="")

@@ -61,6 +61,6 @@ def test_the_last_word_wins(table: Any) -> None:
 
 
 def test_the_reference_is_up_to_date() -> None:
-    """`python -m aliprod.plan.schema > docs/plan.md` makes it."""
-    printed = subprocess.check_output([sys.executable, "-m", "aliprod.plan.schema"], text=True)
+    """`python -m aliprod.plan.reference > docs/plan.md` makes it."""
+    printed = subprocess.check_output([sys.executable, "-m", "aliprod.plan.reference"], text=True)
     assert (ROOT / "docs" / "plan.md").read_text(encoding="utf-8") == printed
