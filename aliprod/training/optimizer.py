@@ -25,7 +25,7 @@ def lr_at(
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:
-        return base_lr * (step + 1) / warmup_steps
+        return base_lr * min(1.0, (step + 1) / warmup_steps)
     return base_lr * gamma ** bisect_right(sorted(milestones), step // steps_per_epoch)
 
 
@@ -34,7 +34,7 @@ def cosine_lr_at(step: int, base_lr: float, steps_per_epoch: int, warmup_epochs:
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return base_lr * min(1.0, (step + 1) / warmup_steps)
-    progress = (step - warmup_steps) / max(1.0, epochs * steps_per_epoch - warmup_steps)
+    progress = (step - warmup_steps) / (epochs * steps_per_epoch - warmup_steps)
     return base_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
