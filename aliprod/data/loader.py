@@ -5,6 +5,7 @@ loader processes or ranks, or a restart, changes nothing of what a step sees.
 """
 
 import logging
+import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -226,8 +227,11 @@ def _grey(side: int) -> Image.Image:
 
 
 def _data_loader(dataset: Dataset, batches: Sampler | Sequence, feed: Feed) -> DataLoader:  # type: ignore[type-arg]
-    """A PyTorch loader; its processes are forked from a clean server, since forking a training process can hang."""
-    workers = {"persistent_workers": True, "multiprocessing_context": "forkserver"} if feed.processes else {}
+    """A PyTorch loader; its processes are forked from a clean server, since forking a training process can hang. The
+    server has imported this module: else every process would, for seconds, and again at each validation."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    workers = {"persistent_workers": True, "multiprocessing_context": context} if feed.processes else {}
     return DataLoader(
         dataset,
         batch_sampler=batches,
