@@ -1,6 +1,8 @@
 """A stage that trains in a second, and a path by which the processes that tests start find their modules."""
 
+import multiprocessing
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from aliprod.recipe import LearningRate, Stage
 
 sys.path.append(str(Path(__file__).parent))
+multiprocessing.set_forkserver_preload(["aliprod.training.job"])
+forkserver.ensure_running()  # before a loader starts one that has imported less
 
 
 @pytest.fixture

@@ -32,9 +32,9 @@ def start(
     work: job.Work, catalogue: Path, death: Death | None = None, rank: int = 0, world_size: int = 1
 ) -> BaseProcess:
     """Start a rank of a job as a process of its own, forked from a clean one that has imported what it needs."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["aliprod.training.job", "aliprod.data.sources"])
-    process = context.Process(target=_train, args=(work, catalogue, death, rank, world_size))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_train, args=(work, catalogue, death, rank, world_size)
+    )
     process.start()
     return process
 

@@ -1,0 +1,165 @@
+"""augment: Pillow's pixels, and torchvision's older transforms written out under the same draws."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import functional as F
+from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
+
+from aliprod.data.augment import cutout_mask, eval_view, normalise, on_device, square, train_view
+from aliprod.recipe import Augmentation, Stage
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BICUBIC, GREY = F.InterpolationMode.BICUBIC, [128, 128, 128]
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> dict[str, np.ndarray]:
+    with np.load(shared / "golden" / "transforms.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+CASES = [(interpolation, number) for interpolation in ("bicubic", "bilinear") for number in (0, 1)]
+
+
+@pytest.mark.parametrize(("interpolation", "number"), CASES)
+def test_the_eval_view_is_pillows_to_the_bit(golden: dict[str, np.ndarray], interpolation: str, number: int) -> None:
+    image = torch.from_numpy(golden[f"image_{number}"]).permute(2, 0, 1)
+    view = eval_view(image, *golden[f"resize_crop_{number}"].tolist(), interpolation)
+    expected = torch.from_numpy(golden[f"pixels_{interpolation}_{number}"]).permute(2, 0, 1)
+    assert view.dtype == torch.uint8
+    assert torch.equal(view, expected)
+
+
+@pytest.mark.parametrize(("interpolation", "number"), CASES)
+def test_a_squared_picture_is_pillows_to_the_bit(
+    golden: dict[str, np.ndarray], interpolation: str, number: int
+) -> None:
+    resize, crop = golden[f"resize_crop_{number}"].tolist()
+    squared = square(Image.fromarray(golden[f"image_{number}"]), resize, interpolation)
+    offset = (resize - crop) // 2
+    pixels = squared[:, offset : offset + crop, offset : offset + crop]
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), golden[f"pixels_{interpolation}_{number}"])
+    expected = golden[f"normalised_{interpolation}_{number}"]
+    np.testing.assert_allclose(normalise(pixels, MEAN, STD).numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_cutout_mask_is_the_golden_one_for_one_centre_and_for_many(golden: dict[str, np.ndarray]) -> None:
+    size, side = int(golden["cutout_size"]), int(golden["cutout_side"])
+    centres, expected = torch.from_numpy(golden["cutout_centre"]), torch.from_numpy(golden["cutout_mask"]).bool()
+    assert torch.equal(cutout_mask(size, side, centres), expected)
+    for centre, mask in zip(centres, expected, strict=True):
+        assert torch.equal(cutout_mask(size, side, centre), mask)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.data())
+def test_cutout_erases_the_cells_of_the_square_and_no_other(size: int, side: int, data: st.DataObject) -> None:
+    row, column = data.draw(st.tuples(*[st.integers(0, size - 1)] * 2))
+    expected = torch.zeros(size, size, dtype=torch.bool)
+    top, left = row - side // 2, column - side // 2
+    expected[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = True
+    assert torch.equal(cutout_mask(size, side, torch.tensor([row, column])), expected)
+
+
+def test_cutout_is_zero_after_normalising_and_absent_where_there_is_no_centre() -> None:
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = on_device(pixels, torch.tensor([[0, 31], [-1, -1]]), MEAN, STD)
+    expected = (pixels.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    expected[0, :, :4, 27:] = 0.0  # side 8 at 32, from -4 to 4 and from 27 to 35
+    torch.testing.assert_close(images, expected.float(), rtol=1e-5, atol=1e-5)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def photograph(seed: int) -> Image.Image:
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((90, 120), Image.Resampling.BICUBIC)
+
+
+def auto_augment(image: Image.Image) -> Image.Image:
+    """AutoAugment's policy by torchvision's older operations; torchvision v2's order of draws, written out."""
+    older = AutoAugment(AutoAugmentPolicy.IMAGENET)
+    space = older._augmentation_space(10, image.size[::-1])
+    for name, probability, place in older.policies[int(torch.randint(len(older.policies), ()))]:
+        if torch.rand(()) > probability:
+            continue
+        magnitudes, signed = space[name]
+        magnitude = float(magnitudes[place]) if place is not None else 0.0
+        if signed and torch.rand(()) <= 0.5:
+            magnitude = -magnitude
+        image = _apply_op(image, name, magnitude, F.InterpolationMode.NEAREST, GREY)
+    return image
+
+
+OLDER: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "random_resized_crop": transforms.RandomResizedCrop(32, (0.2, 0.9), (3 / 4, 4 / 3), BICUBIC),
+    "random_crop": transforms.RandomCrop(32),
+    "resize": transforms.Resize((32, 32), BICUBIC),
+    "rotation": transforms.RandomRotation(15, F.InterpolationMode.BILINEAR, fill=GREY),
+    "flip": transforms.RandomHorizontalFlip(),
+    "auto_augment": auto_augment,
+}
+LISTS = [
+    ("random_resized_crop", "flip", "auto_augment", "cutout"),
+    ("random_crop", "flip", "auto_augment"),
+    ("rotation", "random_crop", "flip"),
+    ("resize", "cutout", "rotation"),
+    ("flip", "random_resized_crop"),
+]
+
+
+def test_every_augmentation_is_in_a_list_below() -> None:
+    assert {name for names in LISTS for name in names} == set(get_args(Augmentation))
+
+
+def older_view(image: Image.Image, names: tuple[str, ...]) -> tuple[Tensor, list[int]]:
+    centre = [-1, -1]
+    if "random_crop" in names:
+        image = image.resize((40, 40), Image.Resampling.BICUBIC)
+    for name in names:
+        if name == "cutout":
+            centre = torch.randint(32, (2,)).tolist()
+        else:
+            image = OLDER[name](image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1), centre
+
+
+@pytest.mark.parametrize("names", LISTS, ids="-".join)
+def test_the_train_view_is_that_of_torchvisions_older_transforms_under_the_same_draws(names: tuple[str, ...]) -> None:
+    stage = Stage(augmentation=names, resize=40, crop=32, scale=(0.2, 0.9))
+    for seed in range(60):
+        pixels, centre = train_view(photograph(seed), stage, seed, "bicubic")
+        torch.manual_seed(seed)
+        expected, expected_centre = older_view(photograph(seed), names)
+        assert torch.equal(pixels, expected), seed
+        assert centre.tolist() == expected_centre
+
+
+@pytest.mark.parametrize("names", LISTS, ids="-".join)
+def test_a_view_hangs_on_its_seed_and_on_nothing_before_it(names: tuple[str, ...]) -> None:
+    stage = Stage(augmentation=names, resize=40, crop=32)
+    first, centre = train_view(photograph(0), stage, 7, "bicubic")
+    torch.rand(100)
+    again, centre_again = train_view(photograph(0), stage, 7, "bicubic")
+    assert torch.equal(first, again)
+    assert torch.equal(centre, centre_again)
+    others = [train_view(photograph(0), stage, seed, "bicubic")[0] for seed in range(20)]
+    assert any(not torch.equal(first, other) for other in others)
+
+
+def test_cutout_centres_are_uniform_over_the_crop() -> None:
+    stage = Stage(augmentation=("resize", "cutout"), resize=8, crop=8)
+    image = photograph(0).resize((8, 8))
+    rows = torch.stack([train_view(image, stage, seed, "bilinear")[1] for seed in range(4000)])
+    counts = torch.bincount(rows[:, 0] * 8 + rows[:, 1], minlength=64)
+    assert ((counts - 4000 / 64) ** 2 / (4000 / 64)).sum() < 63 + 4 * math.sqrt(2 * 63)  # chi-square, four sigma

@@ -1,0 +1,232 @@
+"""loader: what a step sees is a function of the plan, not of processes, ranks or restarts."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aliprod.data.augment import normalise, on_device, square, train_view
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.decode import decode
+from aliprod.data.loader import Batch, Feed, TrainBatches, squared_batches
+from aliprod.data.sources import read
+from aliprod.errors import Refused
+from aliprod.randomness import seed_of
+from aliprod.recipe import PerClass, Stage
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FEED = Feed(torch.device("cpu"), MEAN, STD, "bicubic")
+STAGE = Stage(
+    resize=40, crop=32, batch_size=8, augmentation=("random_resized_crop", "flip", "auto_augment", "cutout"), seed=5
+)
+
+
+def batches(catalogue: Catalogue, group: int = 1, stage: Stage = STAGE, feed: Feed = FEED) -> TrainBatches:
+    return TrainBatches(catalogue.train, catalogue.classes, stage, group, feed)
+
+
+def assert_equal(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.rows, b.rows)
+        assert (a.epoch, a.step, a.seed) == (b.epoch, b.step, b.seed)
+
+
+def test_a_batch_holds_the_views_that_seed_epoch_and_image_id_name(packages: Catalogue) -> None:
+    loader = batches(packages)
+    for batch in loader.epoch(3):
+        for image, label, row in zip(batch.images, batch.labels, batch.rows.tolist(), strict=True):
+            image_id = packages.train.ids[row].as_py()
+            seed = seed_of(STAGE.seed, 3, image_id, 0)
+            pixels, centre = train_view(decode(packages.train.path(row)), STAGE, seed, "bicubic")
+            assert torch.equal(image, on_device(pixels[None], centre[None], MEAN, STD)[0])
+            assert label == packages.train.labels[row]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_loader_processes_change_nothing_in_two_epochs(packages: Catalogue, processes: int) -> None:
+    alone, helped = batches(packages), batches(packages, feed=replace(FEED, processes=processes))
+    for epoch in (0, 1):
+        assert_equal(list(alone.epoch(epoch)), list(helped.epoch(epoch)))
+
+
+@pytest.mark.parametrize("skip", [1, 3])
+def test_an_epoch_is_the_same_from_its_middle_on(packages: Catalogue, skip: int) -> None:
+    assert_equal(list(batches(packages).epoch(2))[skip:], list(batches(packages).epoch(2, skip=skip)))
+
+
+def test_an_epoch_shows_every_image_once_and_each_epoch_in_another_view(packages: Catalogue) -> None:
+    loader = batches(packages)
+    epochs = [list(loader.epoch(epoch)) for epoch in (0, 1)]
+    for epoch in epochs:
+        assert sorted(torch.cat([batch.rows for batch in epoch]).tolist()) == list(range(32))
+    orders = [torch.cat([batch.rows for batch in epoch]) for epoch in epochs]
+    assert not torch.equal(*orders)
+    views = [
+        torch.cat([batch.images for batch in epoch])[order.argsort()]
+        for epoch, order in zip(epochs, orders, strict=True)
+    ]
+    assert not any(torch.equal(first, second) for first, second in zip(*views, strict=True))
+    assert [batch.step for batch in epochs[1]] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("world_size", [2])
+def test_the_ranks_batches_together_are_one_ranks_batch(packages: Catalogue, group: int, world_size: int) -> None:
+    whole = list(batches(packages, group).epoch(1))
+    feeds = [replace(FEED, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [list(batches(packages, group, feed=feed).epoch(1)) for feed in feeds]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert {len(part.rows) for part in parts} == {len(batch.rows) // world_size}
+        seen = {image.numpy().tobytes() for image in batch.images}
+        assert {image.numpy().tobytes() for part in parts for image in part.images} == seen
+        assert Counter(torch.cat([part.rows for part in parts]).tolist()) == Counter(batch.rows.tolist())
+        assert len({part.seed for part in parts}) == world_size  # ranks draw apart
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_groups_of_one_class_stand_together_on_every_rank(packages: Catalogue, rank: int) -> None:
+    loader = batches(packages, 4, feed=replace(FEED, rank=rank, world_size=2))
+    for batch in loader.epoch(0):
+        assert batch.labels.shape == (4,)
+        assert len(set(batch.labels.tolist())) == 1
+
+
+def test_an_image_that_is_repeated_in_an_epoch_is_seen_otherwise(packages: Catalogue) -> None:
+    few = Stage.model_validate(STAGE.model_dump() | {"images": PerClass(per_class=2)})
+    loader = batches(packages, 4, few)
+    for batch in loader.epoch(0):
+        assert max(Counter(batch.rows.tolist()).values()) == 2  # groups of 4 of classes of 2
+        assert len({image.numpy().tobytes() for image in batch.images}) == len(batch.images)
+
+
+def test_a_balanced_stage_names_its_images_by_their_own_ids(packages: Catalogue) -> None:
+    few = Stage.model_validate(STAGE.model_dump() | {"images": PerClass(per_class=2)})
+    loader = batches(packages, stage=few)
+    (batch,) = loader.epoch(0)
+    label_of = dict(zip(packages.train.ids.to_pylist(), packages.train.labels.tolist(), strict=True))
+    assert [label_of[image_id] for image_id in loader.ids(batch.rows)] == batch.labels.tolist()
+    assert Counter(batch.labels.tolist()) == dict.fromkeys(range(4), 2)
+
+
+def test_images_that_make_no_whole_batch_are_one_batch_of_equal_parts(packages: Catalogue) -> None:
+    large = Stage.model_validate(STAGE.model_dump() | {"batch_size": 66})
+    loaders = [batches(packages, stage=large, feed=replace(FEED, rank=rank, world_size=3)) for rank in range(3)]
+    assert [len(batch.rows) for loader in loaders for batch in loader.epoch(0)] == [10, 10, 10]
+
+
+@pytest.mark.parametrize(("batch_size", "group", "world_size"), [(8, 4, 4), (3, 4, 1), (8, 1, 3)])
+def test_a_batch_that_cannot_be_dealt_in_whole_groups_is_refused(
+    packages: Catalogue, batch_size: int, group: int, world_size: int
+) -> None:
+    stage = Stage.model_validate(STAGE.model_dump() | {"batch_size": batch_size})
+    with pytest.raises(Refused, match=f"batch_size = {batch_size} cannot be dealt"):
+        batches(packages, group, stage, replace(FEED, world_size=world_size))
+
+
+def test_fewer_images_than_ranks_are_refused(packages: Catalogue) -> None:
+    stage = Stage.model_validate(STAGE.model_dump() | {"batch_size": 64})
+    with pytest.raises(Refused, match="32 training images are too few for 64 ranks"):
+        batches(packages, stage=stage, feed=replace(FEED, world_size=64))
+
+
+@pytest.fixture
+def copied(packages: Catalogue, tmp_path: Path) -> Catalogue:
+    """A catalogue whose files may be broken."""
+    shutil.copytree(packages.root, tmp_path / "packages")
+    return read(tmp_path / "packages")
+
+
+def test_an_unreadable_training_picture_is_replaced_by_one_of_its_class(
+    copied: Catalogue, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = 5
+    copied.train.path(broken).write_bytes(b"no picture")
+    stage = Stage.model_validate(STAGE.model_dump() | {"augmentation": ("resize",)})
+    seen = {row: image for batch in batches(copied, stage=stage).epoch(0) for row, image in _rows(batch)}
+    same_class = np.flatnonzero(copied.train.labels == copied.train.labels[broken])
+    others = [seen[row] for row in same_class.tolist() if row != broken]
+    assert any(torch.equal(seen[broken], other) for other in others)
+    assert len(seen) == 32
+    assert f"{copied.train.path(broken)} is no JPEG" in caplog.text
+
+
+def _rows(batch: Batch) -> list[tuple[int, torch.Tensor]]:
+    return list(zip(batch.rows.tolist(), batch.images, strict=True))
+
+
+def test_a_class_without_a_readable_picture_is_grey(copied: Catalogue, caplog: pytest.LogCaptureFixture) -> None:
+    for row in np.flatnonzero(copied.train.labels == 2).tolist():
+        copied.train.path(row).unlink()
+    stage = Stage.model_validate(STAGE.model_dump() | {"augmentation": ("resize",)})
+    grey = normalise(torch.full((3, 32, 32), 128, dtype=torch.uint8), MEAN, STD)
+    for batch in batches(copied, stage=stage).epoch(0):
+        for image, label in zip(batch.images, batch.labels, strict=True):
+            assert torch.equal(image, grey) == (int(label) == 2)
+    assert "is not there" in caplog.text
+
+
+@pytest.mark.parametrize(("world_size", "processes"), [(1, 0), (1, 2), (3, 0), (50, 0)])
+def test_every_row_of_a_split_is_squared_once_in_order_over_all_ranks(
+    packages: Catalogue, world_size: int, processes: int
+) -> None:
+    found: dict[int, torch.Tensor] = {}
+    for rank in range(world_size):
+        feed = replace(FEED, rank=rank, world_size=world_size, processes=processes)
+        rows_of_rank: list[int] = []
+        for rows, pixels in squared_batches(packages.test, 24, feed, 7):
+            assert len(rows) <= 7
+            rows_of_rank += rows.tolist()
+            found |= dict(zip(rows.tolist(), pixels, strict=True))
+        assert rows_of_rank == list(range(rank, 40, world_size))
+    assert sorted(found) == list(range(40))
+    for row, pixels in found.items():
+        assert torch.equal(pixels, square(decode(packages.test.path(row)), 24, "bicubic"))
+
+
+def test_of_a_broken_test_picture_what_is_there_is_shown_and_its_row_stays(
+    copied: Catalogue, caplog: pytest.LogCaptureFixture
+) -> None:
+    half, gone, outside = (copied.test.path(row) for row in (3, 10, 20))
+    before = square(decode(half), 24, "bicubic")
+    content = half.read_bytes()
+    half.write_bytes(content[: len(content) // 2])
+    gone.unlink()
+    outside.unlink()
+    outside.symlink_to("/etc/hostname")
+    squares = {
+        row: p
+        for rows, pixels in squared_batches(copied.test, 24, FEED, 16)
+        for row, p in zip(rows, pixels, strict=True)
+    }
+    assert len(squares) == 40
+    assert torch.equal(squares[3][:, :5], before[:, :5])
+    assert torch.equal(squares[3][:, -5:], torch.full((3, 5, 24), 128, dtype=torch.uint8))
+    for row in (10, 20):
+        assert torch.equal(squares[row], torch.full((3, 24, 24), 128, dtype=torch.uint8))
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 3
+    assert f"{gone} is not there; `aliprod data check` lists all such pictures." in warnings
+    assert any(f"{outside} is a link that leads out" in warning for warning in warnings)
+
+
+def test_all_test_rows_of_the_broken_catalogue_are_squared(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+    catalogue = read(shared / "data" / "broken")
+    expected = json.loads((shared / "data" / "broken" / "expected.json").read_text())
+    cases = expected if isinstance(expected, list) else expected["cases"]
+    named = [case["image_id"] for case in cases if case["split"] == "test" and case["expect"] == "predict"]
+    ids = catalogue.test.ids.to_pylist()
+    squares = {
+        ids[row]: p for rows, pixels in squared_batches(catalogue.test, 24, FEED, 4) for row, p in zip(rows, pixels)
+    }
+    assert sorted(squares) == sorted(ids)
+    assert len(named) == 3
+    assert all(image_id in caplog.text for image_id in named)

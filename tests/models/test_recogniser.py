@@ -1,0 +1,99 @@
+"""recogniser: the seed's backbones as feature maps, and a head without bias."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from aliprod.errors import Refused
+from aliprod.models.recogniser import Recogniser, check_network, normalisation
+
+# methods.md, the table of backbones: features, and parameters in millions with a head of 50,030 classes.
+BACKBONES = {
+    "resnet50.tv_in1k": (2048, 126.0),
+    "seresnext50_32x4d.racm_in1k": (2048, 128.0),
+    "legacy_seresnet101.in1k": (2048, 149.8),
+    "efficientnet_b3.ra2_in1k": (1536, 87.6),
+    "efficientnet_b4.ra2_in1k": (1792, 107.3),
+}
+
+
+@pytest.mark.parametrize(("network", "features", "millions"), [(name, *row) for name, row in BACKBONES.items()])
+def test_a_backbone_of_the_seed_maps_images_to_features_at_a_stride_of_32(
+    network: str, features: int, millions: float
+) -> None:
+    zeroed = network.startswith("legacy")
+    model = Recogniser(network, num_classes=10, zero_init_last=zeroed).eval()
+    with torch.inference_mode():
+        mapped = model.features(torch.zeros(2, 3, 96, 64))
+        assert mapped.shape == (2, features, 3, 2)
+        assert model.classify(mapped).shape == (2, 10)
+    assert model.num_features == features
+    parameters = sum(p.numel() for p in model.parameters()) + (50_030 - 10) * features
+    assert (parameters + 50_030) / 1e6 == pytest.approx(millions, abs=0.051)  # the table's heads have a bias
+    if zeroed:
+        norms = [getattr(module, "bn3", None) for module in model.backbone.modules()]
+        last = [norm for norm in norms if isinstance(norm, nn.BatchNorm2d)]
+        assert len(last) == 3 + 4 + 23 + 3  # the bottlenecks of a ResNet-101
+        assert all(not norm.weight.any() for norm in last)
+
+
+def test_the_classifier_is_a_product_with_the_pooled_features_and_has_no_bias() -> None:
+    torch.manual_seed(0)
+    model = Recogniser("test_resnet", num_classes=7).eval()
+    features = torch.randn(3, model.num_features, 2, 5)
+    weight = dict(model.named_parameters())["classifier.weight"]
+    torch.testing.assert_close(model.classify(features), features.flatten(2).mean(dim=2) @ weight.T)
+    assert "classifier.bias" not in model.state_dict()
+    assert model.num_classes == 7
+    assert weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_dropout_stands_before_the_classifier_and_only_in_training() -> None:
+    model = Recogniser("test_resnet", num_classes=7, drop_rate=0.5)
+    features = torch.ones(3, model.num_features, 2, 2)
+    assert not torch.equal(model.classify(features), model.classify(features))
+    model.eval()
+    assert torch.equal(model.classify(features), model.classify(features))
+
+
+def test_zeroed_norms_leave_an_efficientnet_its_signal() -> None:
+    torch.manual_seed(0)
+    model = Recogniser("efficientnet_lite0", num_classes=3, zero_init_last=True).train()
+    images = torch.randn(8, 3, 64, 64)
+    logits = model(images)
+    assert logits.std(dim=0).min() > 1e-4  # images are told apart
+    blocks = [block for block in model.backbone.modules() if getattr(block, "bn3", None) is not None]
+    assert {bool(block.bn3.weight.any()) for block in blocks if block.has_skip} == {False}
+
+
+def test_stochastic_depth_is_refused_where_a_network_has_none() -> None:
+    with pytest.raises(Refused, match=r"legacy_seresnet18\.in1k has no stochastic depth"):
+        Recogniser("legacy_seresnet18.in1k", num_classes=3, drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("network", "what", "advice"),
+    [
+        ("resnet51", f'timm {timm.__version__} has no network "resnet51"', "Did you mean resnet"),
+        ("resnet50.tv_in1", 'timm has no weights tagged "resnet50.tv_in1"', "Did you mean resnet50.tv_in1k?"),
+    ],
+)
+def test_an_unknown_network_is_refused_with_the_nearest_one(network: str, what: str, advice: str) -> None:
+    with pytest.raises(Refused) as raised:
+        check_network(network, "plan.toml, line 3")
+    assert str(raised.value).startswith(f"plan.toml, line 3: {what}")
+    assert advice in raised.value.advice
+    with pytest.raises(Refused):
+        Recogniser(network, num_classes=3)
+
+
+@pytest.mark.parametrize("network", ["resnet50", "legacy_seresnet101", *BACKBONES])
+def test_known_networks_pass_with_and_without_a_tag(network: str) -> None:
+    check_network(network, "")
+
+
+def test_mean_std_and_interpolation_are_the_weights_own() -> None:
+    assert normalisation("legacy_seresnet101.in1k") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+    assert normalisation("tf_efficientnet_b3.ap_in1k")[0] == (0.5, 0.5, 0.5)
+    assert normalisation("resnet50.tv_in1k")[2] == "bilinear"

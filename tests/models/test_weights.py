@@ -1,0 +1,163 @@
+"""weights: what is saved comes back to the bit; what does not fit is refused with a sentence."""
+
+import json
+import pickle
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aliprod import commit
+from aliprod.errors import Refused
+from aliprod.models import weights
+from aliprod.models.recogniser import Recogniser
+from aliprod.models.weights import Classes, Config, fetch_pretrained, load_parent, load_pretrained, pretrained_file
+
+NETWORK = "test_resnet.r160_in1k"
+CLASSES = Classes((3, 17, 50029), ("banana", "キウイ", ""))
+CONFIG = Config(NETWORK, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bilinear", 40, 32, "net/full", "0123", 2, 0.25, True)
+
+
+def recogniser(seed: int, network: str = NETWORK, num_classes: int = 3) -> Recogniser:
+    torch.manual_seed(seed)
+    model = Recogniser(network, num_classes)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    fill = partial(weights.save, tensors=recogniser(0).state_dict(), config=CONFIG, classes=CLASSES)
+    commit.write(tmp_path / "weights", fill)
+    return tmp_path / "weights"
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_weights_configuration_and_classes_come_back_to_the_bit(saved: Path) -> None:
+    model, config, classes = weights.load(saved)
+    assert same(model.state_dict(), recogniser(0).state_dict())
+    assert (config, classes) == (CONFIG, CLASSES)
+    assert not model.training
+
+
+def test_channels_last_weights_are_saved_in_the_usual_order(tmp_path: Path) -> None:
+    model = recogniser(0).to(memory_format=torch.channels_last)
+    weights.save(tmp_path, model.state_dict(), CONFIG, CLASSES)
+    assert same(load_file(tmp_path / "model.safetensors"), recogniser(0).state_dict())
+
+
+def test_a_child_takes_its_parents_backbone_and_head(saved: Path) -> None:
+    child = recogniser(1)
+    load_parent(child, saved, (3, 17, 50029))
+    assert same(child.state_dict(), recogniser(0).state_dict())
+
+
+def test_a_parent_of_as_many_other_classes_is_refused(saved: Path) -> None:
+    child = recogniser(1)
+    with pytest.raises(Refused, match="was trained on another class list"):
+        load_parent(child, saved, (3, 17, 42))
+    assert same(child.state_dict(), recogniser(1).state_dict())
+
+
+@pytest.mark.parametrize(("network", "num_classes"), [("test_efficientnet.r160_in1k", 3), (NETWORK, 4)])
+def test_weights_of_another_network_or_number_of_classes_are_refused(
+    saved: Path, network: str, num_classes: int
+) -> None:
+    with pytest.raises(Refused, match=rf"model.safetensors: is not of {network}: \d+ of its \d+ tensors are missing"):
+        weights.load_into(recogniser(1, network, num_classes), saved)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "classes.json", "manifest.json"])
+def test_a_flipped_bit_in_any_file_is_refused(saved: Path, name: str) -> None:
+    content = bytearray((saved / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / name).write_bytes(content)
+    with pytest.raises(Refused):
+        weights.load(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04."], ids=["empty", "torn", "pickle"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "classes.json"])
+def test_a_strangers_damaged_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    weights.save(tmp_path, recogniser(0).state_dict(), CONFIG, CLASSES)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Refused):
+        weights.load(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused_and_told_what_one_holds(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="is no weights folder") as raised:
+        weights.load(tmp_path / "nothing")
+    assert "model.safetensors, config.json and classes.json" in raised.value.advice
+
+
+class Trap:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("trapped"),))
+
+
+def test_no_pickle_is_ever_opened(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.safetensors").write_bytes(pickle.dumps(Trap()))
+    torch.save(recogniser(0).state_dict(), tmp_path / "net.pth")
+    for file in ("net.safetensors", "net.pth"):
+        with pytest.raises(Refused, match="holds no pretrained weights"):
+            load_pretrained(recogniser(0), tmp_path / file)
+    assert not (tmp_path / "trapped").exists()
+
+
+def pretrained(tmp_path: Path, network: str, without: str = "-") -> Path:
+    torch.manual_seed(5)
+    whole = timm.create_model(network.split(".")[0], num_classes=1000)
+    tensors = {name: tensor for name, tensor in whole.state_dict().items() if not name.endswith(without)}
+    save_file(tensors, tmp_path / f"{network}.safetensors")
+    return tmp_path / f"{network}.safetensors"
+
+
+@pytest.mark.parametrize("without", ["-", "num_batches_tracked"], ids=["whole", "without counters"])
+def test_a_pretrained_file_fills_the_backbone_and_leaves_the_head(tmp_path: Path, without: str) -> None:
+    file = pretrained(tmp_path, NETWORK, without)
+    model = recogniser(1)
+    load_pretrained(model, pretrained_file(NETWORK, str(tmp_path)))
+    tensors = load_file(file)
+    for name, tensor in model.backbone.state_dict().items():
+        if name in tensors:
+            assert torch.equal(tensor, tensors[name])
+    assert torch.equal(model.classifier.weight, recogniser(1).classifier.weight)
+
+
+def test_a_pretrained_file_of_another_network_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    file = pretrained(tmp_path, "test_efficientnet.r160_in1k")
+    model = recogniser(1)
+    with pytest.raises(Refused, match=rf"is not of {NETWORK}: \d+ of its \d+ tensors are missing or of another shape"):
+        load_pretrained(model, file)
+    assert same(model.state_dict(), recogniser(1).state_dict())
+
+
+def test_a_missing_pretrained_file_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="holds no pretrained weights for test_resnet") as raised:
+        load_pretrained(recogniser(1), tmp_path / "none.safetensors")
+    assert 'Set pretrained = "PATH"' in raised.value.advice
+
+
+def test_a_network_without_imagenet_weights_is_refused_before_any_download(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="has no pretrained weights for seresnet101") as raised:
+        fetch_pretrained("seresnet101", tmp_path / "seresnet101")
+    assert "seresnet101" in raised.value.advice
+    assert not (tmp_path / "seresnet101").exists()
+
+
+def test_the_files_are_plain_json_and_safetensors(saved: Path) -> None:
+    assert json.loads((saved / "classes.json").read_text(encoding="utf-8"))["names"][1] == "キウイ"
+    assert {path.name for path in saved.iterdir()} == {
+        "model.safetensors", "config.json", "classes.json", "manifest.json"
+    }  # fmt: skip

@@ -1,0 +1,75 @@
+"""checkpoint: the newest undamaged state is found, and the state is all of it."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from aliprod import commit
+from aliprod.data.catalogue import Catalogue
+from aliprod.recipe import Stage
+from aliprod.training import checkpoint
+from aliprod.training.checkpoint import State
+from aliprod.training.ema import Average
+from aliprod.training.learner import Learner, Place
+from aliprod.training.optimizer import Optimizer
+
+
+def committed(folder: Path, *steps: int) -> None:
+    for step in steps:
+        commit.write(
+            checkpoint.place_of(folder, State(step=step)), lambda staging: (staging / "a").write_bytes(b"abc") and None
+        )
+
+
+def test_the_newest_is_the_one_of_most_steps(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "none") is None
+    committed(tmp_path, 9, 100, 10)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-0000000100"
+
+
+def test_a_damaged_one_is_set_aside_with_one_warning_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    committed(tmp_path, 3, 6, 9)
+    (tmp_path / "step-0000000009" / "a").write_bytes(b"abd")
+    (tmp_path / "step-0000000006" / "manifest.json").unlink()
+    for _ in range(2):
+        assert checkpoint.newest(tmp_path) == tmp_path / "step-0000000003"
+    assert sorted(path.name for path in tmp_path.glob("*.bad")) == ["step-0000000006.bad", "step-0000000009.bad"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert "step-0000000009 is damaged (a): set aside" in warnings[0]
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    committed(tmp_path, 3, 6, 9, 12)
+    checkpoint.prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000000009", "step-0000000012"]
+
+
+def test_model_momentum_average_best_weights_and_counters_come_back(packages: Catalogue, tmp_path: Path) -> None:
+    stage = Stage(crop=32, ema=0.9, objective={"name": "lio"}, batch_size=8)
+    learner, optimizer, average = parts(stage, packages)
+    optimizer.step(sum(p.square().sum() for p in learner.parameters()), 0)
+    average.update(learner.model, 1)
+    state = State(2, 9, 1, 1, 0.25, True, {"class": 1.2345678806304932})
+    best = {"weight": torch.tensor([1.5])}
+    checkpoint.capture(tmp_path, state, learner, optimizer, average, best)
+
+    other, its_optimizer, its_average = parts(stage, packages)
+    assert checkpoint.restore(tmp_path, other, its_optimizer, its_average) == (state, best)
+    assert equal(other.state_dict(), learner.state_dict())
+    assert equal(its_optimizer.state(), optimizer.state())
+    assert equal(its_average.state(other.model), average.state(learner.model))
+    assert not equal(average.state(learner.model), dict(learner.model.state_dict()))
+
+
+def parts(stage: Stage, packages: Catalogue) -> tuple[Learner, Optimizer, Average]:
+    learner = Learner(stage, "test_resnet", packages, Place(torch.device("cpu")))
+    return learner, Optimizer(learner, stage, 4), Average(learner.model, 0.9)
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,196 @@
+"""loop: training learns, begins where it is told to, and stops before a bad step."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aliprod import commit
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.loader import Feed, TrainBatches
+from aliprod.data.sources import read
+from aliprod.errors import NonFiniteLoss, Refused
+from aliprod.inference.metrics import mean_class_error
+from aliprod.inference.predict import predict
+from aliprod.models import weights
+from aliprod.recipe import LearningRate, Stage
+from aliprod.training import learner, loop
+from aliprod.training.loop import Progress, train
+from aliprod.training.optimizer import lr_at
+from aliprod.training.validate import top1_errors
+
+NETWORK = "test_resnet.r160_in1k"
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def changed(stage: Stage, **settings: object) -> Stage:
+    return Stage.model_validate(stage.model_dump() | settings)
+
+
+def captured(progress: Progress, folder: Path) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    progress.capture(folder)
+    return load_file(folder / "learner.safetensors")
+
+
+def test_32_photographs_are_learnt_by_heart(shared: Path) -> None:
+    catalogue = read(shared / "data" / "tiny")
+    rows = np.concatenate([np.flatnonzero(catalogue.train.labels == label)[:4] for label in range(8)])
+    few = catalogue.train.take(rows)
+    catalogue = Catalogue(
+        catalogue.root, catalogue.classes, catalogue.names, few, few, few, None, None, ()
+    )  # validated on what it is trained on
+    lr = LearningRate(backbone=0.05, heads=0.1, schedule="cosine", warmup_epochs=2)
+    stage = Stage(resize=64, crop=64, batch_size=16, epochs=20, lr=lr, augmentation=("resize",), precision="float32")
+    errors = [progress.metrics["val/top1_error"] for progress in train(stage, "test_efficientnet", catalogue)]
+    assert errors[0] > 0.5
+    assert errors[-1] == 0.0
+
+
+def test_the_same_bytes_come_out_twice_and_others_with_another_seed(
+    packages: Catalogue, stage: Stage, tmp_path: Path
+) -> None:
+    stage = changed(stage, epochs=1)
+    one, two, other = (
+        captured(next(train(s, NETWORK, packages)), tmp_path / name)
+        for name, s in (("one", stage), ("two", stage), ("other", changed(stage, seed=1)))
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_is_due_every_so_many_steps_and_at_the_ends_of_epochs(packages: Catalogue, stage: Stage) -> None:
+    due = [
+        (progress.state.step, progress.end is not None)
+        for progress in train(stage, NETWORK, packages, save_every_steps=2)
+    ]
+    assert due == [(2, False), (4, True), (6, False), (8, True), (10, False), (12, True)]
+
+
+def test_a_mid_epochs_line_is_the_mean_of_the_steps_so_far(packages: Catalogue, stage: Stage) -> None:
+    one_by_one = [
+        p.metrics["train/loss_cross_entropy"] for p in islice(train(stage, NETWORK, packages, save_every_steps=1), 4)
+    ]
+    every_two = [
+        p.metrics["train/loss_cross_entropy"] for p in islice(train(stage, NETWORK, packages, save_every_steps=2), 2)
+    ]
+    assert every_two == [one_by_one[1], one_by_one[3]]
+    assert len(set(one_by_one)) == 4
+
+
+def parent(stage: Stage, catalogue: Catalogue, folder: Path) -> Path:
+    (progress,) = train(changed(stage, epochs=1), NETWORK, catalogue)
+    assert progress.end is not None
+    config = weights.Config(NETWORK, (0.5,) * 3, (0.5,) * 3, "bicubic", 40, 32)
+    classes = weights.Classes(tuple(catalogue.classes.tolist()), catalogue.names)
+    fill = partial(weights.save, tensors=progress.end.last.tensors, config=config, classes=classes)
+    commit.write(folder / "weights", fill)
+    return folder / "weights"
+
+
+def test_a_child_begins_with_its_parents_backbone_and_head(packages: Catalogue, stage: Stage, tmp_path: Path) -> None:
+    start = parent(stage, packages, tmp_path)
+    still = changed(stage, lr={"backbone": 1e-12, "heads": 1e-12}, seed=9, ema=None)
+    child = captured(next(train(still, NETWORK, packages, start=start)), tmp_path / "child")
+    for name, tensor in load_file(start / "model.safetensors").items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(child[f"model.{name}"], tensor, rtol=0, atol=1e-9)
+
+
+def test_a_parent_of_another_catalogue_is_refused(packages: Catalogue, stage: Stage, tmp_path: Path) -> None:
+    start = parent(stage, packages, tmp_path)
+    other = Catalogue(**{**vars(packages), "classes": packages.classes + 1})
+    with pytest.raises(Refused, match="another class list"):
+        next(train(stage, NETWORK, other, start=start))
+
+
+def parameters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if "running" not in name and "num_batches" not in name}
+
+
+@pytest.mark.parametrize("check_steps", [loop._CHECK_STEPS, 2])
+@pytest.mark.parametrize("step", [4, 6, 11])
+def test_a_bad_loss_stops_the_job_with_its_weights_as_before_to_the_bit(
+    packages: Catalogue, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, check_steps: int
+) -> None:
+    monkeypatch.setattr(loop, "_CHECK_STEPS", check_steps)
+    good, bad = (changed(stage, objective={"name": "own.spoilt", "step": at}) for at in (-1, step))
+    undisturbed = train(good, NETWORK, packages, save_every_steps=1)
+    before = captured(next(progress for progress in undisturbed if progress.state.step == step), tmp_path / "before")
+    seen: list[Progress] = []
+    with pytest.raises(NonFiniteLoss):
+        seen.extend(train(bad, NETWORK, packages))  # it goes on for some steps, without effect
+    after = captured(seen[-1], tmp_path / "after")  # its network is still the one that was trained
+    assert before.keys() == after.keys()
+    for name, tensor in parameters(after).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("check_steps", [loop._CHECK_STEPS, 3])
+@pytest.mark.parametrize("step", [0, 5, 11])
+def test_a_bad_loss_is_laid_at_the_door_of_its_step_and_images(
+    packages: Catalogue, stage: Stage, monkeypatch: pytest.MonkeyPatch, step: int, check_steps: int
+) -> None:
+    monkeypatch.setattr(loop, "_CHECK_STEPS", check_steps)
+    feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.5,) * 3, "bicubic")
+    batches = TrainBatches(packages.train, packages.classes, stage, 1, feed)
+    batch = next(batches.epoch(step // 4, skip=step % 4))
+    rate = lr_at(step, stage.lr.backbone, 4, 1, [], 0.1)
+    with pytest.raises(NonFiniteLoss) as raised:
+        list(train(changed(stage, objective={"name": "own.spoilt", "step": step}), NETWORK, packages))
+    assert f"not finite in epoch {step // 4}, step {step} (class nan; lr {rate:g})" in raised.value.what
+    assert f"Images: {', '.join(batches.ids(batch.rows))}\n" in raised.value.advice
+
+
+def test_averaged_weights_are_scored_beside_the_raw_ones_and_the_better_are_kept(
+    packages: Catalogue, stage: Stage
+) -> None:
+    for progress in train(stage, NETWORK, packages):
+        assert progress.end is not None
+        raw, averaged = progress.metrics["val/top1_error"], progress.metrics["val/top1_error_averaged"]
+        assert progress.end.last.top1_error == min(raw, averaged)
+        assert progress.end.last.averaged == (averaged <= raw)
+
+
+def test_the_best_epochs_weights_are_kept_to_the_end(packages: Catalogue, stage: Stage) -> None:
+    errors, of_last = [], []
+    for progress in train(changed(stage, epochs=5), NETWORK, packages):
+        assert progress.end is not None
+        errors.append(progress.end.last.top1_error)
+        of_last.append({name: tensor.clone() for name, tensor in progress.end.last.tensors.items()})
+    best = errors.index(min(errors))  # the first of equals
+    assert progress.end.best.epoch == best
+    assert progress.end.best.top1_error == errors[best]
+    for name, tensor in progress.end.best.tensors.items():
+        assert torch.equal(tensor, of_last[best][name])
+
+
+def test_without_validation_images_the_last_epoch_is_the_best(packages: Catalogue, stage: Stage) -> None:
+    bare = Catalogue(**{**vars(packages), "val": packages.val.take(np.arange(0))})
+    ends = [progress.end for progress in train(stage, NETWORK, bare)]
+    assert [end.best.epoch for end in ends if end is not None] == [0, 1, 2]
+    assert ends[-1] is not None
+    assert ends[-1].best.top1_error is None
+
+
+def test_the_validation_error_is_the_metric_of_the_centre_crops(packages: Catalogue, stage: Stage) -> None:
+    model = learner.Learner(stage, NETWORK, packages, learner.place()).model
+    feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.5,) * 3, "bicubic")
+    errors = top1_errors(model, packages, stage, feed, torch.float32)
+    assert model.training
+    model.eval()
+    batches = list(predict(model, packages.val, 40, 32, "center", feed, torch.float32))
+    predicted = torch.cat([probabilities for _, probabilities in batches]).argmax(dim=1)
+    labels = torch.from_numpy(packages.val.labels)
+    assert errors["val/top1_error"] == mean_class_error(labels, predicted, 4)
+    assert errors["val/top1_error_per_image"] == (labels != predicted).double().mean()

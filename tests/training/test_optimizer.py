@@ -1,0 +1,165 @@
+"""optimizer: the golden schedule, and steps written out."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from aliprod.data.catalogue import Catalogue
+from aliprod.recipe import LearningRate, OptimizerRecipe, Stage
+from aliprod.training.learner import Learner, Place
+from aliprod.training.optimizer import Optimizer, cosine_lr_at, lr_at
+
+CPU = Place(torch.device("cpu"))
+NETWORK = "test_resnet"
+
+
+def test_the_learning_rate_of_every_step_is_the_golden_one(shared: Path) -> None:
+    with np.load(shared / "golden" / "schedule.npz", allow_pickle=False) as golden:
+        names = ("base_lr", "steps_per_epoch", "warmup_epochs", "milestones", "gamma")
+        base_lr, steps_per_epoch, warmup_epochs, milestones, gamma = (golden[name].tolist() for name in names)
+        expected = golden["lr_per_step"]
+    rates = [lr_at(step, base_lr, steps_per_epoch, warmup_epochs, milestones, gamma) for step in range(len(expected))]
+    np.testing.assert_allclose(rates, expected, rtol=0, atol=1e-12)
+
+
+@given(st.integers(0, 200), st.integers(1, 50), st.floats(0, 3), st.floats(1e-4, 1))
+def test_a_warm_up_of_any_part_of_an_epoch_never_passes_the_base_rate(
+    step: int, steps: int, warmup: float, base_lr: float
+) -> None:
+    rate = lr_at(step, base_lr, steps, warmup, [], 0.1)
+    assert rate == pytest.approx(min(base_lr, base_lr * (step + 1) / max(1e-9, warmup * steps)))
+
+
+@given(st.integers(1, 50), st.integers(1, 30), st.floats(0, 3), st.floats(1e-4, 1))
+def test_a_cosine_starts_at_the_base_rate_falls_and_would_end_at_zero(
+    steps: int, epochs: int, warmup: float, base_lr: float
+) -> None:
+    warmup = min(warmup, epochs / 2)
+    rates = [cosine_lr_at(step, base_lr, steps, warmup, epochs) for step in range(steps * epochs)]
+    after = rates[math.ceil(warmup * steps) :]
+    assert all(0 < rate <= base_lr * (1 + 1e-12) for rate in rates)
+    assert all(later < earlier for earlier, later in pairwise(after))
+    assert rates[: math.ceil(warmup * steps)] == sorted(rates[: math.ceil(warmup * steps)])
+    assert cosine_lr_at(steps * epochs, base_lr, steps, warmup, epochs) == pytest.approx(0, abs=1e-12)
+
+
+def built(packages: Catalogue, precision: str = "float32", **recipe: float | None) -> tuple[Learner, Optimizer]:
+    rates = LearningRate(backbone=0.1, heads=0.5)
+    stage = Stage(lr=rates, optimizer=OptimizerRecipe(**recipe), crop=32, precision=precision)
+    learner = Learner(stage, NETWORK, packages, CPU)
+    return learner, Optimizer(learner, stage, steps_per_epoch=4)
+
+
+def copied(learner: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in learner.named_parameters()}
+
+
+def rate_of(name: str) -> float:
+    return 0.5 if "classifier" in name else 0.1
+
+
+def test_only_weights_decay_each_at_the_rate_of_its_part(packages: Catalogue) -> None:
+    learner, optimizer = built(packages, weight_decay=0.01, clip_norm=None)
+    before = copied(learner)
+    optimizer.step(sum(p.sum() for p in learner.parameters()) * 0.0, 0)
+    kinds = set()
+    for name, parameter in learner.named_parameters():
+        decays = parameter.ndim > 1  # convolutions and the classifier; norm scales and biases have one axis
+        factor = 1 - rate_of(name) * 0.01 if decays else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=1e-9)
+        kinds.add((decays, rate_of(name)))
+    assert kinds == {(True, 0.1), (False, 0.1), (True, 0.5)}
+
+
+def test_two_steps_are_sgd_with_momentum_written_out(packages: Catalogue) -> None:
+    learner, optimizer = built(packages, momentum=0.9, weight_decay=0.0, clip_norm=None)
+    before = copied(learner)
+    for step, gradient in enumerate((1.0, -2.0)):
+        optimizer.step(sum(p.sum() for p in learner.parameters()) * gradient, step)
+    moved = 1.0 + (0.9 * 1.0 - 2.0)  # m <- 0.9 m + g, w <- w - lr m
+    for name, parameter in learner.named_parameters():
+        expected = before[name] - rate_of(name) * moved
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip_norm", [5.0, 0.1, None])
+def test_a_large_gradient_keeps_its_direction_and_is_cut_to_the_norm(
+    packages: Catalogue, clip_norm: float | None
+) -> None:
+    learner, optimizer = built(packages, weight_decay=0.0, clip_norm=clip_norm)
+    before = copied(learner)
+    count = sum(p.numel() for p in learner.parameters())
+    optimizer.step(sum(p.sum() for p in learner.parameters()) * 3.0, 0)
+    norm = 3.0 * math.sqrt(count)
+    each = 3.0 * (1.0 if clip_norm is None else min(1.0, clip_norm / norm))
+    for name, parameter in learner.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] - rate_of(name) * each, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("good_steps", [0, 2])
+def test_a_bad_step_and_all_after_it_leave_every_bit_of_the_weights(
+    packages: Catalogue, bad: float, good_steps: int
+) -> None:
+    learner, optimizer = built(packages)
+    for step in range(good_steps):
+        optimizer.step(sum(p.square().sum() for p in learner.parameters()), step)
+    assert optimizer.first_bad_step() is None
+    before = copied(learner)
+    optimizer.step(sum(p.sum() for p in learner.parameters()) + bad, good_steps)  # its gradient alone is finite
+    optimizer.step(sum(p.square().sum() for p in learner.parameters()), good_steps + 1)
+    for name, parameter in learner.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert optimizer.first_bad_step() == good_steps
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_noticed(packages: Catalogue) -> None:
+    learner, optimizer = built(packages)
+    before = copied(learner)
+    weight = learner.model.classifier.weight
+    optimizer.step((weight * 0.0).abs().sqrt().sum(), 7)  # the derivative of a root at zero
+    assert torch.equal(weight, before["model.classifier.weight"])
+    assert optimizer.first_bad_step() == 7
+
+
+def test_momentum_comes_back_to_the_bit(packages: Catalogue) -> None:
+    (learner, optimizer), (other, its_optimizer) = built(packages), built(packages)
+    optimizer.step(sum(p.square().sum() for p in learner.parameters()), 0)
+    other.load_state_dict(learner.state_dict())
+    its_optimizer.load_state(optimizer.state())
+    for trained, moved in ((learner, optimizer), (other, its_optimizer)):
+        moved.step(sum(p.square().sum() for p in trained.parameters()), 1)
+    for mine, its in zip(learner.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_a_float16_job_lives_through_an_overflow_and_its_scale_comes_back(packages: Catalogue) -> None:
+    (learner, optimizer), (_, other) = built(packages, "float16"), built(packages, "float16")
+    before = copied(learner)
+    optimizer.step(learner.model.classifier.weight.sum() * 3e38, 0)  # overflows with the first scale of 65,536
+    assert all(torch.equal(p, before[name]) for name, p in learner.named_parameters())
+    assert optimizer.first_bad_step() is None
+    optimizer.step(learner.model.classifier.weight.sum(), 1)
+    assert not torch.equal(learner.model.classifier.weight, before["model.classifier.weight"])
+    other.load_state(optimizer.state())
+    assert {name: value.tolist() for name, value in other.state().items() if "scaler" in name} == {
+        "scaler.scale": 32768.0,
+        "scaler._growth_tracker": 1,
+    }
+
+
+def test_a_float16_job_whose_losses_stay_bad_is_noticed(packages: Catalogue) -> None:
+    learner, optimizer = built(packages, "float16")
+    before = copied(learner)
+    for step in range(17):
+        assert optimizer.first_bad_step() is None
+        optimizer.step(learner.model.classifier.weight.sum() * math.nan, step)
+    assert optimizer.first_bad_step() == 16
+    assert all(torch.equal(p, before[name]) for name, p in learner.named_parameters())
