@@ -31,7 +31,8 @@ _TABLES: dict[str, tuple[str, type[BaseModel]]] = {
 }
 _HEAD = """# The plan, key by key
 
-Made by `python -m aliprod.plan.reference`; change the descriptions in `aliprod/plan/schema.py` and in `aliprod/recipe.py`, not this file.
+Made by `python -m aliprod.plan.reference`; change the descriptions in `aliprod/plan/schema.py` and
+in `aliprod/recipe.py`, not this file.
 Any value can be given on the command line: `--set stages.dcl.epochs=4`. Paths in a plan count from the plan's
 file, those of `--set` from the current folder. Names of plans, stages and backbones become folders: letters,
 digits, dots, hyphens and underscores.
