@@ -225,7 +225,9 @@ def test_all_test_rows_of_the_broken_catalogue_are_squared(shared: Path, caplog:
     named = [case["image_id"] for case in cases if case["split"] == "test" and case["expect"] == "predict"]
     ids = catalogue.test.ids.to_pylist()
     squares = {
-        ids[row]: p for rows, pixels in squared_batches(catalogue.test, 24, FEED, 4) for row, p in zip(rows, pixels)
+        ids[row]: p
+        for rows, pixels in squared_batches(catalogue.test, 24, FEED, 4)
+        for row, p in zip(rows, pixels, strict=True)
     }
     assert sorted(squares) == sorted(ids)
     assert len(named) == 3

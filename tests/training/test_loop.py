@@ -136,6 +136,17 @@ def test_a_bad_loss_stops_the_job_with_its_weights_as_before_to_the_bit(
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_bad_loss_is_noticed_at_the_next_check(
+    packages: Catalogue, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_CHECK_STEPS", 2)
+    bad = changed(stage, batch_size=4, objective={"name": "own.spoilt", "step": 10})  # of steps 8 to 15 of epoch 1
+    seen: list[Progress] = []
+    with pytest.raises(NonFiniteLoss):
+        seen.extend(train(bad, NETWORK, packages))
+    assert seen[-1].state.step == 12
+
+
 @pytest.mark.parametrize("check_steps", [loop._CHECK_STEPS, 3])
 @pytest.mark.parametrize("step", [0, 5, 11])
 def test_a_bad_loss_is_laid_at_the_door_of_its_step_and_images(
@@ -159,7 +170,7 @@ def test_averaged_weights_are_scored_beside_the_raw_ones_and_the_better_are_kept
         assert progress.end is not None
         raw, averaged = progress.metrics["val/top1_error"], progress.metrics["val/top1_error_averaged"]
         assert progress.end.last.top1_error == min(raw, averaged)
-        assert progress.end.last.averaged == (averaged <= raw)
+        assert progress.end.last.kind == ("averaged" if averaged <= raw else "raw")
 
 
 def test_the_best_epochs_weights_are_kept_to_the_end(packages: Catalogue, stage: Stage) -> None:
