@@ -2,12 +2,14 @@
 
 import logging
 import os
+import socket
 import uuid
 import warnings
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aliprod import commit
@@ -17,6 +19,7 @@ from aliprod.plan.schema import Cluster
 
 NAMESPACE = "aliprod"
 _PROBE_SECONDS = 60
+_KNOCK_SECONDS = 10
 
 
 def join(address: str | None) -> None:
@@ -29,6 +32,9 @@ def join(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on: that is no news
     try:
+        if address:
+            _knock(address)
+            os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # tries, of 40 s: Ray's default are 20
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own deprecations are none of the user's business
             ray.init(
@@ -38,14 +44,21 @@ def join(address: str | None) -> None:
                 log_to_driver=False,
                 namespace=NAMESPACE,
             )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        first = (str(error).splitlines() or [""])[0]
+    except (OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError) as error:
+        first = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         raise Unreachable(
             f"no Ray cluster answers: {first}",
             address or "local Ray",
             "Check --address or RAY_ADDRESS (and RAY_AUTH_MODE where the cluster asks for a token); "
             "without an address, aliprod starts a local Ray.",
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise where nobody listens at ``HOST:PORT``: Ray itself would go on asking for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():  # else it is a word, such as auto: Ray looks by itself
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def capacity() -> Share:
