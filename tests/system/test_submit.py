@@ -1,0 +1,54 @@
+"""The command line for a cluster: `ray job submit`, and what the dashboard then shows."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE_JOB = ("--set", 'jobs={efficientnet=["full"]}', "--set", 'ensemble.members=["efficientnet/full"]')
+
+
+@pytest.fixture
+def submit(cluster: Any) -> Any:
+    """Submit a command with this checkout as its working folder."""
+
+    def submitted(*entrypoint: str | Path) -> subprocess.CompletedProcess[str]:
+        runtime = ("--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml")
+        command = ["ray", "job", "submit", "--address", cluster.dashboard, *runtime, "--", *map(str, entrypoint)]
+        environment = cluster.environment
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)  # noqa: PLW1510
+
+    return submitted
+
+
+def test_a_submitted_plan_is_run_and_shown_and_says_where_its_results_are(
+    submit: Any, cluster: Any, plan: Path
+) -> None:
+    done = submit("python", "jobs/run_plan.py", plan, *ONE_JOB)
+    results = cluster.home / "aliprod"
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"No --storage given: results go to {results}" in done.stdout
+    assert json.loads((results / "tiny" / "result.json").read_text())["trained"] == ["efficientnet/full"]
+    assert (results / "tiny" / "submission.csv").is_file()
+
+    jobs = [job for job in cluster.ask("/api/jobs/") if "run_plan.py" in (job["entrypoint"] or "")]
+    tasks = cluster.ask("/api/v0/tasks?limit=9999&detail=1")["data"]["result"]["result"]
+    runs = cluster.ask("/api/train/v2/runs/v1")["train_runs"]
+    names = {task["name"] for task in tasks if task["job_id"] == jobs[-1]["job_id"]}
+    here = [run for run in runs if str(results) in run["run_settings"]["run_config"]["storage_path"]]
+    assert {"efficientnet/full", "efficientnet/full test", "ensemble"} <= names
+    assert [(run["name"].rpartition("-")[0], run["status"]) for run in here] == [("efficientnet.full", "FINISHED")]
+
+    again = submit("python", "jobs/ensemble.py", plan, *ONE_JOB, "--storage", results, "--json")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert '"submission": ' in again.stdout
+
+
+def test_a_submitted_plan_that_is_wrong_fails_with_a_sentence(submit: Any, plan: Path) -> None:
+    done = submit("python", "jobs/run_plan.py", plan, "--set", "stages.full.epohcs=1")
+    assert done.returncode == 1
+    assert "Did you mean epochs?" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
