@@ -29,7 +29,7 @@ class Config:
         network: timm's name.
         mean, std: of pixels in 0 to 1.
         resize, crop: pixels; images are squared to ``resize``, views of ``crop`` are cut from that.
-        job, key, epoch, top1_error, averaged: where the weights come from; ``averaged``: they are the EMA.
+        job, key, epoch, top1_error, kind: where the weights come from; kind as in training/candidates.py.
     """
 
     network: str
@@ -42,7 +42,7 @@ class Config:
     key: str = ""
     epoch: int = -1
     top1_error: float | None = None
-    averaged: bool = False
+    kind: str = "raw"
 
 
 @dataclass(frozen=True)

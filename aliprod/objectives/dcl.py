@@ -171,6 +171,7 @@ class Objective(nn.Module):
     """
 
     group = 1
+    distorts = True  # half of the norm layers' images are destructed
 
     def __init__(
         self, context: Context, *, parts: int = 7, reach: float = 2.0, beta: float = 1.0, gamma: float = 1.0

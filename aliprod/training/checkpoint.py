@@ -7,7 +7,6 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,7 +28,7 @@ class State:
     step_in_epoch: int = 0
     best_epoch: int = -1
     best_error: float | None = None
-    best_averaged: bool = False
+    best_kind: str = "raw"
     losses: dict[str, float] = field(default_factory=dict)
 
 
@@ -89,8 +88,3 @@ def _committed(folder: Path) -> list[Path]:
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.detach().to("cpu", copy=False).contiguous() for name, tensor in tensors.items()}, path)
-
-
-def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy on the CPU that training does not change any more."""
-    return {name: torch.clone(tensor.detach()).cpu() for name, tensor in tensors.items()}

@@ -24,7 +24,8 @@ from aliprod.models import weights
 from aliprod.models.recogniser import normalisation
 from aliprod.recipe import Stage
 from aliprod.training import checkpoint
-from aliprod.training.loop import Candidate, EpochEnd, Progress, train
+from aliprod.training.candidates import Candidate
+from aliprod.training.loop import EpochEnd, Progress, train
 
 log = logging.getLogger(__name__)
 METRICS, RESUME, LAST, WEIGHTS = "metrics.jsonl", "resume", "last", "weights"
@@ -117,7 +118,7 @@ def _finish(work: Work, catalogue: Catalogue, progress: Progress, end: EpochEnd,
         "steps": progress.state.step,
         "best_epoch": end.best.epoch,
         "top1_error": end.best.top1_error,
-        "averaged": end.best.averaged,
+        "kind": end.best.kind,
         "stage": work.stage.model_dump(mode="json"),
         "environment": progress.place.environment(),
         "seconds": round(time.time() - began, 1),
@@ -141,7 +142,7 @@ def _commit_weights(
         key=work.key,
         epoch=candidate.epoch,
         top1_error=candidate.top1_error,
-        averaged=candidate.averaged,
+        kind=candidate.kind,
     )
     classes = weights.Classes(tuple(catalogue.classes.tolist()), catalogue.names)
     fill = partial(weights.save, tensors=candidate.tensors, config=config, classes=classes)

@@ -61,6 +61,7 @@ class Learner(nn.Module):
     Attributes:
         dtype: in which the forward pass runs (autocast); weights, losses and sums stay float32.
         group: images of one class that must stand together in a batch.
+        distorts: the model sees images in training that are unlike those of inference.
     """
 
     def __init__(self, stage: Stage, network: str, catalogue: Catalogue, place: Place) -> None:
@@ -73,6 +74,7 @@ class Learner(nn.Module):
         )
         self.objective = build(stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue))
         self.group: int = getattr(self.objective, "group", 1)
+        self.distorts: bool = getattr(self.objective, "distorts", False)
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

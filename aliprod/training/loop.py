@@ -19,25 +19,15 @@ from aliprod.models import weights
 from aliprod.models.recogniser import normalisation
 from aliprod.recipe import Stage
 from aliprod.training import checkpoint
+from aliprod.training.candidates import Candidate, best_candidate
 from aliprod.training.checkpoint import State
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, place
 from aliprod.training.optimizer import Optimizer
-from aliprod.training.validate import top1_errors
 
 _Seen = tuple[dict[str, float], list[str]]  # loss parts and image ids of a step on one rank
 
 _CHECK_STEPS = 50  # a non-finite loss is noticed within so many steps; the weights are safe at once
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Weights that an epoch ended with: the raw or the averaged ones, whichever erred less on validation."""
-
-    epoch: int
-    top1_error: float | None
-    averaged: bool
-    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,33 +121,18 @@ def train(
         recent.check()
         learner.share_buffers()
         metrics = _train_metrics(stage, state, optimizer, watch, sums)
-        last, errors = _candidate(learner, average, catalogue, feed, state.epoch)
+        last, errors = best_candidate(learner, average, catalogue, feed, batches, state.epoch)
         if last.top1_error is None or state.best_error is None or last.top1_error < state.best_error:
-            best = checkpoint.copied(last.tensors)
-            state.best_epoch, state.best_error, state.best_averaged = state.epoch, last.top1_error, last.averaged
+            best, state.best_epoch, state.best_kind, state.best_error = (
+                last.tensors,
+                state.epoch,
+                last.kind,
+                last.top1_error,
+            )
         state.epoch, state.step_in_epoch, state.losses = state.epoch + 1, 0, {}
-        chosen = Candidate(state.best_epoch, state.best_error, state.best_averaged, best)
+        chosen = Candidate(state.best_epoch, state.best_kind, state.best_error, best)
         capture = partial(captured, state=state, best=best)
         yield Progress(state, metrics | errors, capture, where, EpochEnd(chosen, last))
-
-
-def _candidate(
-    learner: Learner, average: Average | None, catalogue: Catalogue, feed: Feed, epoch: int
-) -> tuple[Candidate, dict[str, float]]:
-    """The better of raw and averaged weights after an epoch, and the errors of both."""
-    stage, model = learner.stage, learner.model
-    errors = top1_errors(model, catalogue, stage, feed, learner.dtype)
-    raw = Candidate(epoch, errors.get("val/top1_error"), False, model.state_dict())
-    if average is None:
-        return raw, errors
-    kept = checkpoint.copied(model.state_dict())
-    model.load_state_dict(average.state(model))
-    of_average = top1_errors(model, catalogue, stage, feed, learner.dtype)
-    averaged = Candidate(epoch, of_average.get("val/top1_error"), True, checkpoint.copied(model.state_dict()))
-    model.load_state_dict(kept)
-    errors |= {f"{name}_averaged": value for name, value in of_average.items()}
-    better = averaged if (averaged.top1_error or 0.0) <= (raw.top1_error or 0.0) else raw
-    return better, errors
 
 
 def _train_metrics(

@@ -1,0 +1,84 @@
+"""What an epoch ends with: raw or averaged weights, norm statistics as trained or taken anew. The best counts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
+
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.loader import Feed, TrainBatches
+from aliprod.randomness import seed_of
+from aliprod.training.ema import Average
+from aliprod.training.learner import Learner, autocast
+from aliprod.training.validate import top1_errors
+
+_STATISTICS_BATCHES = 200
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that an epoch ended with.
+
+    Attributes:
+        kind: "raw" or "averaged" weights, with "_restated" where the norm statistics were taken anew.
+        top1_error: mean over the classes of val, 0 to 1; None without val.
+    """
+
+    epoch: int
+    kind: str
+    top1_error: float | None
+    tensors: dict[str, Tensor]
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the CPU that training does not change any more."""
+    return {name: torch.clone(tensor.detach()).cpu() for name, tensor in tensors.items()}
+
+
+def best_candidate(
+    learner: Learner, average: Average | None, catalogue: Catalogue, feed: Feed, batches: TrainBatches, epoch: int
+) -> tuple[Candidate, dict[str, float]]:
+    """Score each kind of weights after an epoch; the model is as before when it returns.
+
+    Returns:
+        The candidate with the lowest error (of equal ones the later kind), and the errors of all by name.
+    """
+    model = learner.model
+    kept = copied(model.state_dict())
+    best, errors = None, dict[str, float]()
+    for kind, tensors in _kinds(learner, average, batches, epoch, kept):
+        model.load_state_dict(tensors)
+        found = top1_errors(model, catalogue, learner.stage, feed, learner.dtype)
+        errors |= {name if kind == "raw" else f"{name}_{kind}": value for name, value in found.items()}
+        error = found.get("val/top1_error")
+        if best is None or best.top1_error is None or error is None or error <= best.top1_error:
+            best = Candidate(epoch, kind, error, tensors)
+    model.load_state_dict(kept)
+    assert best is not None  # noqa: S101  the raw weights are always there
+    return best, errors
+
+
+def _kinds(
+    learner: Learner, average: Average | None, batches: TrainBatches, epoch: int, raw: dict[str, Tensor]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    sources = {"raw": raw} | ({} if average is None else {"averaged": copied(average.state(learner.model))})
+    for kind, tensors in sources.items():
+        yield kind, tensors
+        if learner.distorts:
+            learner.model.load_state_dict(tensors)
+            _restate(learner, batches, epoch)
+            yield f"{kind}_restated", copied(learner.model.state_dict())
+
+
+def _restate(learner: Learner, batches: TrainBatches, epoch: int) -> None:
+    """Take the norm statistics anew from images as inference sees them.
+
+    An objective that trains on distorted images (DCL) leaves statistics of a mixture that never comes again.
+    """
+    torch.manual_seed(seed_of(learner.stage.seed, "statistics", epoch))  # stochastic depth draws
+    with autocast(learner.place.device, learner.dtype):
+        update_bn((batch.images for batch in islice(batches.epoch(epoch), _STATISTICS_BATCHES)), learner.model)
+    learner.share_buffers()
