@@ -40,7 +40,7 @@ class LearningRate(Frozen):
     schedule: Literal["steps", "cosine"] = Field(
         default="steps", description="after the warm-up: drops at milestones, or half a cosine down to zero"
     )
-    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up, step by step; may be a fraction")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up; may be a fraction")
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), strict=False, description="epochs (from 0) at whose start lr is multiplied by gamma; steps only"
     )
@@ -73,7 +73,7 @@ class Stage(Frozen):
     start: str | None = Field(default=None, description="the stage of the same backbone whose weights it starts from")
     pretrained: bool | str = Field(
         default=False,
-        description="where there is no start: ImageNet weights (true), none (false), or a safetensors file, or a folder "
+        description="where there is no start: ImageNet weights (true), none (false), a safetensors file, or a folder "
         "that holds NETWORK.safetensors",
     )
     images: Annotated[Literal["all"] | PerClass, Field(union_mode="left_to_right")] = Field(
@@ -87,7 +87,7 @@ class Stage(Frozen):
         description="exactly one of random_resized_crop, random_crop, resize; beside it any of the others",
     )
     scale: tuple[float, float] = Field(
-        default=(0.08, 1.0), strict=False, description="smallest and largest share of the area, random_resized_crop only"
+        default=(0.08, 1.0), strict=False, description="least and largest share of the area, random_resized_crop only"
     )
     objective: Annotated[ObjectiveRecipe, BeforeValidator(_named)] = Field(
         default=ObjectiveRecipe(name="cross_entropy"),
@@ -104,7 +104,7 @@ class Stage(Frozen):
         description="zero the last norm scale of each residual block, where training starts from scratch",
     )
     ema: float | None = Field(
-        default=None, gt=0, lt=1, description="decay of the averaged weights, scored beside the raw ones; without it none"
+        default=None, gt=0, lt=1, description="decay of the averaged weights, scored beside the raw; without it none"
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the forward pass; auto: bfloat16 where the device has it"
