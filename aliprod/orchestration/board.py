@@ -80,7 +80,8 @@ class Board:
         return Changed(name, state, detail, record or {})
 
     def _publish(self) -> None:
-        commit.write_file(self.prepared.folder / "state.json", json.dumps({"pid": os.getpid(), "jobs": self.states}))
+        told = {"host": os.uname().nodename, "pid": os.getpid(), "jobs": self.states}
+        commit.write_file(self.prepared.folder / "state.json", json.dumps(told))
         self.tracking.note(self.table())
 
 

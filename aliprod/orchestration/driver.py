@@ -88,22 +88,35 @@ def ensemble(request: Request) -> Iterator[Event]:
 
 def _driven(prepared: Prepared) -> Iterator[Event]:
     said: list[str] = []
-    places, text = prepared.places, prepared.request.text
+    places, session = prepared.places, _Session(prepared)
     tracking = Tracking.connect(places.tracking_uri, prepared.plan.name, places.artifacts, said.append)
-    board, session = Board(prepared, tracking), _Session(prepared)
+    try:
+        if prepared.todo:
+            session.join()  # first: where another driver has this plan, nothing is told of ours
+        yield from _tracked(Board(prepared, tracking), session, said)
+    finally:
+        ray.shutdown()
+
+
+def _tracked(board: Board, session: _Session, said: list[str]) -> Iterator[Event]:
+    text, tracking = board.prepared.request.text, board.tracking
     tracking.plan_started(text, hashlib.sha256(text.encode()).hexdigest(), board.table())
-    status = "KILLED"
+    status = "FAILED"
     try:
         for event in _stages(board, session):
             yield event
             yield from _drained(said)
-        status = "FINISHED" if not board.jobs_in("failed", "not_run") else "FAILED"
+        if not board.jobs_in("failed", "not_run"):
+            status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
-        ray.shutdown()
+        ray.shutdown()  # what runs ends now, not after MLflow has been told
         tracking.plan_finished(status)
-        unsent = tracking.flush(_FLUSH_SECONDS if status != "KILLED" else _HURRIED_SECONDS)
+        unsent = tracking.flush(_HURRIED_SECONDS if status == "KILLED" else _FLUSH_SECONDS)
     yield from _drained([*said, *unsent])
-    yield Ended(json.loads((prepared.folder / "result.json").read_text(encoding="utf-8")))
+    yield Ended(json.loads((board.prepared.folder / "result.json").read_text(encoding="utf-8")))
 
 
 def _stages(board: Board, session: _Session) -> Iterator[Event]:

@@ -1,6 +1,7 @@
 """Lines and tables for a terminal."""
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,18 +86,15 @@ def _state(job: Job, storage: Path, told: str) -> dict[str, Any]:
 
 
 def _told(path: Path) -> dict[str, str]:
-    """What the last driver said of the jobs; a running job of a driver that is gone is waiting again."""
+    """What the last driver said of the jobs; a running job of a driver of this machine that is gone waits again."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         jobs = dict(told["jobs"])
     except (OSError, ValueError, TypeError, KeyError):
         return {}
-    if time.time() - path.stat().st_mtime > _SILENT_SECONDS and not Path(f"/proc/{told['pid']}").exists():
+    if told.get("host") == os.uname().nodename and not Path(f"/proc/{told.get('pid')}").exists():
         jobs = {name: "waiting" if state == "running" else state for name, state in jobs.items()}
     return jobs
-
-
-_SILENT_SECONDS = 5.0
 
 
 def _after(event: Changed) -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,11 @@ class Shop:
     def folder(self, name: str) -> Path:
         return ledger.folder(self.places.storage, self.jobs[name])
 
-    def told(self, pid: int, silent_seconds: float = 0, **states: str) -> None:
+    def told(self, pid: int, host: str = os.uname().nodename, **states: str) -> None:
         file = self.places.of(self.plan) / "state.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"pid": pid, "jobs": {f"net/{name}": state for name, state in states.items()}}))
-        os.utime(file, (time.time() - silent_seconds,) * 2)
+        jobs = {f"net/{name}": state for name, state in states.items()}
+        file.write_text(json.dumps({"host": host, "pid": pid, "jobs": jobs}))
 
     def epoch(self, name: str, epoch: int, seconds: float, error: float = 0.5) -> None:
         line = {"epoch": epoch, "time_ms": round(1000 * seconds), "val/top1_error": error}
@@ -122,8 +121,13 @@ def test_a_job_that_was_told_finished_and_has_no_weights_waits_again(shop: Shop,
 
 
 def test_a_driver_that_is_gone_runs_nothing(shop: Shop, gone: int) -> None:
-    shop.told(gone, silent_seconds=60, full="failed", accuracy="running")
+    shop.told(gone, full="failed", accuracy="running")
     assert [row["state"] for row in shop.states().values()] == ["failed", "waiting"]
+
+
+def test_a_driver_on_another_machine_is_taken_at_its_word(shop: Shop, gone: int) -> None:
+    shop.told(gone, host="another machine", full="reused", accuracy="running")
+    assert shop.states()["net/accuracy"]["state"] == "running"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": 1, "jobs": 3}', "null"])

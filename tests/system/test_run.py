@@ -212,16 +212,16 @@ class Disturbed:
     """What was done to a plan on its way, and how it ended."""
 
     storage: Path
-    interrupted: int
+    statuses: tuple[int, int, int]  # of the driver that was interrupted, of its rival, of the one that was killed
+    refused: str
     workers_killed: int
     resumed: dict[str, int]
-    driver: int
     outcome: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
-    """Interrupted at its first checkpoint; started again, its workers killed in mid-job, then its driver; finished."""
+    """Interrupted at its first checkpoint; started again, twice at once; workers killed, driver killed; finished."""
     storage = tmp_path_factory.mktemp("disturbed")
     command = ("run", plan, "--storage", storage, "--json")
     first = cluster.start(*command)
@@ -231,18 +231,21 @@ def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory
 
     second = cluster.start(*command)
     cluster.until(lambda: bool(second.poll() or cluster.workers()))
+    rival = cluster.start(*command)
     seen, workers = checkpoints(storage), cluster.workers()
     cluster.until(lambda: bool(second.poll() or checkpoints(storage) - seen))
     for worker in workers:
         worker.kill()
     at_kill = {path.parent.parent: path.name for path in sorted(checkpoints(storage) - seen)}
     cluster.until(lambda: bool(second.poll()) or any(_further(folder, at) for folder, at in at_kill.items()))
+    refused = rival.communicate(timeout=300)[1]
     assert second.poll() is None, second.communicate()
     resumed = {"/".join(folder.parts[-3:-1]): int(at.removeprefix("step-")) for folder, at in at_kill.items()}
     os.killpg(second.pid, signal.SIGKILL)
     second.communicate()
     last = cluster.aliprod(*command)
-    return Disturbed(storage, first.returncode, len(workers), resumed, second.returncode, last_line(last))
+    statuses = (first.returncode, rival.returncode, second.returncode)
+    return Disturbed(storage, statuses, refused, len(workers), resumed, last_line(last))
 
 
 def _further(folder: Path, checkpoint: str) -> bool:
@@ -252,8 +255,13 @@ def _further(folder: Path, checkpoint: str) -> bool:
 
 
 def test_an_interrupted_run_exits_with_130_and_goes_on_later(disturbed: Disturbed) -> None:
-    assert disturbed.interrupted == 130
+    assert disturbed.statuses[0] == 130
     assert disturbed.outcome["failed"] == disturbed.outcome["not_run"] == []
+
+
+def test_a_second_driver_of_a_plan_is_refused(disturbed: Disturbed) -> None:
+    assert disturbed.statuses[1] == 2
+    assert "another driver of this cluster runs this plan" in disturbed.refused
 
 
 def test_a_killed_worker_is_started_again_by_ray(disturbed: Disturbed, cluster: Any) -> None:
@@ -265,7 +273,7 @@ def test_a_killed_worker_is_started_again_by_ray(disturbed: Disturbed, cluster: 
 
 
 def test_a_killed_driver_leaves_nothing_that_trains(disturbed: Disturbed, cluster: Any) -> None:
-    assert disturbed.driver == -signal.SIGKILL
+    assert disturbed.statuses[2] == -signal.SIGKILL
     assert [worker for worker in cluster.workers() if worker.is_running()] == []
 
 
