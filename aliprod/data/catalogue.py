@@ -12,16 +12,21 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from aliprod.data.decode import Unreadable
+from aliprod.data.shards import Store
 
 Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: with a file or, where no file is meant, with an annotation file."""
+    """One thing that is wrong: with a file or, where no file is meant, with an annotation file.
+
+    ``skipped``: an image is not used because of it.
+    """
 
     path: str
     problem: str
+    skipped: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +35,7 @@ class Images:
 
     ``ids``: unique in the split: the image id, or ``CLASS/IMAGE_ID`` where it occurs under two classes.
     ``labels``: (N,) int64 rows of the catalogue's class list, -1 unknown. ``paths``: below ``root``, with ``/``.
+    ``store``: of a prepared catalogue, whose ``paths`` are its ids, and ``places`` the rows there; None: row by row.
     """
 
     split: str
@@ -37,6 +43,8 @@ class Images:
     labels: Integers
     paths: pa.StringArray
     root: Path
+    store: Store | None = None
+    places: Integers | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,10 +57,25 @@ class Images:
         """
         return inside(self.root, self.paths[row].as_py())
 
+    def source(self, row: int) -> Path | bytes:
+        """The picture of a row, as `decode` takes it: its file or, of a prepared catalogue, its JPEG.
+
+        Raises:
+            Unreadable: as `path`.
+            Failed, StorageFull: as `shards.Store.jpeg`.
+        """
+        if self.store is None:
+            return self.path(row)
+        return self.store.jpeg(row if self.places is None else int(self.places[row]))
+
     def take(self, rows: NDArray[np.integer]) -> "Images":
         """The images of these rows, in this order."""
-        taken = pa.array(np.asarray(rows, np.int64))
-        return Images(self.split, self.ids.take(taken), self.labels[rows], self.paths.take(taken), self.root)
+        chosen: Integers = np.asarray(rows, np.int64)
+        taken = pa.array(chosen)
+        ids = self.ids.take(taken)
+        paths = ids if self.paths is self.ids else self.paths.take(taken)
+        places = None if self.store is None else chosen if self.places is None else self.places[chosen]
+        return Images(self.split, ids, self.labels[chosen], paths, self.root, self.store, places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +97,7 @@ class Catalogue:
     test_labels: Integers | None
     ancestor: Integers | None
     problems: tuple[Problem, ...]
+    prepared: str = ""  # the fingerprint of a prepared catalogue, which covers the checksums of its shards
 
     @property
     def num_classes(self) -> int:
@@ -87,6 +111,8 @@ class Catalogue:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the class list and, in any order, the ids and class ids of every split; no paths."""
+        if self.prepared:
+            return self.prepared
         digest = hashlib.sha256(_little(self.classes))
         for images in (self.train, self.val, self.test):
             order = pc.sort_indices(images.ids)

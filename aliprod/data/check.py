@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from aliprod.data.catalogue import Catalogue, Integers, Problem, inside
+from aliprod.data.catalogue import Catalogue, Images, Integers, Problem
 from aliprod.data.decode import Unreadable, animated, content_of, decode
 from aliprod.data.identity import printable
 from aliprod.data.sources import ENDINGS, read
@@ -34,7 +34,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """For ``aliprod data check --json``."""
-        return asdict(self)
+        problems = [{"path": problem.path, "problem": problem.problem} for problem in self.problems]
+        return asdict(self) | {"problems": problems}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def check(path: Path, processes: int) -> Report:
     """
     catalogue = read(path)
     rows = list(_rows(catalogue))
-    looks = list(_look_at_all(catalogue.root, [row.path for row in rows], processes))
+    looks = list(_look_at_all(catalogue, processes))
     return Report(
         images=len(rows),
         readable=sum(not look.fault for look in looks),
@@ -74,7 +75,7 @@ def check(path: Path, processes: int) -> Report:
             *_faults(rows, looks),
             *_twins(rows, looks),
             *_empty_classes(catalogue, looks),
-            *_not_listed(catalogue, rows),
+            *not_listed(catalogue),
         ),
     )
 
@@ -85,19 +86,24 @@ def _rows(catalogue: Catalogue) -> Iterator[_Row]:
             yield _Row(path, images.split, label)
 
 
-def _look_at_all(root: Path, paths: list[str], processes: int) -> Iterator[_Look]:
+def _look_at_all(catalogue: Catalogue, processes: int) -> Iterator[_Look]:
     """In order; never more chunks in flight than the processes need."""
-    chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
-    if processes <= 1 or len(paths) <= _CHUNK:
+    splits = (catalogue.train, catalogue.val, catalogue.test)
+    chunks = (
+        images.take(np.arange(start, min(start + _CHUNK, len(images))))
+        for images in splits
+        for start in range(0, len(images), _CHUNK)
+    )
+    if processes <= 1 or sum(map(len, splits)) <= _CHUNK:
         for chunk in chunks:
-            yield from _look_at(root, chunk)
+            yield from _look_at(chunk)
         return
-    ahead: deque[tuple[str, Future[list[_Look]]]] = deque()  # the first path of a chunk, and what will come of it
+    ahead: deque[tuple[Images, Future[list[_Look]]]] = deque()  # a chunk, and what will come of it
     try:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             while True:
                 for chunk in islice(chunks, 2 * processes - len(ahead)):
-                    ahead.append((chunk[0], pool.submit(_look_at, root, chunk)))
+                    ahead.append((chunk, pool.submit(_look_at, chunk)))
                 if not ahead:
                     return
                 yield from ahead[0][1].result()
@@ -105,18 +111,18 @@ def _look_at_all(root: Path, paths: list[str], processes: int) -> Iterator[_Look
     except BrokenProcessPool as error:
         raise Failed(
             "A process died while it read pictures.",
-            f"{root / ahead[0][0]} and the pictures after it" if ahead else root,
+            f"{ahead[0][0].root / ahead[0][0].paths[0].as_py()} and the pictures after it" if ahead else catalogue.root,
             "Was it out of memory? Try fewer processes, or take out the picture that kills it.",
         ) from error
 
 
-def _look_at(root: Path, paths: list[str]) -> list[_Look]:
-    return [_look(root, path) for path in paths]
+def _look_at(images: Images) -> list[_Look]:
+    return [_look(images, row) for row in range(len(images))]
 
 
-def _look(root: Path, path: str) -> _Look:
+def _look(images: Images, row: int) -> _Look:
     try:
-        content = content_of(inside(root, path))
+        content = content_of(images.source(row))
         decode(content)
     except Unreadable as unreadable:
         return _Look(str(unreadable))
@@ -167,9 +173,11 @@ def _empty_classes(catalogue: Catalogue, looks: list[_Look]) -> Iterator[Problem
         yield Problem("train", f"no image of {len(empty):,} classes can be read: {listing(map(str, empty.tolist()))}")
 
 
-def _not_listed(catalogue: Catalogue, rows: list[_Row]) -> Iterator[Problem]:
+def not_listed(catalogue: Catalogue) -> Iterator[Problem]:
     """Pictures beside the listed ones, counted for each folder of the top; a refused row counts as listed."""
-    paths = {row.path for row in rows}
+    if catalogue.prepared:
+        return
+    paths = {path for images in (catalogue.train, catalogue.val, catalogue.test) for path in images.paths.to_pylist()}
     refused = {problem.path.rpartition("/")[2] for problem in catalogue.problems}
     for top in sorted({path.partition("/")[0] for path in paths if "/" in path}):
         found = [path for path in _pictures(catalogue.root, top) if path not in paths]

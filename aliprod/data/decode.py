@@ -130,6 +130,12 @@ def animated(content: bytes) -> bool:
         return False
 
 
+def plain_jpeg(content: bytes) -> bool:
+    """Whether a readable picture is a JPEG of upright RGB, so that its pixels are what `decode` shows."""
+    image = opened(content)
+    return isinstance(image, JpegImageFile) and image.mode == "RGB" and _orientation(image) not in _UPRIGHT
+
+
 def content_of(source: Path | bytes) -> bytes:
     """The bytes of a file that may be a picture.
 

@@ -201,7 +201,7 @@ class _Squares(Dataset[Tensor]):
 
 def _readable(images: Images, row: int) -> Image.Image | None:
     try:
-        return decode(images.path(row))
+        return decode(images.source(row))
     except Unreadable as reason:
         _warn(images, row, reason)
         return None
@@ -210,7 +210,7 @@ def _readable(images: Images, row: int) -> Image.Image | None:
 def _visible(images: Images, row: int) -> Image.Image:
     """What can be seen of a picture that may not be left out."""
     try:
-        picture, reason = decode_anyway(images.path(row))
+        picture, reason = decode_anyway(images.source(row))
     except Unreadable as leads_out:
         picture, reason = _grey(LEAST_SIDE), str(leads_out)
     if reason:

@@ -1,4 +1,4 @@
-"""AliProducts, ImageFolder and CSV become a catalogue.
+"""AliProducts, ImageFolder, CSV and prepared shards become a catalogue.
 
 Rows are refused one by one, with a reason; a file that is wrong as a whole ends the reading. No picture is opened
 and no file looked for: at 2.5 million rows that is the decoder's business, and check's.
@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aliprod.data import annotations, tree
+from aliprod import commit
+from aliprod.data import annotations, shards, tree
 from aliprod.data.catalogue import Catalogue, Images, Integers, Problem
 from aliprod.data.identity import class_fault, class_number, name_fault, path_fault, printable
 from aliprod.errors import Refused, listing
@@ -24,7 +25,7 @@ from aliprod.errors import Refused, listing
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _LAYOUTS = (
     "A catalogue has train.json and train/00000/ (AliProducts), or train/NAME/ (ImageFolder), "
-    "or train.csv with the columns path and class."
+    "or train.csv with the columns path and class; or `aliprod data prepare` wrote it."
 )
 
 
@@ -32,7 +33,7 @@ def read(path: Path) -> Catalogue:
     """The catalogue in a folder.
 
     Raises:
-        Refused: no such folder, none of the three layouts, an annotation file that cannot be read, or no
+        Refused: no such folder, none of the four layouts, an annotation file that cannot be read, or no
             training row that can be used.
     """
     if not path.is_dir():
@@ -45,6 +46,8 @@ def read(path: Path) -> Catalogue:
             return _assemble(root, "train.csv", _from_csv(root))
         if (root / "train").is_dir():
             return _assemble(root, "train", _from_folders(root))
+        if (root / commit.MANIFEST).is_file():
+            return _from_shards(root)
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror}.", error.filename or path, "Check its permissions.") from error
     raise Refused("holds no catalogue.", path, _LAYOUTS)
@@ -67,6 +70,9 @@ class _Rows:
         self.paths.append(path)
 
     def refuse(self, path: str, problem: str) -> None:
+        self.problems.append(Problem(printable(path), problem, skipped=True))
+
+    def remark(self, path: str, problem: str) -> None:
         self.problems.append(Problem(printable(path), problem))
 
 
@@ -150,11 +156,12 @@ def _from_folders(root: Path) -> Iterator[_Rows]:
 def _add_files(rows: _Rows, root: Path, class_id: int, folder: str) -> None:
     for name in sorted(entry.name for entry in os.scandir(root / folder)):
         path = f"{folder}/{name}"
-        fault = name_fault(name) or ("" if name.lower().endswith(ENDINGS) else "its name is not that of a picture")
         if name.startswith("."):
             continue
-        if fault:
+        if fault := name_fault(name):
             rows.refuse(path, fault)
+        elif not name.lower().endswith(ENDINGS):
+            rows.remark(path, "its name is not that of a picture")
         else:
             rows.add(name, class_id, path)
 
@@ -228,7 +235,44 @@ def _lines(file: Path, *columns: str) -> Iterator[tuple[int, str, str]]:
         ) from error
 
 
-# All three
+# Shards
+
+
+def _from_shards(root: Path) -> Catalogue:
+    found = shards.manifest(root)
+    record = found.record
+    rows = {split: shards.read_rows(root, split, found) for split in shards.SPLITS}
+    labels = {split: labels for split, (_, labels) in rows.items()}
+    unknown = np.full(len(labels["test"]), -1, np.int64)
+    train, val, test = (
+        Images(
+            split,
+            ids,
+            unknown if split == "test" else labels[split],
+            ids,
+            root,
+            shards.Store(root, split, found.fingerprint, shards.cache()),
+        )
+        for split, (ids, _) in rows.items()
+    )
+    return Catalogue(
+        root=root,
+        classes=np.array(record.classes, np.int64),
+        names=tuple(record.names),
+        train=train,
+        val=val,
+        test=test,
+        test_labels=labels["test"] if record.test_labels else None,
+        ancestor=None if record.ancestor is None else np.array(record.ancestor, np.int64),
+        problems=(
+            *(Problem(path, reason, skipped=True) for path, reason in record.skipped),
+            *(Problem(path, problem) for path, problem in record.problems),
+        ),
+        prepared=found.fingerprint,
+    )
+
+
+# The first three
 
 
 def _assemble(root: Path, source: str, splits: Iterable[_Rows], test_labels: _Rows | None = None) -> Catalogue:
@@ -272,11 +316,11 @@ def _images(rows: _Rows, classes: Integers, root: Path) -> Images:
     kept = np.flatnonzero(once & known)
     shared = np.bincount(codes[kept])[codes[kept]] > 1
     for row in np.flatnonzero(~once):
-        rows.refuse(rows.paths[row], "is listed more than once: it counts once")
+        rows.remark(rows.paths[row], "is listed more than once: it counts once")
     for row in np.flatnonzero(once & ~known):
         rows.refuse(rows.paths[row], f"class {class_ids[row]} has no training image: left out")
     for row in kept[shared]:
-        rows.refuse(rows.paths[row], f"its id occurs under several classes: kept as {class_ids[row]}/{rows.ids[row]}")
+        rows.remark(rows.paths[row], f"its id occurs under several classes: kept as {class_ids[row]}/{rows.ids[row]}")
     names = ids.take(pa.array(kept))
     qualified = pc.binary_join_element_wise(pa.array(class_ids[kept]).cast(pa.string()), names, "/")
     unique = pc.if_else(pa.array(shared), qualified, names)
@@ -298,5 +342,5 @@ def _matched(labelled: _Rows, test: Images, classes: Integers) -> Integers:
         if image_id in rows:
             labels[rows[image_id]] = label
         else:
-            labelled.refuse("test_labels.json", f"image {image_id} is not in test.json: left out")
+            labelled.remark("test_labels.json", f"image {image_id} is not in test.json: left out")
     return labels
