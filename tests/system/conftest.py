@@ -90,7 +90,11 @@ class Cluster:
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """`aliprod ARGUMENTS --address OURS`, in a process group of its own."""
-        command = [sys.executable, "-m", "aliprod", *map(str, arguments), "--address", self.address]
+        return self.start_alone(*arguments, "--address", self.address)
+
+    def start_alone(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """The same without an address."""
+        command = [sys.executable, "-m", "aliprod", *map(str, arguments)]
         return subprocess.Popen(
             command,
             env=self.environment,

@@ -78,7 +78,11 @@ def test_a_plan_is_run_to_its_end(whole: Run) -> None:
     assert whole.process.returncode == 0
     assert whole.outcome["trained"] == JOBS
     assert whole.outcome["reused"] == whole.outcome["failed"] == whole.outcome["not_run"] == []
-    assert list(whole.outcome["ensemble"]["members"]) == MEMBERS
+    ensemble = whole.outcome["ensemble"]
+    assert set(whole.outcome) == {"plan", "trained", "reused", "failed", "not_run", "ensemble"}
+    assert set(ensemble) == {"members", "top1_error", "split", "submission", "probabilities"}
+    assert list(ensemble["members"]) == MEMBERS
+    assert {frozenset(member) for member in ensemble["members"].values()} == {frozenset({"top1_error", "version"})}
     assert json.loads((whole.storage / "tiny" / "result.json").read_text()) == whole.outcome
 
 
