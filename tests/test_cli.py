@@ -1,8 +1,11 @@
 """The commands as a user types them: answers for programs, and a sentence, never a traceback, for wrong input."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -278,6 +281,17 @@ def test_predict_answers_for_each_picture_and_names_what_is_none(weights_folder:
         assert sum(one["probability"] for one in told["top"]) == pytest.approx(1, abs=1e-5)
         assert told["name"] == f"name {told['class_id'] - 10}"
     assert aliprod("predict", weights_folder, photos / "test").exit_code == 0, "a folder of pictures alone"
+
+
+def test_a_name_that_is_no_text_is_told_so_that_the_file_is_found_again(weights_folder: Path, photos: Path) -> None:
+    folder = weights_folder.parent / "pictures"
+    folder.mkdir()
+    shutil.copyfile(min((photos / "test").iterdir()), os.fsencode(folder) + b"/\xff.jpg")
+    command = [sys.executable, "-m", "aliprod", "predict", str(weights_folder), str(folder), "--json"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, env=strict, capture_output=True, text=True, timeout=300)  # noqa: PLW1510
+    assert done.returncode == 0, done.stderr
+    assert os.fsencode(json.loads(done.stdout)["path"]) == os.fsencode(folder) + b"/\xff.jpg"
 
 
 # Wrong input: nothing is started, nothing is written
