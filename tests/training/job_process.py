@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -41,9 +42,16 @@ def start(
 
 def train(work: job.Work, catalogue: Path, death: Death | None = None) -> int:
     """Exit code of a job of one rank."""
-    process = start(work, catalogue, death)
+    return ended(start(work, catalogue, death))
+
+
+def ended(process: BaseProcess) -> int:
+    """Exit code of a process, which is killed where it hangs."""
     process.join(120)
-    assert process.exitcode is not None, "the job hangs"
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise TimeoutError("the job hangs")
     return process.exitcode
 
 
@@ -51,8 +59,8 @@ def log_of(work: job.Work, rank: int = 0) -> str:
     return (work.folder / f"log-{rank}.txt").read_text()
 
 
-def seen_by(work: job.Work, rank: int) -> list[dict[str, str]]:
-    """What a rank saw at the end of each epoch: its metrics, and the sha256 of its weights and buffers."""
+def seen_by(work: job.Work, rank: int) -> list[dict[str, int | str]]:
+    """What a rank saw at the end of each epoch: its threads, and the sha256 of its weights and buffers."""
     return [json.loads(line) for line in (work.folder / f"rank-{rank}.jsonl").read_text().splitlines()]
 
 
@@ -75,7 +83,7 @@ def _train(work: job.Work, catalogue: Path, death: Death | None, rank: int, worl
         with (work.folder / f"rank-{rank}.jsonl").open("a") as seen:
             for progress in job.run(work, sources.read(catalogue)):
                 if progress.end is not None:
-                    line = {"metrics": progress.metrics, "weights": sha256(progress.end.last.tensors)}
+                    line = {"threads": torch.get_num_threads(), "weights": sha256(progress.end.last.tensors)}
                     seen.write(json.dumps(line) + "\n")
     except AliprodError as error:
         logging.getLogger().error("%s", error)

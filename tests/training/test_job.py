@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from job_process import Death, log_of, seen_by, start, train
+from job_process import Death, ended, log_of, seen_by, start, train
 
 from aliprod import commit
 from aliprod.data.catalogue import Catalogue
@@ -152,11 +152,9 @@ def test_what_a_finished_job_leaves_is_whole_and_says_where_it_comes_from(undist
     assert [line["epoch"] for line in told(work)] == [0, 1, 2]
 
 
-def of_two_ranks(work: Work, catalogue: Path, *deaths: Death | None) -> list[int | None]:
+def of_two_ranks(work: Work, catalogue: Path, *deaths: Death | None) -> list[int]:
     ranks = [start(work, catalogue, death, rank, 2) for rank, death in enumerate(deaths or (None, None))]
-    for process in ranks:
-        process.join(120)
-    return [process.exitcode for process in ranks]
+    return [ended(process) for process in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +170,10 @@ def test_two_ranks_hold_the_same_weights_and_buffers(of_two: Work) -> None:
     first, second = seen_by(of_two, 0), seen_by(of_two, 1)
     assert len(first) == 8
     assert [seen["weights"] for seen in first] == [seen["weights"] for seen in second]
+    assert {seen["threads"] for seen in first + second} == {1}
     record = commit.read(of_two.folder / "weights")
     assert record is not None
-    assert record["environment"]["world_size"] == 2
+    assert (record["environment"]["world_size"], record["environment"]["threads"]) == (2, 1)
 
 
 def test_the_errors_of_two_ranks_are_those_of_one_rank_with_the_same_weights(packages: Catalogue, of_two: Work) -> None:
