@@ -58,8 +58,9 @@ def prepare(request: Request) -> Prepared:
     """
     check_storage(request.places.storage)
     path = catalogue_path(request.plan, request.places)
-    if request.plan.catalogue.synth is not None and not path.exists():
-        _render(request.plan.catalogue.synth, path)
+    source = request.plan.catalogue
+    if source.path is None and source.synth is not None and not path.exists():
+        _render(source.synth, path)
     catalogue = sources.read(path)
     jobs = graph.jobs(request.plan, catalogue.fingerprint)
     unfinished = {name for name, job in jobs.items() if ledger.finished(request.places.storage, job) is None}

@@ -27,5 +27,5 @@ def open_jobs(request: Request) -> tuple[dict[str, Job], str]:
     path = catalogue_path(request.plan, request.places)
     if path.exists():
         return graph.jobs(request.plan, sources.read(path).fingerprint), ""
-    cure = "the first run renders it" if request.plan.catalogue.synth else "`run` would refuse"
+    cure = "`run` would refuse" if request.plan.catalogue.path else "the first run renders it"
     return graph.jobs(request.plan, None), f"There is no catalogue at {path}, so the jobs have no keys: {cure}."

@@ -51,6 +51,6 @@ def resolve(plan: Plan, storage: Path | None, tracking_uri: str | None, address:
 def catalogue_path(plan: Plan, places: Places) -> Path:
     """The catalogue's folder: the plan's path, or where its rendered one lies in the storage path."""
     synth = plan.catalogue.synth
-    if synth is None:
+    if plan.catalogue.path is not None or synth is None:
         return Path(str(plan.catalogue.path))
     return places.storage / "catalogues" / f"synth-{synth.classes}-{synth.images}-{synth.seed}"

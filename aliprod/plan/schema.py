@@ -43,13 +43,13 @@ class CatalogueSource(Frozen):
     )
     synth: Synth | None = Field(
         default=None,
-        description="instead of a path: { classes, images, seed }, rendered in the storage folder at the first run",
+        description="where no path is given: { classes, images, seed }, rendered in the storage folder at the first run",
     )
 
     @model_validator(mode="after")
     def _one(self) -> "CatalogueSource":
-        if (self.path is None) == (self.synth is None):
-            raise ValueError("a catalogue has either a path or synth = { classes, images, seed }")
+        if self.path is None and self.synth is None:
+            raise ValueError("a catalogue has a path, or synth = { classes, images, seed }")
         return self
 
 

@@ -121,7 +121,7 @@ def test_a_small_plan_is_accepted(load_text: Any, small: str) -> None:
         ('name = "small"', 'name = "../up"', "name", "name: it becomes a folder"),
         ('resnet = "resnet50', '"a b" = "resnet50', '"a b"', 'backbones."a b": it becomes a folder'),
         ("[stages.full]", '[stages."full\\n"]', '[stages."full', "it becomes a folder"),
-        ('path = "pictures"', "", "[catalogue]", "catalogue: a catalogue has either a path or synth"),
+        ('path = "pictures"', "", "[catalogue]", "catalogue: a catalogue has a path, or synth"),
         (
             'path = "pictures"',
             "synth = { classes = 1, images = 9 }",

@@ -94,3 +94,9 @@ def test_a_rendered_catalogue_lies_in_the_storage_path_and_another_one_where_the
         paths.add(catalogue_path(rendered, resolve(rendered, tmp_path / "runs", None, None)))
     assert len(paths) == 3, "other pictures lie elsewhere"
     assert all(path.is_relative_to(tmp_path / "runs") for path in paths)
+
+
+def test_a_path_is_all_that_changes_where_a_plan_renders_its_catalogue() -> None:
+    quickstart = Path(__file__).resolve().parents[2] / "jobs" / "quickstart.toml"
+    plan = load(quickstart, ["catalogue.path=photos"])
+    assert catalogue_path(plan, resolve(plan, None, None, None)) == Path("photos").absolute()
