@@ -43,7 +43,7 @@ class CatalogueSource(Frozen):
     )
     synth: Synth | None = Field(
         default=None,
-        description="where no path is given: { classes, images, seed }, rendered in the storage folder at the first run",
+        description="without a path: { classes, images, seed }, rendered in the storage folder at the first run",
     )
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from aliprod.plan.load import load
 from aliprod.plan.places import SUBMITTED, catalogue_path, resolve
 from aliprod.plan.schema import Plan
 
