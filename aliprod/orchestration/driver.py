@@ -100,7 +100,8 @@ def _driven(prepared: Prepared) -> Iterator[Event]:
 
 def _tracked(board: Board, session: _Session, said: list[str]) -> Iterator[Event]:
     text, tracking = board.prepared.request.text, board.tracking
-    tracking.plan_started(text, hashlib.sha256(text.encode()).hexdigest(), board.table())
+    effective = board.prepared.plan.model_dump_json(exclude={"cluster"})  # what --set made of the file
+    tracking.plan_started(text, hashlib.sha256(effective.encode()).hexdigest(), board.table())
     status = "FAILED"
     try:
         for event in _stages(board, session):

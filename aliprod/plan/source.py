@@ -15,7 +15,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
-from aliprod.errors import Refused
+from aliprod.errors import Refused, did_you_mean
 
 Key = tuple[str | int, ...]  # the way to a setting: names of tables and places in lists
 
@@ -173,6 +173,8 @@ def _value(text: str, where: str) -> Any:
 def _assign(data: dict[str, Any], key: Key, value: Any, where: str) -> None:
     table = data
     for depth, part in enumerate(key[:-1], 1):
+        if depth == 2 and key[0] == "stages" and part not in table:  # a stage of no job would say nothing, unnoticed
+            raise Refused(f"there is no stage {shown(part)}.", where, did_you_mean(str(part), map(str, table)))
         inner = table.setdefault(str(part), {})
         if part == "objective" and isinstance(inner, str):  # "dcl" is short for { name = "dcl" }
             inner = table["objective"] = {"name": inner}

@@ -387,3 +387,10 @@ def test_a_damaged_file_gives_a_plan_or_is_refused(tmp_path: Path, position: int
     (tmp_path / "plan.toml").write_bytes(content[:position] + piece + content[position + len(piece) :])
     result = outcome(tmp_path / "plan.toml")
     assert isinstance(result, Plan) or "plan.toml" in str(result)
+
+
+def test_a_flag_for_a_stage_that_is_not_there_is_refused() -> None:
+    with pytest.raises(Refused) as refused:
+        load(ROOT / "jobs" / "quickstart.toml", ["stages.ful.epochs=2"])
+    assert "no stage" in str(refused.value)
+    assert "Did you mean full?" in str(refused.value)
