@@ -75,10 +75,15 @@ def digest(folder: Path) -> str:
 
 def file_digest(folder: Path, name: str) -> str:
     """sha256 of one file of a committed folder, as its manifest says."""
+    return digests(folder)[name]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of all files of a committed folder by name, as its manifest says."""
     manifest = _manifest(folder)
     if manifest is None:
         raise FileNotFoundError(folder / MANIFEST)
-    return str(manifest["files"][name]["sha256"])
+    return {name: str(file["sha256"]) for name, file in manifest["files"].items()}
 
 
 def write_file(path: Path, content: str | bytes) -> None:

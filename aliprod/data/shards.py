@@ -112,19 +112,23 @@ def manifest(root: Path) -> Manifest:
         Refused: there is none, or a file of another size than it says.
     """
     file = root / commit.MANIFEST
-    if commit.read(root) is None:
+    try:
+        digests = commit.digests(root)  # first: one parsed manifest at a time is in memory
+        says = commit.read(root)
+    except FileNotFoundError:
+        says = None
+    if says is None:
         raise Refused("is damaged, or a file that it lists is not there or of another size.", file, _AGAIN)
     try:
-        record = Record.model_validate(commit.read(root))
-        names = [*record.file_names(), *map(rows_name, SPLITS)]
-        return Manifest(record, {name: commit.file_digest(root, name) for name in names})
+        record = Record.model_validate(says)
+        return Manifest(record, {name: digests[name] for name in (*record.file_names(), *map(rows_name, SPLITS))})
     except (ValidationError, KeyError) as error:
         raise Refused("is not the manifest of a prepared catalogue of this version.", file, _AGAIN) from error
 
 
 def write_rows(folder: Path, split: str, ids: pa.StringArray, labels: NDArray[np.int64]) -> None:
     """Write the ids and labels of a split: uncompressed, so that 2.5 M rows are read as they lie."""
-    rows = pa.record_batch({"image_id": ids, "label": pa.array(labels.astype(np.int32))})
+    rows = pa.record_batch({"label": pa.array(labels.astype(np.int32)), "image_id": ids})
     with pa.OSFile(str(folder / rows_name(split)), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
         writer.write_batch(rows)
 
@@ -136,17 +140,15 @@ def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, 
         Failed: the file is not the one that was written.
     """
     path = root / rows_name(split)
-    content = _whole(path, found.digests[path.name])
-    try:
-        rows = pa.ipc.open_file(pa.BufferReader(content)).get_batch(0)
-        ids, labels = rows.column("image_id"), rows.column("label").to_numpy().astype(np.int64)
+    with _reading(path):
+        if commit.sha256(path) != found.digests[path.name]:
+            raise _damaged(path)
+        labels = _numbers(_column(path, 0))
+        ids = _column(path, 1)
         ids.validate(full=True)
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise _damaged(path) from error
     count = sum(shard[0] for shard in found.record.shards[split])
     least, most = (-1 if split == "test" else 0), len(found.record.classes) - 1
-    within = not count or (least <= labels.min() and labels.max() <= most)
-    if not isinstance(ids, pa.StringArray) or len(ids) != count or not within:
+    if not len(labels) == len(ids) == count or (count and not least <= labels.min() <= labels.max() <= most):
         raise _damaged(path)
     return ids, labels
 
@@ -256,26 +258,37 @@ def remove_partials(folder: Path) -> None:
 
 
 def _jpegs(path: Path, digest: str, rows: int) -> list[bytes]:
-    try:
-        jpegs: list[bytes] = (
-            pq.read_table(io.BytesIO(_whole(path, digest)), columns=["jpeg"]).column("jpeg").to_pylist()
-        )
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise _damaged(path) from error
+    """The pictures of a shard, read once and held against its checksum: page checksums alone leave out the footer."""
+    with _reading(path):
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise _damaged(path)
+        jpegs: list[bytes] = pq.read_table(io.BytesIO(content), columns=["jpeg"]).column("jpeg").to_pylist()
     if len(jpegs) != rows or not all(isinstance(jpeg, bytes) for jpeg in jpegs):
         raise _damaged(path)
     return jpegs
 
 
-def _whole(path: Path, digest: str) -> bytes:
-    """A file, read once and held against its checksum: page checksums alone do not cover headers and footers."""
+def _numbers(column: pa.Int32Array) -> NDArray[np.int64]:
+    """Not by ``to_numpy``, which imports pandas: 34 MB in every process."""
+    if not len(column):
+        return np.empty(0, np.int64)
+    return np.frombuffer(column.buffers()[1], np.int32)[: len(column)].astype(np.int64)
+
+
+def _column(path: Path, number: int) -> pa.Array:
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[number])).get_batch(0).column(0)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        content = path.read_bytes()
+        yield
     except OSError as error:
-        raise Failed(f"cannot be read: {error.strerror}.", path, _AGAIN) from error
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise _damaged(path)
-    return content
+        raise Failed(f"cannot be read: {error.strerror or error}.", path, _AGAIN) from error
+    except (pa.ArrowException, KeyError, IndexError, ValueError) as error:
+        raise _damaged(path) from error
 
 
 def _damaged(path: Path) -> Failed:
