@@ -46,11 +46,9 @@ class _Session:
         self.lease = cluster.hold(self.prepared.plan.name, self.prepared.places.storage)
         cluster.probe(self.prepared.places.storage)
 
-    def check(self, handles: list[Any]) -> None:
-        """Where the run was told to stop, end what it has running, and the run."""
+    def check(self) -> None:
+        """End the run where it was told to stop; what it has running ends with its session of Ray."""
         if self.stop.is_set():
-            for handle in handles:
-                ray.cancel(handle, force=True)
             raise KeyboardInterrupt
 
     def _told_to_stop(self, *_: object) -> None:
@@ -185,26 +183,25 @@ def _gather(board: Board, choices: Mapping[str, Choice], which: Splits, key: str
         raise Failed(f"the probabilities of {', '.join(failed)} are missing: no ensemble was written.")
     yield Said(f"Adding up {len(choices)} members.")
     total = [gather.start_sum(wanted, which, prepared.folder, key)]
-    while not (ended := _wait([], total)):
-        session.check(total)
+    while not (ended := _wait(total)):
+        session.check()
     [(_, failure)] = ended
     if failure:
         raise Failed(failure)
 
 
 def _execute(board: Board, tasks: list[Task], session: _Session) -> Iterator[Event]:
-    settings, running = board.prepared.plan.cluster, list[Any]()
+    settings = board.prepared.plan.cluster
     capacity = partial(cluster.limit, settings)
-    for change in execute(tasks, capacity, partial(_wait, running), session.stop.is_set, settings.max_parallel_jobs):
+    for change in execute(tasks, capacity, _wait, session.stop.is_set, settings.max_parallel_jobs):
         yield from board.reports()
         if change is not None:
             yield from board.tell(change)
-        session.check(running)
+        session.check()
 
 
-def _wait(running: list[Any], handles: list[Any]) -> list[tuple[Any, str]]:
+def _wait(handles: list[Any]) -> list[tuple[Any, str]]:
     """Wait a moment for any of the handles; each that ended, with why it failed or ''."""
-    running[:] = handles
     if not handles:
         time.sleep(_TICK_SECONDS)
         return []

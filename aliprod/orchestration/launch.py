@@ -1,4 +1,4 @@
-"""A job becomes a TorchTrainer, inside a named task without CPUs of its own."""
+"""A job becomes a TorchTrainer, inside a named actor without CPUs of its own."""
 
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,18 @@ def share(cluster: Cluster, gpu: bool) -> Share:
 def launch(work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> Any:
     """Start a job; the reference resolves to why it failed, or to an empty text.
 
-    The task runs on this node: the trainer's controller follows its caller, and on another node would die with
-    that node even where its ranks are elsewhere.
+    The dashboard lists the job's actor under the job's name; as a task it would be lost among the thousands by which
+    Ray Train polls its workers. It runs on this node: the trainer's controller follows its caller, and on another
+    node would die with that node even where its ranks are elsewhere.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options: dict[str, Any] = {"name": work.name, "scheduling_strategy": here}
-    return _fit.options(**options, runtime_env={"env_vars": environment(cluster)}).remote(
-        work, catalogue, cluster, gpu, ray_storage
+    context = ray.get_runtime_context()
+    actor: Any = ray.remote(num_cpus=0, max_restarts=0)(Job).options(
+        name=work.name,
+        namespace=context.get_job_id(),  # another driver may have a job of this name
+        scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False),
+        runtime_env={"env_vars": environment(cluster)},
     )
+    return actor.remote().fit.options(name=work.name).remote(work, catalogue, cluster, gpu, ray_storage)
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
@@ -43,28 +47,31 @@ def environment(cluster: Cluster) -> dict[str, str]:
     }
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _fit(work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
-    per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if gpu else {})
-    trainer = TorchTrainer(
-        train_rank,  # type: ignore[arg-type]  # Ray 2.60 passes on what it returns, its types do not say so
-        train_loop_config={"rank": Rank(work, catalogue)},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=gpu, resources_per_worker=per_worker),
-        run_config=RunConfig(
-            name=f"{work.name.replace('/', '.')}-{work.key[:12]}",  # Ray resumes a name: the key keeps it unique
-            storage_path=str(ray_storage),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-        ),
-    )
-    for _ in range(cluster.max_failures + 1):
-        try:
-            return str(trainer.fit().return_value or "")  # type: ignore[attr-defined]
-        except TrainingFailedError as error:
-            return _cause(error)
-        except ray.exceptions.RayError as error:  # its controller died: the same name goes on
-            lost = f"{type(error).__name__}: {error}"
-    return lost
+class Job:
+    """What a job is in the Ray dashboard."""
+
+    def fit(self, work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
+        """Train; why it failed, or an empty text."""
+        per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if gpu else {})
+        trainer = TorchTrainer(
+            train_rank,  # type: ignore[arg-type]  # Ray 2.60 passes on what it returns, its types do not say so
+            train_loop_config={"rank": Rank(work, catalogue)},
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=gpu, resources_per_worker=per_worker),
+            run_config=RunConfig(
+                name=f"{work.name.replace('/', '.')}-{work.key[:12]}",  # Ray resumes a name: the key keeps it unique
+                storage_path=str(ray_storage),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+            ),
+        )
+        for _ in range(cluster.max_failures + 1):
+            try:
+                return str(trainer.fit().return_value or "")  # type: ignore[attr-defined]
+            except TrainingFailedError as error:
+                return _cause(error)
+            except ray.exceptions.RayError as error:  # its controller died: the same name goes on
+                lost = f"{type(error).__name__}: {error}"
+        return lost
 
 
 def _cause(error: TrainingFailedError) -> str:
