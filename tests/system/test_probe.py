@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,23 +20,29 @@ def stranger(cluster: Any, tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs the right to make a mount namespace (unshare --mount, as root)")
     storage = tmp_path / "storage"
     storage.mkdir()
-    options = "--num-cpus=1 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0"
-    ray = f"{sys.executable} -m ray.scripts.scripts start --block --address={cluster.address} --node-ip-address=127.0.0.1"
-    node = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs tmpfs {storage} && exec {ray} {options}"],
-        env=cluster.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = f"--num-cpus=1 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port={port}"
+    ray = (
+        f"{sys.executable} -m ray.scripts.scripts start --block --address={cluster.address} --node-ip-address=127.0.0.1"
     )
+    log = tmp_path / "node.log"
+    with log.open("wb") as output:
+        node = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs tmpfs {storage} && exec {ray} {options}"],
+            env=cluster.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
 
     def alive() -> int:
         nodes = cluster.ask("/api/v0/nodes")["data"]["result"]["result"]
         return sum(node["state"] == "ALIVE" for node in nodes)
 
     cluster.until(lambda: node.poll() is not None or alive() == 2, seconds=180)
-    assert node.poll() is None, "the second node did not start"
+    assert node.poll() is None, log.read_text()
     yield storage
     os.killpg(node.pid, signal.SIGKILL)
     node.wait()
