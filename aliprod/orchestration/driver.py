@@ -227,6 +227,7 @@ def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
         start=prepared.job_folder(job.parents[0]) / WEIGHTS if job.parents else None,
         pretrained=None if job.parents else prepared.pretrained.get(job.network),
         save_every_steps=settings.save_every_steps,
+        save_seconds=settings.save_seconds,
         threads=settings.cpus_per_worker,
         loader_processes=settings.loader_processes,
     )

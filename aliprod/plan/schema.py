@@ -87,6 +87,9 @@ class Cluster(Frozen):
     save_every_steps: int | None = Field(
         default=None, ge=1, description="steps between resume checkpoints; without it one an epoch"
     )
+    save_seconds: float = Field(
+        default=0.0, ge=0, description="an epoch that ends sooner than this after the last checkpoint goes without one"
+    )
     max_parallel_jobs: int | None = Field(
         default=None, ge=1, description="jobs side by side; without it as many as the cluster has room for"
     )

@@ -77,6 +77,11 @@ def prune(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def last_time(folder: Path, began: float) -> float:
+    """When the newest checkpoint was written, in seconds since the epoch; ``began`` where there is none."""
+    return max((path.stat().st_mtime for path in _committed(folder)), default=began)
+
+
 def place_of(folder: Path, state: State) -> Path:
     """Where the checkpoint of a state lies: names sort by step."""
     return folder / f"step-{state.step:010d}"

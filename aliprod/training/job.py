@@ -40,6 +40,7 @@ class Work:
         network: timm's name.
         folder: the job's, in the storage path.
         start, pretrained: weights folder of the parent; safetensors file of the backbone.
+        save_seconds: an epoch's end sooner than this after the last checkpoint goes without one.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Work:
     start: Path | None = None
     pretrained: Path | None = None
     save_every_steps: int | None = None
+    save_seconds: float = 0.0
     threads: int = 1
     loader_processes: int = 0
 
@@ -102,6 +104,8 @@ def _keep(work: Work, catalogue: Catalogue, progress: Progress, told: set[int], 
         _append(work.folder / METRICS, _line(progress, end.last.epoch))
     if end is not None and state.epoch == work.stage.epochs:
         _finish(work, catalogue, progress, end, began)
+        return
+    if end is not None and time.time() - checkpoint.last_time(work.folder / RESUME, began) < work.save_seconds:
         return
     commit.write(checkpoint.place_of(work.folder / RESUME, state), progress.capture, {"key": work.key})
     checkpoint.prune(work.folder / RESUME)

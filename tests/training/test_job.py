@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Feed
 from aliprod.models import weights
 from aliprod.recipe import Stage
-from aliprod.training.job import Work
+from aliprod.training.job import Work, run
 from aliprod.training.validate import top1_errors
 
 NETWORK = "test_resnet.r160_in1k"
@@ -128,6 +129,18 @@ def test_a_finished_job_is_not_trained_again(packages: Catalogue, undisturbed: d
     before = changes(work)
     assert train(work, packages.root, Death("open", ".jpg")) == 0  # it would die at the first picture
     assert changes(work) == before
+
+
+def test_epochs_that_end_soon_after_a_checkpoint_go_without_one(packages: Catalogue, tmp_path: Path) -> None:
+    stage = stage_with(averaged=False)
+    for often, expected in ((0.0, [[4], [4, 8], []]), (3600.0, [[], [], []])):  # the last epoch ends with weights
+        work = replace(work_in(tmp_path / str(often), stage), save_every_steps=None, save_seconds=often)
+        seen = [
+            sorted(int(path.name.removeprefix("step-")) for path in (work.folder / "resume").glob("step-*"))
+            for _ in run(work, packages)
+        ]
+        assert seen == expected
+    assert result(replace(work, folder=tmp_path / "0.0" / "job")) == result(work)
 
 
 def changes(work: Work) -> dict[Path, int]:
