@@ -353,6 +353,16 @@ def test_a_run_without_a_catalogue_is_refused(shop: Shop, command: str) -> None:
     assert shop.files() == {}
 
 
+def test_a_catalogue_with_nothing_to_predict_is_refused(shop: Shop, photos: Path) -> None:
+    (shop.folder / "photos").unlink()
+    shutil.copytree(photos, shop.folder / "photos")
+    for name in ("val.json", "test.json", "test_labels.json"):
+        (shop.folder / "photos" / name).unlink(missing_ok=True)
+    said = refusal(2, "run", shop.plan)
+    assert "neither val nor test images" in said
+    assert str(shop.folder / "photos") in said
+
+
 ANNOTATIONS = {
     "cut_off": "line 3",
     "empty": "is empty",

@@ -120,6 +120,8 @@ def _tracked(board: Board, session: _Session, said: list[str]) -> Iterator[Event
 
 def _stages(board: Board, session: _Session) -> Iterator[Event]:
     """Reuse, train, choose, predict, add up; the outcome ends up in result.json."""
+    if not len(board.prepared.catalogue.val):
+        yield Said("There are no val images: the last checkpoint of each job is its member.")
     yield from board.reuse()
     if board.prepared.todo:
         yield from _train(board, session)

@@ -62,6 +62,8 @@ def prepare(request: Request) -> Prepared:
     if source.path is None and source.synth is not None and not path.exists():
         _render(source.synth, path)
     catalogue = sources.read(path)
+    if not len(catalogue.val) and not len(catalogue.test):
+        raise Refused("has neither val nor test images: there is nothing to predict.", path, "Hold some images back.")
     jobs = graph.jobs(request.plan, catalogue.fingerprint)
     unfinished = {name for name, job in jobs.items() if ledger.finished(request.places.storage, job) is None}
     todo = tuple(name for name in graph.order_by_remaining_work(jobs) if name in unfinished)
