@@ -115,6 +115,7 @@ def _tracked(board: Board, session: _Session, said: list[str]) -> Iterator[Event
         tracking.plan_finished(status)
         unsent = tracking.flush(_HURRIED_SECONDS if status == "KILLED" else _FLUSH_SECONDS)
     yield from _drained([*said, *unsent])
+    yield Said(f"MLflow: {tracking.page}")
     yield Ended(json.loads((board.prepared.folder / "result.json").read_text(encoding="utf-8")))
 
 

@@ -22,7 +22,7 @@ class Tracking:
     """
 
     def __init__(self, server: Server, say: Callable[[str], None]) -> None:
-        self._view = View(server)
+        self._server, self._view = server, View(server)
         self._outbox = Outbox(server.probe, say)
         self._running: set[str] = set()
         self._done: set[str] = set()
@@ -43,6 +43,11 @@ class Tracking:
             Unreachable: nothing answers within about 10 s, it refuses us, keeps no artifacts, or needs an upgrade.
         """
         return cls(connect(uri, experiment, artifacts), say or partial(print, file=sys.stderr, flush=True))
+
+    @property
+    def page(self) -> str:
+        """Where a person sees the runs, and how to open it where no server runs."""
+        return self._server.page(f"experiments/{self._server.experiment_id}/runs")
 
     @property
     def registry(self) -> Registry:
