@@ -8,7 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def _look_at_all(catalogue: Catalogue, processes: int) -> Iterator[_Look]:
             yield from _look_at(chunk)
         return
     ahead: deque[tuple[Images, Future[list[_Look]]]] = deque()  # a chunk, and what will come of it
+    others = set(active_children())
     try:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             while True:
@@ -106,7 +107,12 @@ def _look_at_all(catalogue: Catalogue, processes: int) -> Iterator[_Look]:
                     ahead.append((chunk, pool.submit(_look_at, chunk)))
                 if not ahead:
                     return
-                yield from ahead[0][1].result()
+                try:
+                    yield from ahead[0][1].result()
+                except BrokenProcessPool:
+                    for process in set(active_children()) - others:
+                        process.kill()  # one that was just being started is else waited for, for ever
+                    raise
                 ahead.popleft()
     except BrokenProcessPool as error:
         raise Failed(
