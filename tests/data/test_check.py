@@ -164,4 +164,4 @@ def test_a_process_that_dies_ends_the_check_in_one_sentence(shared: Path) -> Non
         os.kill(children[0].pid or 0, 9)
         with pytest.raises(Failed, match="fewer processes") as failed:
             checked.result(timeout=60)
-    assert failed.value.where.startswith(str(shared / "data/tiny/train"))
+    assert failed.value.where.startswith(str((shared / "data/tiny/train").resolve()))
