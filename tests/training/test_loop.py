@@ -1,6 +1,7 @@
 """loop: training learns, begins where it is told to, and stops before a bad step."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_a_child_begins_with_its_parents_backbone_and_head(packages: Catalogue, 
 
 def test_a_parent_of_another_catalogue_is_refused(packages: Catalogue, stage: Stage, tmp_path: Path) -> None:
     start = parent(stage, packages, tmp_path)
-    other = Catalogue(**{**vars(packages), "classes": packages.classes + 1})
+    other = replace(packages, classes=packages.classes + 1)
     with pytest.raises(Refused, match="another class list"):
         next(train(stage, NETWORK, other, start=start))
 
@@ -187,7 +188,7 @@ def test_the_best_epochs_weights_are_kept_to_the_end(packages: Catalogue, stage:
 
 
 def test_without_validation_images_the_last_epoch_is_the_best(packages: Catalogue, stage: Stage) -> None:
-    bare = Catalogue(**{**vars(packages), "val": packages.val.take(np.arange(0))})
+    bare = replace(packages, val=packages.val.take(np.arange(0)))
     ends = [progress.end for progress in train(stage, NETWORK, bare)]
     assert [end.best.epoch for end in ends if end is not None] == [0, 1, 2]
     assert ends[-1] is not None
