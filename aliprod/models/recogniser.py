@@ -1,11 +1,16 @@
 """A recogniser: a timm backbone and a linear classifier without bias on its pooled features."""
 
+import copy
 import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from aliprod.errors import Refused, did_you_mean
 
@@ -23,8 +28,10 @@ class Recogniser(nn.Module):
         drop_path_rate: stochastic depth of the backbone.
         zero_init_last: zero the last norm scale of each residual bottleneck (where timm has not done so), without
             which deep squeeze-and-excitation networks do not learn from scratch.
+        branches: copies of the last block side by side (BBN); the classifier sees their features in a row.
+        unit_weights: the classifier's rows count as scaled to unit length (A-softmax).
     Raises:
-        Refused: timm has no such network, or it has no stochastic depth.
+        Refused: timm has no such network, it has no stochastic depth, or no block that may be branched.
     """
 
     def __init__(
@@ -34,6 +41,8 @@ class Recogniser(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
+        branches: int = 1,
+        unit_weights: bool = False,
     ) -> None:
         super().__init__()
         check_network(network, network)
@@ -42,22 +51,52 @@ class Recogniser(nn.Module):
         if zero_init_last:
             _zero_last_norms(self.backbone)
         self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.unit_weights = unit_weights
+        self.branches = nn.ModuleList()
+        if branches > 1:
+            last = _cut_last(network, self.backbone)
+            self.branches.extend(copy.deepcopy(last) for _ in range(branches))
         self.dropout = nn.Dropout(drop_rate)
-        self.classifier = nn.Linear(self.num_features, num_classes, bias=False)
-        nn.init.normal_(self.classifier.weight, std=0.01)
+        self.classifier = nn.Linear(self.num_features * branches, num_classes, bias=False)
+        self.reset_classifier()
 
     @property
     def num_classes(self) -> int:
         return self.classifier.out_features
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised -> (B, C, H/32, W/32)."""
-        features: Tensor = self.backbone(images)
+    def reset_classifier(self) -> None:
+        """Draw the classifier anew from torch's global generator."""
+        nn.init.normal_(self.classifier.weight, std=0.01)
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """All but the classifier's."""
+        return chain(self.backbone.parameters(), self.branches.parameters())
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised -> what `branch` takes; the features where there is one branch."""
+        maps: Tensor = self.backbone(images)
+        return maps
+
+    def branch(self, trunk: Tensor, number: int) -> Tensor:
+        """The features (B, C, S, S) of one branch."""
+        features: Tensor = self.branches[number](trunk) if self.branches else trunk
         return features
 
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised -> (B, branches C, H/32, W/32)."""
+        maps = self.trunk(images)
+        return torch.cat([branch(maps) for branch in self.branches], dim=1) if self.branches else maps
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, C), with dropout."""
+        pooled: Tensor = self.dropout(features.mean(dim=(2, 3)))
+        return pooled
+
     def classify(self, features: Tensor) -> Tensor:
-        """(B, C, S, S) -> (B, K) logits."""
-        logits: Tensor = self.classifier(self.dropout(features.mean(dim=(2, 3))))
+        """(B, branches C, S, S) -> (B, K) logits."""
+        if self.unit_weights:
+            return functional.linear(self.pool(features), functional.normalize(self.classifier.weight, dim=1))
+        logits: Tensor = self.classifier(self.pool(features))
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
@@ -97,6 +136,47 @@ def _backbone(network: str, drop_path_rate: float) -> nn.Module:
             if not options:
                 raise
             raise Refused(f"{network} has no stochastic depth: leave drop_path_rate out.", network) from error
+
+
+_LAST = {  # of a family of timm's, the modules after which only pooling follows: what BBN gives each branch its own of
+    "ResNet": ("layer4.{last}",),
+    "SENet": ("layer4.{last}",),
+    "EfficientNet": ("blocks.{last}", "conv_head", "bn2"),
+}
+
+
+def _cut_last(network: str, backbone: nn.Module) -> nn.Module:
+    """Take the last block out of a backbone; its parts are named after where they stood."""
+    names = _last_names(network, backbone)
+    last = nn.Sequential(OrderedDict((name.replace(".", "-"), backbone.get_submodule(name)) for name in names))
+    for name in names:
+        backbone.set_submodule(name, nn.Identity())
+    return last
+
+
+def _last_names(network: str, backbone: nn.Module) -> list[str]:
+    pattern = _LAST.get(type(backbone).__name__)
+    if pattern is None:
+        advice = f"Families that can: {', '.join(_LAST)}."
+        raise Refused(f"{network} ({type(backbone).__name__}) has no last block that can be branched.", advice=advice)
+    blocks = backbone.get_submodule(pattern[0].partition(".")[0])
+    return [name.format(last=len(blocks) - 1) for name in pattern]  # type: ignore[arg-type]
+
+
+def branched(tensors: Mapping[str, Tensor], model: Recogniser) -> dict[str, Tensor]:
+    """The tensors of a plain recogniser for one with branches: each branch begins as the block that it is a copy of,
+    and the classifier's shares make the same logits as before.
+    """
+    wide = dict(tensors)
+    for name in model.state_dict():
+        if name.startswith("branches."):
+            module, rest = name.split(".", 3)[2:]
+            plain = f"backbone.{module.replace('-', '.')}.{rest}"
+            wide |= {name: tensors[plain]} if plain in tensors else {}
+    if (weight := tensors.get("classifier.weight")) is not None:
+        branches = len(model.branches)
+        wide["classifier.weight"] = torch.cat([weight / branches] * branches, dim=1)
+    return wide
 
 
 def _zero_last_norms(backbone: nn.Module) -> None:

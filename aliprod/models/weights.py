@@ -13,10 +13,11 @@ import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from aliprod import commit
 from aliprod.errors import Refused, did_you_mean
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.recogniser import Recogniser, branched
 
 MODEL, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.json"
 
@@ -30,6 +31,7 @@ class Config:
         mean, std: of pixels in 0 to 1.
         resize, crop: pixels; images are squared to ``resize``, views of ``crop`` are cut from that.
         job, key, epoch, top1_error, kind: where the weights come from; kind as in training/candidates.py.
+        branches, unit_weights: of the recogniser.
     """
 
     network: str
@@ -43,6 +45,8 @@ class Config:
     epoch: int = -1
     top1_error: float | None = None
     kind: str = "raw"
+    branches: int = 1
+    unit_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def load(folder: Path) -> tuple[Recogniser, Config, Classes]:
         Refused: it is no weights folder, or one that is damaged.
     """
     config, classes = describe(folder)
-    model = Recogniser(config.network, len(classes.ids))
+    model = Recogniser(config.network, len(classes.ids), branches=config.branches, unit_weights=config.unit_weights)
     load_into(model, folder)
     return model.eval(), config, classes
 
@@ -97,11 +101,17 @@ def load_parent(model: Recogniser, folder: Path, class_ids: Sequence[int]) -> No
     Raises:
         Refused: the folder is damaged, or of another network or class list.
     """
-    if describe(folder)[1].ids != tuple(class_ids):
+    config, classes = describe(folder)
+    if classes.ids != tuple(class_ids):
         raise Refused(
             "was trained on another class list than this catalogue's.", folder, "Train its parent on this catalogue."
         )
-    load_into(model, folder)
+    tensors = read(folder)
+    if config.unit_weights and not model.unit_weights:
+        tensors["classifier.weight"] = functional.normalize(tensors["classifier.weight"], dim=1)
+    if config.branches == 1 < len(model.branches):
+        tensors = branched(tensors, model)
+    _load(model, tensors, folder / MODEL)
 
 
 def load_into(model: Recogniser, folder: Path) -> None:
@@ -110,13 +120,25 @@ def load_into(model: Recogniser, folder: Path) -> None:
     Raises:
         Refused: the folder is damaged, or of another network or number of classes.
     """
+    _load(model, read(folder), folder / MODEL)
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a weights folder.
+
+    Raises:
+        Refused: the folder is damaged.
+    """
     if (folder / commit.MANIFEST).exists() and (damaged := commit.verify(folder)):
         raise Refused("does not hold the bytes that its manifest says.", folder / damaged[0], "Restore or delete it.")
     try:
-        tensors = load_file(folder / MODEL)
+        return load_file(folder / MODEL)
     except (OSError, SafetensorError) as error:
         raise Refused(f"cannot be loaded: {error}", folder / MODEL) from error
-    _check_shapes(model.network, model.state_dict(), tensors, folder / MODEL)
+
+
+def _load(model: Recogniser, tensors: Mapping[str, Tensor], file: Path) -> None:
+    _check_shapes(model.network, model.state_dict(), tensors, file)
     model.load_state_dict({name: tensors[name] for name in model.state_dict()})
 
 
@@ -168,11 +190,14 @@ def load_pretrained(model: Recogniser, file: Path) -> None:
             file,
             'Set pretrained = "PATH" to a safetensors file of this network, or to a folder of NETWORK.safetensors.',
         ) from error
-    own = model.backbone.state_dict()
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("classifier.")}
     counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
+    tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    if model.branches:
+        tensors = branched(tensors, model)
     tensors = counters | tensors  # weights from before PyTorch 0.4.1 have no counters
     _check_shapes(model.network, own, tensors, file)
-    model.backbone.load_state_dict({name: tensors[name] for name in own})
+    model.load_state_dict({name: tensors[name] for name in own}, strict=False)
 
 
 def _check_shapes(network: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:

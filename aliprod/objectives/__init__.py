@@ -5,6 +5,9 @@ The file's name is the objective's name in a plan; ``"my_package.margin"`` is a 
 global generator); its call ``objective(model, batch)`` returns named scalar parts, weighted, so that their
 sum is the loss. Options are keyword-only with literal defaults. Every loss is computed in float32 (float64
 stays float64), whatever the autocast dtype. At inference nothing of an objective remains.
+
+What it needs beyond images and labels stands in its attribute ``needs``, with literal values: a plan is checked
+without importing torch. An option may change it (LIO's groups); the instance's own then counts.
 """
 
 import importlib
@@ -42,11 +45,39 @@ class Context:
     ancestor: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What the loader, the network and the scoring of an epoch must give an objective.
+
+    Args:
+        group: images of one class that stand together in a batch.
+        second: a second batch beside the first, from the reversed sampler (the rare classes often): ``Batch.second``.
+        teacher: the teachers' probabilities of each image: ``Batch.teacher``. The plan names the teachers.
+        tree: the product tree, which then is part of the job's key.
+        branches: copies of the backbone's last block, side by side, whose features the classifier sees in a row.
+        unit_weights: the classifier's rows are scaled to unit length, at inference too.
+        distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
+    """
+
+    group: int = 1
+    second: bool = False
+    teacher: bool = False
+    tree: bool = False
+    branches: int = 1
+    unit_weights: bool = False
+    distorts: bool = False
+
+
 class Model(Protocol):
     """Backbone and classifier, as an objective sees them."""
 
-    def features(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> (B, C, S, S)
-    def classify(self, features: Tensor) -> Tensor: ...  # (B, C, S, S) -> (B, K)
+    @property
+    def classifier(self) -> nn.Linear: ...  # weight (K, branches C), no bias
+    def features(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> (B, branches C, S, S)
+    def trunk(self, images: Tensor) -> Tensor: ...  # what `branch` takes; the features where there is one branch
+    def branch(self, trunk: Tensor, number: int) -> Tensor: ...  # -> (B, C, S, S)
+    def pool(self, features: Tensor) -> Tensor: ...  # (B, C, S, S) -> (B, C), with dropout
+    def classify(self, features: Tensor) -> Tensor: ...  # (B, branches C, S, S) -> (B, K)
     def __call__(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> (B, K)
 
 
@@ -58,6 +89,12 @@ class Batch(Protocol):
     @property
     def labels(self) -> Tensor: ...  # (B,) int64
     @property
+    def weights(self) -> Tensor | None: ...  # (B,) float32, of each image's class loss; None: 1
+    @property
+    def second(self) -> "Batch | None": ...  # as many images, where they are needed
+    @property
+    def teacher(self) -> Tensor | None: ...  # (B, K) float32 probabilities, where they are needed
+    @property
     def epoch(self) -> int: ...  # from 0
     @property
     def step(self) -> int: ...  # optimizer steps since the job began
@@ -66,14 +103,14 @@ class Batch(Protocol):
 
 
 def build(name: str, options: Mapping[str, Any], context: Context) -> nn.Module:
-    """The objective that a plan names, with ``group`` set: images of one class that must stand together.
+    """The objective that a plan names, with ``needs`` set.
 
     Args:
         name: a file of this package ("dcl") or a user's importable module ("my_package.margin").
     Raises:
         Refused: no such objective, no such option, or an option that does not fit the context.
     """
-    objective = _objective(name)
+    objective = find(name)
     parameters = signature(objective.__init__).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY]
     for option in options:
@@ -82,8 +119,8 @@ def build(name: str, options: Mapping[str, Any], context: Context) -> nn.Module:
             raise Refused(f"objective {name} has no option {option}.", advice=advice.strip())
     bare = objective.__init__ is nn.Module.__init__  # a user's own that has nothing to set up
     built: Any = objective() if bare else objective(context, **options)
-    if not hasattr(built, "group"):
-        built.group = 1
+    if not hasattr(built, "needs"):
+        built.needs = Needs()
     module: nn.Module = built
     return module
 
@@ -93,6 +130,11 @@ def reduced(values: Tensor, reduction: Reduction) -> Tensor:
     if reduction not in ("mean", "none"):
         raise Refused(f'reduction = "{reduction}" is unknown.', advice='Say "mean" or "none".')
     return values.mean() if reduction == "mean" else values
+
+
+def mean_over(values: Tensor, batch: Batch) -> Tensor:
+    """(B,) losses to their mean (), each times its image's weight: pseudo-labelled images count less."""
+    return values.mean() if batch.weights is None else (values * batch.weights.to(values)).mean()
 
 
 def precise(values: Tensor) -> Tensor:
@@ -111,7 +153,24 @@ def require(holds: bool, what: str, advice: str) -> None:
         raise Refused(what, advice=advice)
 
 
-def _objective(name: str) -> type[nn.Module]:
+def needs_of(name: str) -> Needs:
+    """What an objective needs, whatever its options.
+
+    Raises:
+        Refused: as `find`.
+    """
+    needs: Needs = getattr(find(name), "needs", Needs())
+    return needs
+
+
+def find(name: str) -> type[nn.Module]:
+    """The class of an objective.
+
+    Args:
+        name: a file of this package ("dcl") or a user's importable module ("my_package.margin").
+    Raises:
+        Refused: there is none.
+    """
     try:
         module = importlib.import_module(name if "." in name else f"{__name__}.{name}")
     except ImportError as error:

@@ -3,10 +3,10 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.objectives import full_precision, precise
+from aliprod.objectives import Batch, Context, Model, Needs, full_precision, mean_over, precise, require
 
 
 def logits(features: Tensor, weight: Tensor, labels: Tensor, margin: int, blend: float) -> Tensor:
@@ -49,3 +49,25 @@ def _cosine_of_multiple(cosine: Tensor, multiple: int) -> Tensor:
     for _ in range(multiple - 1):
         before, now = now, 2 * cosine * now - before
     return now
+
+
+class Objective(nn.Module):
+    """Cross entropy of A-softmax's logits. At inference the classifier's rows are of unit length, without margin.
+
+    Args:
+        margin: m; 4 is the paper's, 1 is none.
+    """
+
+    needs = Needs(unit_weights=True)
+
+    def __init__(self, context: Context, *, margin: int = 4) -> None:  # noqa: ARG002
+        super().__init__()
+        require(margin >= 1, f"margin = {margin} is below 1.", "4 is the paper's, 1 is none.")
+        self.margin = margin
+
+    def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        features = model.pool(model.features(batch.images))
+        weight = model.classifier.weight.T
+        angular = logits(features, weight, batch.labels, self.margin, blend(batch.step))
+        values = functional.cross_entropy(angular, batch.labels, reduction="none")
+        return {"angular": mean_over(values, batch)}

@@ -1,10 +1,10 @@
 """BBN, the bilateral-branch network for long tails (Zhou et al. 2020): its mixing, loss and reversed sampling."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.objectives import Reduction, full_precision, precise, reduced
+from aliprod.objectives import Batch, Context, Model, Needs, Reduction, full_precision, precise, reduced
 
 
 def alpha(epoch: int, epochs: int) -> float:
@@ -12,7 +12,13 @@ def alpha(epoch: int, epochs: int) -> float:
     return 1.0 - ((epoch - 1) / epochs) ** 2
 
 
-def logits(uniform: Tensor, reversed: Tensor, weight: Tensor, bias: Tensor, alpha: float) -> Tensor:  # noqa: A002
+def logits(
+    uniform: Tensor,
+    reversed: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha: float,
+) -> Tensor:
     """W [2 alpha f_c ; 2 (1 - alpha) f_r] + b, equation 1 with the public code's factor 2.
 
     One branch sees the images as they come, the other sees rare classes more often; training moves from the
@@ -20,13 +26,13 @@ def logits(uniform: Tensor, reversed: Tensor, weight: Tensor, bias: Tensor, alph
 
     Args:
         uniform, reversed: (B, C) features of the conventional and of the re-balancing branch.
-        weight: (K, 2C). bias: (K,). alpha: see `alpha`; 0.5 at inference leaves both unscaled.
+        weight: (K, 2C). bias: (K,), or None. alpha: see `alpha`; 0.5 at inference leaves both unscaled.
     Returns:
         (B, K).
     """
     mixed = torch.cat([2 * alpha * precise(uniform), 2 * (1 - alpha) * precise(reversed)], dim=1)
     with full_precision(mixed):
-        return functional.linear(mixed, precise(weight), precise(bias))
+        return functional.linear(mixed, precise(weight), None if bias is None else precise(bias))
 
 
 def loss(
@@ -53,3 +59,29 @@ def reversed_probability(counts: Tensor) -> Tensor:
     """
     inverse = torch.where(counts > 0, 1 / counts.double(), 0.0)
     return inverse / inverse.sum()
+
+
+class Objective(nn.Module):
+    """Two branches, one fed with images as they come, the other from the reversed sampler; alpha moves between them.
+
+    A step reads two images for one of cross entropy's. Where an image of the first batch has a weight, its share of
+    the loss has it.
+    """
+
+    needs = Needs(second=True, branches=2)
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.epochs = context.epochs
+
+    def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        assert batch.second is not None  # noqa: S101  needed, so given
+        uniform = model.pool(model.branch(model.trunk(batch.images), 0))
+        rebalancing = model.pool(model.branch(model.trunk(batch.second.images), 1))
+        share = alpha(batch.epoch + 1, self.epochs)
+        mixed = logits(uniform, rebalancing, model.classifier.weight, None, share)
+        first = functional.cross_entropy(mixed, batch.labels, reduction="none")
+        if batch.weights is not None:
+            first = first * batch.weights.to(first)
+        second = functional.cross_entropy(mixed, batch.second.labels)
+        return {"uniform": share * first.mean(), "reversed": (1 - share) * second}

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.objectives import Batch, Context, Model, Reduction, precise, reduced, require
+from aliprod.objectives import Batch, Context, Model, Reduction, mean_over, precise, reduced, require
 
 
 def loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0, reduction: Reduction = "mean") -> Tensor:
@@ -24,12 +24,11 @@ def loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0, reduction: Redu
 class Objective(nn.Module):
     """Cross entropy of the classifier's logits."""
 
-    group = 1
-
     def __init__(self, context: Context, *, smoothing: float = 0.0) -> None:  # noqa: ARG002
         super().__init__()
         require(0 <= smoothing < 1, f"smoothing = {smoothing} is not in 0 to 1.", "0.1 is usual, 0 is none.")
         self.smoothing = smoothing
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        return {"cross_entropy": loss(model(batch.images), batch.labels, self.smoothing)}
+        values = loss(model(batch.images), batch.labels, self.smoothing, reduction="none")
+        return {"cross_entropy": mean_over(values, batch)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aliprod.errors import Refused
-from aliprod.objectives import Batch, Context, Model, full_precision, precise, require
+from aliprod.objectives import Batch, Context, Model, Needs, full_precision, mean_over, precise, require
 
 STRIDE = 32  # pixels of a cell of the backbones' feature map
 
@@ -170,8 +170,7 @@ class Objective(nn.Module):
         reach: how far cells move, in cells. beta, gamma: weights of the swap and of the location loss.
     """
 
-    group = 1
-    distorts = True  # half of the norm layers' images are destructed
+    needs = Needs(distorts=True)  # half of the norm layers' images are destructed
 
     def __init__(
         self, context: Context, *, parts: int = 7, reach: float = 2.0, beta: float = 1.0, gamma: float = 1.0
@@ -193,14 +192,18 @@ class Objective(nn.Module):
         sources = shuffles(len(batch.images), self.parts, self.reach, generator)
         sources = sources.to(batch.images.device, non_blocking=True)  # blocking would wait for the step before
         features = model.features(self._pairs(batch.images, sources))
+        logits, labels = precise(model.classify(features)), batch.labels.repeat_interleave(2)
         parts = losses(
-            model.classify(features),
+            logits,
             _linear(_pooled(features), self.swap_weight),
             _locations(features, self.location_weight, self.location_bias, self.parts),
-            batch.labels.repeat_interleave(2),
+            labels,
             1 - torch.arange(len(features), device=features.device) % 2,
             self._targets(sources),
         )
+        if batch.weights is not None:
+            classes = functional.cross_entropy(logits, labels, reduction="none").view(-1, 2).mean(dim=1)
+            parts["class"] = mean_over(classes, batch)
         return {"class": parts["class"], "swap": self.beta * parts["swap"], "location": self.gamma * parts["location"]}
 
     def _pairs(self, images: Tensor, sources: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Knowledge distillation (Hinton et al. 2015): a student learns a teacher's whole distribution."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.objectives import Reduction, precise, reduced
+from aliprod.objectives import Batch, Context, Model, Needs, Reduction, mean_over, precise, reduced, require
 
 
 def loss(
@@ -31,3 +31,25 @@ def loss(
     divergence = functional.kl_div(softened, target, reduction="none").sum(dim=1)  # 0 log 0 = 0
     hard = functional.cross_entropy(student, labels, reduction="none")
     return reduced(weight * temperature**2 * divergence + (1 - weight) * hard, reduction)
+
+
+class Objective(nn.Module):
+    """A student of the teachers that the stage names, by their mean probabilities of each image's centre crop.
+
+    Args:
+        temperature: T. weight: of the teachers, 1 - weight of the labels.
+    """
+
+    needs = Needs(teacher=True)
+
+    def __init__(self, context: Context, *, temperature: float = 2.0, weight: float = 0.7) -> None:  # noqa: ARG002
+        super().__init__()
+        require(temperature > 0, f"temperature = {temperature} is not positive.", "2 is the default.")
+        require(0 <= weight <= 1, f"weight = {weight} is not in 0 to 1.", "0.7 is the default.")
+        self.temperature, self.weight = temperature, weight
+
+    def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        assert batch.teacher is not None  # noqa: S101  needed, so given
+        student, teacher = model(batch.images), precise(batch.teacher).log()
+        values = loss(student, teacher, batch.labels, self.temperature, self.weight, reduction="none")
+        return {"distillation": mean_over(values, batch)}

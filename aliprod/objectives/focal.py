@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from aliprod.objectives import Batch, Context, Model, Reduction, precise, reduced, require
+from aliprod.objectives import Batch, Context, Model, Reduction, mean_over, precise, reduced, require
 
 
 def loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, reduction: Reduction = "mean") -> Tensor:
@@ -26,12 +26,11 @@ def loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, reduction: Reductio
 class Objective(nn.Module):
     """Focal loss of the classifier's logits."""
 
-    group = 1
-
     def __init__(self, context: Context, *, gamma: float = 2.0) -> None:  # noqa: ARG002
         super().__init__()
         require(gamma >= 0, f"gamma = {gamma} is negative.", "2 is usual, 0 is cross entropy.")
         self.gamma = gamma
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        return {"focal": loss(model(batch.images), batch.labels, self.gamma)}
+        values = loss(model(batch.images), batch.labels, self.gamma, reduction="none")
+        return {"focal": mean_over(values, batch)}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from aliprod.errors import Refused, did_you_mean
-from aliprod.objectives import Batch, Context, Model, Reduction, precise, reduced, require
+from aliprod.objectives import Batch, Context, Model, Needs, Reduction, mean_over, precise, reduced, require
 
 
 def level_probabilities(logits: Tensor, labels: Tensor, ancestor: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _level_log_probabilities(logits: Tensor, labels: Tensor, ancestor: Tensor) -
 class Objective(nn.Module):
     """``marginal`` (with beta) or ``win`` loss over the catalogue's product tree."""
 
-    group = 1
+    needs = Needs(tree=True)
     ancestor: Tensor
     weights: Tensor
 
@@ -92,5 +92,7 @@ class Objective(nn.Module):
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         logits = model(batch.images)
         if self.kind == "win":
-            return {"hierarchy": win_loss(logits, batch.labels, self.ancestor, self.weights)}
-        return {"hierarchy": marginal_loss(logits, batch.labels, self.ancestor, self.beta)}
+            values = win_loss(logits, batch.labels, self.ancestor, self.weights, reduction="none")
+        else:
+            values = marginal_loss(logits, batch.labels, self.ancestor, self.beta, reduction="none")
+        return {"hierarchy": mean_over(values, batch)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.objectives import Batch, Context, Model, full_precision, precise, require
+from aliprod.objectives import Batch, Context, Model, Needs, full_precision, precise, require
 
 WEIGHT = 0.1  # of the context and of the extent loss, in the paper and the public code
 
@@ -97,20 +97,28 @@ def losses(
     with full_precision(maps):
         logits = functional.linear(maps.mean(dim=(3, 4)), weight, bias if bias is None else precise(bias))
     labels = labels[:, None].expand(maps.shape[:2])
-    parts = _losses(maps, logits, labels, heads, published, detach_target)
+    parts = _losses(maps, logits, labels, heads, published, detach_target, None)
     return parts | {"total": parts["class"] + WEIGHT * parts["context"] + WEIGHT * parts["extent"]}
 
 
 def _losses(
-    maps: Tensor, logits: Tensor, labels: Tensor, heads: Mapping[str, Tensor], published: bool, detach_target: bool
+    maps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    heads: Mapping[str, Tensor],
+    published: bool,
+    detach_target: bool,
+    weights: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Maps (G, P+1, C, S, S) after pooling; logits (G, P+1, K); labels (G, P+1)."""
+    """Maps (G, P+1, C, S, S) after pooling; logits (G, P+1, K); labels (G, P+1); weights (G (P+1),) of the classes."""
     rectified = maps.flatten(0, 1).relu()
     with full_precision(maps):
         predicted = functional.conv2d(rectified, precise(heads["w_mask"]), precise(heads["b_mask"]))[:, 0]
         structure = functional.conv2d(rectified, precise(heads["w_structure"]), precise(heads["b_structure"])).relu()
     target = pseudo_mask(maps.detach() if detach_target else maps)
     classes = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    if weights is not None:
+        classes = classes * weights.to(classes)
     contexts = _context_losses(structure, predicted, precise(heads["w_polar"]), precise(heads["b_polar"]))
     return {
         "class": _over_images(classes.view(labels.shape), published),
@@ -162,13 +170,13 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         require(positives >= 1, f"positives = {positives}: nothing to compare with.", "3 is the paper's.")
-        self.group = positives + 1
+        self.needs = Needs(group=positives + 1)
         self.published, self.detach_target = published, detach_target
         self.heads = nn.ParameterDict(_new_heads(context.num_features))
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         features = model.features(batch.images)
-        groups = (-1, self.group)
+        groups = (-1, self.needs.group)
         parts = _losses(
             _pooled(features).unflatten(0, groups),
             precise(model.classify(features)).unflatten(0, groups),
@@ -176,6 +184,7 @@ class Objective(nn.Module):
             dict(self.heads.items()),
             self.published,
             self.detach_target,
+            batch.weights,
         )
         return {"class": parts["class"], "context": WEIGHT * parts["context"], "extent": WEIGHT * parts["extent"]}
 

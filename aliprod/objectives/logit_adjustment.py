@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aliprod.errors import Refused
-from aliprod.objectives import Batch, Context, Model, Reduction, precise, reduced
+from aliprod.objectives import Batch, Context, Model, Reduction, mean_over, precise, reduced
 
 
 def loss(logits: Tensor, labels: Tensor, counts: Tensor, tau: float = 1.0, reduction: Reduction = "mean") -> Tensor:
@@ -38,7 +38,6 @@ def _log_prior(counts: Tensor, like: Tensor) -> Tensor:
 class Objective(nn.Module):
     """Logit-adjusted cross entropy with the catalogue's class counts."""
 
-    group = 1
     counts: Tensor
 
     def __init__(self, context: Context, *, tau: float = 1.0) -> None:
@@ -49,4 +48,5 @@ class Objective(nn.Module):
         self.tau = tau
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        return {"logit_adjustment": loss(model(batch.images), batch.labels, self.counts, self.tau)}
+        values = loss(model(batch.images), batch.labels, self.counts, self.tau, reduction="none")
+        return {"logit_adjustment": mean_over(values, batch)}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from aliprod.objectives import Context
+from aliprod.objectives import Context, Needs
 
 settings.register_profile("loaded", deadline=None)  # a busy machine is no fault of an example
 settings.load_profile("loaded")
@@ -19,18 +19,31 @@ settings.load_profile("loaded")
 class Recogniser(nn.Module):
     """Stride 32, as the backbones; cells see their neighbours, so that a shuffle shows; rows are independent."""
 
-    def __init__(self, num_features: int, num_classes: int) -> None:
+    def __init__(self, num_features: int, num_classes: int, branches: int = 1) -> None:
         super().__init__()
         patches = nn.Conv2d(3, num_features, kernel_size=32, stride=32)
         neighbours = nn.Conv2d(num_features, num_features, kernel_size=3, padding=1)
         self.backbone = nn.Sequential(patches, nn.ReLU(), neighbours, nn.ReLU())
-        self.classifier = nn.Linear(num_features, num_classes, bias=False)
+        self.branches = nn.ModuleList(
+            nn.Conv2d(num_features, num_features, 1) for _ in range(branches if branches > 1 else 0)
+        )
+        self.classifier = nn.Linear(num_features * branches, num_classes, bias=False)
 
-    def features(self, images: Tensor) -> Tensor:
+    def trunk(self, images: Tensor) -> Tensor:
         return self.backbone(images)
 
+    def branch(self, trunk: Tensor, number: int) -> Tensor:
+        return self.branches[number](trunk)
+
+    def features(self, images: Tensor) -> Tensor:
+        maps = self.trunk(images)
+        return torch.cat([branch(maps) for branch in self.branches], dim=1) if self.branches else maps
+
+    def pool(self, features: Tensor) -> Tensor:
+        return features.mean(dim=(2, 3))
+
     def classify(self, features: Tensor) -> Tensor:
-        return self.classifier(features.mean(dim=(2, 3)))
+        return self.classifier(self.pool(features))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.features(images))
@@ -43,6 +56,9 @@ class Batch:
     epoch: int = 0
     step: int = 0
     seed: int = 0
+    weights: Tensor | None = None
+    second: "Batch | None" = None
+    teacher: Tensor | None = None
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +83,17 @@ def context() -> Context:
 
 
 @pytest.fixture
-def model(context: Context) -> Recogniser:
-    torch.manual_seed(0)
-    return Recogniser(context.num_features, context.num_classes)
+def model_for(context: Context) -> Callable[[Needs], Recogniser]:
+    def model_for(needs: Needs) -> Recogniser:
+        torch.manual_seed(0)
+        return Recogniser(context.num_features, context.num_classes, needs.branches)
+
+    return model_for
+
+
+@pytest.fixture
+def model(model_for: Callable[[Needs], Recogniser]) -> Recogniser:
+    return model_for(Needs())
 
 
 @pytest.fixture

@@ -197,8 +197,8 @@ def test_the_objective_is_the_weighted_losses_of_the_batchs_groups(context, mode
 
 
 def test_a_group_is_the_main_image_and_its_positives(context):
-    assert Objective(context).group == 4
-    assert Objective(context, positives=2).group == 3
+    assert Objective(context).needs.group == 4
+    assert Objective(context, positives=2).needs.group == 3
     with pytest.raises(Refused, match="positives"):
         Objective(context, positives=0)
 

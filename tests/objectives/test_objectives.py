@@ -1,23 +1,46 @@
 """A name in a plan becomes an objective, or a refusal with the nearest right name."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from aliprod.errors import Refused
-from aliprod.objectives import Context, build, reduced
+from aliprod.objectives import Context, Needs, build, needs_of, reduced
+from aliprod.plan import options
 
-NAMES = ["accuracy", "bi_tempered", "cross_entropy", "dcl", "focal", "hierarchy", "lio", "logit_adjustment"]
+NAMES = [
+    "accuracy",
+    "angular",
+    "bbn",
+    "bi_tempered",
+    "cross_entropy",
+    "dcl",
+    "distillation",
+    "focal",
+    "hierarchy",
+    "lio",
+    "logit_adjustment",
+    "mixup",
+]
+OPTIONS = {"dcl": {"parts": 2}, "lio": {"positives": 1}}
+
+
+def given(batch, needs, context):
+    """A batch with what an objective needs."""
+    second = replace(batch, images=batch.images.flip(0), labels=batch.labels.flip(0)) if needs.second else None
+    teacher = torch.full((len(batch.labels), context.num_classes), 1 / context.num_classes) if needs.teacher else None
+    return replace(batch, second=second, teacher=teacher, epoch=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_objective_trains_backbone_classifier_and_its_own_heads(name, context, model, batch):
-    options = {"dcl": {"parts": 2}, "lio": {"positives": 1}}.get(name, {})
-    objective = build(name, options, context)
-    assert objective.group == (2 if name == "lio" else 1)
-    parts = objective(model, batch)
+def test_every_objective_trains_backbone_classifier_and_its_own_heads(name, context, model_for, batch):
+    objective = build(name, OPTIONS.get(name, {}), context)
+    assert objective.needs.group == (2 if name == "lio" else 1)
+    model = model_for(objective.needs)
+    parts = objective(model, given(batch, objective.needs, context))
     assert all(part.shape == () and part.dtype == torch.float32 for part in parts.values())
     sum(parts.values()).backward()
     for parameter in (*model.parameters(), *objective.parameters()):
@@ -26,12 +49,31 @@ def test_every_objective_trains_backbone_classifier_and_its_own_heads(name, cont
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_weight_counts_in_the_class_loss_alone(name, context, model_for, batch):
+    """Doubled weights double what hangs on labels, and nothing else."""
+    objective = build(name, OPTIONS.get(name, {}), context)
+    model, batch = model_for(objective.needs), given(batch, objective.needs, context)
+    parts = []
+    for weights in (None, torch.ones(8), torch.full((8,), 2.0)):
+        torch.manual_seed(5)  # mixup draws
+        parts.append(objective(model, replace(batch, weights=weights)))
+    free = {"swap", "location", "context", "extent", "reversed"}
+    for part, value in parts[0].items():
+        torch.testing.assert_close(parts[1][part], value)
+        torch.testing.assert_close(parts[2][part], value if part in free else 2 * value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_needs_of_an_objective_are_read_without_importing_it(name):
+    assert Needs(**options.needs(name)) == needs_of(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_heads_are_drawn_from_torchs_global_generator_alone(name, context):
-    options = {"parts": 2} if name == "dcl" else {}
     torch.manual_seed(3)
-    first = build(name, options, context).state_dict()
+    first = build(name, OPTIONS.get(name, {}), context).state_dict()
     torch.manual_seed(3)
-    again = build(name, options, context).state_dict()
+    again = build(name, OPTIONS.get(name, {}), context).state_dict()
     assert all(torch.equal(value, first[head]) for head, value in again.items())
 
 
@@ -45,9 +87,9 @@ def test_an_unknown_name_is_refused_with_what_there_is(name, advice, context):
     assert advice in refusal.value.advice
 
 
-def test_a_file_of_functions_alone_is_refused(context):
+def test_a_module_of_functions_alone_is_refused(context):
     with pytest.raises(Refused, match="no class Objective"):
-        build("bbn", {}, context)
+        build("aliprod.randomness", {}, context)
 
 
 def test_an_unknown_option_is_refused_with_the_nearest(context):
@@ -79,7 +121,7 @@ def test_a_users_own_module_is_found_by_its_dotted_name(tmp_path: Path, monkeypa
     wide, bare = build("margins_of_mine.wide", {"scale": 3.0}, context), build("margins_of_mine.bare", {}, context)
     for name in [name for name in sys.modules if name.startswith("margins_of_mine")]:
         del sys.modules[name]
-    assert wide.group == bare.group == 1
+    assert wide.needs.group == bare.needs.group == 1
     torch.testing.assert_close(wide(model, batch)["wide"], 3 / 5 * bare(model, batch)["bare"])
 
 
