@@ -67,6 +67,26 @@ class ObjectiveRecipe(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class PseudoLabels(Frozen):
+    """Test images that a stage also trains on, as what other jobs together take them for (methods.md, 6.1)."""
+
+    by: tuple[str, ...] = Field(
+        strict=False, min_length=1, description="jobs, each BACKBONE/STAGE, whose ten-crop probabilities are averaged"
+    )
+    threshold: float = Field(default=0.9, gt=0, le=1, description="least probability of the predicted class")
+    per_class: int = Field(default=30, ge=1, description="at most this many images of a class, the surest")
+    weight: float = Field(default=0.5, gt=0, le=1, description="of such an image in the loss; a labelled one has 1")
+
+
+class Soup(Frozen):
+    """Weights that are a mean of other stages' (model soup, Wortsman et al. 2022): nothing is trained."""
+
+    of: tuple[str, ...] = Field(strict=False, min_length=2, description="stages of the same backbone")
+    greedy: bool = Field(
+        default=False, description="add them from the best on, and keep one only if the error on val does not rise"
+    )
+
+
 class Stage(Frozen):
     """A training recipe: which images, how they are shown, what is minimised, how, for how long."""
 
@@ -79,6 +99,26 @@ class Stage(Frozen):
     images: Annotated[Literal["all"] | PerClass, Field(union_mode="left_to_right")] = Field(
         default="all", description="every training image, or the balanced view { per_class = 30 }"
     )
+    duplicates: Literal["keep", "drop", "majority", "teacher"] = Field(
+        default="keep",
+        description="the same picture under several labels: keep it as it is; drop all of them; keep the majority's; "
+        "keep the label that the stage it starts from ranks highest. Under one label, one of them stays",
+    )
+    pseudo_labels: PseudoLabels | None = Field(
+        default=None, description='test images that are added: { by = ["resnet50/dcl"], threshold = 0.9 }'
+    )
+    sampler: Literal["shuffled", "class_balanced"] = Field(
+        default="shuffled", description="each image once an epoch, or every class equally often, with replacement"
+    )
+    trains: Literal["all", "classifier"] = Field(
+        default="all", description="all weights, or the classifier alone, drawn anew (cRT)"
+    )
+    teachers: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="jobs, each BACKBONE/STAGE, whose mean probabilities objective = distillation learns from",
+    )
+    soup: Soup | None = Field(default=None, description='no training: a mean of weights, { of = ["balanced", "dcl"] }')
     resize: int = Field(default=256, ge=8, le=4096, description="pixels: side of the square that is cropped from")
     crop: int = Field(default=224, ge=8, le=4096, description="pixels: side of what the network sees")
     augmentation: tuple[Augmentation, ...] = Field(
@@ -122,7 +162,19 @@ class Stage(Frozen):
             raise ValueError("scale is (smallest, largest) share of the area, 0 < smallest <= largest <= 1")
         if self.start is not None and "pretrained" in self.model_fields_set and self.pretrained:
             raise ValueError("a stage with start takes its parent's weights: leave pretrained out")
+        _consistent_sources(self)
         return self
+
+
+def _consistent_sources(stage: Stage) -> None:
+    if stage.start is None and stage.trains == "classifier":
+        raise ValueError('trains = "classifier" needs a start: a backbone that has learned something')
+    if stage.start is None and stage.duplicates == "teacher":
+        raise ValueError('duplicates = "teacher" needs a start: it is the teacher')
+    if stage.soup is not None and (stage.start is not None or stage.epochs != 1 or stage.teachers):
+        raise ValueError("a soup trains nothing: leave start, teachers and epochs out")
+    if stage.teachers and stage.pseudo_labels is not None:
+        raise ValueError("teachers have seen the training images alone: leave pseudo_labels or teachers out")
 
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of plans, stages and backbones: they become paths

@@ -18,7 +18,7 @@ from torch import Tensor
 from aliprod.data.selection import Integers
 
 Words = NDArray[np.uint64]
-Rule = Literal["drop", "majority"]
+Rule = Literal["drop", "majority", "teacher"]
 
 LEAST_IMAGES = 5  # of a class, whatever is wrong with them
 
@@ -82,6 +82,33 @@ def groups(hashes: Tensor, threshold: int) -> Tensor:
     return torch.from_numpy(lowest[root][inverse])
 
 
+def confirmed(groups: Integers, rows: Integers, embeddings: Tensor, cosine: float) -> Integers:
+    """Groups split into those that their embeddings connect too.
+
+    Args:
+        groups: (n,) a number for each group. rows: (n,) distinct, ascending: what a group is named after.
+        embeddings: (n, C) of unit length. cosine: least of a pair.
+    Returns:
+        (n,) the lowest of ``rows`` in each one's group.
+    """
+    found = rows.copy()
+    order = np.argsort(groups, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        near = embeddings[members]
+        lowest = torch.from_numpy(rows[members])
+        before = None
+        while before is None or not torch.equal(lowest, before):  # the lowest name spreads from neighbour to neighbour
+            before = lowest
+            lowest = torch.cat([_lowest_near(part, near, lowest, cosine) for part in near.split(_BATCH)])
+        found[members] = lowest.numpy()
+    return found
+
+
+def _lowest_near(part: Tensor, all_of_them: Tensor, names: Tensor, cosine: float) -> Tensor:
+    far = part @ all_of_them.T < cosine
+    return names.expand(len(part), -1).masked_fill(far, torch.iinfo(names.dtype).max).min(dim=1).values
+
+
 def kept(
     groups: Integers,
     labels: Integers,
@@ -89,11 +116,13 @@ def kept(
     *,
     least_images: int = LEAST_IMAGES,
     rank: Integers | None = None,
+    belief: NDArray[np.float64] | None = None,
 ) -> Integers:
     """The rows that stay when every group of duplicates is reduced.
 
     A group of one label keeps one image. Of several labels ``drop`` believes none and keeps no image; ``majority``
-    keeps one image of the label that most of the group bear, and none where two labels share the lead. No class is
+    keeps one image of the label that most of the group bear, ``teacher`` of the label whose images are believed most
+    on average; both none where labels share the lead. No class is
     left with fewer than ``least_images``, or than it had: the first of its dropped images return, those of
     undisputed label before the others.
 
@@ -101,6 +130,7 @@ def kept(
         groups: (N,) a number for each group. labels: (N,) from 0.
         rank: (N,) distinct: which of equals stays, the lowest first. Without it the row, which hangs on the file's
             order; the order of the image ids does not.
+        belief: (N,) probability that a model gives each image's label, for ``teacher``.
     Returns:
         Rows, ascending.
     """
@@ -111,7 +141,8 @@ def kept(
     entries, entry, images = np.unique(group * num_classes + labels, return_inverse=True, return_counts=True)
     of_group = entries // num_classes
     alone = np.bincount(of_group)[of_group] == 1
-    believed = alone | _leads(of_group, images) if rule == "majority" else alone
+    votes = images.astype(np.float64) if belief is None or rule == "majority" else np.bincount(entry, belief) / images
+    believed = alone if rule == "drop" else alone | _leads(of_group, votes)
     stays = np.zeros(len(labels), bool)
     stays[_first_of_each(entry, place)[believed]] = True
     missing = np.minimum(np.bincount(labels, minlength=num_classes), least_images) - np.bincount(
@@ -243,11 +274,11 @@ def _cheapest_bands(count: int, pairs: int, entropy: NDArray[np.float64], thresh
     return min(range(threshold, max(len(entropy), threshold) + 1), key=cost)
 
 
-def _leads(of_group: Integers, images: Integers) -> NDArray[np.bool_]:
-    """Which entry alone has the most images of its group."""
-    most = np.zeros(of_group.max(initial=-1) + 1, np.int64)
-    np.maximum.at(most, of_group, images)
-    leads: NDArray[np.bool_] = images == most[of_group]
+def _leads(of_group: Integers, votes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which entry alone has the most votes of its group."""
+    most = np.zeros(of_group.max(initial=-1) + 1)
+    np.maximum.at(most, of_group, votes)
+    leads: NDArray[np.bool_] = votes == most[of_group]
     shared = np.bincount(of_group[leads])[of_group] > 1
     return leads & ~shared
 

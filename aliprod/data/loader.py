@@ -7,7 +7,8 @@ loader processes or ranks, or a restart, changes nothing of what a step sees.
 import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from aliprod.data import augment, selection
+from aliprod.data import augment, selection, soft_labels
 from aliprod.data.catalogue import Images
 from aliprod.data.decode import LEAST_SIDE, Unreadable, decode, decode_anyway
+from aliprod.data.training_set import TrainingSet
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
-from aliprod.recipe import PerClass, Stage
+from aliprod.recipe import Stage
 
 View = tuple[int, int, int]  # row, epoch, how often the row was seen earlier in this epoch
 
@@ -38,6 +40,9 @@ class Batch:
         rows: (B,) int64 rows of the split, on the CPU.
         epoch, step: since the job began.
         seed: of whatever the network draws in this step, on this rank.
+        weights: (B,) float32, of each image's class loss; None: 1.
+        second: as many images of the reversed sampler, where they are asked for.
+        teacher: (B, K) float32, the teachers' mean probabilities, where there are teachers.
     """
 
     images: Tensor
@@ -46,6 +51,9 @@ class Batch:
     epoch: int
     step: int
     seed: int
+    weights: Tensor | None = None
+    second: "Batch | None" = None
+    teacher: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,8 @@ class TrainBatches:
     """The batches of a stage, epoch by epoch.
 
     Args:
-        images: the training split.
-        class_ids: (K,) class id of each label.
         group: this many images of one class stand together in a batch.
+        second: each batch has a second one beside it, from the reversed sampler.
     Attributes:
         steps_per_epoch: whole batches only, since a partial one disturbs the norm layers. Where the images make no
             whole batch, all of them are the only one.
@@ -75,9 +82,9 @@ class TrainBatches:
         Refused: a batch cannot be dealt to the ranks in equal parts of whole groups.
     """
 
-    def __init__(self, images: Images, class_ids: np.ndarray, stage: Stage, group: int, feed: Feed) -> None:
-        self.stage, self.group, self.feed = stage, group, feed
-        self.images = images.take(_selected(images, class_ids, stage))
+    def __init__(self, data: TrainingSet, stage: Stage, feed: Feed, group: int = 1, second: bool = False) -> None:
+        self.data, self.stage, self.feed, self.group, self.second = data, stage, feed, group, second
+        self.images = data.images
         groups = len(self._units(0))
         self.groups_per_batch = _groups_per_batch(stage.batch_size, group, groups, feed.world_size)
         self.steps_per_epoch = groups // self.groups_per_batch
@@ -89,11 +96,28 @@ class TrainBatches:
         first_step = epoch * self.steps_per_epoch
         self._steps.batches = self._steps_of(epoch, skip)
         for offset, (pixels, labels, centres, rows) in enumerate(self._loader):
-            step = first_step + skip + offset
-            to = {"device": self.feed.device, "non_blocking": True}
-            images = augment.on_device(pixels.to(**to), centres.to(**to), self.feed.mean, self.feed.std)
-            seed = seed_of(self.stage.seed, "step", step, self.feed.rank)
-            yield Batch(images, labels.to(**to), rows, epoch, step, seed)
+            batch = self._batch(pixels, labels, centres, rows, epoch, first_step + skip + offset)
+            yield _halved(batch) if self.second else batch
+
+    def _batch(self, pixels: Tensor, labels: Tensor, centres: Tensor, rows: Tensor, epoch: int, step: int) -> Batch:
+        sent = partial(Tensor.to, device=self.feed.device, non_blocking=True)
+        images = augment.on_device(sent(pixels), sent(centres), self.feed.mean, self.feed.std)
+        seed = seed_of(self.stage.seed, "step", step, self.feed.rank)
+        weights, teacher = self.data.weights, self.data.teacher
+        return Batch(
+            images,
+            sent(labels),
+            rows,
+            epoch,
+            step,
+            seed,
+            weights=None if weights is None else sent(torch.from_numpy(weights[rows.numpy()])),
+            teacher=None if teacher is None else self._taught(teacher, rows),
+        )
+
+    def _taught(self, teacher: soft_labels.SoftLabels, rows: Tensor) -> Tensor:
+        classes, probabilities = (part.to(self.feed.device, non_blocking=True) for part in teacher.rows(rows.numpy()))
+        return soft_labels.spread(classes, probabilities, teacher.num_classes)
 
     def ids(self, rows: Tensor) -> list[str]:
         """Image ids of the rows of a batch."""
@@ -101,19 +125,27 @@ class TrainBatches:
 
     def _units(self, epoch: int) -> np.ndarray:
         """(U, group) rows of this epoch in order."""
+        labels, seed = self.images.labels, self.stage.seed
         if self.group > 1:
-            return selection.grouped(self.images.labels, self.group, self.stage.seed, epoch)
-        return selection.order(len(self.images), self.stage.seed, epoch)[:, None]
+            return selection.grouped(labels, self.group, seed, epoch)
+        if self.stage.sampler == "class_balanced":
+            return selection.class_balanced_order(labels, seed, epoch)[:, None]
+        return selection.order(len(labels), seed, epoch)[:, None]
 
     def _steps_of(self, epoch: int, skip: int) -> Iterator[list[View]]:
         """This rank's views of each step from ``skip`` on: global batch k is a slice, a rank a strided slice of it."""
-        units = self._units(epoch)
-        repeats = _repeats(units.ravel()).reshape(units.shape)
+        sides = [self._units(epoch)]
+        if self.second:
+            sides.append(selection.reversed_order(self.images.labels, self.stage.seed, epoch)[:, None])
+        repeats = _repeats(np.concatenate([side.ravel() for side in sides])).reshape(len(sides), *sides[0].shape)
         size, rank, world = self.groups_per_batch, self.feed.rank, self.feed.world_size
         for step in range(skip, self.steps_per_epoch):
             mine = slice(step * size + rank, (step + 1) * size, world)
-            rows, again = units[mine].ravel().tolist(), repeats[mine].ravel().tolist()
-            yield [(row, epoch, repeat) for row, repeat in zip(rows, again, strict=True)]
+            views: list[View] = []
+            for side, again in zip(sides, repeats, strict=True):
+                rows, earlier = side[mine].ravel().tolist(), again[mine].ravel().tolist()
+                views += [(row, epoch, repeat) for row, repeat in zip(rows, earlier, strict=True)]
+            yield views
 
 
 def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -132,10 +164,20 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
         yield np.asarray(chunk, dtype=np.int64), pixels.to(feed.device, non_blocking=True)
 
 
-def _selected(images: Images, class_ids: np.ndarray, stage: Stage) -> np.ndarray:
-    if isinstance(stage.images, PerClass):
-        return selection.balanced(images.labels, images.ids, class_ids, stage.images.per_class, stage.seed)
-    return np.arange(len(images))
+def _halved(batch: Batch) -> Batch:
+    """The first half of a batch, with the other as its second."""
+    first, second = (
+        replace(
+            batch,
+            images=batch.images[half],
+            labels=batch.labels[half],
+            rows=batch.rows[half],
+            weights=None if batch.weights is None else batch.weights[half],
+            teacher=None if batch.teacher is None else batch.teacher[half],
+        )
+        for half in (slice(0, len(batch.labels) // 2), slice(len(batch.labels) // 2, None))
+    )
+    return replace(first, second=second)
 
 
 def _groups_per_batch(batch_size: int, group: int, groups: int, world_size: int) -> int:

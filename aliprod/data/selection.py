@@ -5,7 +5,7 @@ library changes no batch.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +61,19 @@ def grouped(labels: Integers, group: int, seed: int, epoch: int) -> Integers:
     return np.take(rows, np.argsort(_draws(len(rows), "groups", seed, epoch), kind="stable"), axis=0)
 
 
+def class_balanced_order(labels: Integers, seed: int, epoch: int) -> Integers:
+    """As many draws as there are images, with replacement: every class equally often, then uniform inside it.
+
+    What retrains the classifier alone (cRT; Kang et al., ICLR 2020, section 4.1).
+
+    Args:
+        labels: (N,).
+    Returns:
+        (N,) rows.
+    """
+    return _drawn_by_class(labels, lambda counts: np.ones(len(counts)), seed, epoch)
+
+
 def reversed_order(labels: Integers, seed: int, epoch: int) -> Integers:
     """As many draws as there are images, with replacement: the rare classes often (BBN's reversed sampler).
 
@@ -71,9 +84,16 @@ def reversed_order(labels: Integers, seed: int, epoch: int) -> Integers:
     Returns:
         (N,) rows.
     """
+    return _drawn_by_class(labels, lambda counts: 1 / counts, seed, epoch)
+
+
+def _drawn_by_class(
+    labels: Integers, odds: Callable[[Integers], NDArray[np.float64]], seed: int, epoch: int
+) -> Integers:
+    """(N,) rows: first a class by its odds, then one of its images."""
     by_class = np.argsort(labels, kind="stable")
     counts = np.unique(labels, return_counts=True)[1]
-    upto = np.cumsum(1 / counts)
+    upto = np.cumsum(odds(counts))
     of_class, of_image = (_uniform(_draws(len(labels), name, seed, epoch)) for name in ("class", "image"))
     drawn = np.searchsorted(upto / upto[-1], of_class, side="right") if len(counts) else np.empty(0, np.int64)
     return np.take(by_class, (np.cumsum(counts) - counts)[drawn] + (of_image * counts[drawn]).astype(np.int64))
@@ -89,11 +109,19 @@ def pseudo_labels(probabilities: torch.Tensor, threshold: float, per_class: int)
     """
     table = torch.as_tensor(probabilities).detach().cpu().numpy()
     labels = table.argmax(axis=1)
-    top = table[np.arange(len(table)), labels].astype(np.float64)
+    rows = surest(table[np.arange(len(table)), labels].astype(np.float64), labels, threshold, per_class)
+    return torch.from_numpy(rows), torch.from_numpy(labels[rows])
+
+
+def surest(top: NDArray[np.float64], labels: Integers, threshold: float, per_class: int) -> Integers:
+    """Rows, ascending, of at least ``threshold``, at most ``per_class`` of each label, the highest first.
+
+    Args:
+        top, labels: (N,) of each row's highest probability, and the class that has it.
+    """
     sure = np.flatnonzero(top >= threshold)
     ranked = sure[np.lexsort((-top[sure], labels[sure]))]
-    rows = np.sort(ranked[_place_in_run(labels[ranked]) < per_class])
-    return torch.from_numpy(rows), torch.from_numpy(labels[rows])
+    return np.sort(ranked[_place_in_run(labels[ranked]) < per_class])
 
 
 def _hashes(seed: int, class_ids: Iterable[int], ids: Iterable[str]) -> NDArray[np.uint64]:

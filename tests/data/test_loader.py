@@ -16,6 +16,7 @@ from aliprod.data.catalogue import Catalogue
 from aliprod.data.decode import decode
 from aliprod.data.loader import Batch, Feed, TrainBatches, squared_batches
 from aliprod.data.sources import read
+from aliprod.data.training_set import training_set
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
 from aliprod.recipe import PerClass, Stage
@@ -28,7 +29,7 @@ STAGE = Stage(
 
 
 def batches(catalogue: Catalogue, group: int = 1, stage: Stage = STAGE, feed: Feed = FEED) -> TrainBatches:
-    return TrainBatches(catalogue.train, catalogue.classes, stage, group, feed)
+    return TrainBatches(training_set(catalogue, stage), stage, feed, group)
 
 
 def assert_equal(one: list[Batch], other: list[Batch]) -> None:

@@ -33,6 +33,7 @@ from aliprod.data.loader import Feed, TrainBatches, squared_batches
 from aliprod.data.prepare import Prepared, Progress, prepare
 from aliprod.data.sources import read
 from aliprod.data.stored import Settings
+from aliprod.data.training_set import training_set
 from aliprod.errors import Failed, Refused
 from aliprod.recipe import Stage
 
@@ -417,7 +418,7 @@ FEED = Feed(torch.device("cpu"), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bicubic")
 def test_what_is_trained_on_is_that_of_the_folder(packages: Catalogue, tmp_path: Path) -> None:
     prepared(packages.root, tmp_path / "out")
     both = (packages, read(tmp_path / "out"))
-    epochs = [list(TrainBatches(c.train, c.classes, STAGE, 1, FEED).epoch(1)) for c in both]
+    epochs = [list(TrainBatches(training_set(c, STAGE), STAGE, FEED).epoch(1)) for c in both]
     for one, other in zip(*epochs, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
