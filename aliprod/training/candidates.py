@@ -67,14 +67,13 @@ def _kinds(
     sources = {"raw": raw} | ({} if average is None else {"averaged": copied(average.state(learner.model))})
     for kind, tensors in sources.items():
         yield kind, tensors
-        if learner.distorts:
+        if learner.needs.distorts:
             learner.model.load_state_dict(tensors)
-            _restate(learner, batches, epoch)
-            yield f"{kind}_restated", copied(learner.model.state_dict())
+            yield f"{kind}_restated", restated(learner, batches, epoch)
 
 
-def _restate(learner: Learner, batches: TrainBatches, epoch: int) -> None:
-    """Take the norm statistics anew from images as inference sees them.
+def restated(learner: Learner, batches: TrainBatches, epoch: int) -> dict[str, Tensor]:
+    """A copy of the model's weights, its norm statistics taken anew from images as inference sees them.
 
     An objective that trains on distorted images (DCL) leaves statistics of a mixture that never comes again.
     """
@@ -82,3 +81,4 @@ def _restate(learner: Learner, batches: TrainBatches, epoch: int) -> None:
     with autocast(learner.place.device, learner.dtype):
         update_bn((batch.images for batch in islice(batches.epoch(epoch), _STATISTICS_BATCHES)), learner.model)
     learner.share_buffers()
+    return copied(learner.model.state_dict())

@@ -19,16 +19,21 @@ from typing import Any
 import torch.distributed as dist
 
 from aliprod import commit
-from aliprod.data.catalogue import Catalogue
+from aliprod.data.catalogue import Catalogue, Integers
+from aliprod.data.loader import Feed
+from aliprod.data.training_set import training_set
 from aliprod.models import weights
 from aliprod.models.recogniser import normalisation
+from aliprod.objectives import needs_of
 from aliprod.recipe import Stage
-from aliprod.training import checkpoint
+from aliprod.training import checkpoint, soup
 from aliprod.training.candidates import Candidate
+from aliprod.training.deduplicate import kept_rows
+from aliprod.training.learner import place
 from aliprod.training.loop import EpochEnd, Progress, train
 
 log = logging.getLogger(__name__)
-METRICS, RESUME, LAST, WEIGHTS = "metrics.jsonl", "resume", "last", "weights"
+METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Work:
         network: timm's name.
         folder: the job's, in the storage path.
         start, pretrained: weights folder of the parent; safetensors file of the backbone.
+        soup: weights folders of the stages that it is a mean of.
+        teachers: soft labels of its images, a folder a teacher.
+        pseudo_labels, hashes: labels of test images; hashes of all training images, where duplicates are filtered.
         save_seconds: an epoch's end sooner than this after the last checkpoint goes without one.
     """
 
@@ -50,6 +58,10 @@ class Work:
     folder: Path
     start: Path | None = None
     pretrained: Path | None = None
+    soup: tuple[Path, ...] = ()
+    teachers: tuple[Path, ...] = ()
+    pseudo_labels: Path | None = None
+    hashes: Path | None = None
     save_every_steps: int | None = None
     save_seconds: float = 0.0
     threads: int = 1
@@ -70,22 +82,51 @@ def run(work: Work, catalogue: Catalogue) -> Iterator[Progress]:
     if resume is not None:
         log.info("%s goes on from %s.", work.name, resume)
     told = _epochs_told(work.folder / METRICS)
-    for progress in train(
+    for progress in _trained(work, catalogue, resume):
+        if progress.place.rank == 0:
+            _keep(work, catalogue, progress, told, began)
+        if dist.is_initialized():
+            dist.barrier()
+        yield progress
+
+
+def _trained(work: Work, catalogue: Catalogue, resume: Path | None) -> Iterator[Progress]:
+    """What the job's stage asks for: a training, or a mean of weights."""
+    if work.soup:
+        return soup.blended(work.stage, work.network, catalogue, work.soup, work.threads, work.loader_processes)
+    data = training_set(
+        catalogue,
+        work.stage,
+        kept=_without_duplicates(work, catalogue),
+        pseudo_labels=work.pseudo_labels,
+        teachers=work.teachers,
+    )
+    return train(
         work.stage,
         work.network,
         catalogue,
+        data=data,
         start=work.start,
         pretrained=work.pretrained,
         resume=resume,
         save_every_steps=work.save_every_steps,
         threads=work.threads,
         loader_processes=work.loader_processes,
-    ):
-        if progress.place.rank == 0:
-            _keep(work, catalogue, progress, told, began)
-        if dist.is_initialized():
-            dist.barrier()
-        yield progress
+    )
+
+
+def _without_duplicates(work: Work, catalogue: Catalogue) -> Integers | None:
+    """The training rows that the stage's filter of duplicates leaves, found by rank 0; None without a filter."""
+    if work.hashes is None or work.stage.duplicates == "keep":
+        return None
+    where = place(work.threads)
+    feed = Feed(where.device, *normalisation(work.network), processes=work.loader_processes)
+    kept = partial(kept_rows, work.folder / KEPT, work.stage.duplicates, catalogue, work.hashes, work.start, feed)
+    if where.rank == 0:
+        kept()
+    if dist.is_initialized():
+        dist.barrier()
+    return kept()
 
 
 def _agreed(folder: Path) -> Path | None:
@@ -135,6 +176,7 @@ def _commit_weights(
     work: Work, catalogue: Catalogue, candidate: Candidate, folder: Path, record: dict[str, Any]
 ) -> None:
     mean, std, interpolation = normalisation(work.network)
+    needs = needs_of(work.stage.objective.name)
     config = weights.Config(
         network=work.network,
         mean=mean,
@@ -147,6 +189,8 @@ def _commit_weights(
         epoch=candidate.epoch,
         top1_error=candidate.top1_error,
         kind=candidate.kind,
+        branches=needs.branches,
+        unit_weights=needs.unit_weights,
     )
     classes = weights.Classes(tuple(catalogue.classes.tolist()), catalogue.names)
     fill = partial(weights.save, tensors=candidate.tensors, config=config, classes=classes)

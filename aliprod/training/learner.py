@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.data.catalogue import Catalogue
 from aliprod.models.recogniser import Recogniser
-from aliprod.objectives import Batch, Context, build
+from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of
 from aliprod.recipe import Stage
 
@@ -62,8 +62,7 @@ class Learner(nn.Module):
         network: timm's name.
     Attributes:
         dtype: in which the forward pass runs (autocast); weights, losses and sums stay float32.
-        group: images of one class that must stand together in a batch.
-        distorts: the model sees images in training that are unlike those of inference.
+        needs: what the objective asks of the loader, the network and the scoring of an epoch.
     """
 
     def __init__(self, stage: Stage, network: str, catalogue: Catalogue, place: Place) -> None:
@@ -71,12 +70,21 @@ class Learner(nn.Module):
         torch.manual_seed(seed_of(stage.seed, "init", network))
         self.stage, self.place = stage, place
         self.dtype = precision(stage, place.device)
+        asked = needs_of(stage.objective.name)
         self.model = Recogniser(
-            network, catalogue.num_classes, stage.drop_rate, stage.drop_path_rate, stage.zero_init_last
+            network,
+            catalogue.num_classes,
+            stage.drop_rate,
+            stage.drop_path_rate,
+            stage.zero_init_last,
+            asked.branches,
+            asked.unit_weights,
         )
+        if stage.trains == "classifier":
+            for parameter in self.model.backbone_parameters():
+                parameter.requires_grad_(False)
         self.objective = build(stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue))
-        self.group: int = getattr(self.objective, "group", 1)
-        self.distorts: bool = getattr(self.objective, "distorts", False)
+        self.needs: Needs = self.objective.needs  # type: ignore[assignment]
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -85,6 +93,14 @@ class Learner(nn.Module):
         with autocast(self.place.device, self.dtype):
             parts: dict[str, Tensor] = self.objective(self.model, batch)
         return parts
+
+    def train(self, mode: bool = True) -> "Learner":
+        """As of any module; a backbone that is not trained stays as it is at inference."""
+        super().train(mode)
+        if self.stage.trains == "classifier":
+            self.model.backbone.eval()
+            self.model.branches.eval()
+        return self
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """The classifier's and the objective's own."""

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Batch, Feed, TrainBatches
+from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import NonFiniteLoss, listing
 from aliprod.models import weights
 from aliprod.models.recogniser import normalisation
+from aliprod.randomness import seed_of
 from aliprod.recipe import Stage
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
@@ -60,6 +62,7 @@ def train(
     network: str,
     catalogue: Catalogue,
     *,
+    data: TrainingSet | None = None,
     start: Path | None = None,
     pretrained: Path | None = None,
     resume: Path | None = None,
@@ -71,6 +74,7 @@ def train(
 
     Args:
         network: timm's name.
+        data: what the stage trains on; None: its images of the catalogue, no more.
         start: weights folder of the parent job.
         pretrained: safetensors file of the backbone, in a stage without parent.
         resume: a resume checkpoint of this very job; wins over both.
@@ -84,11 +88,15 @@ def train(
     learner = Learner(stage, network, catalogue, where)
     mean, std, interpolation = normalisation(network)
     feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
-    batches = TrainBatches(catalogue.train, catalogue.classes, stage, learner.group, feed)
+    data, needs = data or training_set(catalogue, stage), learner.needs
+    batches = TrainBatches(data, stage, feed, needs.group, needs.second)
     steps_per_epoch = batches.steps_per_epoch
     optimizer = Optimizer(learner, stage, steps_per_epoch)
     if resume is None and start is not None:
         weights.load_parent(learner.model, start, catalogue.classes.tolist())
+        if stage.trains == "classifier":
+            torch.manual_seed(seed_of(stage.seed, "classifier", network))
+            learner.model.reset_classifier()
     elif resume is None and pretrained is not None:
         weights.load_pretrained(learner.model, pretrained)
     average = Average(learner.model, stage.ema) if stage.ema else None

@@ -122,7 +122,7 @@ class Optimizer:
 def _parameter_groups(learner: Learner, stage: Stage) -> list[dict[str, Any]]:
     """Backbone and heads, with and without weight decay (none on norm parameters and biases)."""
     groups = []
-    for part, parameters in (("backbone", learner.model.backbone.parameters()), ("heads", learner.head_parameters())):
+    for part, parameters in (("backbone", learner.model.backbone_parameters()), ("heads", learner.head_parameters())):
         weights, others = _split(parameters)
         groups.append({"params": weights, "part": part, "weight_decay": stage.optimizer.weight_decay})
         groups.append({"params": others, "part": part, "weight_decay": 0.0})

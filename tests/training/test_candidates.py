@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatches
+from aliprod.data.training_set import training_set
 from aliprod.recipe import Stage
 from aliprod.training import candidates
 from aliprod.training.candidates import best_candidate
@@ -19,7 +20,7 @@ def learner_with(stage: Stage, packages: Catalogue, objective: object) -> tuple[
     stage = Stage.model_validate(stage.model_dump() | {"objective": objective, "crop": 64, "resize": 64})
     feed = Feed(CPU, (0.5,) * 3, (0.5,) * 3, "bicubic")
     learner = Learner(stage, NETWORK, packages, Place(CPU))
-    return learner, TrainBatches(packages.train, packages.classes, stage, learner.group, feed), feed
+    return learner, TrainBatches(training_set(packages, stage), stage, feed, learner.needs.group), feed
 
 
 def test_an_objective_that_destroys_images_is_scored_with_statistics_of_whole_ones_too(
@@ -50,5 +51,5 @@ def test_statistics_taken_anew_are_the_means_over_the_epochs_images(packages: Ca
         for batch in batches.epoch(2):
             learner.model.features(batch.images)
     hook.remove()
-    candidates._restate(learner, batches, epoch=2)
+    candidates.restated(learner, batches, epoch=2)
     torch.testing.assert_close(first.running_mean, torch.stack(seen).mean(dim=0))

@@ -62,7 +62,7 @@ def test_heads_are_the_classifier_and_the_objectives_own(packages: Catalogue) ->
     assert heads | backbone == {id(p) for p in learner.parameters()}
     assert not heads & backbone
     assert len(heads) > 1
-    assert learner.group == 4
+    assert learner.needs.group == 4
 
 
 def test_losses_are_float32_under_half_precision(packages: Catalogue) -> None:

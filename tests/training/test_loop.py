@@ -15,6 +15,7 @@ from aliprod import commit
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.sources import read
+from aliprod.data.training_set import training_set
 from aliprod.errors import NonFiniteLoss, Refused
 from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.predict import predict
@@ -155,7 +156,7 @@ def test_a_bad_loss_is_laid_at_the_door_of_its_step_and_images(
 ) -> None:
     monkeypatch.setattr(loop, "_CHECK_STEPS", check_steps)
     feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.5,) * 3, "bicubic")
-    batches = TrainBatches(packages.train, packages.classes, stage, 1, feed)
+    batches = TrainBatches(training_set(packages, stage), stage, feed)
     batch = next(batches.epoch(step // 4, skip=step % 4))
     rate = lr_at(step, stage.lr.backbone, 4, 1, [], 0.1)
     with pytest.raises(NonFiniteLoss) as raised:

@@ -1,0 +1,83 @@
+"""Filtering duplicates for a stage: near hashes, confirmed by the parent's embeddings, judged by the stage's rule.
+
+Packs on white are alike to a hash, so a pair counts only where the parent's embeddings agree too (methods.md, 5.6);
+without a parent the hash alone decides. Rows that the rule drops are listed beside those that stay.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aliprod import commit
+from aliprod.data import duplicates, hashes
+from aliprod.data.augment import normalise
+from aliprod.data.catalogue import Catalogue, Images, Integers
+from aliprod.data.loader import Feed, squared_batches
+from aliprod.models import weights
+
+log = logging.getLogger(__name__)
+_HASH_BITS, _COSINE = 6, 0.95
+_BATCH = 64
+
+
+def kept_rows(
+    folder: Path, rule: duplicates.Rule, catalogue: Catalogue, hashed: Path, start: Path | None, feed: Feed
+) -> Integers:
+    """Rows of ``catalogue.train`` that stay, ascending; computed once and kept in ``folder``.
+
+    Args:
+        hashed: folder of `aliprod.data.hashes`. start: weights folder of the parent.
+        feed: its normalisation is taken from the parent's weights.
+    """
+    if commit.read(folder) is None:
+        _write(folder, rule, catalogue, hashed, start, feed)
+    rows: Integers = np.load(folder / "kept.npy")
+    return rows
+
+
+def _write(
+    folder: Path, rule: duplicates.Rule, catalogue: Catalogue, hashed: Path, start: Path | None, feed: Feed
+) -> None:
+    images = catalogue.train
+    groups = hashes.groups(hashed, len(images), _HASH_BITS)
+    belief = np.zeros(len(images))
+    if start is not None:
+        rows = np.flatnonzero(np.bincount(groups, minlength=len(images))[groups] > 1)
+        embeddings, belief[rows] = _seen_by(start, images.take(rows), feed)
+        groups[rows] = duplicates.confirmed(groups[rows], rows, embeddings, _COSINE)
+    rank = np.argsort(pc.sort_indices(images.ids).to_numpy())  # whose id comes first stays, whatever the file's order
+    kept = duplicates.kept(groups, images.labels, rule, rank=rank, belief=belief)
+    dropped = np.setdiff1d(np.arange(len(images)), kept)
+    log.info("%d of %d training images are dropped as duplicates.", len(dropped), len(images))
+    listed = pa.table(
+        {"image_id": images.ids.take(pa.array(dropped)), "like": images.ids.take(pa.array(groups[dropped]))}
+    )
+
+    def fill(staging: Path) -> None:
+        np.save(staging / "kept.npy", kept)
+        pq.write_table(listed, staging / "dropped.parquet")
+
+    commit.write(folder, fill, {"kept": len(kept), "dropped": len(dropped), "rule": rule})
+
+
+@torch.inference_mode()
+def _seen_by(start: Path, images: Images, feed: Feed) -> tuple[Tensor, np.ndarray]:
+    """What the parent makes of images: embeddings (n, C) of unit length, and the probability (n,) of each label."""
+    model, config, _ = weights.load(start)
+    model = model.to(feed.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    feed = replace(feed, mean=config.mean, std=config.std, interpolation=config.interpolation, rank=0, world_size=1)
+    embeddings, belief = [torch.empty(0, model.classifier.in_features)], [torch.empty(0)]
+    for rows, pixels in squared_batches(images, config.crop, feed, _BATCH):
+        features = model.features(normalise(pixels, feed.mean, feed.std).contiguous(memory_format=torch.channels_last))
+        embeddings.append(functional.normalize(features.mean(dim=(2, 3)).float(), dim=1).cpu())
+        labels = torch.from_numpy(images.labels[rows]).to(feed.device)
+        belief.append(model.classify(features).float().softmax(dim=1).gather(1, labels[:, None])[:, 0].cpu())
+    return torch.cat(embeddings), torch.cat(belief).double().numpy()
