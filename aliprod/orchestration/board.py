@@ -41,6 +41,8 @@ class Board:
         elif split:
             return
         elif change.state == "dropped":
+            if self.states[name] == "failed":  # what was made for it failed first
+                return
             yield self._set(name, "not_run", f"{change.detail} failed")
         elif change.state == "started":
             yield self._set(name, "running")

@@ -14,7 +14,7 @@ import ray.exceptions
 
 from aliprod import commit
 from aliprod.errors import Failed
-from aliprod.orchestration import cluster, gather, launch, members
+from aliprod.orchestration import cluster, gather, inputs, launch, members
 from aliprod.orchestration.board import Board
 from aliprod.orchestration.gather import Splits
 from aliprod.orchestration.prepare import Prepared, prepare, with_pretrained
@@ -131,7 +131,7 @@ def _stages(board: Board, session: _Session) -> Iterator[Event]:
         unsent = board.tracking.flush(_FLUSH_SECONDS)
         choices, note = members.choose(board.prepared, board.tracking.registry, complete=not unsent)
         yield from _says(note)
-        which = gather.splits(board.prepared.catalogue)
+        which = gather.splits(board.prepared.catalogue, board.prepared.plan.ensemble.score)
         key = members.ensemble_key(board.prepared, choices, which)
         if not gather.is_done(board.prepared.folder, key):
             yield from _gather(board, choices, which, key, session)
@@ -155,14 +155,26 @@ def _train(board: Board, session: _Session) -> Iterator[Event]:
     gpu = cluster.uses_gpu(prepared.plan.cluster)
     share = launch.share(prepared.plan.cluster, gpu)
     cluster.check_room(prepared.plan.cluster, share)
-    which = gather.splits(prepared.catalogue)
-    tasks = []
+    which = gather.splits(prepared.catalogue, prepared.plan.ensemble.score)
+    tasks: dict[str, Task] = {}
     for name in prepared.todo:
-        tasks.append(Task(name, prepared.jobs[name].parents, share, partial(_launch, prepared, name, gpu)))
+        for task in _leading_to(prepared, name, share, gpu):
+            tasks.setdefault(task.name, task)
         if prepared.jobs[name].member:
             # The best is what the ensemble takes, unless a person says otherwise.
-            tasks += [_prediction(prepared, name, split, None, gpu) for split in which.all]
-    yield from _execute(board, tasks, session)
+            for task in (_prediction(prepared, name, split, None, gpu) for split in which.all):
+                tasks.setdefault(task.name, task)
+    yield from _execute(board, list(tasks.values()), session)
+
+
+def _leading_to(prepared: Prepared, name: str, share: Share, gpu: bool) -> list[Task]:
+    """What a job learns from, and the job."""
+    job, one = prepared.jobs[name], Share(prepared.plan.cluster.cpus_per_worker, 1 if gpu else 0)
+    labellers = job.stage.pseudo_labels.by if job.stage.pseudo_labels else ()
+    before = [_prediction(prepared, labeller, "test", None, gpu) for labeller in labellers]
+    made = inputs.tasks(prepared, name, one)
+    needs = (*job.parents, *(task.name for task in made))
+    return [*before, *made, Task(name, needs, share, partial(_launch, prepared, name, gpu))]
 
 
 def _gather(board: Board, choices: Mapping[str, Choice], which: Splits, key: str, session: _Session) -> Iterator[Event]:
@@ -221,14 +233,19 @@ def _failure(handle: Any) -> str:
 
 def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
     job, settings = prepared.jobs[name], prepared.plan.cluster
+    made = inputs.inputs(prepared, name)
     work = Work(
         name=name,
         key=str(job.key),
         network=job.network,
         stage=job.stage,
         folder=prepared.job_folder(name),
-        start=prepared.job_folder(job.parents[0]) / WEIGHTS if job.parents else None,
-        pretrained=None if job.parents else prepared.pretrained.get(job.network),
+        start=prepared.job_folder(job.start) / WEIGHTS if job.start else None,
+        pretrained=None if job.start or job.soup else prepared.pretrained.get(job.network),
+        soup=tuple(prepared.job_folder(parent) / WEIGHTS for parent in job.soup),
+        teachers=made.teachers,
+        pseudo_labels=made.pseudo_labels,
+        hashes=made.hashes,
         save_every_steps=settings.save_every_steps,
         save_seconds=settings.save_seconds,
         threads=settings.cpus_per_worker,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray
@@ -55,10 +55,10 @@ class Prediction:
     folder: Path
 
 
-def splits(catalogue: Catalogue) -> Splits:
-    """Test, and val where the labels of test are not known; val alone where there is no test."""
-    labelled = "test" if len(catalogue.test) and catalogue.test_labels is not None else None
-    scored = labelled or ("val" if len(catalogue.val) else None)
+def splits(catalogue: Catalogue, score: Literal["auto", "val"] = "auto") -> Splits:
+    """Test, and val where the labels of test are not known, or val is asked for; val alone where there is no test."""
+    labelled = len(catalogue.test) and catalogue.test_labels is not None and score == "auto"
+    scored = "test" if labelled else ("val" if len(catalogue.val) else None)
     return Splits("test" if len(catalogue.test) else "val", scored)
 
 
@@ -98,6 +98,8 @@ def scores(folder: Path) -> dict[str, Any]:
 
 @ray.remote(max_retries=3)
 def _predict(prediction: Prediction, catalogue_path: Path, threads: int) -> str:
+    if commit.read(prediction.folder) is not None:
+        return ""
     try:
         _write_probabilities(prediction, sources.read(catalogue_path), threads)
     except AliprodError as error:

@@ -64,7 +64,8 @@ def prepare(request: Request) -> Prepared:
     catalogue = sources.read(path)
     if not len(catalogue.val) and not len(catalogue.test):
         raise Refused("has neither val nor test images: there is nothing to predict.", path, "Hold some images back.")
-    jobs = graph.jobs(request.plan, catalogue.fingerprint)
+    _check_pseudo_labels(request.plan, catalogue)
+    jobs = graph.jobs(request.plan, catalogue.fingerprint, catalogue.tree_fingerprint)
     unfinished = {name for name, job in jobs.items() if ledger.finished(request.places.storage, job) is None}
     todo = tuple(name for name in graph.order_by_remaining_work(jobs) if name in unfinished)
     return Prepared(request, catalogue, jobs, todo)
@@ -86,7 +87,7 @@ def with_pretrained(prepared: Prepared) -> Prepared:
     for job in (prepared.jobs[name] for name in prepared.todo):
         if isinstance(job.stage.pretrained, str):
             files[job.network] = Path(job.stage.pretrained)
-        elif job.stage.pretrained and not job.parents:
+        elif job.stage.pretrained and not job.start and not job.soup:
             folder = prepared.places.storage / "pretrained" / job.network
             weights.fetch_pretrained(job.network, folder)
             files[job.network] = folder / f"{job.network}.safetensors"
@@ -107,6 +108,22 @@ def check_storage(storage: Path) -> None:
         raise Unreachable(
             f"the storage path {what}", storage, "Give --storage a folder that you may write, with room."
         ) from error
+
+
+def _check_pseudo_labels(plan: Plan, catalogue: Catalogue) -> None:
+    """Refuse what would score a model on the very images that it was given labels of."""
+    asked = [name for name in plan.job_names() if plan.edges(*name.split("/", 1))["pseudo_labels", "by"]]
+    if not asked:
+        return
+    where = f"plan {plan.name}, {asked[0]}"
+    if not len(catalogue.test):
+        raise Refused("takes pseudo labels of test images, of which there are none.", where, "Leave pseudo_labels out.")
+    if catalogue.test_labels is not None and plan.ensemble.score == "auto":
+        raise Refused(
+            "trains on test images, by their pseudo labels, and the plan's errors would be those on test.",
+            where,
+            'Say score = "val" in [ensemble].',
+        )
 
 
 def _render(synth: Synth, path: Path) -> None:

@@ -1,13 +1,14 @@
 """What one table of a plan says about another: jobs, starts, members, settings that do not go together."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from pydantic import ValidationError
 
+from aliprod.plan.options import needs
 from aliprod.plan.problems import Problem, unknown
-from aliprod.plan.schema import Plan, Settings, effective
+from aliprod.plan.schema import Edge, Plan, Settings, effective, merged
 from aliprod.plan.source import Key, dotted, shown
 from aliprod.recipe import Stage
 
@@ -46,19 +47,28 @@ def members(plan: Plan) -> Iterator[Problem]:
             yield Problem(key, f"member {shown(member)} stands there {count} times.", quoted=member)
 
 
-def starts(plan: Plan) -> Iterator[Problem]:
-    """Stages that start from one that the backbone lacks, or from each other in a circle."""
+def edges(plan: Plan) -> Iterator[Problem]:
+    """Jobs that start from, learn from or are made of one that is not there, or of each other in a circle."""
+    parents: dict[str, list[str]] = {}
     for backbone, stages in plan.jobs.items():
-        parents = {name: plan.start(backbone, name) for name in stages if name in plan.stages}
-        for name, start in parents.items():
-            if start is not None and start not in stages:
-                yield _missing_start(plan, backbone, name, start)
-        try:
-            TopologicalSorter({name: [start] for name, start in parents.items() if start}).prepare()
-        except CycleError as error:
-            circle = error.args[1]
-            key = _origin(plan, backbone, circle[1], "start")
-            yield Problem(key, f"{dotted(key)}: stages start from each other in a circle: {' > '.join(circle)}.")
+        for name in (name for name in stages if name in plan.stages):
+            parents[f"{backbone}/{name}"] = []
+            for edge, targets in plan.edges(backbone, name).items():
+                yield from (_missing(plan, backbone, name, edge, to) for to in targets if to not in _jobs(plan))
+                yield from _misshapen(plan, backbone, name, edge, targets)
+                parents[f"{backbone}/{name}"] += targets
+    try:
+        TopologicalSorter(parents).prepare()
+    except CycleError as error:
+        circle = error.args[1]
+        backbone, _, name = circle[1].partition("/")
+        edge = next(edge for edge, targets in plan.edges(backbone, name).items() if circle[0] in targets)
+        key = _origin(plan, backbone, name, *edge)
+        alone = len({job.partition("/")[0] for job in circle}) == 1
+        shown_circle = " > ".join(job.partition("/")[2] if alone else job for job in circle)
+        yield Problem(
+            key, f"{dotted(key)}: {'stages' if alone else 'jobs'} need each other in a circle: {shown_circle}."
+        )
 
 
 def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
@@ -92,13 +102,21 @@ def _clash(plan: Plan, tables: list[Settings]) -> str:
         stage = effective(plan.seed, plan.defaults, tables)
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return _uneven(plan, stage) or _off_grid(stage)
+    return _uneven(plan, stage) or _off_grid(stage) or _untaught(stage)
 
 
 def _uneven(plan: Plan, stage: Stage) -> str:
     workers = plan.cluster.workers
     uneven = stage.batch_size % workers
     return f"batch_size = {stage.batch_size} cannot be dealt evenly to {workers} workers" if uneven else ""
+
+
+def _untaught(stage: Stage) -> str:
+    name = stage.objective.name
+    taught = bool(needs(name).get("teacher"))
+    if taught and not stage.teachers:
+        return f'objective {name} learns from other jobs: say which, teachers = ["BACKBONE/STAGE"]'
+    return f"objective {name} learns from no teachers: leave them out" if stage.teachers and not taught else ""
 
 
 def _off_grid(stage: Stage) -> str:
@@ -111,17 +129,46 @@ def _off_grid(stage: Stage) -> str:
     return f"crop = {stage.crop} gives {cells} cells a side, no multiple of parts = {parts}; {fitting} would fit"
 
 
-def _missing_start(plan: Plan, backbone: str, name: str, start: str) -> Problem:
-    key = _origin(plan, backbone, name, "start")
-    if start not in plan.stages:
-        return unknown(key, f"{dotted(key)}: there is no stage {shown(start)}.", start, plan.stages, "Stages")
+def _jobs(plan: Plan) -> dict[str, None]:
+    return dict.fromkeys(plan.job_names())
+
+
+def _missing(plan: Plan, backbone: str, name: str, edge: Edge, target: str) -> Problem:
+    key, own = _origin(plan, backbone, name, *edge), f"{backbone}/"
+    if edge[0] not in ("start", "soup"):
+        sentence = f"{dotted(key)}: {shown(target)} is not a job of this plan."
+        return unknown(key, sentence, target, _jobs(plan), "Jobs", quoted=target)
+    stage = target.removeprefix(own)
+    if stage not in plan.stages:
+        sentence = f"{dotted(key)}: there is no stage {shown(stage)}."
+        return unknown(key, sentence, stage, plan.stages, "Stages", quoted=None if edge == ("start",) else stage)
     jobs: Key = ("jobs", backbone)
-    sentence = f"{dotted(jobs)}: {shown(name)} starts from {shown(start)}, which is not in the list."
-    return Problem(jobs, sentence, f"Add {shown(start)}: it is trained once, whoever starts from it.")
+    verb = "starts from" if edge == ("start",) else "is made of"
+    sentence = f"{dotted(jobs)}: {shown(name)} {verb} {shown(stage)}, which is not in the list."
+    return Problem(jobs, sentence, f"Add {shown(stage)}: it is trained once, whoever needs it.")
 
 
-def _origin(plan: Plan, backbone: str, name: str, setting: str) -> Key:
+def _misshapen(plan: Plan, backbone: str, name: str, edge: Edge, targets: Sequence[str]) -> Iterator[Problem]:
+    """Weights that do not fit: of a network with more branches (BBN) than the job's."""
+    own = _branches(plan, f"{backbone}/{name}")
+    known = [to for to in targets if to in _jobs(plan) and to.partition("/")[2] in plan.stages]
+    for target in known if edge[0] in ("start", "soup") else ():
+        theirs = _branches(plan, target)
+        if theirs not in ({own} if edge[0] == "soup" else {1, own}):
+            key = _origin(plan, backbone, name, *edge)
+            sentence = f"{dotted(key)}: the network of {shown(target)} has {theirs} branches, not {own}."
+            yield Problem(key, sentence, "Start from another job, or give both the same objective.", quoted=None)
+
+
+def _branches(plan: Plan, job: str) -> int:
+    backbone, _, name = job.partition("/")
+    objective = merged(plan.defaults, *plan.layers(backbone, name)).get("objective")
+    called = objective.get("name") if isinstance(objective, dict) else objective
+    return int(needs(called).get("branches", 1)) if isinstance(called, str) else 1
+
+
+def _origin(plan: Plan, backbone: str, name: str, setting: str, *below: str) -> Key:
     """Key of a setting in the table that has the last word on it."""
     keys: list[Key] = [("stages", name), ("overrides", backbone), ("overrides", f"{backbone}/{name}")]
     said = [key for key, table in zip(keys, plan.layers(backbone, name), strict=True) if setting in table]
-    return (*(said[-1] if said else ("defaults",)), setting)
+    return (*(said[-1] if said else ("defaults",)), setting, *below)

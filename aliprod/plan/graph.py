@@ -4,8 +4,9 @@ A key is the sha256 of all that the plan says about a result. Where a job runs i
 """
 
 import hashlib
+import heapq
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 from aliprod.commit import sha256
 from aliprod.errors import Refused
-from aliprod.plan.schema import Plan
+from aliprod.plan.options import needs
+from aliprod.plan.schema import Edge, Plan
 from aliprod.recipe import RECIPE_VERSION, PerClass, Stage
 
 
@@ -26,33 +28,31 @@ class Job:
     network: str  # timm's name of the backbone
     stage_name: str
     stage: Stage  # effective; a pretrained path names the file itself
-    parents: tuple[str, ...]  # names; none or one
+    parents: tuple[str, ...]  # names of all jobs that must be finished before
+    start: str | None  # the one whose weights it starts from
+    soup: tuple[str, ...]  # those whose weights it is the mean of
     member: bool
     key: str | None  # sha256 in hexadecimal; None without a catalogue
     content: str | None = None  # the canonical JSON that the key hashes: what to compare when keys differ
 
 
-def jobs(plan: Plan, fingerprint: str | None) -> dict[str, Job]:
+def jobs(plan: Plan, fingerprint: str | None, tree: str = "") -> dict[str, Job]:
     """All jobs by name, parents before their children.
 
     Args:
         fingerprint: of the catalogue, class list included; None where it is not there: the jobs have no keys then.
+        tree: fingerprint of its product tree, part of the keys of those jobs whose objective needs it.
     Raises:
         Refused: pretrained weights that are asked for are not there.
     """
     found: dict[str, Job] = {}
-    for backbone, names in plan.jobs.items():
-        starts = {name: plan.start(backbone, name) for name in names}
-        order = TopologicalSorter({name: [start] if start else [] for name, start in starts.items()}).static_order()
-        for name in order:
-            start = starts[name]
-            parent = found[f"{backbone}/{start}"] if start else None
-            found[f"{backbone}/{name}"] = _job(plan, backbone, name, parent, fingerprint)
+    for name in _ordered({name: plan.parents(name) for name in plan.job_names()}):
+        found[name] = _job(plan, name, found, fingerprint, tree)
     return found
 
 
 def descendants(jobs: Mapping[str, Job], name: str) -> tuple[str, ...]:
-    """Names of the jobs that start from a job, or from one that does, in topological order."""
+    """Names of the jobs that need a job, or one that does, in topological order."""
     below = {name}
     for job in jobs.values():
         if below.intersection(job.parents):
@@ -81,18 +81,35 @@ def _share(stage: Stage) -> float:
     return 0.5 if isinstance(stage.images, PerClass) else 1.0  # 1.3 M of 2.5 M on AliProducts
 
 
-def _job(plan: Plan, backbone: str, name: str, parent: Job | None, fingerprint: str | None) -> Job:
-    network = plan.backbones[backbone]
-    stage = _with_weights_file(plan.stage(backbone, name), network)
-    content = None if fingerprint is None else _content(stage, network, parent, fingerprint)
+def _ordered(parents: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """In the plan's order, but for those that must wait for a later one."""
+    sorter = TopologicalSorter(parents)
+    sorter.prepare()
+    places, ready = {name: place for place, name in enumerate(parents)}, list[tuple[int, str]]()
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heapq.heappush(ready, (places[name], name))
+        _, name = heapq.heappop(ready)
+        yield name
+        sorter.done(name)
+
+
+def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | None, tree: str) -> Job:
+    backbone, _, stage_name = name.partition("/")
+    network, edges = plan.backbones[backbone], plan.edges(backbone, stage_name)
+    stage = _with_weights_file(plan.stage(backbone, stage_name), network)
+    keys = {edge: [before[parent].key for parent in names] for edge, names in edges.items()}
+    content = None if fingerprint is None else _content(stage, network, keys, fingerprint, tree)
     return Job(
-        name=f"{backbone}/{name}",
+        name=name,
         backbone=backbone,
         network=network,
-        stage_name=name,
+        stage_name=stage_name,
         stage=stage,
-        parents=(parent.name,) if parent else (),
-        member=f"{backbone}/{name}" in plan.ensemble.members,
+        parents=plan.parents(name),
+        start=next(iter(edges["start",]), None),
+        soup=edges["soup", "of"],
+        member=name in plan.ensemble.members,
         key=None if content is None else hashlib.sha256(content.encode()).hexdigest(),
         content=content,
     )
@@ -105,16 +122,19 @@ def _with_weights_file(stage: Stage, network: str) -> Stage:
     return stage.model_copy(update={"pretrained": str(Path(stage.pretrained) / f"{network}.safetensors")})
 
 
-def _content(stage: Stage, network: str, parent: Job | None, fingerprint: str) -> str:
-    settings: dict[str, Any] = stage.model_dump(mode="json", exclude={"start"})
+def _content(stage: Stage, network: str, keys: Mapping[Edge, list[str | None]], fingerprint: str, tree: str) -> str:
+    """What the key hashes. The names of other jobs are no part of it, their keys are."""
+    names: dict[str, Any] = {"start": True, "teachers": True, "soup": {"of"}, "pseudo_labels": {"by"}}
+    settings: dict[str, Any] = stage.model_dump(mode="json", exclude=names)
     if isinstance(stage.pretrained, str):
         settings["pretrained"] = {"sha256": _weights_digest(Path(stage.pretrained))}
     facts = {
         "recipe": RECIPE_VERSION,
         "network": network,
         "stage": settings,
-        "parent": parent.key if parent else None,
+        "parents": {".".join(edge): of_edge for edge, of_edge in keys.items() if of_edge},
         "catalogue": fingerprint,
+        "tree": tree if needs(stage.objective.name).get("tree") else "",
     }
     return json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 

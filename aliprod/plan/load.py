@@ -66,7 +66,7 @@ def _problems(source: Source) -> Iterator[Problem]:
             yield problem
     if plan is not None:
         yield from checks.names(plan)
-        yield from checks.starts(plan)
+        yield from checks.edges(plan)
         yield from checks.together(plan, wrong)
         yield from checks.members(plan)
 

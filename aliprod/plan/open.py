@@ -26,6 +26,7 @@ def open_jobs(request: Request) -> tuple[dict[str, Job], str]:
     """
     path = catalogue_path(request.plan, request.places)
     if path.exists():
-        return graph.jobs(request.plan, sources.read(path).fingerprint), ""
+        catalogue = sources.read(path)
+        return graph.jobs(request.plan, catalogue.fingerprint, catalogue.tree_fingerprint), ""
     cure = "`run` would refuse" if request.plan.catalogue.path else "the first run renders it"
     return graph.jobs(request.plan, None), f"There is no catalogue at {path}, so the jobs have no keys: {cure}."

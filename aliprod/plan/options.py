@@ -55,15 +55,18 @@ def options(name: str) -> dict[str, Option] | None:
     Args:
         name: "dcl" is objectives/dcl.py; a dotted name is a module of the user's, looked up on the Python path.
     """
-    path = _source(name)
-    try:
-        tree = ast.parse(path.read_bytes()) if path else None
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return None
-    for node in tree.body if tree else []:
-        if isinstance(node, ast.ClassDef) and node.name == "Objective":
-            return _signature(node)
-    return None
+    body = _class(name)
+    return None if body is None else _signature(body)
+
+
+@cache
+def needs(name: str) -> dict[str, Any]:
+    """What the class of an objective says that it needs beyond images and labels: `aliprod.objectives.Needs`."""
+    for node in _class(name) or ():
+        match node:
+            case ast.Assign(targets=[ast.Name(id="needs")], value=ast.Call(keywords=keywords)):
+                return {str(keyword.arg): _literal(keyword.value) for keyword in keywords}
+    return {}
 
 
 def complete(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -92,8 +95,21 @@ def _module(first: str, rest: Sequence[str]) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.has_location else None
 
 
-def _signature(objective: ast.ClassDef) -> dict[str, Option]:
-    for node in objective.body:
+def _class(name: str) -> list[ast.stmt] | None:
+    """The body of an objective's class; None where there is none."""
+    path = _source(name)
+    try:
+        tree = ast.parse(path.read_bytes()) if path else None
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return None
+    for node in tree.body if tree else []:
+        if isinstance(node, ast.ClassDef) and node.name == "Objective":
+            return node.body
+    return None
+
+
+def _signature(objective: list[ast.stmt]) -> dict[str, Option]:
+    for node in objective:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
             return {argument.arg: _option(argument.annotation, default) for argument, default in pairs}

@@ -11,19 +11,21 @@ from pydantic.fields import FieldInfo
 
 from aliprod.plan import options
 from aliprod.plan.schema import CatalogueSource, Cluster, Ensemble, Plan, Synth
-from aliprod.recipe import LearningRate, OptimizerRecipe, PerClass, Stage
+from aliprod.recipe import LearningRate, OptimizerRecipe, PerClass, PseudoLabels, Soup, Stage
 
 _MERGING = """\
 `[stages.NAME]`, `[defaults]`, `[overrides.BACKBONE]` and `[overrides."BACKBONE/STAGE"]` say any of these. The weakest
-first: the plan's `seed`, defaults, stage, override of the backbone, override of the job. `lr` and `optimizer` are
-merged key by key, `objective` and `images` are replaced as a whole; a stage with `start` ignores a `pretrained` of
-the defaults."""
+first: the plan's `seed`, defaults, stage, override of the backbone, override of the job. `lr`, `optimizer` and
+`pseudo_labels` are merged key by key, `objective`, `images` and `soup` are replaced as a whole; a stage with `start`
+ignores a `pretrained` of the defaults."""
 _TABLES: dict[str, tuple[str, type[BaseModel]]] = {
     "The plan": ("", Plan),
     "`[catalogue]`": ("", CatalogueSource),
     "`catalogue.synth`": ("", Synth),
     "A stage": (_MERGING, Stage),
     "`images`": ("", PerClass),
+    "`pseudo_labels`": ("", PseudoLabels),
+    "`soup`": ("", Soup),
     "`lr`": ("Used as written, never rescaled with the batch.", LearningRate),
     "`optimizer`": ("", OptimizerRecipe),
     "`[ensemble]`": ("", Ensemble),

@@ -12,8 +12,19 @@ from pydantic import AfterValidator, Field, model_validator
 from aliprod.plan.options import complete
 from aliprod.recipe import PLAIN_NAME, Frozen, ObjectiveRecipe, Stage
 
+Edge = tuple[str, ...]
+EDGES: tuple[Edge, ...] = (
+    ("start",),
+    ("soup", "of"),
+    ("teachers",),
+    ("pseudo_labels", "by"),
+)  # settings that name jobs
 MOST_JOBS = 1_000
-WHOLE = ("objective", "images")  # replaced as a whole where another table says them; other tables merge key by key
+WHOLE = (
+    "objective",
+    "images",
+    "soup",
+)  # replaced as a whole where another table says them; other tables merge key by key
 
 
 def _plain(name: str) -> str:
@@ -61,6 +72,9 @@ class Ensemble(Frozen):
         min_length=1,
         max_length=127,  # sums of more float16 probabilities would not be exact in int32
         description="jobs, each BACKBONE/STAGE",
+    )
+    score: Literal["auto", "val"] = Field(
+        default="auto", description="the images whose errors are told: test where its labels are known, else val"
     )
     views: Literal["ten_crop", "center"] = Field(
         default="ten_crop", description="of each test image: ten crops, or the centre alone"
@@ -136,15 +150,37 @@ class Plan(Frozen):
         """The tables that say something about a job, the weakest first; defaults apart."""
         return [self.stages[name], self.overrides.get(backbone, {}), self.overrides.get(f"{backbone}/{name}", {})]
 
-    def start(self, backbone: str, name: str) -> str | None:
-        """The stage that a job starts from."""
-        start = merged(self.defaults, *self.layers(backbone, name)).get("start")
-        return start if isinstance(start, str) else None
+    def edges(self, backbone: str, name: str) -> dict[Edge, tuple[str, ...]]:
+        """The jobs that must be finished before a job begins, by the setting that names them.
+
+        What is not of the right type is left out: this is also asked of plans that are being checked.
+        """
+        settings = merged(self.defaults, *self.layers(backbone, name))
+        said: dict[Edge, tuple[str, ...]] = {("start",): _strings([settings.get("start")])}
+        said |= {edge: _strings(_at(settings, edge)) for edge in EDGES[1:]}
+        own = (("start",), ("soup", "of"))  # these name stages of the same backbone
+        return {edge: tuple(f"{backbone}/{to}" if edge in own else to for to in names) for edge, names in said.items()}
+
+    def parents(self, job: str) -> tuple[str, ...]:
+        """All jobs that must be finished before a job begins, each once."""
+        backbone, _, name = job.partition("/")
+        return tuple(dict.fromkeys(parent for names in self.edges(backbone, name).values() for parent in names))
 
     def job_names(self) -> Iterator[str]:
         """Names of all jobs, in the plan's order."""
         for backbone, stages in self.jobs.items():
             yield from (f"{backbone}/{name}" for name in stages)
+
+
+def _at(settings: Settings, edge: Edge) -> Any:
+    value: Any = settings
+    for key in edge:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _strings(values: Any) -> tuple[str, ...]:
+    return tuple(value for value in values if isinstance(value, str)) if isinstance(values, list | tuple) else ()
 
 
 def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:

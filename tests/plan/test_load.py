@@ -91,7 +91,7 @@ def test_a_small_plan_is_accepted(load_text: Any, small: str) -> None:
             "stages.dcl: crop = 64 gives 2 cells a side, no multiple of parts = 3",
         ),
         ('start = "full"', 'start = "ful"', "start", 'stages.dcl.start: there is no stage "ful".|Did you mean full?'),
-        ('start = "full"', 'start = "dcl"', "start", "stages.dcl.start: stages start from each other in a circle"),
+        ('start = "full"', 'start = "dcl"', "start", "stages.dcl.start: stages need each other in a circle"),
         ("momentum = 0.8", "momentun = 0.8", "optimizer", "defaults.optimizer has no setting momentun.|Did you mean"),
         ("momentum = 0.8", "momentum = 1", "optimizer", "defaults.optimizer.momentum = 1 must be less than 1"),
         ("[overrides.net-b3]", "[overrides.net-b4]", "[overrides.net-b4]", '"net-b4" is neither|Did you mean net-b3?'),

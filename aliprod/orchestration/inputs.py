@@ -1,0 +1,166 @@
+"""What is made for a job before it trains, from jobs that are finished: soft labels, pseudo labels, hashes.
+
+Each is a Ray task of its own, named after the job that it is for, and a committed folder: made once.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from aliprod import commit
+from aliprod.data import hashes, pseudo, soft_labels, sources
+from aliprod.data.catalogue import Integers
+from aliprod.data.loader import Feed
+from aliprod.data.training_set import base_rows
+from aliprod.ensemble.label import confident
+from aliprod.errors import AliprodError
+from aliprod.inference import probabilities
+from aliprod.inference.predict import predict
+from aliprod.models import weights
+from aliprod.orchestration import members
+from aliprod.orchestration.prepare import Prepared
+from aliprod.orchestration.scheduler import Share, Task
+from aliprod.recipe import PseudoLabels
+from aliprod.training.job import WEIGHTS
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Folders that a job reads, beside its parents' weights; fields as of `aliprod.training.job.Work`."""
+
+    teachers: tuple[Path, ...]
+    pseudo_labels: Path | None
+    hashes: Path | None
+
+
+def inputs(prepared: Prepared, name: str) -> Inputs:
+    """Where a job finds its inputs. Its parents are finished: their best weights name the folders."""
+    job = prepared.jobs[name]
+    return Inputs(
+        teachers=tuple(_soft_labels(prepared, name, teacher) for teacher in job.stage.teachers),
+        pseudo_labels=prepared.job_folder(name) / "pseudo_labels" if job.stage.pseudo_labels else None,
+        hashes=_hashes(prepared) if job.stage.duplicates != "keep" else None,
+    )
+
+
+def tasks(prepared: Prepared, name: str, share: Share) -> list[Task]:
+    """The tasks that make a job's inputs; test predictions of its labellers (tasks ``LABELLER test``) are needed.
+
+    Args:
+        share: of a task that runs a network.
+    """
+    stage, cpus = prepared.jobs[name].stage, Share(share.cpus, 0)
+    found = [
+        Task(
+            f"{name} soft labels of {teacher}",
+            (teacher,),
+            share,
+            partial(_teach, prepared, name, teacher, share),
+        )
+        for teacher in stage.teachers
+    ]
+    if stage.pseudo_labels is not None:
+        recipe = stage.pseudo_labels
+        needs = tuple(f"{labeller} test" for labeller in recipe.by)
+        found.append(Task(f"{name} pseudo labels", needs, Share(1, 0), partial(_label, prepared, name, recipe)))
+    if stage.duplicates != "keep":
+        found.append(Task(f"{name} hashes", (), cpus, partial(_start_hashes, prepared, cpus)))
+    return found
+
+
+def _soft_labels(prepared: Prepared, name: str, teacher: str) -> Path:
+    """A teacher's soft labels of the images of a job; shared by jobs of the same images."""
+    stage = prepared.jobs[name].stage
+    images = "all" if stage.duplicates != "keep" else f"{stage.images!r} {stage.seed}"  # the filter may choose any
+    view = hashlib.sha256(images.encode()).hexdigest()[:8]
+    sha256 = members.best_of(prepared, teacher).sha256
+    return prepared.job_folder(teacher) / "soft_labels" / f"{sha256[:16]}-{view}"
+
+
+def _hashes(prepared: Prepared) -> Path:
+    return prepared.places.storage / "hashes" / prepared.catalogue.fingerprint
+
+
+def _teach(prepared: Prepared, name: str, teacher: str, share: Share) -> Any:
+    job, parent = prepared.jobs[name], prepared.jobs[teacher]
+    rows = None if job.stage.duplicates != "keep" else base_rows(prepared.catalogue, job.stage)
+    record = {"job": teacher, "key": parent.key, "weights": members.best_of(prepared, teacher).sha256}
+    options: dict[str, Any] = {"name": f"{teacher} soft labels"}
+    return _write_soft_labels.options(num_cpus=share.cpus, num_gpus=share.gpus, **options).remote(
+        prepared.job_folder(teacher) / WEIGHTS,
+        prepared.catalogue.root,
+        rows,
+        _soft_labels(prepared, name, teacher),
+        record,
+        share.cpus,
+    )
+
+
+def _label(prepared: Prepared, name: str, recipe: PseudoLabels) -> Any:
+    stores = [
+        members.prediction(prepared, labeller, members.best_of(prepared, labeller), "test").folder
+        for labeller in recipe.by
+    ]
+    record = {"labellers": {labeller: prepared.jobs[labeller].key for labeller in recipe.by}}
+    folder = prepared.job_folder(name) / "pseudo_labels"
+    options: dict[str, Any] = {"name": f"{name} pseudo labels"}
+    return _write_pseudo_labels.options(num_cpus=1, **options).remote(stores, recipe, folder, record)
+
+
+def _start_hashes(prepared: Prepared, share: Share) -> Any:
+    options: dict[str, Any] = {"name": "hashes"}
+    return _write_hashes.options(num_cpus=share.cpus, **options).remote(
+        prepared.catalogue.root, _hashes(prepared), share.cpus
+    )
+
+
+@ray.remote(max_retries=3)
+def _write_soft_labels(
+    folder: Path, catalogue_path: Path, rows: Integers | None, out: Path, record: dict[str, Any], threads: int
+) -> str:
+    if commit.read(out) is not None:
+        return ""
+    try:
+        torch.set_num_threads(threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model, config, classes = weights.load(folder)
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        train = sources.read(catalogue_path).train
+        images = train if rows is None else train.take(rows)
+        feed = Feed(device, config.mean, config.std, config.interpolation)
+        dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        seen = predict(model, images, config.resize, config.crop, "center", feed, dtype)
+        soft_labels.write(out, images.ids, np.asarray(classes.ids), (block for _, block in seen), record)
+    except AliprodError as error:
+        return str(error)
+    return ""
+
+
+@ray.remote(max_retries=3)
+def _write_pseudo_labels(stores: list[Path], recipe: PseudoLabels, out: Path, record: dict[str, Any]) -> str:
+    if commit.read(out) is not None:
+        return ""
+    try:
+        opened = [probabilities.open_store(store) for store in stores]
+        labels = confident(opened, recipe.threshold, recipe.per_class)
+        pseudo.write(out, labels.ids, labels.class_ids, labels.probabilities, record)
+    except AliprodError as error:
+        return str(error)
+    return ""
+
+
+@ray.remote(max_retries=3)
+def _write_hashes(catalogue_path: Path, out: Path, processes: int) -> str:
+    if commit.read(out) is not None:
+        return ""
+    try:
+        hashes.write(out, sources.read(catalogue_path).train, processes if processes > 1 else 0)
+    except AliprodError as error:
+        return str(error)
+    return ""
