@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aliprod import epochs
 from aliprod.plan import ledger
 from aliprod.plan.events import Changed, Event, Reported, Said
 from aliprod.plan.graph import Job
@@ -65,7 +66,7 @@ def outcome_table(outcome: Mapping[str, Any]) -> str:
 
 def _state(job: Job, storage: Path, told: str) -> dict[str, Any]:
     record = ledger.finished(storage, job)
-    lines = ledger.epochs(ledger.folder(storage, job)) if job.key else []
+    lines = epochs.read(ledger.folder(storage, job) / epochs.FILE) if job.key else []
     last = lines[-1] if lines else {}
     done = len(lines)
     state = told if record is None else ("reused" if told == "reused" else "finished")
