@@ -48,7 +48,8 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
 def states(plan: Plan, jobs: Mapping[str, Job], places: Places) -> list[dict[str, Any]]:
     """What `aliprod status --json` says of each job, from the storage path alone."""
     told = _told(places.of(plan) / "state.json")
-    return [_state(job, places.storage, told.get(name, "waiting")) for name, job in jobs.items()]
+    found = {name: _state(job, places.storage, told.get(name, "waiting")) for name, job in jobs.items()}
+    return [row | {"gain": _gain(jobs[name], found)} for name, row in found.items()]
 
 
 def outcome_table(outcome: Mapping[str, Any]) -> str:
@@ -84,6 +85,15 @@ def _state(job: Job, storage: Path, told: str) -> dict[str, Any]:
         "images_per_second": last.get("speed/images_per_second"),
         "eta_seconds": 0.0 if record else (seconds * left if seconds is not None else None),
     }
+
+
+def _gain(job: Job, states: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Top-1 error less that of the job whose weights it starts from, in -1 to 1; None while either has not ended."""
+    if job.stage.start is None:
+        return None
+    both = states[job.name], states[f"{job.backbone}/{job.stage.start}"]
+    own, before = (row["top1_error"] if row["state"] in ("finished", "reused") else None for row in both)
+    return None if own is None or before is None else own - before
 
 
 def _told(path: Path) -> dict[str, str]:
