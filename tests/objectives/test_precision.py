@@ -1,7 +1,7 @@
 """Half precision: every loss is finite, with a finite gradient, and what float64 makes of the same numbers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from aliprod.objectives import (
     angular,
     bbn,
     bi_tempered,
+    build,
     cross_entropy,
     dcl,
     distillation,
@@ -22,6 +23,10 @@ from aliprod.objectives import (
     logit_adjustment,
 )
 
+OBJECTIVES = [
+    "accuracy", "angular", "bbn", "bi_tempered", "cross_entropy", "dcl", "distillation", "focal", "hierarchy", "lio",
+    "logit_adjustment", "mixup",
+]  # fmt: skip
 HALVES = [torch.bfloat16, torch.float16]
 LABELS, OTHERS = torch.tensor([0, 39, 7, 7, 20, 1]), torch.tensor([39, 39, 0, 8, 2, 1])
 COUNTS = torch.arange(1, 41) ** 2
@@ -188,3 +193,23 @@ def test_autocast_changes_no_loss_of_features(name):
     found, gradient = answers(OF_FEATURES[name], features, autocast=True)
     assert torch.equal(found, expected)
     assert torch.equal(gradient, expected_gradient)
+
+
+# Objectives
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_an_objective_under_autocast_is_finite_where_the_model_says_ten_thousand(
+    name, dtype, context, model_for, batch
+):
+    objective = build(name, {"dcl": {"parts": 2}, "lio": {"positives": 1}}.get(name, {}), context)
+    model = model_for(objective.needs)
+    with torch.no_grad():
+        model.classifier.weight *= 1e4 / model(batch.images).abs().max()
+    batch = replace(batch, second=batch, teacher=torch.eye(5)[batch.labels])
+    with torch.autocast("cpu", dtype):
+        parts = objective(model, batch)
+    sum(parts.values()).backward()
+    assert all(part.dtype == torch.float32 and part.isfinite() for part in parts.values())
+    assert all(p.grad.isfinite().all() for p in (*model.parameters(), *objective.parameters()))
