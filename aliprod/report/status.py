@@ -89,9 +89,9 @@ def _state(job: Job, storage: Path, told: str) -> dict[str, Any]:
 
 def _gain(job: Job, states: Mapping[str, Mapping[str, Any]]) -> float | None:
     """Top-1 error less that of the job whose weights it starts from, in -1 to 1; None while either has not ended."""
-    if job.stage.start is None:
+    if job.start is None:
         return None
-    both = states[job.name], states[f"{job.backbone}/{job.stage.start}"]
+    both = states[job.name], states[job.start]
     own, before = (row["top1_error"] if row["state"] in ("finished", "reused") else None for row in both)
     return None if own is None or before is None else own - before
 
