@@ -168,6 +168,8 @@ def ensemble_command(asked: Asked) -> None:
 def status_command(asked: Asked) -> None:
     """Show the state of every job, now or at the end, from the storage path alone.
 
+    Gain is a finished job's error less that of the job it starts from: below zero, it helped.
+
     \b
     Example: aliprod status jobs/quickstart.toml
     """
@@ -183,12 +185,14 @@ def status_command(asked: Asked) -> None:
                 row["state"].replace("_", " "),
                 f"{row['epoch']}/{row['epochs']}",
                 None if row["top1_error"] is None else 100 * row["top1_error"],
+                "" if row["gain"] is None else f"{100 * row['gain']:+6.2f}",
                 row["images_per_second"],
                 row["eta_seconds"],
             ]
             for row in rows
         ]
-        click.echo(status.table(shown, ["job", "state", "epoch", "top-1 error, %", "images/s", "seconds left"]))
+        header = ["job", "state", "epoch", "top-1 error, %", "gain, points", "images/s", "seconds left"]
+        click.echo(status.table(shown, header))
     _answer(asked.as_json, {"plan": request.plan.name, "jobs": rows})
 
 
@@ -199,7 +203,8 @@ def status_command(asked: Asked) -> None:
 def evaluate_command(predictions: Path, labels: Path, as_json: bool) -> None:
     """Top-1 error of a submission, or of a folder of probabilities, against labels.
 
-    LABELS is test_labels.json of a catalogue, or a CSV with the columns id and class_id.
+    LABELS is test_labels.json of a catalogue, or a CSV with the columns id and class_id; every image in it must
+    have a prediction.
 
     \b
     Example: aliprod evaluate runs/quickstart/submission.csv photos/test_labels.json

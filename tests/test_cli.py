@@ -85,11 +85,11 @@ class Shop:
         """All that lies in the storage path."""
         return {str(p.relative_to(self.storage)): p.read_bytes() for p in self.storage.rglob("*") if p.is_file()}
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, error: float = 0.25) -> None:
         """Commit a job's weights, as its training would."""
         job = graph.jobs(load(self.plan), sources.read(self.folder / "photos").fingerprint)[name]
         folder = ledger.folder(self.storage, job) / "weights"
-        commit.write(folder, model, {"top1_error": 0.25, "best_epoch": 0, "seconds": 1.0})
+        commit.write(folder, model, {"top1_error": error, "best_epoch": 0, "seconds": 1.0})
 
 
 def model(folder: Path, classes: int = 3) -> None:
@@ -228,10 +228,20 @@ def test_status_tells_the_state_of_each_job(shop: Shop) -> None:
     shop.finish("net/full")
     told = answer("status", shop.plan)
     full, accuracy = told["jobs"]
-    columns = {"name", "key", "state", "epoch", "epochs", "top1_error", "images_per_second", "eta_seconds"}
+    columns = {"name", "key", "state", "epoch", "epochs", "top1_error", "images_per_second", "eta_seconds", "gain"}
     assert (set(told), set(full)) == ({"plan", "jobs"}, columns)
     assert (full["state"], full["top1_error"], accuracy["state"]) == ("finished", 0.25, "waiting")
     assert "25.00" in aliprod("status", shop.plan).stdout
+
+
+def test_status_shows_what_a_finished_job_gained_on_its_parent_in_points(shop: Shop) -> None:
+    assert [job["gain"] for job in answer("status", shop.plan)["jobs"]] == [None, None]
+    shop.finish("net/full")
+    shop.finish("net/accuracy", 0.125)
+    assert [job["gain"] for job in answer("status", shop.plan)["jobs"]] == [None, -0.125]
+    *_, full, accuracy = aliprod("status", shop.plan).stdout.splitlines()
+    assert "-12.50" in accuracy
+    assert "-" not in full
 
 
 def test_evaluate_tells_both_errors(shop: Shop) -> None:

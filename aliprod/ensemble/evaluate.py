@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from aliprod.data.annotations import rows, utf8
 from aliprod.data.identity import class_number
@@ -17,7 +18,7 @@ from aliprod.inference.probabilities import STEM, open_store
 
 
 def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
-    """Errors of predictions; images without a label are left out.
+    """Errors of predictions on all images that have a label; predictions of others are left out.
 
     Args:
         predictions: submission.csv (id, predicted), an ensemble's folder or a member's probabilities.
@@ -25,7 +26,7 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
     Returns:
         top1_error (mean over classes), top1_error_per_image, images, classes.
     Raises:
-        Refused: neither can be read, or they have no image in common.
+        Refused: neither can be read, they have no image in common, or a labelled image has no prediction.
     """
     ids, predicted = _predictions(predictions)
     known_ids, known = _labels(labels)
@@ -34,6 +35,11 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
         raise Refused(
             f"no image of {predictions} has a label in it.", labels, "Ids are matched as they are, ending included."
         )
+    missing = known_ids.filter(pc.invert(pc.is_in(known_ids, value_set=ids)))
+    if len(missing):
+        what = f"has no prediction of {len(missing):,} of the {len(known_ids):,} images of {labels}: "
+        what += f"{listing(missing.to_pylist(), 3)}."
+        raise Refused(what, predictions, "Every labelled image counts. Add the missing lines, or drop their labels.")
     return found
 
 

@@ -17,6 +17,22 @@ Views = Literal["ten_crop", "center"]
 _FORWARD_IMAGES = 256  # views in one forward pass: bounds the memory of activations
 
 
+def precision(device: torch.device, stated: str = "auto") -> torch.dtype:
+    """The dtype of a forward pass on a device.
+
+    Args:
+        stated: as in a stage; ``auto`` is bfloat16 on GPUs that have it, else float32.
+    """
+    if stated != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[stated]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which a model runs at ``dtype``."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+
+
 @torch.inference_mode()
 def predict(
     model: Recogniser, images: Images, resize: int, crop: int, views: Views, feed: Feed, dtype: torch.dtype
@@ -55,7 +71,7 @@ def _views(pixels: Tensor, crop: int, views: Views) -> Tensor:
 def _logits(model: Recogniser, views: Tensor, feed: Feed, dtype: torch.dtype) -> Tensor:
     """(n, V, 3, crop, crop) uint8 -> (n, V, K) float32."""
     images = normalise(views.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(feed.device.type, dtype, enabled=dtype is not torch.float32):
+    with autocast(feed.device, dtype):
         logits: Tensor = model(images)
     n, views_per_image = views.shape[:2]
     return logits.float().view(n, views_per_image, -1)

@@ -23,7 +23,7 @@ def probabilities(logits: Tensor, t2: float, iterations: int | None = None) -> T
     Returns:
         (B, K), float32 or float64.
     Raises:
-        Refused: t2 is below 1.
+        Refused: t2 is below 1, or above what the dtype can hold: 8.0 at 50,030 classes in float32.
     """
     return _log_probabilities(precise(logits), t2, iterations).exp()
 
@@ -49,7 +49,7 @@ def loss(
         () or, with reduction="none", (B,). The gradient is the formula at these probabilities, not that of the
         iterations; it has no second derivative.
     Raises:
-        Refused: t1 above 1 or t2 below 1.
+        Refused: t1 above 1, or t2 as in `probabilities`.
     """
     if t1 > 1:
         raise Refused(f"t1 = {t1} is above 1.", advice="0.8 is usual, 1 is not bounded.")
@@ -96,9 +96,13 @@ def _log_probabilities(logits: Tensor, t2: float, iterations: int | None) -> Ten
     """log p, exact where p underflows."""
     if t2 < 1:
         raise Refused(f"t2 = {t2} is below 1.", advice="1.2 is usual, 1 is the softmax.")
-    if t2 == 1:
-        return logits.log_softmax(dim=1)
     below = logits - logits.amax(dim=1, keepdim=True)  # a = z - max z
+    if t2 == 1:  # not log_softmax: on a CPU, 50,030 equal logits leave its sum 2.6e-5 off in float32
+        return below - below.logsumexp(dim=1, keepdim=True)
+    most = -math.log(torch.finfo(logits.dtype).tiny) / math.log(max(logits.shape[1], 2))
+    if t2 > most:  # K^-t2, the slope at equal logits, would underflow
+        what = f"t2 = {t2} is too large for {logits.shape[1]:,} classes in {logits.dtype}."
+        raise Refused(what, advice=f"At most {math.floor(10 * most) / 10}; 1.2 is usual.")
     shift = _newton(below, t2) if iterations is None else _fixed_point(below, t2, iterations)
     return _log_exp_t(below - shift, t2)
 

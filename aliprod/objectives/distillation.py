@@ -27,7 +27,7 @@ def loss(
     """
     student = precise(student)
     softened = (student / temperature).log_softmax(dim=1)
-    target = (precise(teacher) / temperature).softmax(dim=1)
+    target = (precise(teacher) / temperature).softmax(dim=1).to(student.dtype)
     divergence = functional.kl_div(softened, target, reduction="none").sum(dim=1)  # 0 log 0 = 0
     hard = functional.cross_entropy(student, labels, reduction="none")
     return reduced(weight * temperature**2 * divergence + (1 - weight) * hard, reduction)

@@ -18,7 +18,7 @@ from aliprod.ensemble.add import submission, write_ensemble
 from aliprod.ensemble.score import aligned, as_labels, predicted_classes, top1_error
 from aliprod.errors import AliprodError
 from aliprod.inference import probabilities
-from aliprod.inference.predict import Views, predict
+from aliprod.inference.predict import Views, precision, predict
 from aliprod.models import weights
 from aliprod.orchestration.scheduler import Share
 
@@ -114,7 +114,7 @@ def _write_probabilities(prediction: Prediction, catalogue: Catalogue, threads: 
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images: Images = getattr(catalogue, prediction.split)
     feed = Feed(device, config.mean, config.std, config.interpolation)
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = precision(device)
     blocks = (block for _, block in predict(model, images, config.resize, config.crop, prediction.views, feed, dtype))
     record = {
         "job": prediction.job,

@@ -21,7 +21,7 @@ from aliprod.data.training_set import base_rows
 from aliprod.ensemble.label import confident
 from aliprod.errors import AliprodError
 from aliprod.inference import probabilities
-from aliprod.inference.predict import predict
+from aliprod.inference.predict import precision, predict
 from aliprod.models import weights
 from aliprod.orchestration import members
 from aliprod.orchestration.prepare import Prepared
@@ -134,7 +134,7 @@ def _write_soft_labels(
         train = sources.read(catalogue_path).train
         images = train if rows is None else train.take(rows)
         feed = Feed(device, config.mean, config.std, config.interpolation)
-        dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        dtype = precision(device)
         seen = predict(model, images, config.resize, config.crop, "center", feed, dtype)
         soft_labels.write(out, images.ids, np.asarray(classes.ids), (block for _, block in seen), record)
     except AliprodError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aliprod import epochs
 from aliprod.plan import ledger
 from aliprod.plan.events import Changed, Event, Reported, Said
 from aliprod.plan.graph import Job
@@ -47,7 +48,8 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
 def states(plan: Plan, jobs: Mapping[str, Job], places: Places) -> list[dict[str, Any]]:
     """What `aliprod status --json` says of each job, from the storage path alone."""
     told = _told(places.of(plan) / "state.json")
-    return [_state(job, places.storage, told.get(name, "waiting")) for name, job in jobs.items()]
+    found = {name: _state(job, places.storage, told.get(name, "waiting")) for name, job in jobs.items()}
+    return [row | {"gain": _gain(jobs[name], found)} for name, row in found.items()]
 
 
 def outcome_table(outcome: Mapping[str, Any]) -> str:
@@ -65,7 +67,7 @@ def outcome_table(outcome: Mapping[str, Any]) -> str:
 
 def _state(job: Job, storage: Path, told: str) -> dict[str, Any]:
     record = ledger.finished(storage, job)
-    lines = ledger.epochs(ledger.folder(storage, job)) if job.key else []
+    lines = epochs.read(ledger.folder(storage, job) / epochs.FILE) if job.key else []
     last = lines[-1] if lines else {}
     done = len(lines)
     state = told if record is None else ("reused" if told == "reused" else "finished")
@@ -83,6 +85,15 @@ def _state(job: Job, storage: Path, told: str) -> dict[str, Any]:
         "images_per_second": last.get("speed/images_per_second"),
         "eta_seconds": 0.0 if record else (seconds * left if seconds is not None else None),
     }
+
+
+def _gain(job: Job, states: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Top-1 error less that of the job whose weights it starts from, in -1 to 1; None while either has not ended."""
+    if job.start is None:
+        return None
+    both = states[job.name], states[job.start]
+    own, before = (row["top1_error"] if row["state"] in ("finished", "reused") else None for row in both)
+    return None if own is None or before is None else own - before
 
 
 def _told(path: Path) -> dict[str, str]:

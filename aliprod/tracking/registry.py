@@ -3,7 +3,7 @@
 import json
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -80,7 +80,8 @@ class Registry:
             Unreachable: MLflow is away.
         """
         names = list(names)
-        found = ask(self._server.uri, lambda: {name: self._aliased(self.name(name), "member") for name in names})
+        by_alias = self._client.get_model_version_by_alias
+        found = ask(self._server.uri, lambda: {name: _existing(by_alias, self.name(name), "member") for name in names})
         if missing := [self.name(name) for name, version in found.items() if version is None]:
             raise Refused(
                 f"{listing(missing)}: no version has the alias `member`, so nothing says which one the ensemble takes.",
@@ -210,14 +211,6 @@ class Registry:
             "it sends the files anew while they are in the storage path.",
         )
 
-    def _aliased(self, name: str, alias: str) -> ModelVersion | None:
-        try:
-            return self._client.get_model_version_by_alias(name, alias)
-        except MlflowException as error:
-            if is_missing(error):
-                return None
-            raise
-
     def _choice(self, version: ModelVersion) -> Choice:
         """A version as a choice; its tags become paths, and anybody may have written them, so they are checked."""
         choice = _choice(version)
@@ -241,18 +234,11 @@ class Registry:
         if parts is None:
             raise Refused("is no address of a model.", model, "Write models:/NAME@ALIAS or models:/NAME/VERSION.")
         name, alias, number = parts["name"], parts["alias"], parts["version"]
-        version = ask(self._server.uri, lambda: self._aliased(name, alias) if alias else self._numbered(name, number))
+        find = self._client.get_model_version_by_alias if alias else self._client.get_model_version
+        version = ask(self._server.uri, lambda: _existing(find, name, alias or number))
         if version is None:
             raise Refused("there is no such version.", model, self._nearest(name, alias))
         return self._choice(version)
-
-    def _numbered(self, name: str, number: str) -> ModelVersion | None:
-        try:
-            return self._client.get_model_version(name, number)
-        except MlflowException as error:
-            if is_missing(error):
-                return None
-            raise
 
     def _nearest(self, name: str, alias: str | None) -> str:
         models = {model.name: model for model in self._client.search_registered_models(max_results=1000)}
@@ -276,6 +262,16 @@ def fetch(model: str, uri: str, folder: Path) -> Path:
     if commit.read(there) is None:
         registry.download(choice, there)
     return there
+
+
+def _existing(find: Callable[[str, str], ModelVersion], name: str, which: str) -> ModelVersion | None:
+    """The version that an alias or a number names; None where there is none."""
+    try:
+        return find(name, which)
+    except MlflowException as error:
+        if is_missing(error):
+            return None
+        raise
 
 
 def _choice(version: ModelVersion) -> Choice:

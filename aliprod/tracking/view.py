@@ -14,9 +14,8 @@ from typing import Any
 from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
-from aliprod import commit
+from aliprod import commit, epochs
 from aliprod.errors import Failed
-from aliprod.plan import ledger
 from aliprod.plan.graph import Job
 from aliprod.tracking import history
 from aliprod.tracking.registry import Choice, Registry, Weights
@@ -115,7 +114,7 @@ class View:
         best, last = Weights.read(folder / "weights"), Weights.read(folder / "last")
         if best is None:
             raise Failed("has no committed weights.", folder)
-        records, result = ledger.epochs(folder), commit.digest(folder / "weights")
+        records, result = epochs.read(folder / epochs.FILE), commit.digest(folder / "weights")
         known = self._job(job, records)
         if known.tags.get("aliprod.result", result) != result:  # trained again, to other bytes
             known = self._replace(job, known, records)

@@ -10,9 +10,10 @@ from torch.optim.swa_utils import update_bn
 
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatches
+from aliprod.inference.predict import autocast
 from aliprod.randomness import seed_of
 from aliprod.training.ema import Average
-from aliprod.training.learner import Learner, autocast
+from aliprod.training.learner import Learner
 from aliprod.training.validate import top1_errors
 
 _STATISTICS_BATCHES = 200

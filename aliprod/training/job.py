@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from aliprod import commit
+from aliprod import commit, epochs
 from aliprod.data.catalogue import Catalogue, Integers
 from aliprod.data.loader import Feed
 from aliprod.data.training_set import training_set
@@ -33,7 +33,7 @@ from aliprod.training.learner import place
 from aliprod.training.loop import EpochEnd, Progress, train
 
 log = logging.getLogger(__name__)
-METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
+METRICS, RESUME, LAST, WEIGHTS, KEPT = epochs.FILE, "resume", "last", "weights", "kept"
 
 
 @dataclass(frozen=True)
@@ -204,13 +204,7 @@ def _line(progress: Progress, epoch: int) -> dict[str, Any]:
 
 def _epochs_told(path: Path) -> set[int]:
     """The epochs that are in the file already: a resumed job does not tell them twice."""
-    epochs = set()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            epochs.add(int(json.loads(line)["epoch"]))
-        except (ValueError, KeyError, TypeError):  # torn by a crash
-            continue
-    return epochs
+    return {record["epoch"] for record in epochs.read(path)}
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

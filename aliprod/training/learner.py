@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.data.catalogue import Catalogue
+from aliprod.inference.predict import autocast, precision
 from aliprod.models.recogniser import Recogniser
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of
@@ -69,7 +70,7 @@ class Learner(nn.Module):
         super().__init__()
         torch.manual_seed(seed_of(stage.seed, "init", network))
         self.stage, self.place = stage, place
-        self.dtype = precision(stage, place.device)
+        self.dtype = precision(place.device, stage.precision)
         asked = needs_of(stage.objective.name)
         self.model = Recogniser(
             network,
@@ -119,18 +120,6 @@ class Learner(nn.Module):
         return DistributedDataParallel(
             self, device_ids=[self.place.device] if self.place.device.type == "cuda" else None
         )
-
-
-def precision(stage: Stage, device: torch.device) -> torch.dtype:
-    """The dtype of a stage's forward pass on a device: ``auto`` is bfloat16 on GPUs that have it, else float32."""
-    if stage.precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[stage.precision]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context in which a model runs at ``dtype``."""
-    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
 
 def _context(stage: Stage, model: Recogniser, catalogue: Catalogue) -> Context:

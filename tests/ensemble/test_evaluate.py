@@ -68,13 +68,22 @@ def test_a_members_probabilities_and_an_ensemble_are_judged_by_their_highest_cla
 
 
 def test_images_without_a_label_are_left_out(predictions: Path, tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_text("id,class_id\na.jpg,3\nd.jpg,8\nz.jpg,1\n")
+    (tmp_path / "labels.csv").write_text("id,class_id\na.jpg,3\nd.jpg,8\n")
     assert evaluate(predictions, tmp_path / "labels.csv") == {
         "top1_error": 0.5,
         "top1_error_per_image": 0.5,
         "images": 2,
         "classes": 2,
     }
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_labelled_images_without_a_prediction_are_counted_and_named(tmp_path: Path, labels: Path, left: int) -> None:
+    (tmp_path / "short.csv").write_text(submission(IMAGES[:left], PREDICTED[:left]))
+    with pytest.raises(Refused, match=f"no prediction of {4 - left} of the 4 images") as refused:
+        evaluate(tmp_path / "short.csv", labels)
+    assert all(name in str(refused.value) for name in IMAGES[left:])
+    assert "short.csv" in str(refused.value)
 
 
 names = st.text(min_size=1, max_size=20).filter(lambda name: name_fault(name) == "")

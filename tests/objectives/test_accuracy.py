@@ -1,5 +1,7 @@
 """The accuracy loss against equation 1, 60-digit arithmetic and its own gradient."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -28,6 +30,14 @@ def test_a_nearly_certain_prediction_keeps_its_tiny_error(golden, dtype, rtol):
     each.mean().backward()
     torch.testing.assert_close(each, vectors["extreme_per_sample"].to(dtype), rtol=rtol, atol=0)
     torch.testing.assert_close(logits.grad, vectors["extreme_grad"].to(dtype), rtol=0, atol=1e-7)
+
+
+@given(st.floats(0, 39), st.sampled_from([2, 10, 1000, 50_030]))
+def test_in_float32_the_error_of_a_sure_prediction_is_right_down_to_1e_17(margin, num_classes):
+    ahead = torch.tensor(margin + math.log(num_classes - 1)).item()  # as float32 holds it
+    logits = torch.zeros(1, num_classes).index_fill(1, torch.tensor([1]), ahead)
+    error = 1 / (1 + math.exp(ahead) / (num_classes - 1))
+    assert loss(logits, torch.tensor([1])).item() == pytest.approx(error, rel=1e-5, abs=0)
 
 
 @given(st.integers(1, 8), st.integers(2, 50), st.integers(0, 2**32 - 1))

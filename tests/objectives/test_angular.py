@@ -55,6 +55,18 @@ def test_phi_falls_with_the_angle(margin, share):
     assert (found[:, 0].diff() < 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("margin", [1, 2, 3, 4, 5])
+def test_at_the_angles_0_and_pi_values_are_phi_and_every_gradient_is_finite(margin, dtype):
+    features = torch.tensor([[3.0, 0, 0], [-3.0, 0, 0]], dtype=dtype, requires_grad=True)
+    weight = (2 * torch.eye(3, dtype=dtype)).requires_grad_()
+    found = logits(features, weight, torch.tensor([0, 0]), margin, 0.0)
+    cross_entropy(found, torch.tensor([0, 0])).backward()
+    assert found[:, 0].tolist() == [3, 3 * (1 - 2 * margin)]  # phi(0) = 1, phi(pi) = 1 - 2m
+    assert features.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
 def test_features_of_length_0_have_a_finite_gradient():
     features = torch.zeros(2, 3, requires_grad=True)
     cross_entropy(logits(features, torch.eye(3), torch.tensor([0, 2]), 4, 5.0), torch.tensor([0, 2])).backward()

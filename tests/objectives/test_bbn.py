@@ -56,6 +56,33 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda z: loss(z, torch.tensor([0, 3, 4]), torch.tensor([1, 3, 2]), 0.3), z)
 
 
+def test_gradcheck_of_the_mixed_logits():
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 4), (3, 4), (5, 8), (5,)
+    inputs = [torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *x: logits(*x, 0.3), inputs)
+
+
+@given(st.integers(1, 300))
+def test_the_share_is_the_papers_parabola_and_stays_between_0_and_1(epochs):
+    for epoch in range(1, epochs + 1):
+        assert 0 < alpha(epoch, epochs) <= 1
+        assert (1 - alpha(epoch, epochs)) * epochs**2 == pytest.approx((epoch - 1) ** 2)
+
+
+@pytest.mark.parametrize(("share", "idle"), [(1.0, 1), (0.0, 0)])
+def test_at_either_end_the_other_branch_neither_counts_nor_learns(share, idle):
+    generator = torch.Generator().manual_seed(0)
+    branches = [torch.randn(3, 4, generator=generator).requires_grad_() for _ in range(2)]
+    weight, labels = torch.randn(5, 8, generator=generator), [torch.tensor([0, 3, 4]), torch.tensor([1, 3, 2])]
+    z = logits(*branches, weight, torch.zeros(5), share)
+    value = loss(z, *labels, share)
+    value.backward()
+    torch.testing.assert_close(value, cross_entropy(z, labels[1 - idle]))
+    assert not branches[idle].grad.any()
+    assert branches[1 - idle].grad.any()
+
+
 def test_one_value_per_image_is_the_weighted_pair_of_cross_entropies():
     z = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     conventional, reversed_ = torch.tensor([0, 3, 4]), torch.tensor([1, 3, 2])

@@ -41,6 +41,32 @@ def test_probabilities_sum_to_one_at_any_number_of_classes_and_temper(num_classe
     torch.testing.assert_close(probabilities(logits.float(), t2).sum(1), one.float(), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("t2", [1.0, 1.001, 1.05, 1.2, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-5, 1.0, 10.0, 1e4])
+def test_in_float32_50030_classes_sum_to_one_within_3e_6(t2, scale):
+    logits = scale * torch.randn(4, 50_030, generator=torch.Generator().manual_seed(0))
+    sums = probabilities(logits, t2).double().sum(1)  # added in float64: the error is the probabilities'
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=3e-6)
+
+
+def test_the_published_five_iterations_are_a_tenth_off_where_ours_are_not():
+    logits = 8 * torch.randn(4, 50_030, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    published, ours = ((probabilities(logits, 1.2, steps).sum(1) - 1).abs().max().item() for steps in (5, None))
+    assert published > 0.1
+    assert ours < 1e-12
+
+
+@pytest.mark.parametrize(("num_classes", "dtype", "most"), [
+    (50_030, torch.float32, 8.0), (1000, torch.float32, 12.6), (2, torch.float32, 126.0), (50_030, torch.float64, 65.4),
+])  # fmt: skip
+def test_the_largest_t2_that_a_dtype_holds_is_right_and_a_larger_one_refused(num_classes, dtype, most):
+    logits = torch.randn(2, num_classes, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    sums = probabilities(logits, most).double().sum(1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=3e-6)
+    with pytest.raises(Refused, match=f"At most {most};"):
+        probabilities(logits, most + 0.2)
+
+
 @given(st.floats(1.01, 4), st.floats(-1e4, 1e4), st.integers(0, 2**32 - 1))
 def test_a_shift_of_all_logits_changes_nothing(t2, shift, seed):
     logits = 4 * torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

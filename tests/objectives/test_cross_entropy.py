@@ -32,6 +32,12 @@ def test_it_is_the_smoothed_target_against_the_log_softmax(images, num_classes, 
     torch.testing.assert_close(loss(logits, labels, smoothing), expected.mean())
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradcheck(smoothing):
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: loss(z, torch.tensor([0, 3, 4]), smoothing), logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_ten_thousand_from_half_precision_stay_finite_and_float32(dtype):
     logits = (1e4 * torch.tensor([[1, -1, 0], [-1, 1, 1]])).to(dtype).requires_grad_()

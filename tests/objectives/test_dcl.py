@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from aliprod.errors import Refused
+from aliprod.models.recogniser import Recogniser
 from aliprod.objectives import Context
 from aliprod.objectives.dcl import Objective, arranged, heads, jigsaw, location_targets, losses, shuffle, shuffles
 
@@ -90,6 +91,18 @@ def test_targets_of_a_destructed_image_are_those_of_the_original_in_another_orde
     identity = torch.arange(parts**2).view(parts, parts)
     found = location_targets(shuffle(parts, reach, draw(seed)))
     assert torch.equal(found.sort().values, location_targets(identity))
+
+
+@given(SIZES)
+def test_a_cells_target_names_the_very_cell_whose_pixels_it_holds(sizes):
+    """Where the public code guesses by mean colour; here even of a picture of one colour."""
+    parts, reach, side, seed = sizes
+    numbers = torch.arange(parts**2).view(parts, parts)
+    image = numbers.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    source = shuffle(parts, reach, draw(seed))
+    seen = jigsaw(image, source)[::side, ::side]
+    named = location_targets(source) * parts**2 + parts**2 // 2
+    assert named.round().long().view(parts, parts).tolist() == seen.tolist()
 
 
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 0, 1e-10), (torch.float32, 1e-4, 1e-6)])
@@ -213,6 +226,29 @@ def test_a_crop_that_does_not_fit_the_grid_is_refused_with_sizes_that_work(crop,
         Objective(Context(num_classes=2, num_features=4, crop=crop, epochs=1), parts=parts)
     for size in re.search(sizes, str(refusal.value)).groups():
         Objective(Context(num_classes=2, num_features=4, crop=int(size), epochs=1), parts=parts)
+
+
+@pytest.mark.parametrize("network", ["resnet10t", "efficientnet_lite0", "test_efficientnet"])
+def test_any_backbone_of_stride_32_is_trained_whole(network, batch):
+    torch.manual_seed(0)
+    model = Recogniser(network, num_classes=3)
+    objective = Objective(Context(num_classes=3, num_features=model.num_features, crop=64, epochs=1), parts=2)
+    images = torch.randn(2, 3, 64, 64)
+    parts = objective(model, type(batch)(images, torch.tensor([0, 2])))
+    sum(parts.values()).backward()
+    for name, parameter in (*model.named_parameters(), *objective.named_parameters()):
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_the_papers_grid_fits_448_and_224_where_a_cell_is_one_of_the_map():
+    for crop, side in ((448, 14), (224, 7)):
+        Objective(Context(num_classes=2, num_features=3, crop=crop, epochs=1), parts=7)
+        weights = torch.zeros(5, 3), torch.zeros(2, 3), torch.ones(1, 3, 1, 1), torch.zeros(1)
+        features = torch.rand(2, 3, side, side)
+        cells = features.unflatten(3, (7, -1)).unflatten(2, (7, -1)).mean(dim=(3, 5))
+        *_, locations = heads(features, *weights)
+        torch.testing.assert_close(locations, cells.sum(1).flatten(1).tanh())
 
 
 def test_maps_and_images_that_do_not_fit_are_refused():

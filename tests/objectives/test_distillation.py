@@ -30,6 +30,27 @@ def test_a_student_that_equals_its_teacher_but_for_a_shift_has_only_the_labels_t
     torch.testing.assert_close(found, 0.3 * cross_entropy(teacher, labels), rtol=1e-9, atol=1e-9)
 
 
+@given(st.floats(0.25, 20), st.integers(0, 2**32 - 1))
+def test_equal_logits_leave_nothing_to_learn_at_any_temperature(temperature, seed):
+    teacher = 3 * torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    student = teacher.clone().requires_grad_()
+    value = loss(student, teacher, torch.tensor([0, 1, 2, 5]), temperature, 1.0)
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(student.grad, torch.zeros_like(student), rtol=0, atol=1e-13)
+
+
+@given(st.floats(0.5, 10), st.integers(0, 2**32 - 1))
+def test_the_divergence_is_never_negative(temperature, seed):
+    logits = 3 * torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert (loss(*logits, torch.tensor([0, 1, 2, 5]), temperature, 1.0, "none") >= -1e-12).all()
+
+
+def test_a_teacher_of_another_precision_changes_no_dtype():
+    student, teacher = torch.zeros(1, 3), torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    assert loss(student, teacher, torch.tensor([0]), 2.0, 0.7).dtype == torch.float32
+
+
 def test_a_teachers_probability_of_0_is_no_nan():
     student = torch.zeros(1, 3, requires_grad=True)
     value = loss(student, torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([0]), 1.0, 1.0)

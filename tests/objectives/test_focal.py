@@ -31,7 +31,27 @@ def test_each_image_is_cross_entropy_times_its_missed_probability_to_gamma(image
     torch.testing.assert_close(loss(logits, labels, gamma, reduction="none"), expected, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("gamma", [0.5, 2.0])
+@given(st.integers(2, 40), st.floats(0, 100), st.integers(0, 2**32 - 1))
+def test_gamma_0_is_cross_entropy_in_value_and_gradient(num_classes, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(4, num_classes, dtype=torch.float64, generator=generator)
+    labels = torch.randint(num_classes, (4,), generator=generator)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found, expected = loss(ours, labels, 0.0), cross_entropy(theirs, labels)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@given(st.floats(0, 5), st.floats(0.01, 5), st.integers(0, 2**32 - 1))
+def test_a_larger_gamma_never_costs_more(gamma, more, seed):
+    logits = 4 * torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    labels = torch.tensor([0, 1, 2, 5])
+    assert (loss(logits, labels, gamma + more, "none") <= loss(logits, labels, gamma, "none")).all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_gradcheck(gamma):
     logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: loss(z, torch.tensor([0, 3, 4]), gamma), logits)

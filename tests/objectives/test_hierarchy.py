@@ -56,6 +56,25 @@ def test_without_upper_levels_it_is_cross_entropy():
     torch.testing.assert_close(marginal_loss(logits, labels, torch.arange(6)[None], 0.5), cross_entropy(logits, labels))
 
 
+@given(st.integers(2, 20), st.integers(0, 2**32 - 1))
+def test_beta_0_is_cross_entropy_whatever_the_tree(num_classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ancestor = torch.stack([torch.randint(4, (num_classes,), generator=generator), torch.arange(num_classes)])
+    logits = 3 * torch.randn(5, num_classes, dtype=torch.float64, generator=generator)
+    labels = torch.randint(num_classes, (5,), generator=generator)
+    torch.testing.assert_close(marginal_loss(logits, labels, ancestor, 0.0), cross_entropy(logits, labels))
+
+
+def test_a_level_that_all_classes_share_costs_nothing_and_pulls_nowhere():
+    rooted = torch.stack([torch.zeros(6, dtype=torch.int64), torch.arange(6)])
+    logits = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([0, 1, 2, 5])
+    extra = marginal_loss(logits, labels, rooted, 100.0) - marginal_loss(logits, labels, rooted, 0.0)
+    extra.backward()
+    assert extra.item() == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(logits.grad, torch.zeros_like(logits), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("loss", [lambda *a: marginal_loss(*a, 0.5), lambda *a: win_loss(*a, win_weights(2))])
 def test_gradcheck(loss, context):
     logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()

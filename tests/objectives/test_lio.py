@@ -3,13 +3,19 @@
 import math
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aliprod.data.loader import Feed, TrainBatches
+from aliprod.data.training_set import training_set
 from aliprod.errors import Refused
+from aliprod.models import weights
 from aliprod.objectives import Context
 from aliprod.objectives.lio import Objective, context_loss, extent_loss, losses, polar_targets, pseudo_mask
+from aliprod.recipe import Stage
+from aliprod.training.loop import train
 
 TOLERANCES = pytest.mark.parametrize(
     ("dtype", "rtol", "atol"), [(torch.float64, 0, 1e-10), (torch.float32, 1e-4, 1e-6)]
@@ -234,6 +240,47 @@ def test_in_bf16_autocast_and_channels_last_the_losses_are_float32_and_near_thos
     for name, value in found.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected[name], rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_group_on_every_rank_has_one_label(packages, context, world_size):
+    objective, stage = Objective(context, positives=3), Stage(resize=8, crop=8, batch_size=16)
+    images = training_set(packages, stage)
+    groups = []
+    for rank in range(world_size):
+        feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.2,) * 3, "bilinear", rank, world_size)
+        for epoch in (0, 1):
+            for batch in TrainBatches(images, stage, feed, objective.needs.group).epoch(epoch):
+                assert len(batch.labels) == 16 // world_size
+                groups += batch.labels.unflatten(0, (-1, 4)).tolist()
+    assert all(len(set(group)) == 1 for group in groups)
+    assert len({group[0] for group in groups}) == packages.num_classes
+
+
+@pytest.fixture
+def as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize("objective", [{"name": "lio"}, {"name": "dcl", "parts": 2}, "cross_entropy"])
+def test_what_is_saved_after_training_is_the_plain_backbone_and_its_classifier(packages, objective, tmp_path):
+    """Same names, same number: so the same module, and the same speed, whatever it was trained with."""
+    stage = Stage(resize=64, crop=64, batch_size=16, objective=objective, precision="float32")
+    *_, progress = train(stage, "test_resnet", packages)
+    plain = timm.create_model("test_resnet", num_classes=0, global_pool="")
+    expected = {f"backbone.{name}": value.shape for name, value in plain.state_dict().items()}
+    expected["classifier.weight"] = (packages.num_classes, plain.num_features)
+    assert {name: value.shape for name, value in progress.end.best.tensors.items()} == expected
+    config = weights.Config("test_resnet", (0.5,) * 3, (0.2,) * 3, "bilinear", 64, 64)
+    weights.save(tmp_path, progress.end.best.tensors, config, weights.Classes(tuple(packages.classes.tolist())))
+    model, *_ = weights.load(tmp_path)
+    parameters = sum(parameter.numel() for parameter in plain.parameters())
+    assert sum(p.numel() for p in model.parameters()) == parameters + packages.num_classes * plain.num_features
+    assert [type(module) for module in model.backbone.modules()] == [type(module) for module in plain.modules()]
 
 
 def test_one_global_seed_makes_the_same_heads():

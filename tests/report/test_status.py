@@ -85,6 +85,7 @@ def test_nothing_is_known_of_jobs_that_have_not_begun(shop: Shop) -> None:
         "top1_error": None,
         "images_per_second": None,
         "eta_seconds": None,
+        "gain": None,
     }
 
 
@@ -112,6 +113,24 @@ def test_a_job_that_was_finished_before_the_run_is_reused(shop: Shop) -> None:
     shop.told(os.getpid(), full="reused", accuracy="running")
     assert [row["state"] for row in shop.states().values()] == ["reused", "running"]
     assert shop.states()["net/full"]["top1_error"] is None, "there was nothing to validate with"
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.25, 0.125), (0.125, 0.25), (0.5, 0.5)])
+def test_the_gain_is_the_error_less_that_of_the_job_it_starts_from(shop: Shop, before: float, after: float) -> None:
+    shop.finish("net/full", before)
+    shop.finish("net/accuracy", after)
+    assert shop.states()["net/accuracy"]["gain"] == after - before
+    assert shop.states()["net/full"]["gain"] is None, "it starts from nothing"
+
+
+def test_there_is_no_gain_before_both_jobs_have_ended_with_an_error(shop: Shop) -> None:
+    shop.epoch("net/full", 0, seconds=100, error=0.5)
+    shop.epoch("net/accuracy", 0, seconds=100, error=0.25)
+    assert shop.states()["net/accuracy"]["gain"] is None
+    shop.finish("net/accuracy", 0.25)
+    assert shop.states()["net/accuracy"]["gain"] is None
+    shop.finish("net/full", None)
+    assert shop.states()["net/accuracy"]["gain"] is None, "there was nothing to validate with"
 
 
 @pytest.mark.parametrize("told", ["finished", "reused"])

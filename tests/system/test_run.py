@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aliprod import commit
+from aliprod import commit, epochs
 from aliprod.ensemble.add import read_predictions
 from aliprod.inference import probabilities
-from aliprod.plan import ledger
 
 JOBS = ["resnet/full", "resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
 MEMBERS = ["resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
@@ -131,7 +130,7 @@ def test_mlflow_holds_a_run_for_each_job_below_the_plans(whole: Run) -> None:
     assert client.get_run(parents.pop()).info.status == "FINISHED"
     for name, run in jobs.items():
         points = client.get_metric_history(run.info.run_id, "val/top1_error")
-        told = {line["epoch"]: line["val/top1_error"] for line in ledger.epochs(folders[name])}
+        told = {line["epoch"]: line["val/top1_error"] for line in epochs.read(folders[name] / epochs.FILE)}
         assert {point.step: point.value for point in points} == told
         assert len(points) == len(told)
 

@@ -52,7 +52,9 @@ def job() -> Callable[..., Job]:
     def make(name: str = "resnet50/full", digit: str = "a", epochs: int = 3) -> Job:
         backbone, stage = name.split("/")
         stages = Stage(epochs=epochs)
-        return Job(name, backbone, "resnet50.tv_in1k", stage, stages, (), member=True, key=digit * 64, content=None)
+        return Job(
+            name, backbone, "resnet50.tv_in1k", stage, stages, (), None, (), member=True, key=digit * 64, content=None
+        )
 
     return make
 

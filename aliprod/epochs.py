@@ -1,0 +1,30 @@
+"""What a job's metrics.jsonl says: a line an epoch, written by training, read by whoever wants to know."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records in the order of their epochs, each once: after a resume the first one counts.
+
+    Half a line, as a killed worker leaves it, is skipped; a file that is not there tells nothing.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    for record in filter(None, map(_record, lines)):
+        found.setdefault(record["epoch"], record)
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("epoch"), int) else None
