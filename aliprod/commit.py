@@ -104,6 +104,15 @@ def write_file(path: Path, content: str | bytes) -> None:
             staging.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed writers have left in a folder. For a folder that nobody else writes into now."""
+    for path in folder.glob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -20,10 +20,11 @@ from aliprod.models.recogniser import normalisation
 from aliprod.recipe import Stage
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
-from aliprod.training.checkpoint import State
+from aliprod.training.checkpoint import Snapshot, State
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, place
 from aliprod.training.optimizer import Optimizer
+from aliprod.training.watchdog import Watchdog
 
 _Seen = tuple[dict[str, float], list[str]]  # loss parts and image ids of a step on one rank
 
@@ -44,15 +45,19 @@ class Progress:
 
     Attributes:
         metrics: numbers by name: ``train/...`` of this rank, ``val/...`` of all.
-        capture: writes a resume checkpoint into an empty folder.
+        snapshot: copies the resume state.
         end: None in mid-epoch, where only a checkpoint is due.
     """
 
     state: State
     metrics: dict[str, float]
-    capture: Callable[[Path], None]
+    snapshot: Callable[[], Snapshot]
     place: Place
     end: EpochEnd | None = None
+
+    def capture(self, folder: Path) -> None:
+        """Write a resume checkpoint into an empty folder."""
+        self.snapshot().write(folder)
 
 
 def train(
@@ -66,6 +71,8 @@ def train(
     save_every_steps: int | None = None,
     threads: int = 1,
     loader_processes: int = 0,
+    watchdog: Watchdog | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> Iterator[Progress]:
     """Train one job; yield a Progress at each epoch's end and at each step where a checkpoint is due.
 
@@ -76,10 +83,14 @@ def train(
         resume: a resume checkpoint of this very job; wins over both.
         save_every_steps: a checkpoint is due every so many steps; None: at the ends of epochs only.
         threads: of PyTorch; sums differ with it.
+        watchdog: ends the process where a step or a validation hangs.
+        after_step: called after each step; what it raises ends the training.
     Raises:
         NonFiniteLoss: names epoch, step, loss parts, rates and image ids; the weights are as before it.
         Refused: weights that do not fit.
     """
+    watchdog = watchdog or Watchdog(None)
+    watchdog.phase()
     where = place(threads)
     learner = Learner(stage, network, catalogue, where)
     mean, std, interpolation = normalisation(network)
@@ -96,7 +107,7 @@ def train(
     if resume is not None:
         state, best = checkpoint.restore(resume, learner, optimizer, average)
     step_of = learner.distributed()
-    captured = partial(checkpoint.capture, learner=learner, optimizer=optimizer, average=average)
+    copied = partial(checkpoint.snapshot, learner=learner, optimizer=optimizer, average=average)
 
     while state.epoch < stage.epochs:
         learner.train()
@@ -109,6 +120,9 @@ def train(
                 average.update(learner.model, state.step)
             sums.add(parts)
             recent.add(batch, parts)
+            watchdog.step()
+            if after_step is not None:
+                after_step()
             if (
                 save_every_steps
                 and state.step % save_every_steps == 0
@@ -117,7 +131,8 @@ def train(
                 recent.check()
                 state.losses = sums.totals()
                 metrics = _train_metrics(stage, state, optimizer, watch, sums)
-                yield Progress(state, metrics, partial(captured, state=state, best=best), where)
+                yield Progress(state, metrics, partial(copied, state=state, best=best), where)
+        watchdog.phase()
         recent.check()
         learner.share_buffers()
         metrics = _train_metrics(stage, state, optimizer, watch, sums)
@@ -131,8 +146,8 @@ def train(
             )
         state.epoch, state.step_in_epoch, state.losses = state.epoch + 1, 0, {}
         chosen = Candidate(state.best_epoch, state.best_kind, state.best_error, best)
-        capture = partial(captured, state=state, best=best)
-        yield Progress(state, metrics | errors, capture, where, EpochEnd(chosen, last))
+        snapshot = partial(copied, state=state, best=best)
+        yield Progress(state, metrics | errors, snapshot, where, EpochEnd(chosen, last))
 
 
 def _train_metrics(

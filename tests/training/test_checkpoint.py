@@ -56,7 +56,8 @@ def test_model_momentum_average_best_weights_and_counters_come_back(packages: Ca
     average.update(learner.model, 1)
     state = State(2, 9, 1, 1, 0.25, True, {"class": 1.2345678806304932})
     best = {"weight": torch.tensor([1.5])}
-    checkpoint.capture(tmp_path, state, learner, optimizer, average, best)
+    taken = checkpoint.snapshot(state, learner, optimizer, average, best)
+    taken.write(tmp_path)
 
     other, its_optimizer, its_average = parts(stage, packages)
     assert checkpoint.restore(tmp_path, other, its_optimizer, its_average) == (state, best)
