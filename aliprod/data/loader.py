@@ -25,6 +25,7 @@ from aliprod.recipe import PerClass, Stage
 View = tuple[int, int, int]  # row, epoch, how often the row was seen earlier in this epoch
 
 log = logging.getLogger(__name__)
+_PATIENCE_SECONDS = 3600  # for a batch of a loader process
 _SUBSTITUTES = 20  # pictures of the same class that are tried for an unreadable one
 
 
@@ -236,6 +237,7 @@ def _data_loader(dataset: Dataset, batches: Sampler | Sequence, feed: Feed) -> D
         dataset,
         batch_sampler=batches,
         num_workers=feed.processes,
+        timeout=_PATIENCE_SECONDS if feed.processes else 0,
         pin_memory=feed.device.type == "cuda",
         **workers,  # type: ignore[arg-type]
     )
