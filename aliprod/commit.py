@@ -190,7 +190,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         seal = manifest.pop("sha256", None)  # those of earlier versions have none
         return manifest if manifest.keys() == {"files", "record"} and seal in (None, _seal(manifest)) else None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
 
 
