@@ -1,6 +1,7 @@
 """job: killed processes end with the bytes of undisturbed ones."""
 
 import json
+import random
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from job_process import Death, ended, log_of, seen_by, start, train
 from aliprod import commit
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Feed
+from aliprod.errors import StorageFull
 from aliprod.models import weights
 from aliprod.recipe import Stage
 from aliprod.training.job import Work
@@ -100,6 +102,31 @@ def test_a_job_without_averaged_weights_that_is_killed_again_and_again_ends_with
     assert len(codes) == 5
     assert result(work) == result(undisturbed[False])
     assert told(work) == told(undisturbed[False])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_job_that_is_killed_at_random_moments_ends_with_the_same_bytes(
+    packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path, seed: int
+) -> None:
+    work, draw = work_in(tmp_path, stage_with(averaged=True)), random.Random(seed)
+    codes = [train(work, packages.root, Death("open", "", draw.randrange(1, 150))) for _ in range(2)]
+    assert codes[0] == -signal.SIGKILL
+    assert train(work, packages.root) == 0
+    assert result(work) == result(undisturbed[True])
+    assert told(work) == told(undisturbed[True])
+
+
+def test_a_storage_path_that_takes_no_checkpoint_ends_the_job_with_one_sentence(
+    packages: Catalogue, tmp_path: Path
+) -> None:
+    work = work_in(tmp_path, stage_with(averaged=False))
+    work.folder.mkdir()
+    (work.folder / "resume").write_text("a file where a folder should be")
+    assert train(work, packages.root) == StorageFull.status
+    assert "resume/step-0000000003: cannot be written: " in log_of(work)
+    assert "Traceback" not in log_of(work)
+    (work.folder / "resume").unlink()
+    assert train(work, packages.root) == 0
 
 
 def test_averaging_changes_what_is_kept_and_nothing_of_the_training(undisturbed: dict[bool, Work]) -> None:

@@ -143,6 +143,10 @@ def newest_by_name(folder: Path) -> Path | None:
     return max(folder.glob("step-*"), default=None)
 
 
+def holds(folder: Path, text: bytes) -> bool:
+    return all((folder / name).exists() and (folder / name).read_bytes() == text for name in "ab")
+
+
 def recovered(
     disk: Disk, folder: Path, newest: Callable[[Path], Path | None] = checkpoint.newest
 ) -> tuple[int, int, int]:
@@ -154,9 +158,7 @@ def recovered(
         step = 0 if found is None else int(found.name.removeprefix("step-"))
         cuts += 1
         lost += step < acknowledged
-        false += found is not None and any(
-            not (found / n).exists() or (found / n).read_bytes() != content(step) for n in "ab"
-        )
+        false += found is not None and not holds(found, content(step))
         shutil.rmtree(folder / "after")
     return cuts, lost, false
 
