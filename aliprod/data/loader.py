@@ -7,7 +7,7 @@ loader processes or ranks, or a restart, changes nothing of what a step sees.
 import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,17 @@ class Batch:
     epoch: int
     step: int
     seed: int
+
+    def split(self, count: int, group: int) -> list["Batch"]:
+        """At most ``count`` parts of whole groups, in order, each with a seed of its own."""
+        if count == 1:
+            return [self]
+        size = group * -(-len(self.rows) // (group * count))
+        pieces = zip(self.images.split(size), self.labels.split(size), self.rows.split(size), strict=True)
+        return [
+            replace(self, images=images, labels=labels, rows=rows, seed=seed_of(self.seed, "part", number))
+            for number, (images, labels, rows) in enumerate(pieces)
+        ]
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Work:
     save_seconds: float = 0.0
     threads: int = 1
     loader_processes: int = 0
+    compiles: bool = False
     watchdog_seconds: float | None = None
 
 
@@ -88,6 +89,7 @@ def run(work: Work, catalogue: Catalogue) -> Iterator[Progress]:
             save_every_steps=work.save_every_steps,
             threads=work.threads,
             loader_processes=work.loader_processes,
+            compiles=work.compiles,
             watchdog=watchdog,
             after_step=writer.check,
         ):

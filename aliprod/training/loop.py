@@ -4,13 +4,15 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Batch, Feed, TrainBatches
@@ -71,6 +73,7 @@ def train(
     save_every_steps: int | None = None,
     threads: int = 1,
     loader_processes: int = 0,
+    compiles: bool = False,
     watchdog: Watchdog | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> Iterator[Progress]:
@@ -83,6 +86,7 @@ def train(
         resume: a resume checkpoint of this very job; wins over both.
         save_every_steps: a checkpoint is due every so many steps; None: at the ends of epochs only.
         threads: of PyTorch; sums differ with it.
+        compiles: the backbone is compiled (`torch.compile`); sums differ with it.
         watchdog: ends the process where a step or a validation hangs.
         after_step: called after each step; what it raises ends the training.
     Raises:
@@ -91,7 +95,7 @@ def train(
     """
     watchdog = watchdog or Watchdog(None)
     watchdog.phase()
-    where = place(threads)
+    where = place(threads, compiles)
     learner = Learner(stage, network, catalogue, where)
     mean, std, interpolation = normalisation(network)
     feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
@@ -113,8 +117,8 @@ def train(
         learner.train()
         watch, sums, recent = _Watch(), _Sums(state.losses, where.device), _Recent(optimizer, batches)
         for batch in watch.waits(batches.epoch(state.epoch, skip=state.step_in_epoch)):
-            parts = step_of(batch)
-            optimizer.step(torch.stack(list(parts.values())).sum(), state.step)
+            parts = _gradients(step_of, optimizer, batch, batch.split(stage.accumulate, learner.group))
+            optimizer.update(state.step)
             state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
             if average is not None:
                 average.update(learner.model, state.step)
@@ -148,6 +152,24 @@ def train(
         chosen = Candidate(state.best_epoch, state.best_kind, state.best_error, best)
         snapshot = partial(copied, state=state, best=best)
         yield Progress(state, metrics | errors, snapshot, where, EpochEnd(chosen, last))
+
+
+def _gradients(step_of: nn.Module, optimizer: Optimizer, batch: Batch, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """Forward and backward of a batch, part by part; the loss parts of the whole. Ranks exchange their gradients with
+    the last part."""
+    sums: dict[str, Tensor] = {}
+    for micro_batch in micro_batches:
+        weight = len(micro_batch.rows) / len(batch.rows)
+        with _alone(step_of) if micro_batch is not micro_batches[-1] else nullcontext():
+            parts = {name: part * weight for name, part in step_of(micro_batch).items()}
+            optimizer.backward(torch.stack(list(parts.values())).sum())
+        sums = {name: part.detach() + sums.get(name, 0.0) for name, part in parts.items()}
+    return sums
+
+
+def _alone(step_of: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a rank keeps its gradients to itself."""
+    return step_of.no_sync() if isinstance(step_of, DistributedDataParallel) else nullcontext()
 
 
 def _train_metrics(
