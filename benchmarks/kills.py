@@ -61,14 +61,8 @@ def compare(folder: Path, kills: int, seed: int, network: str) -> None:
     print(f"seed {seed}: the undisturbed job takes {seconds:.1f} s")
     draw, same, resumed = random.Random(seed), 0, 0
     for number in range(kills):
-        place, moment = folder / f"killed-{number}", draw.uniform(0, seconds)
-        process, began = started(place, network, seed)
-        try:
-            code = process.wait(max(0.0, began + moment - time.monotonic()))
-            sys.exit(f"the job ended ({code}) before it was killed")
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        place = folder / f"killed-{number}"
+        moment = killed(place, network, seed, draw, seconds)
         newest = max((path.parent.name for path in (place / "resume").glob("step-*/manifest.json")), default="none")
         process, _ = started(place, network, seed)
         if process.wait():
@@ -79,6 +73,21 @@ def compare(folder: Path, kills: int, seed: int, network: str) -> None:
         shutil.rmtree(place)
     print(f"same bytes: {same} of {kills}, {resumed} of them from a checkpoint")
     sys.exit(same != kills)
+
+
+def killed(place: Path, network: str, seed: int, draw: random.Random, seconds: float) -> float:
+    """Start a job and kill it; after how many seconds. One that was faster than its moment is tried again."""
+    while True:
+        moment = draw.uniform(0, seconds)
+        process, began = started(place, network, seed)
+        try:
+            process.wait(max(0.0, began + moment - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            if commit.read(place / "weights") is None:
+                return moment
+        shutil.rmtree(place)
 
 
 def started(place: Path, network: str, seed: int) -> tuple[subprocess.Popen[str], float]:
