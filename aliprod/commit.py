@@ -2,7 +2,7 @@
 
 Everything that must survive a crash (weights, resume checkpoints, probabilities, results) is a folder that
 is written beside its final place and becomes visible in one rename, with a manifest of sizes and sha256
-written last. Whoever finds no valid manifest finds nothing.
+(its own too) written last. Whoever finds no valid manifest finds nothing.
 """
 
 import hashlib
@@ -104,6 +104,15 @@ def write_file(path: Path, content: str | bytes) -> None:
             staging.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed writers have left in a folder. For a folder that nobody else writes into now."""
+    for path in folder.glob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -151,7 +160,8 @@ def _write_manifest(folder: Path, record: dict[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
     }
-    text = json.dumps({"files": files, "record": record}, indent=1, sort_keys=True)
+    said = json.loads(json.dumps({"files": files, "record": record}))
+    text = json.dumps(said | {"sha256": _seal(said)}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     _sync(folder / MANIFEST)
     for path in (*folder.rglob("*"), folder):
@@ -178,9 +188,15 @@ def _publish(staging: Path, folder: Path) -> dict[str, Any]:
 def _manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if {"files", "record"} <= manifest.keys() else None
-    except (OSError, ValueError, AttributeError):
+        seal = manifest.pop("sha256", None)  # those of earlier versions have none
+        return manifest if manifest.keys() == {"files", "record"} and seal in (None, _seal(manifest)) else None
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
+
+
+def _seal(said: dict[str, Any]) -> str:
+    """sha256 of what a manifest says, in its canonical form."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _size(path: Path) -> int:

@@ -137,6 +137,9 @@ class Stage(Frozen):
     lr: LearningRate = Field(default=LearningRate(), description="learning rates and their schedule")
     epochs: int = Field(default=1, ge=1, le=100_000, description="passes over the images of the stage")
     batch_size: int = Field(default=256, ge=1, description="images a step, over all devices of a job")
+    accumulate: int = Field(
+        default=1, ge=1, le=4096, description="forward passes of a step, where its images do not fit in memory at once"
+    )
     drop_rate: float = Field(default=0.0, ge=0, lt=1, description="dropout before the classifier")
     drop_path_rate: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth of the backbone")
     zero_init_last: bool = Field(
@@ -148,6 +151,9 @@ class Stage(Frozen):
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the forward pass; auto: bfloat16 where the device has it"
+    )
+    gradients: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="what ranks send each other: bfloat16 halves the traffic, and rounds"
     )
     seed: int = Field(default=0, ge=0, description="of all randomness of the job; without it the plan's seed")
 

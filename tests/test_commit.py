@@ -1,6 +1,8 @@
 """commit: a folder is there whole or not at all, whatever ends its writer."""
 
 import errno
+import io
+import itertools
 import json
 import os
 import resource
@@ -11,7 +13,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 import torch
@@ -198,6 +202,115 @@ def test_where_a_file_can_grow_no_more_every_library_ends_in_one_error(
         commit.write(tmp_path / "result", fill)
     assert list(tmp_path.iterdir()) == []
     commit.write(tmp_path / "result", fill)
+    assert commit.verify(tmp_path / "result") == []
+
+
+class FullAt:
+    """The kernel's answer ENOSPC to the ``at``-th thing that takes room: a folder, a rename, a write, an fsync."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("mkdir", "replace", "fsync"):
+            monkeypatch.setattr(os, name, self._until_full(getattr(os, name)))
+        real = io.open
+
+        def opened(path: Path, mode: str = "r", *args: object) -> Any:
+            file: Any = real(path, mode, *args)  # type: ignore[call-overload]
+            return Writing(file, self._until_full(file.write)) if "w" in mode else file
+
+        monkeypatch.setattr(io, "open", opened)
+
+    def _until_full(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: object, **options: object) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return call(*args, **options)
+
+        return called
+
+
+@dataclass
+class Writing:
+    """A file whose writes are another's."""
+
+    file: Any
+    write: Callable[..., Any]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def test_wherever_the_disk_is_full_it_is_one_sentence_and_the_same_write_succeeds_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit.write(tmp_path / "before", filled("old"), {"writer": 0})
+    committed = 0
+    for at in itertools.count(1):
+        folder = tmp_path / f"at-{at}" / "result"
+        full = FullAt(at)
+        with monkeypatch.context() as patched:
+            full.patch(patched)
+            try:
+                commit.write(folder, filled("x"), {"writer": 1})
+            except StorageFull as error:
+                assert os.strerror(errno.ENOSPC) in str(error)  # noqa: PT017
+        if full.left > 0:
+            break
+        there = commit.read(folder)
+        assert there in (None, {"writer": 1})
+        assert folder.exists() == (there is not None)
+        committed += there is not None
+        assert not list(tmp_path.rglob("*.partial"))
+        assert commit.write(folder, filled("x"), {"writer": 1}) == {"writer": 1}
+        assert commit.verify(folder) == []
+        assert commit.verify(tmp_path / "before") == []
+    assert at > 10
+    assert committed == 1  # the last fsync, of the folder it lies in: it is there, if not for certain
+
+
+def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    commit.write(tmp_path / "result", filled("x"))
+    (tmp_path / ".other.01234567.partial" / "below").mkdir(parents=True)
+    (tmp_path / ".plan.json.01234567.partial").write_text("{")
+    (tmp_path / ".result.01234567.bad").mkdir()
+    commit.sweep(tmp_path)
+    commit.sweep(tmp_path / "none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".result.01234567.bad", "result"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"files": {}, "record": {}, "sha256": ""}', '{"files": {}}'])
+def test_what_is_json_but_no_manifest_is_none(tmp_path: Path, text: str) -> None:
+    commit.write(tmp_path / "result", filled("x"))
+    (tmp_path / "result" / "manifest.json").write_text(text)
+    assert commit.read(tmp_path / "result") is None
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    commit.write(tmp_path / "result", filled("x"), {"epoch": 3, "name": "net/stage"})
+    path = tmp_path / "result" / "manifest.json"
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        spoilt = bytearray(content)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoilt)
+        assert commit.read(tmp_path / "result") is None, bit
+        assert commit.verify(tmp_path / "result") == ["manifest.json"]
+
+
+def test_a_manifest_without_a_sum_of_its_own_is_still_read(tmp_path: Path) -> None:
+    """As version 0.1 wrote them."""
+    commit.write(tmp_path / "result", filled("x"), {"epoch": 3})
+    path = tmp_path / "result" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    assert commit.read(tmp_path / "result") == {"epoch": 3}
     assert commit.verify(tmp_path / "result") == []
 
 

@@ -27,6 +27,7 @@ from aliprod.recipe import Stage
 View = tuple[int, int, int]  # row, epoch, how often the row was seen earlier in this epoch
 
 log = logging.getLogger(__name__)
+_PATIENCE_SECONDS = 3600  # for a batch of a loader process
 _SUBSTITUTES = 20  # pictures of the same class that are tried for an unreadable one
 
 
@@ -54,6 +55,29 @@ class Batch:
     weights: Tensor | None = None
     second: "Batch | None" = None
     teacher: Tensor | None = None
+
+    def rows_of(self, some: slice) -> "Batch":
+        """The images of a slice, with all that is known of each."""
+        return replace(
+            self,
+            images=self.images[some],
+            labels=self.labels[some],
+            rows=self.rows[some],
+            weights=None if self.weights is None else self.weights[some],
+            second=None if self.second is None else self.second.rows_of(some),
+            teacher=None if self.teacher is None else self.teacher[some],
+        )
+
+    def split(self, count: int, group: int) -> list["Batch"]:
+        """At most ``count`` parts of whole groups, in order, each with a seed of its own."""
+        if count == 1:
+            return [self]
+        size = group * -(-len(self.rows) // (group * count))
+        starts = enumerate(range(0, len(self.rows), size))
+        return [
+            replace(self.rows_of(slice(start, start + size)), seed=seed_of(self.seed, "part", number))
+            for number, start in starts
+        ]
 
 
 @dataclass(frozen=True)
@@ -166,18 +190,8 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
 
 def _halved(batch: Batch) -> Batch:
     """The first half of a batch, with the other as its second."""
-    first, second = (
-        replace(
-            batch,
-            images=batch.images[half],
-            labels=batch.labels[half],
-            rows=batch.rows[half],
-            weights=None if batch.weights is None else batch.weights[half],
-            teacher=None if batch.teacher is None else batch.teacher[half],
-        )
-        for half in (slice(0, len(batch.labels) // 2), slice(len(batch.labels) // 2, None))
-    )
-    return replace(first, second=second)
+    half = len(batch.rows) // 2
+    return replace(batch.rows_of(slice(0, half)), second=batch.rows_of(slice(half, None)))
 
 
 def _groups_per_batch(batch_size: int, group: int, groups: int, world_size: int) -> int:
@@ -278,6 +292,7 @@ def _data_loader(dataset: Dataset, batches: Sampler | Sequence, feed: Feed) -> D
         dataset,
         batch_sampler=batches,
         num_workers=feed.processes,
+        timeout=_PATIENCE_SECONDS if feed.processes else 0,
         pin_memory=feed.device.type == "cuda",
         **workers,  # type: ignore[arg-type]
     )

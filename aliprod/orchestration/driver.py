@@ -250,6 +250,8 @@ def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
         save_seconds=settings.save_seconds,
         threads=settings.cpus_per_worker,
         loader_processes=settings.loader_processes,
+        compiles=settings.compile,
+        watchdog_seconds=settings.watchdog_seconds,
     )
     return launch.launch(work, prepared.catalogue.root, settings, gpu, prepared.places.storage / "ray")
 

@@ -13,6 +13,7 @@ from aliprod.orchestration.scheduler import Share
 from aliprod.orchestration.worker import Rank, train_rank
 from aliprod.plan.schema import Cluster
 from aliprod.training.job import Work
+from aliprod.training.watchdog import longest
 
 
 def share(cluster: Cluster, gpu: bool) -> Share:
@@ -56,7 +57,7 @@ class Job:
         trainer = TorchTrainer(
             train_rank,  # type: ignore[arg-type]  # Ray 2.60 passes on what it returns, its types do not say so
             train_loop_config={"rank": Rank(work, catalogue)},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            torch_config=TorchConfig("nccl" if gpu else "gloo", timeout_s=int(longest(cluster.watchdog_seconds))),
             scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=gpu, resources_per_worker=per_worker),
             run_config=RunConfig(
                 name=f"{work.name.replace('/', '.')}-{work.key[:12]}",  # Ray resumes a name: the key keeps it unique

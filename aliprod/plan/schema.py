@@ -111,6 +111,16 @@ class Cluster(Frozen):
     use_gpu: Literal["auto"] | bool = Field(default="auto", description="auto: where the cluster has any")
     max_cpus: int | None = Field(default=None, ge=1, description="CPUs that a cluster that grows on demand can reach")
     max_gpus: int | None = Field(default=None, ge=1, description="GPUs that a cluster that grows on demand can reach")
+    compile: bool = Field(
+        default=False, description="compile the backbone (torch.compile): minutes at a job's start, then faster steps"
+    )
+    watchdog_seconds: float = Field(
+        default=1800.0,
+        ge=1,
+        le=86_400,
+        description="a step that takes longer is ended with all stacks in the log, and the job resumed; "
+        "a start or a validation may take five times as long",
+    )
     poll_seconds: float = Field(
         default=2.0, gt=0, le=60, description="how often Ray Train looks after its workers; short jobs want 0.2"
     )

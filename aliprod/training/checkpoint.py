@@ -6,7 +6,9 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,23 +34,46 @@ class State:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-def capture(
-    folder: Path, state: State, learner: Learner, optimizer: Optimizer, average: Average | None, best: dict[str, Tensor]
-) -> None:
-    """Write the resume state into a folder that `aliprod.commit.write` hands out."""
-    _save(folder / "learner.safetensors", learner.state_dict())
-    _save(folder / "optimizer.safetensors", optimizer.state())
+@dataclass(frozen=True)
+class Snapshot:
+    """The resume state at one step, in memory of its own: training may go on while it is written.
+
+    Attributes:
+        files: tensors on the CPU by file and name.
+        state: JSON.
+    """
+
+    files: dict[str, dict[str, Tensor]]
+    state: str
+
+    def write(self, folder: Path) -> None:
+        """Write the resume state into a folder that `aliprod.commit.write` hands out."""
+        for name, tensors in self.files.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        (folder / "state.json").write_text(self.state, encoding="utf-8")
+
+
+def snapshot(
+    state: State, learner: Learner, optimizer: Optimizer, average: Average | None, best: dict[str, Tensor]
+) -> Snapshot:
+    """Copy the resume state to the CPU. Synchronises with the device.
+
+    Args:
+        best: on the CPU; nobody changes them, so they are not copied.
+    """
+    files = {"learner": learner.state_dict(), "optimizer": optimizer.state()}
     if average is not None:
-        _save(folder / "average.safetensors", average.state(learner.model))
-    if best:
-        _save(folder / "best.safetensors", best)
-    (folder / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+        files["average"] = average.state(learner.model)
+    copies = {name: {key: _copy(tensor) for key, tensor in tensors.items()} for name, tensors in files.items()}
+    if learner.place.device.type == "cuda":
+        torch.cuda.synchronize(learner.place.device)
+    return Snapshot(copies | ({"best": best} if best else {}), json.dumps(asdict(state)))
 
 
 def restore(
     folder: Path, learner: Learner, optimizer: Optimizer, average: Average | None
 ) -> tuple[State, dict[str, Tensor]]:
-    """Take back what `capture` wrote: the state, and the best weights so far."""
+    """Take back what `Snapshot.write` wrote: the state, and the best weights so far."""
     learner.load_state_dict(load_file(folder / "learner.safetensors"))
     optimizer.load_state(load_file(folder / "optimizer.safetensors"))
     if average is not None:
@@ -71,6 +96,12 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def write(place: Path, snapshot: Snapshot, record: dict[str, Any]) -> None:
+    """Commit a snapshot as a checkpoint, then drop the old ones beside it."""
+    commit.write(place, snapshot.write, record)
+    prune(place.parent)
+
+
 def prune(folder: Path) -> None:
     """Keep the newest two."""
     for old in sorted(_committed(folder))[:-_KEPT]:
@@ -91,5 +122,7 @@ def _committed(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if path.suffix != ".bad"]
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.detach().to("cpu", copy=False).contiguous() for name, tensor in tensors.items()}, path)
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, in pinned memory (which PyTorch keeps for the next one) where it comes from a GPU."""
+    empty = torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=tensor.is_cuda)
+    return empty.copy_(tensor.detach(), non_blocking=True)

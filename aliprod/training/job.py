@@ -1,5 +1,8 @@
 """A job and its folder: train, keep what must be kept, commit the weights last.
 
+Checkpoints are written by a thread, one at a time: the step that is due waits for a copy in memory, and for the write
+before where that has not ended. What a write raises is raised after the next step.
+
 The folder ``jobs/BACKBONE/STAGE/KEY`` holds ``metrics.jsonl`` (a line an epoch), ``resume/`` (checkpoints of
 a job on its way), ``last/`` (weights of the last epoch, where that is not the best) and ``weights/`` (the best),
 whose commit record says that the job is finished.
@@ -10,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +30,12 @@ from aliprod.models.recogniser import normalisation
 from aliprod.objectives import needs_of
 from aliprod.recipe import Stage
 from aliprod.training import checkpoint, soup
+from aliprod.training.background import Background
 from aliprod.training.candidates import Candidate
 from aliprod.training.deduplicate import kept_rows
 from aliprod.training.learner import place
 from aliprod.training.loop import EpochEnd, Progress, train
+from aliprod.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 METRICS, RESUME, LAST, WEIGHTS, KEPT = epochs.FILE, "resume", "last", "weights", "kept"
@@ -49,6 +54,7 @@ class Work:
         teachers: soft labels of its images, a folder a teacher.
         pseudo_labels, hashes: labels of test images; hashes of all training images, where duplicates are filtered.
         save_seconds: an epoch's end sooner than this after the last checkpoint goes without one.
+        watchdog_seconds: a step that takes longer ends the process; None: it may take for ever.
     """
 
     name: str
@@ -66,6 +72,8 @@ class Work:
     save_seconds: float = 0.0
     threads: int = 1
     loader_processes: int = 0
+    compiles: bool = False
+    watchdog_seconds: float | None = None
 
 
 def run(work: Work, catalogue: Catalogue) -> Iterator[Progress]:
@@ -75,22 +83,23 @@ def run(work: Work, catalogue: Catalogue) -> Iterator[Progress]:
         StorageFull: what is finished stays; the same job goes on from its newest checkpoint later.
         NonFiniteLoss, Refused: as `aliprod.training.loop.train`.
     """
-    if commit.read(work.folder / WEIGHTS) is not None:
-        return
     began = time.time()
-    resume = _agreed(work.folder / RESUME)
+    finished, resume = _agreed(work.folder)
+    if finished:
+        return
     if resume is not None:
         log.info("%s goes on from %s.", work.name, resume)
-    told = _epochs_told(work.folder / METRICS)
-    for progress in _trained(work, catalogue, resume):
-        if progress.place.rank == 0:
-            _keep(work, catalogue, progress, told, began)
-        if dist.is_initialized():
-            dist.barrier()
-        yield progress
+    with Background() as writer, Watchdog(work.watchdog_seconds) as watchdog:
+        kept = _Kept(work, catalogue, writer, began)
+        for progress in _trained(work, catalogue, resume, writer, watchdog):
+            if progress.place.rank == 0:
+                kept.keep(progress)
+            yield progress
 
 
-def _trained(work: Work, catalogue: Catalogue, resume: Path | None) -> Iterator[Progress]:
+def _trained(
+    work: Work, catalogue: Catalogue, resume: Path | None, writer: Background, watchdog: Watchdog
+) -> Iterator[Progress]:
     """What the job's stage asks for: a training, or a mean of weights."""
     if work.soup:
         return soup.blended(work.stage, work.network, catalogue, work.soup, work.threads, work.loader_processes)
@@ -112,6 +121,9 @@ def _trained(work: Work, catalogue: Catalogue, resume: Path | None) -> Iterator[
         save_every_steps=work.save_every_steps,
         threads=work.threads,
         loader_processes=work.loader_processes,
+        compiles=work.compiles,
+        watchdog=watchdog,
+        after_step=writer.check,
     )
 
 
@@ -129,27 +141,48 @@ def _without_duplicates(work: Work, catalogue: Catalogue) -> Integers | None:
     return kept()
 
 
-def _agreed(folder: Path) -> Path | None:
-    """The checkpoint that all ranks go on from: rank 0 looks, since it sets damaged ones aside."""
-    if not dist.is_initialized():
-        return checkpoint.newest(folder)
-    found = [checkpoint.newest(folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
+def _agreed(folder: Path) -> tuple[bool, Path | None]:
+    """Whether the job is finished, and the checkpoint that all ranks go on from. Rank 0 looks, and cleans up."""
+    found = [_found(folder) if not dist.is_initialized() or dist.get_rank() == 0 else (False, None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def _keep(work: Work, catalogue: Catalogue, progress: Progress, told: set[int], began: float) -> None:
-    state, end = progress.state, progress.end
-    if end is not None and end.last.epoch not in told:
-        told.add(end.last.epoch)
-        _append(work.folder / METRICS, _line(progress, end.last.epoch))
-    if end is not None and state.epoch == work.stage.epochs:
-        _finish(work, catalogue, progress, end, began)
-        return
-    if end is not None and time.time() - checkpoint.last_time(work.folder / RESUME, began) < work.save_seconds:
-        return
-    commit.write(checkpoint.place_of(work.folder / RESUME, state), progress.capture, {"key": work.key})
-    checkpoint.prune(work.folder / RESUME)
+def _found(folder: Path) -> tuple[bool, Path | None]:
+    commit.sweep(folder)
+    if commit.read(folder / WEIGHTS) is not None:
+        shutil.rmtree(folder / RESUME, ignore_errors=True)  # a killed process may have left it
+        return True, None
+    commit.sweep(folder / RESUME)
+    return False, checkpoint.newest(folder / RESUME)
+
+
+class _Kept:
+    """What rank 0 keeps of a job: lines, checkpoints (written beside the training) and, at the end, weights."""
+
+    def __init__(self, work: Work, catalogue: Catalogue, writer: Background, began: float) -> None:
+        self.work, self.catalogue, self.writer, self.began = work, catalogue, writer, began
+        self.told = _epochs_told(work.folder / METRICS)
+        self.saved = checkpoint.last_time(work.folder / RESUME, began)
+
+    def keep(self, progress: Progress) -> None:
+        """Keep what a Progress tells."""
+        end = progress.end
+        if end is not None and end.last.epoch not in self.told:
+            self.told.add(end.last.epoch)
+            _append(self.work.folder / METRICS, _line(progress, end.last.epoch))
+        if end is not None and progress.state.epoch == self.work.stage.epochs:
+            self.writer.wait()
+            _finish(self.work, self.catalogue, progress, end, self.began)
+        elif end is None or time.time() - self.saved >= self.work.save_seconds:
+            self.writer.start(partial(self._copied, progress))
+            self.saved = time.time()
+
+    def _copied(self, progress: Progress) -> Callable[[], None]:
+        """Copy the resume state now; who calls the result writes it."""
+        place, key = checkpoint.place_of(self.work.folder / RESUME, progress.state), self.work.key
+        return partial(checkpoint.write, place, progress.snapshot(), {"key": key})
 
 
 def _finish(work: Work, catalogue: Catalogue, progress: Progress, end: EpochEnd, began: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.data.catalogue import Catalogue
@@ -27,6 +28,7 @@ class Place:
     rank: int = 0
     world_size: int = 1
     threads: int = 1
+    compiles: bool = False
 
     def environment(self) -> dict[str, Any]:
         """What the promise of equal bytes is bound to; stands in the commit record."""
@@ -36,10 +38,11 @@ class Place:
             "device": name,
             "world_size": self.world_size,
             "threads": self.threads,
+            "compiled": self.compiles,
         }
 
 
-def place(threads: int = 1) -> Place:
+def place(threads: int = 1, compiles: bool = False) -> Place:
     """This process's place: its GPU where there is one, its rank where a process group is up.
 
     Sets the number of threads (sums differ with it) and deterministic kernels.
@@ -53,7 +56,7 @@ def place(threads: int = 1) -> Place:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return Place(device, rank, world_size, threads)
+    return Place(device, rank, world_size, threads, compiles)
 
 
 class Learner(nn.Module):
@@ -87,6 +90,10 @@ class Learner(nn.Module):
         self.objective = build(stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue))
         self.needs: Needs = self.objective.needs  # type: ignore[assignment]
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if place.compiles:
+            # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them hangs on
+            # what was seen before, and a resumed job has seen less.
+            self.model.backbone.compile(dynamic=False)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss parts of a batch, each a scalar."""
@@ -117,9 +124,12 @@ class Learner(nn.Module):
         """This module, or, where there are several ranks, its data-parallel wrapper."""
         if self.place.world_size == 1:
             return self
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             self, device_ids=[self.place.device] if self.place.device.type == "cuda" else None
         )
+        if self.stage.gradients == "bfloat16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
 
 
 def _context(stage: Stage, model: Recogniser, catalogue: Catalogue) -> Context:

@@ -4,13 +4,15 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Batch, Feed, TrainBatches
@@ -22,10 +24,11 @@ from aliprod.randomness import seed_of
 from aliprod.recipe import Stage
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
-from aliprod.training.checkpoint import State
+from aliprod.training.checkpoint import Snapshot, State
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, place
 from aliprod.training.optimizer import Optimizer
+from aliprod.training.watchdog import Watchdog
 
 _Seen = tuple[dict[str, float], list[str]]  # loss parts and image ids of a step on one rank
 
@@ -46,15 +49,19 @@ class Progress:
 
     Attributes:
         metrics: numbers by name: ``train/...`` of this rank, ``val/...`` of all.
-        capture: writes a resume checkpoint into an empty folder.
+        snapshot: copies the resume state.
         end: None in mid-epoch, where only a checkpoint is due.
     """
 
     state: State
     metrics: dict[str, float]
-    capture: Callable[[Path], None]
+    snapshot: Callable[[], Snapshot]
     place: Place
     end: EpochEnd | None = None
+
+    def capture(self, folder: Path) -> None:
+        """Write a resume checkpoint into an empty folder."""
+        self.snapshot().write(folder)
 
 
 def train(
@@ -69,6 +76,9 @@ def train(
     save_every_steps: int | None = None,
     threads: int = 1,
     loader_processes: int = 0,
+    compiles: bool = False,
+    watchdog: Watchdog | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> Iterator[Progress]:
     """Train one job; yield a Progress at each epoch's end and at each step where a checkpoint is due.
 
@@ -80,11 +90,16 @@ def train(
         resume: a resume checkpoint of this very job; wins over both.
         save_every_steps: a checkpoint is due every so many steps; None: at the ends of epochs only.
         threads: of PyTorch; sums differ with it.
+        compiles: the backbone is compiled (`torch.compile`); sums differ with it.
+        watchdog: ends the process where a step or a validation hangs.
+        after_step: called after each step; what it raises ends the training.
     Raises:
         NonFiniteLoss: names epoch, step, loss parts, rates and image ids; the weights are as before it.
         Refused: weights that do not fit.
     """
-    where = place(threads)
+    watchdog = watchdog or Watchdog(None)
+    watchdog.phase()
+    where = place(threads, compiles)
     learner = Learner(stage, network, catalogue, where)
     mean, std, interpolation = normalisation(network)
     feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
@@ -92,31 +107,29 @@ def train(
     batches = TrainBatches(data, stage, feed, needs.group, needs.second)
     steps_per_epoch = batches.steps_per_epoch
     optimizer = Optimizer(learner, stage, steps_per_epoch)
-    if resume is None and start is not None:
-        weights.load_parent(learner.model, start, catalogue.classes.tolist())
-        if stage.trains == "classifier":
-            torch.manual_seed(seed_of(stage.seed, "classifier", network))
-            learner.model.reset_classifier()
-    elif resume is None and pretrained is not None:
-        weights.load_pretrained(learner.model, pretrained)
+    if resume is None:
+        _load(learner, start, pretrained, catalogue)
     average = Average(learner.model, stage.ema) if stage.ema else None
     state, best = State(), dict[str, Tensor]()
     if resume is not None:
         state, best = checkpoint.restore(resume, learner, optimizer, average)
     step_of = learner.distributed()
-    captured = partial(checkpoint.capture, learner=learner, optimizer=optimizer, average=average)
+    copied = partial(checkpoint.snapshot, learner=learner, optimizer=optimizer, average=average)
 
     while state.epoch < stage.epochs:
         learner.train()
         watch, sums, recent = _Watch(), _Sums(state.losses, where.device), _Recent(optimizer, batches)
         for batch in watch.waits(batches.epoch(state.epoch, skip=state.step_in_epoch)):
-            parts = step_of(batch)
-            optimizer.step(torch.stack(list(parts.values())).sum(), state.step)
+            parts = _gradients(step_of, optimizer, batch, batch.split(stage.accumulate, needs.group))
+            optimizer.update(state.step)
             state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
             if average is not None:
                 average.update(learner.model, state.step)
             sums.add(parts)
             recent.add(batch, parts)
+            watchdog.step()
+            if after_step is not None:
+                after_step()
             if (
                 save_every_steps
                 and state.step % save_every_steps == 0
@@ -125,7 +138,8 @@ def train(
                 recent.check()
                 state.losses = sums.totals()
                 metrics = _train_metrics(stage, state, optimizer, watch, sums)
-                yield Progress(state, metrics, partial(captured, state=state, best=best), where)
+                yield Progress(state, metrics, partial(copied, state=state, best=best), where)
+        watchdog.phase()
         recent.check()
         learner.share_buffers()
         metrics = _train_metrics(stage, state, optimizer, watch, sums)
@@ -139,8 +153,38 @@ def train(
             )
         state.epoch, state.step_in_epoch, state.losses = state.epoch + 1, 0, {}
         chosen = Candidate(state.best_epoch, state.best_kind, state.best_error, best)
-        capture = partial(captured, state=state, best=best)
-        yield Progress(state, metrics | errors, capture, where, EpochEnd(chosen, last))
+        snapshot = partial(copied, state=state, best=best)
+        yield Progress(state, metrics | errors, snapshot, where, EpochEnd(chosen, last))
+
+
+def _load(learner: Learner, start: Path | None, pretrained: Path | None, catalogue: Catalogue) -> None:
+    """The weights that a job begins with."""
+    stage, model = learner.stage, learner.model
+    if start is not None:
+        weights.load_parent(model, start, catalogue.classes.tolist())
+    elif pretrained is not None:
+        weights.load_pretrained(model, pretrained)
+    if stage.trains == "classifier":
+        torch.manual_seed(seed_of(stage.seed, "classifier", model.network))
+        model.reset_classifier()
+
+
+def _gradients(step_of: nn.Module, optimizer: Optimizer, batch: Batch, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """Forward and backward of a batch, part by part; the loss parts of the whole. Ranks exchange their gradients with
+    the last part."""
+    sums: dict[str, Tensor] = {}
+    for micro_batch in micro_batches:
+        weight = len(micro_batch.rows) / len(batch.rows)
+        with _alone(step_of) if micro_batch is not micro_batches[-1] else nullcontext():
+            parts = {name: part * weight for name, part in step_of(micro_batch).items()}
+            optimizer.backward(torch.stack(list(parts.values())).sum())
+        sums = {name: part.detach() + sums.get(name, 0.0) for name, part in parts.items()}
+    return sums
+
+
+def _alone(step_of: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a rank keeps its gradients to itself."""
+    return step_of.no_sync() if isinstance(step_of, DistributedDataParallel) else nullcontext()
 
 
 def _train_metrics(

@@ -59,16 +59,26 @@ class Optimizer:
 
     def step(self, loss: Tensor, step: int) -> None:
         """Backward and one update of the weights with this step's learning rates."""
-        for group in self.groups:
-            group["lr"] = self.lr_of(group["part"], step)
-        self.sgd.zero_grad(set_to_none=True)
+        self.backward(loss)
+        self.update(step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to that of the losses before, since the last update."""
         one = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)  # NaN reaches all ranks with the gradients
         if self._scaler is None:
             loss.backward(one)
         else:
             self._scaler.scale(loss).backward(one)
+
+    def update(self, step: int) -> None:
+        """One update of the weights with this step's learning rates. The gradients are gone then: the next forward
+        pass has their memory."""
+        for group in self.groups:
+            group["lr"] = self.lr_of(group["part"], step)
+        if self._scaler is not None:
             self._scaler.unscale_(self.sgd)
         self._update(torch.isfinite(self._clip()), step)
+        self.sgd.zero_grad(set_to_none=True)
 
     def lr_of(self, part: str, step: int) -> float:
         """The learning rate of the backbone or the heads at a step."""

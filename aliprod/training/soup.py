@@ -13,7 +13,7 @@ from aliprod.models import weights
 from aliprod.models.recogniser import normalisation
 from aliprod.recipe import Stage
 from aliprod.training.candidates import Candidate, restated
-from aliprod.training.checkpoint import State
+from aliprod.training.checkpoint import Snapshot, State
 from aliprod.training.learner import Learner, place
 from aliprod.training.loop import EpochEnd, Progress
 from aliprod.training.validate import top1_errors
@@ -81,5 +81,6 @@ def _error(folder: Path) -> float:
     return 1.0 if error is None else error
 
 
-def _nothing(_: Path) -> None:
-    """A soup is made in one go: there is no state in between to be written."""
+def _nothing() -> Snapshot:
+    """A soup is made in one go: there is no state in between to be kept."""
+    return Snapshot({}, "{}")

@@ -73,6 +73,8 @@ def sha256(tensors: dict[str, Tensor]) -> str:
 
 def _train(work: job.Work, catalogue: Path, death: Death | None, rank: int, world_size: int) -> None:
     work.folder.mkdir(parents=True, exist_ok=True)
+    with (work.folder.parent / f"stderr-{rank}.txt").open("w") as stderr:
+        os.dup2(stderr.fileno(), 2)
     logging.basicConfig(filename=work.folder / f"log-{rank}.txt", level=logging.INFO)
     if world_size > 1:
         meeting = work.folder.with_suffix(".meeting")

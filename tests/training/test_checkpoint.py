@@ -1,6 +1,7 @@
 """checkpoint: the newest undamaged state is found, and the state is all of it."""
 
 import logging
+import random
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def test_model_momentum_average_best_weights_and_counters_come_back(packages: Ca
     average.update(learner.model, 1)
     state = State(2, 9, 1, 1, 0.25, True, {"class": 1.2345678806304932})
     best = {"weight": torch.tensor([1.5])}
-    checkpoint.capture(tmp_path, state, learner, optimizer, average, best)
+    taken = checkpoint.snapshot(state, learner, optimizer, average, best)
+    taken.write(tmp_path)
 
     other, its_optimizer, its_average = parts(stage, packages)
     assert checkpoint.restore(tmp_path, other, its_optimizer, its_average) == (state, best)
@@ -73,3 +75,51 @@ def parts(stage: Stage, packages: Catalogue) -> tuple[Learner, Optimizer, Averag
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_snapshot_keeps_its_moment_while_training_goes_on(packages: Catalogue, tmp_path: Path) -> None:
+    learner, optimizer, average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
+    optimizer.step(sum(p.square().sum() for p in learner.parameters()), 0)
+    before, momentum = ({k: t.clone() for k, t in s.items()} for s in (learner.state_dict(), optimizer.state()))
+    taken = checkpoint.snapshot(State(step=1), learner, optimizer, average, {})
+    optimizer.step(sum(p.square().sum() for p in learner.parameters()), 1)
+    average.update(learner.model, 2)
+    taken.write(tmp_path)
+    other, its_optimizer, its_average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
+    checkpoint.restore(tmp_path, other, its_optimizer, its_average)
+    assert equal(other.state_dict(), before)
+    assert equal(its_optimizer.state(), momentum)
+    assert not equal(its_average.state(other.model), average.state(learner.model))
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """A flipped bit, a lost end, or a piece of it twice."""
+    at, end = (draw.randrange(len(content)) for _ in range(2))
+    match draw.choice(["flip", "truncate", "splice"]):
+        case "flip":
+            return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+        case "truncate":
+            return content[:at]
+        case _:
+            return content[:at] + content[end : end + draw.randint(1, 4096)] + content[at:]
+
+
+def test_of_200_damaged_newest_checkpoints_none_is_used(
+    packages: Catalogue, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner, optimizer, average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
+    for step in (3, 6):
+        taken = checkpoint.snapshot(State(step=step), learner, optimizer, average, {})
+        checkpoint.write(checkpoint.place_of(tmp_path, State(step=step)), taken, {"key": "0123"})
+    older, newest = (tmp_path / f"step-000000000{step}" for step in (3, 6))
+    files = {path.name: path.read_bytes() for path in newest.iterdir()}
+    assert checkpoint.newest(tmp_path) == newest
+    for seed in range(200):
+        draw = random.Random(seed)
+        name = draw.choice(sorted(files))
+        (newest / name).write_bytes(damaged(files[name], draw))
+        assert checkpoint.newest(tmp_path) == older, (seed, name)
+        (tmp_path / f"{newest.name}.bad").rename(newest)
+        (newest / name).write_bytes(files[name])
+    assert len(caplog.records) == 200
+    assert checkpoint.newest(tmp_path) == newest

@@ -1,6 +1,7 @@
 """job: killed processes end with the bytes of undisturbed ones."""
 
 import json
+import random
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from job_process import Death, ended, log_of, seen_by, start, train
 from aliprod import commit
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Feed
+from aliprod.errors import StorageFull
 from aliprod.models import weights
 from aliprod.recipe import Stage
-from aliprod.training.job import Work, run
+from aliprod.training.job import Work
 from aliprod.training.validate import top1_errors
 
 NETWORK = "test_resnet.r160_in1k"
@@ -82,6 +84,8 @@ def test_a_job_that_is_killed_and_started_again_ends_with_the_same_bytes(
     going_on = any((work.folder / "resume").glob("step-*/manifest.json")) and not (work.folder / "weights").exists()
     assert train(work, packages.root) == 0
     assert ("goes on from" in log_of(work)) == going_on
+    assert not (work.folder / "resume").exists()
+    assert not list(work.folder.rglob("*.partial"))
     assert result(work) == result(undisturbed[True])
     assert told(work) == told(undisturbed[True])
 
@@ -92,12 +96,37 @@ def test_a_job_without_averaged_weights_that_is_killed_again_and_again_ends_with
     work = work_in(tmp_path, stage_with(averaged=False))
     codes = []
     while not codes or codes[-1]:
-        codes.append(train(work, packages.root, Death("open", ".jpg", 50)))
+        codes.append(train(work, packages.root, Death("os.rename", "/.step-", 2)))  # each commits one checkpoint
         assert len(codes) < 10
     assert codes[:-1] == [-signal.SIGKILL] * (len(codes) - 1)
-    assert len(codes) == 4
+    assert len(codes) == 5
     assert result(work) == result(undisturbed[False])
     assert told(work) == told(undisturbed[False])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_job_that_is_killed_at_random_moments_ends_with_the_same_bytes(
+    packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path, seed: int
+) -> None:
+    work, draw = work_in(tmp_path, stage_with(averaged=True)), random.Random(seed)
+    codes = [train(work, packages.root, Death("open", "", draw.randrange(1, 150))) for _ in range(2)]
+    assert codes[0] == -signal.SIGKILL
+    assert train(work, packages.root) == 0
+    assert result(work) == result(undisturbed[True])
+    assert told(work) == told(undisturbed[True])
+
+
+def test_a_storage_path_that_takes_no_checkpoint_ends_the_job_with_one_sentence(
+    packages: Catalogue, tmp_path: Path
+) -> None:
+    work = work_in(tmp_path, stage_with(averaged=False))
+    work.folder.mkdir()
+    (work.folder / "resume").write_text("a file where a folder should be")
+    assert train(work, packages.root) == StorageFull.status
+    assert "resume/step-0000000003: cannot be written: " in log_of(work)
+    assert "Traceback" not in log_of(work)
+    (work.folder / "resume").unlink()
+    assert train(work, packages.root) == 0
 
 
 def test_averaging_changes_what_is_kept_and_nothing_of_the_training(undisturbed: dict[bool, Work]) -> None:
@@ -133,14 +162,16 @@ def test_a_finished_job_is_not_trained_again(packages: Catalogue, undisturbed: d
 
 def test_epochs_that_end_soon_after_a_checkpoint_go_without_one(packages: Catalogue, tmp_path: Path) -> None:
     stage = stage_with(averaged=False)
-    for often, expected in ((0.0, [[4], [4, 8], []]), (3600.0, [[], [], []])):  # the last epoch ends with weights
+    for often, expected in ((0.0, [4, 8]), (3600.0, [])):
         work = replace(work_in(tmp_path / str(often), stage), save_every_steps=None, save_seconds=often)
-        seen = [
-            sorted(int(path.name.removeprefix("step-")) for path in (work.folder / "resume").glob("step-*"))
-            for _ in run(work, packages)
-        ]
-        assert seen == expected
+        assert train(work, packages.root, Death("os.mkdir", "/.weights.")) == -signal.SIGKILL
+        assert [int(path.name.removeprefix("step-")) for path in steps(work)] == expected
+        assert train(work, packages.root) == 0
     assert result(replace(work, folder=tmp_path / "0.0" / "job")) == result(work)
+
+
+def steps(work: Work) -> list[Path]:
+    return sorted((work.folder / "resume").glob("step-*"))
 
 
 def changes(work: Work) -> dict[Path, int]:

@@ -1,0 +1,46 @@
+"""A hang ends: where a step takes too long, all stacks are printed and the process exits with status 1.
+
+A thread of C (`faulthandler`) watches, so that code that never lets go of the interpreter is ended too, and a
+collective whose other ranks are gone. Whoever started the process starts it again; the job goes on from its newest
+checkpoint.
+"""
+
+import faulthandler
+from types import TracebackType
+from typing import Self
+
+_PHASE = 5  # a start (compilation, loader processes, first step) or a validation may take so many times as long
+_STDERR = 2  # the file itself: Python's own may have been replaced
+
+
+def longest(seconds: float) -> float:
+    """How long anything of a job may take, where a step may take ``seconds``."""
+    return _PHASE * seconds
+
+
+class Watchdog:
+    """Watches from the first `phase` or `step` until the context ends.
+
+    Args:
+        seconds: that a step may take; None: nothing is watched. There is one watchdog in a process.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    def step(self) -> None:
+        """A step has ended: the next one counts from now."""
+        if self.seconds is not None:
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=_STDERR)
+
+    def phase(self) -> None:
+        """Something longer than a step begins."""
+        if self.seconds is not None:
+            faulthandler.dump_traceback_later(longest(self.seconds), exit=True, file=_STDERR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.seconds is not None:
+            faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,89 @@
+"""What checkpoints at the default interval (one an epoch) cost a job, against none.
+
+The same job with and without, in turn, in one process: wall time (what a user waits) and CPU time of all threads (what
+the writer takes, too). Weights must be equal to the bit. The share hangs on the length of an epoch, so the cost of one
+checkpoint is told as well, and from which length of an epoch on it is under 2 %.
+
+    python benchmarks/checkpoints.py [--network resnet18] [--images 960] [--epochs 3] [--rounds 3] [--seeds 0 1]
+"""
+
+import argparse
+import logging
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from ratio import Side, cpu, header, show
+
+from aliprod import commit
+from aliprod.data import sources
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.synth import synthesise
+from aliprod.recipe import Stage
+from aliprod.training import job
+
+NEVER = 1e9
+
+
+def main() -> None:
+    """Compare over two sets of pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet18")
+    parser.add_argument("--images", type=int, default=960)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    asked = parser.parse_args()
+    logging.disable(logging.WARNING)
+    print(header())
+    for seed in asked.seeds:
+        folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
+        try:
+            synthesise(folder / "photos", classes=8, images=asked.images, seed=seed)
+            catalogue = sources.read(folder / "photos")
+            catalogue = replace(catalogue, val=catalogue.val.take(np.arange(0)))
+            compare(folder, catalogue, asked.network, asked.epochs, seed, asked.rounds)
+        finally:
+            shutil.rmtree(folder)
+
+
+def compare(folder: Path, catalogue: Catalogue, network: str, epochs: int, seed: int, rounds: int) -> None:
+    """With and without, in turn."""
+    stage = Stage(seed=seed, resize=64, crop=64, batch_size=16, epochs=epochs, ema=0.99, augmentation=("resize",))
+    walls: dict[str, list[float]] = {"with": [], "without": []}
+    cpus: dict[str, list[float]] = {"with": [], "without": []}
+    digests, megabytes = set[str](), [0.0]
+    for _ in range(rounds):
+        for side, seconds in (("with", 0.0), ("without", NEVER)):
+            work = job.Work("net/stage", side, network, stage, folder / side, save_seconds=seconds)
+            wall, cpu_before = time.perf_counter(), cpu()
+            for _ in job.run(work, catalogue):
+                megabytes += [size(path) for path in work.folder.glob("resume/step-*")]
+            walls[side].append(time.perf_counter() - wall)
+            cpus[side].append(cpu() - cpu_before)
+            digests.add(commit.file_digest(work.folder / "weights", "model.safetensors"))
+            shutil.rmtree(work.folder)
+    if len(digests) > 1 or not max(megabytes):
+        sys.exit("no equal work: other weights, or no checkpoint")
+    print(
+        f"seed {seed}: {network}, {epochs} epochs, {epochs - 1} checkpoints of {max(megabytes):.0f} MB, equal weights"
+    )
+    for clock, taken in (("wall", walls), ("CPU", cpus)):
+        without, with_ = (Side(f"{name} checkpoints", tuple(taken[name])) for name in ("without", "with"))
+        show(f"{clock}, with / without (bar <= 1.02)", without, with_)
+        cost = statistics.median(a - b for a, b in zip(with_.rounds, without.rounds, strict=True)) / (epochs - 1)
+        print(f"  {cost:.2f} s a checkpoint: 2 % of an epoch of {50 * max(0.0, cost):.0f} s")
+
+
+def size(folder: Path) -> float:
+    """Megabytes of a checkpoint that is committed."""
+    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6 if commit.read(folder) is not None else 0.0
+
+
+if __name__ == "__main__":
+    main()
