@@ -16,8 +16,10 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 
+from aliprod.data import auto_augment as ours
 from aliprod.data.augment import cutout_mask, eval_view, normalise, on_device, square, train_view
 from aliprod.data.decode import decode
+from aliprod.data.pixels import Picture, as_pixels
 from aliprod.recipe import Augmentation, Stage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -104,6 +106,19 @@ def auto_augment(image: Image.Image) -> Image.Image:
             magnitude = -magnitude
         image = _apply_op(image, name, magnitude, F.InterpolationMode.NEAREST, GREY)
     return image
+
+
+def test_auto_augment_is_that_of_torchvisions_older_operations_to_the_bit() -> None:
+    for seed in range(300):
+        torch.manual_seed(seed)
+        expected, drawn_next = np.array(auto_augment(photograph(seed % 5))), torch.rand(())
+        torch.manual_seed(seed)
+        operations = ours.drawn()
+        assert torch.rand(()) == drawn_next, seed
+        seen: Picture = photograph(seed % 5)
+        for operation in operations:
+            seen = ours.applied(operation, seen)
+        assert np.array_equal(as_pixels(seen).numpy(), expected), operations
 
 
 def older(interpolation: str, crop: int, scale: tuple[float, float]) -> dict[str, Callable[[Image.Image], Image.Image]]:
