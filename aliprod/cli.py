@@ -296,18 +296,19 @@ def check_command(path: Path, as_json: bool) -> None:
 
 
 @data_group.command("prepare")
-@click.argument("path", metavar="CATALOGUE", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("path", metavar="CATALOGUE")
+@click.argument("out")
 @click.option("--short-side", default=512, show_default=True, type=click.IntRange(8), help="Pixels, at most.")
 @click.option("--quality", default=90, show_default=True, type=click.IntRange(50, 100), help="Of JPEGs made anew.")
 @click.option(
     "--max-skipped", default=0.5, show_default=True, type=click.FloatRange(0, 1), help="Share that may be unreadable."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON, as the last line.")
-def prepare_command(path: Path, out: Path, short_side: int, quality: int, max_skipped: float, as_json: bool) -> None:
+def prepare_command(path: str, out: str, short_side: int, quality: int, max_skipped: float, as_json: bool) -> None:
     """Read every image once and write it, upright RGB of a bounded size, into Parquet shards to train from.
 
     What cannot be read is skipped and listed. A call that was killed goes on where it was: start it again.
+    Both may be URIs, such as s3://bucket/photos?endpoint_override=HOST:PORT.
 
     \b
     Example: aliprod data prepare photos prepared

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,28 @@ def alternate(
             if number >= warm_up:
                 taken[name].append(clock() - began)
     return [Side(name, tuple(seconds)) for name, seconds in taken.items()]
+
+
+def interleave(
+    sides: Mapping[str, Callable[[Item, int], object]],
+    items: Sequence[Item],
+    rounds: int,
+    clock: Callable[[], float] = cpu,
+    warm_up: int = 1,
+) -> list[Side]:
+    """Run the sides in turn on every item; a round is all items, and a side is told the item and the round.
+
+    Returns:
+        The seconds of a round over its items.
+    """
+    taken = {name: [0.0] * (warm_up + rounds) for name in sides}
+    for number in range(warm_up + rounds):
+        for item in items:
+            for name, side in sides.items():
+                began = clock()
+                side(item, number)
+                taken[name][number] += (clock() - began) / len(items)
+    return [Side(name, tuple(seconds[warm_up:])) for name, seconds in taken.items()]
 
 
 def ratios(ours: Side, theirs: Side) -> list[float]:

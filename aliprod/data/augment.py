@@ -1,59 +1,95 @@
 """(seed, epoch, image id) becomes a transform: what a model sees of a picture, and nothing else decides it.
 
-Geometry and colour work on 8-bit RGB pictures, as torchvision's transforms do on PIL images; pixels stay 8 bit
-until they are on the device, where they are normalised and cut out.
+The views are those of torchvision's transforms on PIL images, draw for draw; what is resized differs by two grey levels
+at most. Pixels lie as (H, W, 3), so that a crop is a view and a batch is channels last, and stay 8 bit until they are
+on the device, where they are normalised and cut out.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from torch.nn.functional import interpolate
+from torchvision.transforms import InterpolationMode, RandomCrop, RandomResizedCrop, RandomRotation
 from torchvision.transforms.v2 import functional as F
 
+from aliprod.data import auto_augment
+from aliprod.data.auto_augment import GREY
+from aliprod.data.pixels import Picture, as_image, as_pixels
 from aliprod.recipe import Stage
 
-GREY = (128, 128, 128)  # fills what a rotation or AutoAugment uncovers (JDAI-CV/DCL, ImageNetPolicy)
+_RATIO = (3 / 4, 4 / 3)
 _ROTATION_DEGREES = 15.0  # JDAI-CV/DCL, config
 _CUTOUT_SHARE = 4  # side of the crop over side of the square: 56 at 224
 
 
-def train_view(image: Image.Image, stage: Stage, seed: int, interpolation: str) -> tuple[Tensor, Tensor]:
+def train_view(picture: Tensor, stage: Stage, seed: int, interpolation: str) -> tuple[Tensor, Tensor]:
     """One augmented view of a picture, as a function of ``seed``.
 
     Args:
-        image: RGB, of any size.
+        picture: (H, W, 3) uint8.
         stage: its ``augmentation`` in order; with random_crop the picture is squared to ``resize`` first.
         seed: 32 bits; reseeds torch's default generator.
         interpolation: of resizing, "bicubic" or "bilinear", with antialiasing.
     Returns:
-        Pixels (3, crop, crop) uint8, and the centre (row, column) of the cutout square, (-1, -1) without one.
+        Pixels (crop, crop, 3) uint8, and the centre (row, column) of the cutout square, (-1, -1) without one.
     """
     torch.default_generator.manual_seed(seed)
-    mode = InterpolationMode(interpolation)
+    steps = list(_drawn(stage, *picture.shape[:2]))
+    resized = _resized if all(step.even for _, step in steps if isinstance(step, auto_augment.Operation)) else _pillows
     centre = torch.full((2,), -1, dtype=torch.int64)
-    if "random_crop" in stage.augmentation:
-        image = F.resize(image, [stage.resize, stage.resize], mode)
-    for name in stage.augmentation:
-        if name == "random_resized_crop":
-            image = v2.RandomResizedCrop(stage.crop, stage.scale, (3 / 4, 4 / 3), mode)(image)
-        elif name == "random_crop":
-            image = v2.RandomCrop(stage.crop)(image)
-        elif name == "resize":
-            image = F.resize(image, [stage.crop, stage.crop], mode)
+    seen: Picture = picture
+    for name, drawn in steps:
+        if name == "resize":
+            seen = resized(as_pixels(seen), drawn, interpolation)
+        elif name == "crop":
+            top, left, height, width = drawn
+            seen = as_pixels(seen)[top : top + height, left : left + width]
         elif name == "rotation":
-            image = v2.RandomRotation(_ROTATION_DEGREES, InterpolationMode.BILINEAR, fill=GREY)(image)
+            seen = F.rotate(as_image(seen), drawn, InterpolationMode.BILINEAR, fill=GREY)
         elif name == "flip":
-            image = v2.RandomHorizontalFlip()(image)
+            seen = F.horizontal_flip(seen) if isinstance(seen, Image.Image) else seen.flip(1)
         elif name == "auto_augment":
-            image = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=GREY)(image)
+            seen = auto_augment.applied(drawn, seen)
         else:  # cutout, on the device after normalising
-            centre = torch.randint(stage.crop, (2,))
-    return _pixels(image), centre
+            centre = drawn
+    return as_pixels(seen).contiguous(), centre
+
+
+def _drawn(stage: Stage, height: int, width: int) -> Iterator[tuple[str, Any]]:
+    """What is done to a picture of this size, step by step, from torch's default generator."""
+    if "random_crop" in stage.augmentation:
+        yield "resize", stage.resize
+        height = width = stage.resize
+    for name in stage.augmentation:
+        if name in ("random_resized_crop", "random_crop", "resize"):
+            yield from _drawn_crop(name, stage, torch.empty(3, height, width, device="meta"))
+            height = width = stage.crop
+        elif name == "rotation":
+            yield name, RandomRotation.get_params([-_ROTATION_DEGREES, _ROTATION_DEGREES])
+        elif name == "flip" and torch.rand(1) < 0.5:
+            yield name, None
+        elif name == "auto_augment":
+            yield from ((name, operation) for operation in auto_augment.drawn())
+        elif name == "cutout":
+            yield name, torch.randint(stage.crop, (2,))
+
+
+def _drawn_crop(name: str, stage: Stage, like: Tensor) -> Iterator[tuple[str, Any]]:
+    """``like`` has the size of the picture: torchvision looks at no more."""
+    if name == "random_resized_crop":
+        yield "crop", RandomResizedCrop.get_params(like, stage.scale, _RATIO)
+    if name == "random_crop":
+        yield "crop", RandomCrop.get_params(like, (stage.crop, stage.crop))
+    else:
+        yield "resize", stage.crop
 
 
 def square(image: Image.Image, side: int, interpolation: str) -> Tensor:
     """A picture squared to ``side``, its ratio not kept (the report): (3, side, side) uint8."""
-    return _pixels(F.resize(image, [side, side], InterpolationMode(interpolation)))
+    return _channels_first(as_pixels(_pillows(image, side, interpolation)))
 
 
 def eval_view(image: Tensor, resize: int, crop: int, interpolation: str = "bicubic") -> Tensor:
@@ -91,16 +127,29 @@ def on_device(pixels: Tensor, centre: Tensor, mean: tuple[float, ...], std: tupl
     """What is left of the transform once pixels are on the device: normalise, then cut out (set to 0).
 
     Args:
-        pixels: (B, 3, H, H) uint8. centre: (B, 2).
+        pixels: (B, H, H, 3) uint8. centre: (B, 2).
     Returns:
         (B, 3, H, H) float32, channels last.
     """
-    images = normalise(pixels, mean, std).contiguous(memory_format=torch.channels_last)
-    size = pixels.shape[-1]
+    images = normalise(_channels_first(pixels), mean, std)
+    size = images.shape[-1]
     return images.masked_fill_(cutout_mask(size, size // _CUTOUT_SHARE, centre)[:, None], 0.0)
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8."""
-    pixels: Tensor = F.pil_to_tensor(image)
-    return pixels
+def _resized(picture: Tensor, side: int, interpolation: str) -> Tensor:
+    """(H, W, 3) uint8 squared to ``side``, antialiased, as Pillow 13 does it: what a bicubic filter overshoots is lost
+    between the two passes, and the rows go first where they shrink by more than twice what the columns do."""
+    height, width, _ = picture.shape
+    batch = _channels_first(picture[None])
+    if height - side > max(0, 2 * (width - side)):
+        batch = interpolate(batch, (side, width), mode=interpolation, antialias=True)
+    return interpolate(batch, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+
+
+def _pillows(picture: Picture, side: int, interpolation: str) -> Image.Image:
+    return as_image(picture).resize((side, side), Image.Resampling[interpolation.upper()])
+
+
+def _channels_first(pixels: Tensor) -> Tensor:
+    """(..., H, W, 3) seen as (..., 3, H, W)."""
+    return pixels.movedim(-1, -3)

@@ -4,11 +4,10 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from aliprod.data.catalogue import Catalogue, Images, Integers, Problem
 from aliprod.data.decode import Unreadable, animated, content_of, decode
 from aliprod.data.identity import printable
+from aliprod.data.processes import pool
 from aliprod.data.sources import ENDINGS, read
 from aliprod.errors import Failed, listing
 
@@ -99,20 +99,14 @@ def _look_at_all(catalogue: Catalogue, processes: int) -> Iterator[_Look]:
             yield from _look_at(chunk)
         return
     ahead: deque[tuple[Images, Future[list[_Look]]]] = deque()  # a chunk, and what will come of it
-    others = set(active_children())
     try:
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        with pool(processes) as readers:
             while True:
                 for chunk in islice(chunks, 2 * processes - len(ahead)):
-                    ahead.append((chunk, pool.submit(_look_at, chunk)))
+                    ahead.append((chunk, readers.submit(_look_at, chunk)))
                 if not ahead:
                     return
-                try:
-                    yield from ahead[0][1].result()
-                except BrokenProcessPool:
-                    for process in set(active_children()) - others:
-                        process.kill()  # one that was just being started is else waited for, for ever
-                    raise
+                yield from readers.result(ahead[0][1])
                 ahead.popleft()
     except BrokenProcessPool as error:
         raise Failed(

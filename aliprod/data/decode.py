@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -132,8 +132,17 @@ def animated(content: bytes) -> bool:
 
 def plain_jpeg(content: bytes) -> bool:
     """Whether a readable picture is a JPEG of upright RGB, so that its pixels are what `decode` shows."""
+    return _is_plain_jpeg(opened(content))
+
+
+def baseline_jpeg(content: bytes) -> bool:
+    """Whether a picture is a plain JPEG of the kinds that every build of libjpeg-turbo decodes to the same pixels.
+
+    Raises:
+        Unreadable: as `decode`, where its header is reason enough.
+    """
     image = opened(content)
-    return isinstance(image, JpegImageFile) and image.mode == "RGB" and _orientation(image) not in _UPRIGHT
+    return _is_plain_jpeg(image) and "progressive" not in image.info and get_sampling(image) >= 0  # 4:4:4, 4:2:2, 4:2:0
 
 
 def content_of(source: Path | bytes) -> bytes:
@@ -155,6 +164,10 @@ def content_of(source: Path | bytes) -> bytes:
         raise Unreadable("is not there") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise Unreadable(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _is_plain_jpeg(image: ImageFile.ImageFile) -> bool:
+    return isinstance(image, JpegImageFile) and image.mode == "RGB" and _orientation(image) not in _UPRIGHT
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:

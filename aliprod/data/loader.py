@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from aliprod.data import augment, selection, soft_labels
+from aliprod.data.auto_augment import GREY
 from aliprod.data.catalogue import Images
-from aliprod.data.decode import LEAST_SIDE, Unreadable, decode, decode_anyway
+from aliprod.data.decode import LEAST_SIDE, Unreadable, decode_anyway
+from aliprod.data.pixels import as_pixels, pixels_of
 from aliprod.data.training_set import TrainingSet
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
@@ -236,15 +238,16 @@ class _TrainViews(Dataset[tuple[Tensor, int, Tensor, int]]):
         pixels, centre = augment.train_view(self._picture(row), self.stage, seed, self.interpolation)
         return pixels, int(self.images.labels[row]), centre, row
 
-    def _picture(self, row: int) -> Image.Image:
-        return _readable(self.images, row) or self._substitute(row)
+    def _picture(self, row: int) -> Tensor:
+        picture = _readable(self.images, row)
+        return self._substitute(row) if picture is None else picture
 
-    def _substitute(self, row: int) -> Image.Image:
+    def _substitute(self, row: int) -> Tensor:
         """The next readable picture of the class of an unreadable one."""
         same = np.flatnonzero(self.images.labels == self.images.labels[row])
         after = np.roll(same, -int(np.searchsorted(same, row)) - 1)[:_SUBSTITUTES]
         pictures = (_readable(self.images, int(other)) for other in after)
-        return next((picture for picture in pictures if picture), _grey(self.stage.crop))
+        return next((picture for picture in pictures if picture is not None), as_pixels(_grey(self.stage.crop)))
 
 
 class _Squares(Dataset[Tensor]):
@@ -255,9 +258,9 @@ class _Squares(Dataset[Tensor]):
         return augment.square(_visible(self.images, row), self.side, self.interpolation)
 
 
-def _readable(images: Images, row: int) -> Image.Image | None:
+def _readable(images: Images, row: int) -> Tensor | None:
     try:
-        return decode(images.source(row))
+        return pixels_of(images.source(row))
     except Unreadable as reason:
         _warn(images, row, reason)
         return None
@@ -279,7 +282,7 @@ def _warn(images: Images, row: int, reason: object) -> None:
 
 
 def _grey(side: int) -> Image.Image:
-    return Image.new("RGB", (side, side), augment.GREY)
+    return Image.new("RGB", (side, side), GREY)
 
 
 def _data_loader(dataset: Dataset, batches: Sampler | Sequence, feed: Feed) -> DataLoader:  # type: ignore[type-arg]

@@ -4,17 +4,19 @@ Each shard is a committed folder beside OUT, so that a call that was killed goes
 appears when all are there.
 """
 
+import hashlib
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from aliprod import commit
 from aliprod.data import shards
 from aliprod.data.catalogue import Catalogue, Images, Integers, Problem
 from aliprod.data.check import not_listed
+from aliprod.data.processes import Pool, pool
+from aliprod.data.remote import Remote, place
 from aliprod.data.shards import FORMAT, Record, shard_name
 from aliprod.data.sources import read
 from aliprod.data.stored import SHARD, Made, Settings, Task, make
@@ -74,11 +78,13 @@ class Prepared:
 
 
 def prepare(
-    path: Path, out: Path, settings: Settings, max_skipped: float = 0.5, processes: int = 1
+    path: str | Path, out: str | Path, settings: Settings, max_skipped: float = 0.5, processes: int = 1
 ) -> Iterator[Progress | Prepared]:
     """Write the shards of a catalogue; what is written already, by a call that was killed, is verified and kept.
 
     Args:
+        path, out: of this machine, or URIs of what pyarrow reaches: pictures are read from there one by one, and
+            shards are made on this machine's disk first (`shards.cache`).
         out: must not exist, be empty, or hold what this very call has written before.
         max_skipped: the share of all images that may be unreadable.
         processes: that work side by side; they change no byte.
@@ -87,17 +93,50 @@ def prepare(
     Raises:
         Refused: as `sources.read`; too much is unreadable, then nothing is left behind; ``out`` holds something else.
         StorageFull: no room; what is done is kept.
+        Unreachable: of a URI; what is done is kept.
         Failed: a process died of a picture.
     """
-    catalogue, out = read(path), out.resolve()
+    source, target = place(path), place(out)
+    with _catalogue(source) as catalogue:
+        remote = source if isinstance(source, Remote) else None
+        if isinstance(target, Path):
+            yield from _prepare_here(catalogue, target.resolve(), settings, max_skipped, processes, remote)
+        elif (says := target.manifest()) is None:
+            local = shards.cache() / "uploads" / hashlib.sha256(target.shown.encode()).hexdigest()
+            for step in _prepare_here(catalogue, local, settings, max_skipped, processes, remote):
+                if isinstance(step, Prepared):
+                    target.upload(local)
+                    shutil.rmtree(local)
+                    yield replace(step, path=target.shown)
+                else:
+                    yield step
+        else:
+            yield _prepared_there(target, says, catalogue, settings)
+
+
+@contextmanager
+def _catalogue(source: Path | Remote) -> Iterator[Catalogue]:
+    if isinstance(source, Path):
+        yield read(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="aliprod-") as folder:
+        source.outline(Path(folder))
+        yield read(Path(folder))
+
+
+def _prepare_here(
+    catalogue: Catalogue, out: Path, settings: Settings, max_skipped: float, processes: int, remote: Remote | None
+) -> Iterator[Progress | Prepared]:
     work = out.parent / f".{out.name}.preparing"
     _check_free(out)
     with commit.storage(out):
         work.mkdir(parents=True, exist_ok=True)
     with shards.alone(work / "lock", wait=False):
         if not (out / commit.MANIFEST).exists():
-            with _refusals_leave_nothing(work), _pool(processes) as pool:
-                yield from _prepare(catalogue, out, _Run(work, settings, catalogue, pool, processes, max_skipped))
+            several = pool(processes, _follow_parent) if processes > 1 else nullcontext()
+            with _refusals_leave_nothing(work), several as makers:
+                run = _Run(work, settings, catalogue, makers, processes, max_skipped, remote)
+                yield from _prepare(catalogue, out, run)
         shutil.rmtree(work, ignore_errors=True)
     yield _prepared(out, catalogue, settings)
 
@@ -110,12 +149,14 @@ class _Run:
         work: Path,
         settings: Settings,
         catalogue: Catalogue,
-        pool: ProcessPoolExecutor | None,
+        pool: Pool | None,
         processes: int,
         max_skipped: float,
+        remote: Remote | None,
     ) -> None:
         self.work, self.settings, self.pool, self.processes = work, settings, pool, processes
-        self.root, self.max_skipped = catalogue.root, max_skipped
+        self.max_skipped, self.remote = max_skipped, remote
+        self.root = remote.shown if remote else catalogue.root
         self.class_ids = np.append(catalogue.classes, -1)
         self.problems = [*catalogue.problems, *not_listed(catalogue)]
         self.images = self.broken = sum(problem.skipped for problem in self.problems)
@@ -149,7 +190,7 @@ class _Run:
         for number, start in enumerate(range(0, len(images), SHARD)):
             part = images.take(np.arange(start, min(start + SHARD, len(images))))
             folder = self.work / Path(shard_name(images.split, number)).stem
-            yield Task(folder, part, self.class_ids[part.labels], self.settings)
+            yield Task(folder, part, self.class_ids[part.labels], self.settings, self.remote)
 
 
 def _prepare(catalogue: Catalogue, out: Path, run: _Run) -> Iterator[Progress]:
@@ -209,7 +250,7 @@ def _numbered(nodes: Integers) -> Integers:
 # Processes
 
 
-def _in_order(pool: ProcessPoolExecutor | None, processes: int, tasks: Iterator[Task]) -> Iterator[Made]:
+def _in_order(pool: Pool | None, processes: int, tasks: Iterator[Task]) -> Iterator[Made]:
     """Never more tasks in flight than the processes need."""
     if pool is None:
         yield from map(make, tasks)
@@ -218,32 +259,20 @@ def _in_order(pool: ProcessPoolExecutor | None, processes: int, tasks: Iterator[
     for task in tasks:
         ahead.append((task, pool.submit(make, task)))
         if len(ahead) > 2 * processes:
-            yield _result(*ahead.popleft())
+            yield _result(pool, *ahead.popleft())
     while ahead:
-        yield _result(*ahead.popleft())
+        yield _result(pool, *ahead.popleft())
 
 
-def _result(task: Task, made: "Future[Made]") -> Made:
+def _result(pool: Pool, task: Task, made: "Future[Made]") -> Made:
     try:
-        return made.result()
+        return pool.result(made)
     except BrokenProcessPool as error:
         raise Failed(
             "A process died while it read pictures.",
-            f"{task.images.root / task.images.paths[0].as_py()} and the pictures after it",
+            f"{task.place}/{task.images.paths[0].as_py()} and the pictures after it",
             "Was it out of memory? Take out the picture that kills it; the same command goes on.",
         ) from error
-
-
-@contextmanager
-def _pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
-    if processes <= 1:
-        yield None
-        return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _follow_parent)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)  # shards that are being made are finished, and found the next time
 
 
 def _follow_parent() -> None:
@@ -331,6 +360,19 @@ def _link(file: Path, to: Path) -> None:
 
 def _prepared(out: Path, catalogue: Catalogue, settings: Settings) -> Prepared:
     found = shards.manifest(out)
+    size = sum((out / name).stat().st_size for name in found.record.file_names())
+    return _said(str(out), found, size, catalogue, settings)
+
+
+def _prepared_there(out: Remote, says: dict[str, Any], catalogue: Catalogue, settings: Settings) -> Prepared:
+    """By its manifest, which was written last."""
+    files = says.get("files", {})
+    found = shards.parsed(says.get("record"), {name: file["sha256"] for name, file in files.items()}, out.shown)
+    size = sum(files[name]["bytes"] for name in found.record.file_names())
+    return _said(out.shown, found, size, catalogue, settings)
+
+
+def _said(out: str, found: shards.Manifest, size: int, catalogue: Catalogue, settings: Settings) -> Prepared:
     record = found.record
     if (record.source, record.short_side, record.quality) != (
         catalogue.fingerprint,
@@ -344,10 +386,10 @@ def _prepared(out: Path, catalogue: Catalogue, settings: Settings) -> Prepared:
             "Name another folder, or remove this one first.",
         )
     return Prepared(
-        path=str(out),
+        path=out,
         images=sum(rows for split in record.shards.values() for rows, _ in split),
         skipped=len(record.skipped),
         fingerprint=found.fingerprint,
-        bytes=sum((out / name).stat().st_size for name in record.file_names()),
+        bytes=size,
         problems=tuple(Problem(path, problem) for path, problem in (*record.skipped, *record.problems)),
     )

@@ -119,11 +119,20 @@ def manifest(root: Path) -> Manifest:
         says = None
     if says is None:
         raise Refused("is damaged, or a file that it lists is not there or of another size.", file, _AGAIN)
+    return parsed(says, digests, file)
+
+
+def parsed(record: object, digests: dict[str, str], where: str | Path) -> Manifest:
+    """A manifest from what it says of the catalogue and of its files.
+
+    Raises:
+        Refused: it is of something else, or of another version.
+    """
     try:
-        record = Record.model_validate(says)
-        return Manifest(record, {name: digests[name] for name in (*record.file_names(), *map(rows_name, SPLITS))})
+        says = Record.model_validate(record)
+        return Manifest(says, {name: digests[name] for name in (*says.file_names(), *map(rows_name, SPLITS))})
     except (ValidationError, KeyError) as error:
-        raise Refused("is not the manifest of a prepared catalogue of this version.", file, _AGAIN) from error
+        raise Refused("is not the manifest of a prepared catalogue of this version.", where, _AGAIN) from error
 
 
 def write_rows(folder: Path, split: str, ids: pa.StringArray, labels: NDArray[np.int64]) -> None:

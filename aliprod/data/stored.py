@@ -24,6 +24,7 @@ from aliprod import commit
 from aliprod.data.catalogue import Images, Integers, Problem
 from aliprod.data.decode import LEAST_SIDE, Unreadable, animated, content_of, decode, decode_anyway, plain_jpeg
 from aliprod.data.identity import printable
+from aliprod.data.remote import Remote
 from aliprod.data.shards import FORMAT
 
 SHARD = 512  # rows: some 25 MB of photographs, what one process makes in seconds
@@ -47,12 +48,29 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """One shard. ``class_ids``: (n,), -1 unknown."""
+    """One shard. ``class_ids``: (n,), -1 unknown. ``remote``: where the pictures are, if not on this machine."""
 
     folder: Path
     images: Images
     class_ids: Integers
     settings: Settings
+    remote: Remote | None = None
+
+    @property
+    def place(self) -> str:
+        """The folder of the pictures, for people."""
+        return self.remote.shown if self.remote else str(self.images.root)
+
+    def content(self, row: int) -> bytes:
+        """The file of a row, as it is.
+
+        Raises:
+            Unreadable: as `content_of`.
+            Unreachable: as `Remote.content`.
+        """
+        if self.remote:
+            return self.remote.content(self.images.paths[row].as_py())
+        return content_of(self.images.source(row))
 
     @property
     def digest(self) -> str:
@@ -60,7 +78,7 @@ class Task:
         says = {
             "versions": [FORMAT, SHARD, ROW_GROUP, PIL.__version__, features.version("jpg"), pa.__version__],
             "settings": asdict(self.settings),
-            "source": [str(self.images.root), self.images.store and self.images.store.fingerprint],
+            "source": [self.place, self.images.store and self.images.store.fingerprint],
             "rows": [self.images.ids.to_pylist(), self.class_ids.tolist(), self.images.paths.to_pylist()],
         }
         return hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()
@@ -128,7 +146,7 @@ def _picture(task: Task, row: int, made: Made) -> bytes | None:
     """The JPEG of a row, None where it is left out; a test row never is, as the submission needs it."""
     content, path = b"", task.images.paths[row].as_py()
     try:
-        content = content_of(task.images.source(row))
+        content = task.content(row)
         jpeg = stored(content, task.settings)
     except Unreadable as unreadable:
         if task.images.split != "test":

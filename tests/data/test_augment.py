@@ -16,11 +16,14 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 
+from aliprod.data import auto_augment as ours
 from aliprod.data.augment import cutout_mask, eval_view, normalise, on_device, square, train_view
+from aliprod.data.decode import decode
+from aliprod.data.pixels import Picture, as_pixels
 from aliprod.recipe import Augmentation, Stage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BICUBIC, GREY = F.InterpolationMode.BICUBIC, [128, 128, 128]
+GREY = [128, 128, 128]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +75,9 @@ def test_cutout_erases_the_cells_of_the_square_and_no_other(size: int, side: int
 
 
 def test_cutout_is_zero_after_normalising_and_absent_where_there_is_no_centre() -> None:
-    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = on_device(pixels, torch.tensor([[0, 31], [-1, -1]]), MEAN, STD)
-    expected = (pixels.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    expected = ((pixels.double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
     expected[0, :, :4, 27:] = 0.0  # side 8 at 32, from -4 to 4 and from 27 to 35
     torch.testing.assert_close(images, expected.float(), rtol=1e-5, atol=1e-5)
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -86,11 +89,15 @@ def photograph(seed: int) -> Image.Image:
     return Image.fromarray(coarse).resize((90, 120), Image.Resampling.BICUBIC)
 
 
+def pixels_of(seed: int) -> Tensor:
+    return torch.from_numpy(np.array(photograph(seed)))
+
+
 def auto_augment(image: Image.Image) -> Image.Image:
     """AutoAugment's policy by torchvision's older operations; torchvision v2's order of draws, written out."""
-    older = AutoAugment(AutoAugmentPolicy.IMAGENET)
-    space = older._augmentation_space(10, image.size[::-1])
-    for name, probability, place in older.policies[int(torch.randint(len(older.policies), ()))]:
+    its = AutoAugment(AutoAugmentPolicy.IMAGENET)
+    space = its._augmentation_space(10, image.size[::-1])
+    for name, probability, place in its.policies[int(torch.randint(len(its.policies), ()))]:
         if torch.rand(()) > probability:
             continue
         magnitudes, signed = space[name]
@@ -101,14 +108,31 @@ def auto_augment(image: Image.Image) -> Image.Image:
     return image
 
 
-OLDER: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "random_resized_crop": transforms.RandomResizedCrop(32, (0.2, 0.9), (3 / 4, 4 / 3), BICUBIC),
-    "random_crop": transforms.RandomCrop(32),
-    "resize": transforms.Resize((32, 32), BICUBIC),
-    "rotation": transforms.RandomRotation(15, F.InterpolationMode.BILINEAR, fill=GREY),
-    "flip": transforms.RandomHorizontalFlip(),
-    "auto_augment": auto_augment,
-}
+def test_auto_augment_is_that_of_torchvisions_older_operations_to_the_bit() -> None:
+    for seed in range(300):
+        torch.manual_seed(seed)
+        expected, drawn_next = np.array(auto_augment(photograph(seed % 5))), torch.rand(())
+        torch.manual_seed(seed)
+        operations = ours.drawn()
+        assert torch.rand(()) == drawn_next, seed
+        seen: Picture = photograph(seed % 5)
+        for operation in operations:
+            seen = ours.applied(operation, seen)
+        assert np.array_equal(as_pixels(seen).numpy(), expected), operations
+
+
+def older(interpolation: str, crop: int, scale: tuple[float, float]) -> dict[str, Callable[[Image.Image], Image.Image]]:
+    mode = F.InterpolationMode(interpolation)
+    return {
+        "random_resized_crop": transforms.RandomResizedCrop(crop, scale, (3 / 4, 4 / 3), mode),
+        "random_crop": transforms.RandomCrop(crop),
+        "resize": transforms.Resize((crop, crop), mode),
+        "rotation": transforms.RandomRotation(15, F.InterpolationMode.BILINEAR, fill=GREY),
+        "flip": transforms.RandomHorizontalFlip(),
+        "auto_augment": auto_augment,
+    }
+
+
 LISTS = [
     ("random_resized_crop", "flip", "auto_augment", "cutout"),
     ("random_crop", "flip", "auto_augment"),
@@ -116,50 +140,81 @@ LISTS = [
     ("resize", "cutout", "rotation"),
     ("flip", "random_resized_crop"),
 ]
+LIST_CASES = [(interpolation, names) for interpolation in ("bicubic", "bilinear") for names in LISTS]
 
 
 def test_every_augmentation_is_in_a_list_below() -> None:
     assert {name for names in LISTS for name in names} == set(get_args(Augmentation))
 
 
-def older_view(image: Image.Image, names: tuple[str, ...]) -> tuple[Tensor, list[int]]:
+def older_view(image: Image.Image, stage: Stage, interpolation: str) -> tuple[Tensor, list[int]]:
     centre = [-1, -1]
-    if "random_crop" in names:
-        image = image.resize((40, 40), Image.Resampling.BICUBIC)
-    for name in names:
+    steps = older(interpolation, stage.crop, stage.scale)
+    if "random_crop" in stage.augmentation:
+        image = F.resize(image, [stage.resize, stage.resize], F.InterpolationMode(interpolation))
+    for name in stage.augmentation:
         if name == "cutout":
-            centre = torch.randint(32, (2,)).tolist()
+            centre = torch.randint(stage.crop, (2,)).tolist()
         else:
-            image = OLDER[name](image)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1), centre
+            image = steps[name](image)
+    return torch.from_numpy(np.array(image)), centre
 
 
-@pytest.mark.parametrize("names", LISTS, ids="-".join)
-def test_the_train_view_is_that_of_torchvisions_older_transforms_under_the_same_draws(names: tuple[str, ...]) -> None:
+def assert_equal_work(image: Image.Image, stage: Stage, interpolation: str, seed: int) -> None:
+    """The tolerance of the whole pipeline: 0.05 of 255 in the mean, 2 at most."""
+    pixels, centre = train_view(torch.from_numpy(np.array(image)), stage, seed, interpolation)
+    torch.manual_seed(seed)
+    expected, expected_centre = older_view(image, stage, interpolation)
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+    difference = (pixels.int() - expected.int()).abs()
+    assert difference.max() <= 2, seed
+    assert difference.float().mean() <= 0.05, seed
+    assert centre.tolist() == expected_centre
+
+
+@pytest.mark.parametrize(("interpolation", "names"), LIST_CASES)
+def test_the_train_view_is_that_of_torchvisions_older_transforms_under_the_same_draws(
+    interpolation: str, names: tuple[str, ...]
+) -> None:
     stage = Stage(augmentation=names, resize=40, crop=32, scale=(0.2, 0.9))
     for seed in range(60):
-        pixels, centre = train_view(photograph(seed), stage, seed, "bicubic")
-        torch.manual_seed(seed)
-        expected, expected_centre = older_view(photograph(seed), names)
-        assert torch.equal(pixels, expected), seed
-        assert centre.tolist() == expected_centre
+        assert_equal_work(photograph(seed), stage, interpolation, seed)
+
+
+@pytest.mark.parametrize(("interpolation", "names"), LIST_CASES)
+def test_so_it_is_on_photographs(shared: Path, interpolation: str, names: tuple[str, ...]) -> None:
+    stage = Stage(augmentation=names)
+    paths = sorted((shared / "data/grocery/train").rglob("*.jpg"))[::40]
+    for seed, path in enumerate(paths):
+        assert_equal_work(decode(path), stage, interpolation, seed)
+
+
+@given(st.integers(20, 80), st.integers(20, 80), st.integers(0, 2**32 - 1))
+def test_the_hardest_edges_are_resized_as_pillow_does(height: int, width: int, seed: int) -> None:
+    noise = np.random.default_rng(seed).integers(0, 2, (height, width, 3), np.uint8) * 255
+    stage = Stage(augmentation=("random_resized_crop",), resize=40, crop=32)
+    pixels, _ = train_view(torch.from_numpy(noise), stage, seed, "bicubic")
+    torch.manual_seed(seed)
+    expected, _ = older_view(Image.fromarray(noise), stage, "bicubic")
+    assert (pixels.int() - expected.int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("names", LISTS, ids="-".join)
 def test_a_view_hangs_on_its_seed_and_on_nothing_before_it(names: tuple[str, ...]) -> None:
     stage = Stage(augmentation=names, resize=40, crop=32)
-    first, centre = train_view(photograph(0), stage, 7, "bicubic")
+    first, centre = train_view(pixels_of(0), stage, 7, "bicubic")
     torch.rand(100)
-    again, centre_again = train_view(photograph(0), stage, 7, "bicubic")
+    again, centre_again = train_view(pixels_of(0), stage, 7, "bicubic")
     assert torch.equal(first, again)
     assert torch.equal(centre, centre_again)
-    others = [train_view(photograph(0), stage, seed, "bicubic")[0] for seed in range(20)]
+    others = [train_view(pixels_of(0), stage, seed, "bicubic")[0] for seed in range(20)]
     assert any(not torch.equal(first, other) for other in others)
 
 
 def test_cutout_centres_are_uniform_over_the_crop() -> None:
     stage = Stage(augmentation=("resize", "cutout"), resize=8, crop=8)
-    image = photograph(0).resize((8, 8))
+    image = torch.from_numpy(np.array(photograph(0).resize((8, 8))))
     rows = torch.stack([train_view(image, stage, seed, "bilinear")[1] for seed in range(4000)])
     counts = torch.bincount(rows[:, 0] * 8 + rows[:, 1], minlength=64)
     assert ((counts - 4000 / 64) ** 2 / (4000 / 64)).sum() < 63 + 4 * math.sqrt(2 * 63)  # chi-square, four sigma

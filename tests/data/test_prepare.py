@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +275,17 @@ def test_a_killed_call_goes_on_to_the_same_bytes(
     prepared(packages.root, tmp_path / "undisturbed")
     assert content(out) == content(tmp_path / "undisturbed")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_process_that_dies_ends_the_call_in_one_sentence(shared: Path, tmp_path: Path, small_shards: None) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(prepared, shared / "data/tiny", tmp_path / "out", processes=2)
+        while len(children := multiprocessing.active_children()) < 2:
+            time.sleep(0.01)
+        os.kill(children[0].pid or 0, 9)
+        with pytest.raises(Failed, match="the same command goes on") as failed:
+            call.result(timeout=60)
+    assert failed.value.where.startswith(str((shared / "data/tiny/train").resolve()))
 
 
 def test_the_same_call_again_reads_nothing_and_another_is_refused(packages: Catalogue, tmp_path: Path) -> None:
