@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 RECIPE_VERSION = 1  # part of every key: raise it when the same settings would give other results
+ADDED = ("accumulate", "gradients")  # since version 1: part of a key only where they say other than their default
 
 Augmentation = Literal["random_resized_crop", "random_crop", "resize", "rotation", "flip", "auto_augment", "cutout"]
 

@@ -14,7 +14,7 @@ from typing import Any
 from aliprod.commit import sha256
 from aliprod.errors import Refused
 from aliprod.plan.schema import Plan
-from aliprod.recipe import RECIPE_VERSION, PerClass, Stage
+from aliprod.recipe import ADDED, RECIPE_VERSION, PerClass, Stage
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _with_weights_file(stage: Stage, network: str) -> Stage:
 
 
 def _content(stage: Stage, network: str, parent: Job | None, fingerprint: str) -> str:
-    settings: dict[str, Any] = stage.model_dump(mode="json", exclude={"start"})
+    unsaid = {name for name in ADDED if getattr(stage, name) == Stage.model_fields[name].default}
+    settings: dict[str, Any] = stage.model_dump(mode="json", exclude={"start", *unsaid})
     if isinstance(stage.pretrained, str):
         settings["pretrained"] = {"sha256": _weights_digest(Path(stage.pretrained))}
     facts = {
