@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-RECIPE_VERSION = 1  # part of every key: raise it when the same settings would give other results
+RECIPE_VERSION = 2  # part of every key: raise it when the same settings would give other results
+ADDED = (  # since version 1: part of a key only where they say other than their default
+    "accumulate",
+    "gradients",
+    "duplicates",
+    "pseudo_labels",
+    "sampler",
+    "trains",
+    "teachers",
+    "soup",
+)
 
 Augmentation = Literal["random_resized_crop", "random_crop", "resize", "rotation", "flip", "auto_augment", "cutout"]
 

@@ -58,11 +58,11 @@ def compare(folder: Path, row_counts: list[int], members: int, classes: int, see
     few, many = (folder / f"{rows}" for rows in row_counts)
     for place, rows in zip((few, many), row_counts, strict=True):
         write(place, members, rows, classes, seed)
-    ensemble = opened(few)
+    ensemble = opened(many)  # larger than a cache
     check(ensemble)
     sides = {"exact sum and arg max": lambda: summed(ensemble), "plain read": lambda: read(ensemble)}
     ours, theirs = alternate(sides, rounds)
-    print(f"seed {seed}: {members} members, {row_counts[0]} rows, {classes:,} classes; sums and arg max equal NumPy's")
+    print(f"seed {seed}: {members} members, {row_counts[1]} rows, {classes:,} classes; sums and arg max equal NumPy's")
     show(f"fraction of a plain read ({BAR})", ours, theirs)
     megabytes = [measured(place) for place in (few, many)]
     print(f"  memory: {megabytes[0]:.0f} MB for {row_counts[0]} rows, {megabytes[1]:.0f} MB for {row_counts[1]} rows")

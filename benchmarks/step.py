@@ -29,6 +29,7 @@ from torch.nn import functional
 from aliprod.data import sources
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Batch, Feed, TrainBatches
+from aliprod.data.training_set import training_set
 from aliprod.models.recogniser import Recogniser, normalisation
 from aliprod.recipe import LearningRate, Stage
 from aliprod.training.learner import Learner, place
@@ -143,7 +144,7 @@ def parts(stage: Stage, catalogue: Catalogue) -> tuple[Recogniser, torch.optim.S
         {"params": list(model.classifier.parameters()), "weight_decay": 1e-4},
     ]
     feed = Feed(here.device, *normalisation(NETWORK))
-    batches = TrainBatches(catalogue.train, catalogue.classes, stage, 1, feed)
+    batches = TrainBatches(training_set(catalogue, stage), stage, feed)
     return model, torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True), batches
 
 

@@ -255,6 +255,22 @@ def test_evaluate_tells_both_errors(shop: Shop) -> None:
     assert "0.00%" in aliprod("evaluate", shop.folder / "right.csv", labels).stdout
 
 
+@pytest.mark.parametrize("part", ["loader", "step", "train"])
+def test_benchmark_tells_how_fast_and_what_limits(photos: Path, part: str) -> None:
+    flags = ("--network", "test_resnet", "--crop", "32", "--batch-size", "4", "--steps", "2")
+    found = answer("benchmark", part, photos, *flags)
+    assert found["images_per_second"] > 0
+    assert 0 <= found["data_wait_share"] <= 1
+    assert found["limited_by"] in ("loader", "step")
+    assert "images/s on cpu" in aliprod("benchmark", part, photos, *flags).output
+
+
+def test_benchmark_names_the_network_that_is_meant(photos: Path) -> None:
+    result = aliprod("benchmark", "step", photos, "--network", "resnet5")
+    assert result.exit_code == 2
+    assert "resnet50" in result.stderr
+
+
 def test_data_synth_tells_what_it_rendered(tmp_path: Path) -> None:
     told = answer("data", "synth", tmp_path / "photos", "--classes", "2", "--images", "11", "--seed", "4")
     counts = {

@@ -16,7 +16,7 @@ from aliprod.commit import sha256
 from aliprod.errors import Refused
 from aliprod.plan.options import needs
 from aliprod.plan.schema import Edge, Plan
-from aliprod.recipe import RECIPE_VERSION, PerClass, Stage
+from aliprod.recipe import ADDED, RECIPE_VERSION, PerClass, Stage
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ def _with_weights_file(stage: Stage, network: str) -> Stage:
 
 def _content(stage: Stage, network: str, keys: Mapping[Edge, list[str | None]], fingerprint: str, tree: str) -> str:
     """What the key hashes. The names of other jobs are no part of it, their keys are."""
-    names: dict[str, Any] = {"start": True, "teachers": True, "soup": {"of"}, "pseudo_labels": {"by"}}
-    settings: dict[str, Any] = stage.model_dump(mode="json", exclude=names)
+    out: dict[str, Any] = {"start": True, "teachers": True, "soup": {"of"}, "pseudo_labels": {"by"}}
+    out |= {name: True for name in ADDED if getattr(stage, name) == Stage.model_fields[name].default}
+    settings: dict[str, Any] = stage.model_dump(mode="json", exclude=out)
     if isinstance(stage.pretrained, str):
         settings["pretrained"] = {"sha256": _weights_digest(Path(stage.pretrained))}
     facts = {

@@ -97,7 +97,7 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss parts of a batch, each a scalar."""
-        torch.manual_seed(batch.seed)
+        _seed(self.place.device, batch.seed)
         with autocast(self.place.device, self.dtype):
             parts: dict[str, Tensor] = self.objective(self.model, batch)
         return parts
@@ -130,6 +130,13 @@ class Learner(nn.Module):
         if self.stage.gradients == "bfloat16":
             wrapped.register_comm_hook(None, bf16_compress_hook)
         return wrapped
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """As torch.manual_seed, which visits every kind of device there could be."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _context(stage: Stage, model: Recogniser, catalogue: Catalogue) -> Context:

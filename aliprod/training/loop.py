@@ -195,7 +195,7 @@ def _train_metrics(
     speed = {
         "speed/images_per_second": watch.steps * stage.batch_size / watch.seconds,
         "speed/data_wait_share": watch.waited / watch.seconds,
-        "speed/memory_bytes": float(_peak_memory_bytes()),
+        "speed/memory_bytes": float(peak_memory_bytes()),
     }
     return {"train/loss": sum(losses.values()), **losses, **rates, **speed}
 
@@ -278,7 +278,8 @@ class _Sums:
         return {name: float(total) for name, total in self.sums.items()}
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
+    """The most so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

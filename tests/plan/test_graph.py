@@ -143,3 +143,8 @@ def test_the_longest_remaining_path_comes_first() -> None:
     # epochs x crop^2: full 12 + balanced 6 at 224, then dcl 6 at 448 = 24 at 224, accuracy 3
     assert order.index("resnet50/dcl") < order.index("seresnet101/full")  # 24 against 12 + 6
     assert order.index("efficientnet-b3/full") < order.index("seresnet101/full")  # 12 + 6 + 3 against 12 + 6
+
+
+def test_a_setting_that_came_later_changes_a_key_only_where_it_says_something() -> None:
+    assert not changed("defaults.accumulate=1", "defaults.gradients='float32'")
+    assert changed("defaults.accumulate=2") == changed("defaults.gradients='bfloat16'") == set(keys())

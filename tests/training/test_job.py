@@ -176,7 +176,11 @@ def steps(work: Work) -> list[Path]:
 
 def changes(work: Work) -> dict[Path, int]:
     """When each file that the job itself has written was last changed."""
-    files = (path for path in work.folder.rglob("*") if path.is_file() and not path.name.startswith(("log", "rank")))
+    files = (
+        path
+        for path in work.folder.rglob("*")
+        if path.is_file() and not path.name.startswith(("log", "rank", "stderr"))
+    )
     return {path: path.stat().st_mtime_ns for path in files}
 
 

@@ -19,6 +19,7 @@ def work_that_hangs(folder: Path, stage: Stage, once: Path, ranks: int) -> Work:
 
 
 def codes(work: Work, catalogue: Path, ranks: int) -> list[int]:
+    work.folder.with_suffix(".meeting").unlink(missing_ok=True)  # a killed rank leaves it, and nobody meets there
     processes = [start(work, catalogue, rank=rank, world_size=ranks) for rank in range(ranks)]
     return [ended(process) for process in processes]
 

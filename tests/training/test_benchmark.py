@@ -1,0 +1,36 @@
+"""benchmark: what is measured is what trains, however few pictures there are."""
+
+from collections.abc import Iterator
+from typing import get_args
+
+import pytest
+import torch
+
+from aliprod.data.catalogue import Catalogue
+from aliprod.recipe import Stage
+from aliprod.training.benchmark import Part, measure
+
+STAGE = Stage(resize=40, crop=32, batch_size=16)
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("part", get_args(Part))
+def test_each_part_is_measured_with_fewer_pictures_than_steps_take(packages: Catalogue, part: Part) -> None:
+    found = measure(part, STAGE, "test_resnet", packages, steps=2)  # 64 of 32 pictures
+    assert (found.part, found.device, found.steps) == (part, "cpu", 2)
+    assert found.images_per_second > 0
+    assert 0 <= found.data_wait_share <= 1
+    assert found.memory_bytes > 100e6  # PyTorch alone
+
+
+def test_a_loader_alone_waits_for_nothing_else_and_a_step_alone_for_no_loader(packages: Catalogue) -> None:
+    loader, step = (measure(part, STAGE, "test_resnet", packages, steps=2) for part in ("loader", "step"))
+    assert (loader.data_wait_share, loader.limited_by) == (1.0, "loader")
+    assert (step.data_wait_share, step.limited_by) == (0.0, "step")
+    both = measure("train", STAGE, "test_resnet", packages, steps=2)
+    assert 0 < both.data_wait_share < 1
