@@ -81,7 +81,8 @@ def killed(place: Path, network: str, seed: int, draw: random.Random, seconds: f
         moment = draw.uniform(0, seconds)
         process, began = started(place, network, seed)
         try:
-            process.wait(max(0.0, began + moment - time.monotonic()))
+            if process.wait(max(0.0, began + moment - time.monotonic())):
+                sys.exit("the job failed before it was killed")
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
