@@ -1,0 +1,64 @@
+"""aliprod: parse, call, print.
+
+Heavy modules are imported inside the commands, so that help and a refused plan stay fast.
+"""
+
+import sys
+from io import TextIOWrapper
+from typing import Any, NoReturn
+
+import click
+
+from aliprod import __version__
+from aliprod.cli.data import data_group
+from aliprod.cli.pictures import benchmark_command, evaluate_command, predict_command
+from aliprod.cli.plans import ensemble_command, plan_command, run_command, status_command
+from aliprod.errors import AliprodError
+
+INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """A group whose errors end in one screen and an exit status, never in a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except AliprodError as error:
+            click.echo(f"Error: {error}", err=True)
+            context.exit(error.status)
+        except KeyboardInterrupt:
+            click.echo("Interrupted. What is finished is kept; the same command goes on.", err=True)
+            context.exit(INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="aliprod")
+def app() -> None:
+    """Train an ensemble of image recognisers from one plan, on the Ray cluster you have.
+
+    \b
+    aliprod plan jobs/quickstart.toml     what would run
+    aliprod run jobs/quickstart.toml      run it (a local Ray, SQLite for MLflow)
+    """
+
+
+for _command in (
+    plan_command,
+    run_command,
+    ensemble_command,
+    status_command,
+    evaluate_command,
+    predict_command,
+    benchmark_command,
+    data_group,
+):
+    app.add_command(_command)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
+    app(prog_name="aliprod")
+    sys.exit(0)
