@@ -29,7 +29,7 @@ from aliprod.inference.predict import predict
 from aliprod.models import weights
 
 PLAN = Path(__file__).resolve().parents[1] / "jobs" / "ablation.toml"
-INSTEAD_OF_BALANCED = ("balanced", "filtered", "bbn", "logit_adjustment")
+INSTEAD_OF_BALANCED = ("balanced", "filtered", "bbn", "logit_adjustment", "class_balanced")
 ON_TOP = (
     "control",
     "focal",

@@ -16,6 +16,7 @@ NAMES = [
     "angular",
     "bbn",
     "bi_tempered",
+    "class_balanced",
     "cross_entropy",
     "dcl",
     "distillation",

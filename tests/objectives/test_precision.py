@@ -24,7 +24,7 @@ from aliprod.objectives import (
 )
 
 OBJECTIVES = [
-    "accuracy", "angular", "bbn", "bi_tempered", "cross_entropy", "dcl", "distillation", "focal", "hierarchy", "lio",
+    "accuracy", "angular", "bbn", "bi_tempered", "class_balanced", "cross_entropy", "dcl", "distillation", "focal", "hierarchy", "lio",
     "logit_adjustment", "mixup",
 ]  # fmt: skip
 HALVES = [torch.bfloat16, torch.float16]
