@@ -251,6 +251,7 @@ def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
         threads=settings.cpus_per_worker,
         loader_processes=settings.loader_processes,
         compiles=settings.compile,
+        exact=settings.exact,
         watchdog_seconds=settings.watchdog_seconds,
     )
     return launch.launch(work, prepared.catalogue.root, settings, gpu, prepared.places.storage / "ray")

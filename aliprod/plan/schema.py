@@ -111,6 +111,9 @@ class Cluster(Frozen):
     use_gpu: Literal["auto"] | bool = Field(default="auto", description="auto: where the cluster has any")
     max_cpus: int | None = Field(default=None, ge=1, description="CPUs that a cluster that grows on demand can reach")
     max_gpus: int | None = Field(default=None, ge=1, description="GPUs that a cluster that grows on demand can reach")
+    exact: bool = Field(
+        default=True, description="kernels that give the same bytes each time; false may be faster on GPUs"
+    )
     compile: bool = Field(
         default=False, description="compile the backbone (torch.compile): minutes at a job's start, then faster steps"
     )

@@ -73,6 +73,7 @@ class Work:
     threads: int = 1
     loader_processes: int = 0
     compiles: bool = False
+    exact: bool = True
     watchdog_seconds: float | None = None
 
 
@@ -122,6 +123,7 @@ def _trained(
         threads=work.threads,
         loader_processes=work.loader_processes,
         compiles=work.compiles,
+        exact=work.exact,
         watchdog=watchdog,
         after_step=writer.check,
     )

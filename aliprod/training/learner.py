@@ -29,6 +29,7 @@ class Place:
     world_size: int = 1
     threads: int = 1
     compiles: bool = False
+    exact: bool = True
 
     def environment(self) -> dict[str, Any]:
         """What the promise of equal bytes is bound to; stands in the commit record."""
@@ -39,24 +40,25 @@ class Place:
             "world_size": self.world_size,
             "threads": self.threads,
             "compiled": self.compiles,
+            "exact": self.exact,
         }
 
 
-def place(threads: int = 1, compiles: bool = False) -> Place:
+def place(threads: int = 1, compiles: bool = False, exact: bool = True) -> Place:
     """This process's place: its GPU where there is one, its rank where a process group is up.
 
-    Sets the number of threads (sums differ with it) and deterministic kernels.
+    Sets the number of threads (sums differ with it) and, where ``exact``, kernels that give the same bytes each time.
     """
     torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(exact, warn_only=True)
     # nothing here reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not exact
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return Place(device, rank, world_size, threads, compiles)
+    return Place(device, rank, world_size, threads, compiles, exact)
 
 
 class Learner(nn.Module):

@@ -77,6 +77,7 @@ def train(
     threads: int = 1,
     loader_processes: int = 0,
     compiles: bool = False,
+    exact: bool = True,
     watchdog: Watchdog | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> Iterator[Progress]:
@@ -91,6 +92,7 @@ def train(
         save_every_steps: a checkpoint is due every so many steps; None: at the ends of epochs only.
         threads: of PyTorch; sums differ with it.
         compiles: the backbone is compiled (`torch.compile`); sums differ with it.
+        exact: kernels that give the same bytes each time; without, the device may choose by speed.
         watchdog: ends the process where a step or a validation hangs.
         after_step: called after each step; what it raises ends the training.
     Raises:
@@ -99,7 +101,7 @@ def train(
     """
     watchdog = watchdog or Watchdog(None)
     watchdog.phase()
-    where = place(threads, compiles)
+    where = place(threads, compiles, exact)
     learner = Learner(stage, network, catalogue, where)
     mean, std, interpolation = normalisation(network)
     feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)

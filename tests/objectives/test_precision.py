@@ -24,9 +24,20 @@ from aliprod.objectives import (
 )
 
 OBJECTIVES = [
-    "accuracy", "angular", "bbn", "bi_tempered", "class_balanced", "cross_entropy", "dcl", "distillation", "focal", "hierarchy", "lio",
-    "logit_adjustment", "mixup",
-]  # fmt: skip
+    "accuracy",
+    "angular",
+    "bbn",
+    "bi_tempered",
+    "class_balanced",
+    "cross_entropy",
+    "dcl",
+    "distillation",
+    "focal",
+    "hierarchy",
+    "lio",
+    "logit_adjustment",
+    "mixup",
+]
 HALVES = [torch.bfloat16, torch.float16]
 LABELS, OTHERS = torch.tensor([0, 39, 7, 7, 20, 1]), torch.tensor([39, 39, 0, 8, 2, 1])
 COUNTS = torch.arange(1, 41) ** 2
