@@ -22,7 +22,9 @@ from aliprod.errors import StorageFull
 MANIFEST = "manifest.json"
 
 
-def write(folder: Path, fill: Callable[[Path], None], record: dict[str, Any] | None = None) -> dict[str, Any]:
+def write(
+    folder: Path, fill: Callable[[Path], None], record: dict[str, Any] | None = None, room: Path | None = None
+) -> dict[str, Any]:
     """Let ``fill`` write files into a new folder, then make it appear as ``folder``, whole or not at all.
 
     Where ``folder`` is committed already, what is there stays and ours is discarded: results are addressed
@@ -31,15 +33,17 @@ def write(folder: Path, fill: Callable[[Path], None], record: dict[str, Any] | N
     Args:
         fill: called with an empty folder on the same file system.
         record: JSON-serialisable facts, kept in the manifest.
+        room: the folder to write it in, on the same file system; None: the one that ``folder`` is in.
     Returns:
         The record of what is there now.
     Raises:
         StorageFull: no room, no permission, or the path is gone; nothing half-written is visible.
     """
-    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    staging = (room or folder.parent) / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     with storage(folder):
         try:
             _make(folder.parent)
+            _make(staging.parent)
             staging.mkdir()
             fill(staging)
             _write_manifest(staging, record or {})

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,13 +74,14 @@ def write(folder: Path, members: int, rows: int, classes: int, seed: int) -> Non
     ids = [str(1_000_000 + row) for row in range(rows)]
     truth = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
     for member in range(members):
-        probabilities.write(folder / str(member), ids, np.arange(classes), blocks(truth, classes, seed, member))
+        own = partial(blocks, truth, classes, seed, member)
+        probabilities.write(folder / str(member), ids, np.arange(classes), own)
 
 
-def blocks(truth: Tensor, classes: int, seed: int, member: int) -> Iterator[Tensor]:
+def blocks(truth: Tensor, classes: int, seed: int, member: int, rows: np.ndarray) -> Iterator[Tensor]:
     """Softmax of normal logits with a random bonus for the true class, 64 rows at a time."""
     draw = torch.Generator().manual_seed(1000 * seed + member)
-    for labels in truth.split(64):
+    for labels in truth[rows].split(64):
         logits = 2 * torch.randn(len(labels), classes, generator=draw)
         logits[torch.arange(len(labels)), labels] += 16 * torch.rand(len(labels), generator=draw)
         yield logits.softmax(dim=1)

@@ -10,11 +10,14 @@ from torch import Tensor
 from aliprod.data.augment import normalise
 from aliprod.data.catalogue import Images
 from aliprod.data.loader import Feed, squared_batches
+from aliprod.inference.probabilities import SHARD_STEP
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models.recogniser import Recogniser
 
 Views = Literal["ten_crop", "center"]
-_FORWARD_IMAGES = 256  # views in one forward pass: bounds the memory of activations
+# Pictures in one forward pass, 256 or 320 views: they bound the memory of activations, and divide a shard's rows. The
+# last batch of a split may be smaller: no padding, since nothing here compiles or tunes itself for a shape.
+_BATCH = {"center": SHARD_STEP, "ten_crop": SHARD_STEP // 8}
 
 
 def precision(device: torch.device, stated: str = "auto") -> torch.dtype:
@@ -49,8 +52,7 @@ def predict(
     Yields:
         Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
     """
-    views_per_image = 10 if views == "ten_crop" else 1
-    for rows, pixels in squared_batches(images, resize, feed, max(1, _FORWARD_IMAGES // views_per_image)):
+    for rows, pixels in squared_batches(images, resize, feed, _BATCH[views]):
         yield rows, look(model, pixels, crop, views, feed, dtype).cpu()
 
 

@@ -5,10 +5,20 @@
     classes.parquet              class_id (int64), in column order
     manifest.json                checksums and the record: job, key, weights, split, views, ...
 
-At 250,000 images and 50,030 classes this is 25 GB: it is written and read a few rows at a time.
+At 250,000 images and 50,030 classes this is 25 GB, and hours of work: it is read a few rows at a time, and written
+shard by shard into a folder beside it, which a writer that was killed leaves to the next one:
+
+    .test-ten_crop.0123456789abcdef.unfinished/00000/...   each finished shard, a committed folder
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,15 +32,20 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from aliprod import commit
-from aliprod.errors import Failed
+from aliprod.errors import Failed, StorageFull
 
 STEM = "probabilities"
 SHARD_BYTES = 256 * 2**20
+SHARD_STEP = 256  # a shard has a multiple of so many rows: whole batches, so that one predicted again sees the same
 ROWS_PER_CHECK = 16  # rows summed in float64 at once: 6 MB at 50,030 classes
 
 Half = npt.NDArray[np.float16]
 Ids: TypeAlias = Sequence[str] | pa.StringArray
 Labels: TypeAlias = Sequence[int | None] | npt.NDArray[np.int64] | pa.Int64Array
+Rows = npt.NDArray[np.int64]
+Block: TypeAlias = Tensor | npt.NDArray[np.floating[Any]]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,52 +114,64 @@ def write(
     folder: Path,
     ids: Ids,
     classes: npt.ArrayLike,
-    blocks: Iterable[Tensor | npt.NDArray[np.floating[Any]]],
+    blocks: Callable[[Rows], Iterable[Block]],
     labels: Labels | None = None,
     record: Mapping[str, Any] | None = None,
     rows_per_shard: int | None = None,
 ) -> dict[str, Any]:
-    """Write probabilities as they come, checked, and commit them; on any error nothing is left behind.
+    """Write probabilities as they come, checked, and commit them.
+
+    Of a writer of the same that was killed, the finished shards whose checksums hold are kept. Several writers at once
+    share them; the first to commit wins, and the others stop at their next shard. What was left of other weights,
+    images or classes of the same split and views is removed. Where ``folder`` is committed already, it stays.
 
     Args:
         ids: (N,) image ids, each once, in row order.
         classes: (K,) class ids, each once, in column order.
-        blocks: (n, K) each, on any device, together N rows; rounded to the nearest float16.
+        blocks: called with the rows that are missing, ascending and whole shards: (n, K) blocks of those rows, in that
+            order, on any device; rounded to the nearest float16.
         labels: (N,) class ids, None where unknown.
         record: job, key, weights, split, views, ...: what the manifest is to say.
-        rows_per_shard: default: as many as make 256 MB, at most 8192.
+        rows_per_shard: default: as many as make 256 MB, at most 8192, a multiple of `SHARD_STEP`.
     Returns:
         The record that now stands in the folder.
     Raises:
-        Failed: a row holds NaN or does not sum to one.
-        StorageFull: no room.
+        Failed: a row holds NaN or does not sum to one; nothing is left behind.
+        StorageFull: no room; finished shards are kept.
         ValueError: ids, classes and blocks do not fit each other.
     """
     record = dict(record or {})
     names = _strings(ids)
     numbers = np.asarray(classes, dtype=np.int64)
-    per_shard = rows_per_shard or min(8192, max(1, SHARD_BYTES // (2 * max(1, len(numbers)))))
+    per_shard = rows_per_shard or _rows_per_shard(len(numbers))
     known = pa.nulls(len(names), pa.int64()) if labels is None else pa.array(labels, pa.int64())
     if names.null_count or len(names.unique()) != len(names) or len(np.unique(numbers)) != len(numbers):
         raise ValueError("an image id or a class id occurs twice")
+    if (there := commit.read(folder)) is not None:
+        return there
+    shards = _Shards(_unfinished(folder, names, numbers, record, per_shard), len(names), per_shard)
 
     def fill(staging: Path) -> None:
         table = pa.table({"image_id": names, "label": known})
         pq.write_table(table.replace_schema_metadata({"rows_per_shard": str(per_shard)}), staging / "rows.parquet")
         pq.write_table(pa.table({"class_id": numbers}), staging / "classes.parquet")
-        row = 0
-        for block in blocks:
-            rows = _half(block)
-            if rows.shape[1:] != numbers.shape or row + len(rows) > len(names):
-                raise ValueError(f"a block of shape {tuple(rows.shape)} at row {row} of {len(names)} x {len(numbers)}")
-            numbered = range(row, row + len(rows))
-            check(rows, names[row : row + len(rows)], numbered, str(record.get("job", folder)), record.get("split", ""))
-            append(staging / STEM, rows.numpy(), row, len(names), per_shard)
-            row += len(rows)
-        if row != len(names):
-            raise ValueError(f"{row} rows of probabilities for {len(names)} images")
+        shards.link(staging)
 
-    return commit.write(folder, fill, record)
+    try:
+        for shard, pieces in _by_shard(blocks, shards, names, len(numbers), record, folder):
+            if commit.read(folder) is not None:
+                break
+            shards.keep(shard, pieces)
+        written = commit.read(folder) or commit.write(folder, fill, record, room=shards.folder)
+    except StorageFull:
+        if (there := commit.read(folder)) is None:
+            raise
+        written = there  # another writer was faster, and has removed the shards
+    except Failed:
+        shutil.rmtree(shards.folder, ignore_errors=True)
+        raise
+    shutil.rmtree(shards.folder, ignore_errors=True)
+    return written
 
 
 def open_store(folder: Path) -> Probabilities:
@@ -230,6 +257,105 @@ def append(stem: Path, rows: npt.NDArray[Any], row: int, total: int, per_shard: 
         row += len(piece)
 
 
+@dataclass(frozen=True)
+class _Shards:
+    """The finished shards of a store of ``total`` rows that is not finished itself."""
+
+    folder: Path
+    total: int
+    per_shard: int
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}"
+
+    def end(self, shard: int) -> int:
+        return min(self.total, (shard + 1) * self.per_shard)
+
+    def missing(self) -> Rows:
+        """Rows of the shards that are not there. One whose bytes are not those that were written is set aside."""
+        missing = [np.empty(0, np.int64)]
+        for shard in range(-(-self.total // self.per_shard)):
+            if self.path(shard).exists() and commit.verify(self.path(shard)):
+                log.warning("%s is damaged and is predicted again.", self.path(shard))
+                with suppress(FileNotFoundError):  # another writer has seen it too
+                    self.path(shard).rename(self.folder / f".{shard:05d}.{uuid.uuid4().hex[:8]}.bad")
+            if not self.path(shard).exists():
+                missing.append(np.arange(shard * self.per_shard, self.end(shard)))
+        return np.concatenate(missing)
+
+    def keep(self, shard: int, pieces: Sequence[Half]) -> None:
+        def fill(staging: Path) -> None:
+            row = shard * self.per_shard
+            for piece in pieces:
+                append(staging / STEM, piece, row, self.total, self.per_shard)
+                row += len(piece)
+
+        commit.write(self.path(shard), fill)
+
+    def link(self, target: Path) -> None:
+        """Give the files of all shards a second name in ``target``, or copy them where there are no links."""
+        for shard in range(-(-self.total // self.per_shard)):
+            source = _shard(self.path(shard) / STEM, shard)
+            try:
+                os.link(source, target / source.name)
+            except OSError:
+                shutil.copyfile(source, target / source.name)
+
+
+def _rows_per_shard(num_classes: int) -> int:
+    rows = min(8192, SHARD_BYTES // (2 * max(1, num_classes)))
+    return max(SHARD_STEP, rows - rows % SHARD_STEP)
+
+
+def _unfinished(
+    folder: Path, ids: pa.StringArray, classes: npt.NDArray[np.int64], record: Mapping[str, Any], per_shard: int
+) -> Path:
+    """Where the shards of just this store are kept until all are there; those of its predecessors are removed."""
+    digest = hashlib.sha256(json.dumps([folder.name, record, per_shard], sort_keys=True).encode())
+    digest.update("\0".join(ids.to_pylist()).encode())
+    digest.update(classes.tobytes())
+    kind = "-".join(str(record[fact]) for fact in ("split", "views") if fact in record) or folder.name
+    own = folder.parent / f".{kind}.{digest.hexdigest()[:16]}.unfinished"
+    for other in folder.parent.glob(f".{kind}.*.unfinished"):
+        if other != own:
+            shutil.rmtree(other, ignore_errors=True)
+    return own
+
+
+def _by_shard(
+    blocks: Callable[[Rows], Iterable[Block]],
+    shards: _Shards,
+    ids: pa.StringArray,
+    num_classes: int,
+    record: Mapping[str, Any],
+    folder: Path,
+) -> Iterator[tuple[int, list[Half]]]:
+    """Each shard that was missing, in pieces, as soon as its last row is there."""
+    missing = shards.missing()
+    if 0 < len(missing) < shards.total:
+        log.info("%s: %d of %d rows are left to predict.", folder, len(missing), shards.total)
+    pieces: list[Half] = []
+    done = 0
+    for block in blocks(missing) if len(missing) else ():
+        rows = _half(block)
+        numbers = missing[done : done + len(rows)]
+        if rows.shape != (len(numbers), num_classes):
+            raise ValueError(f"a block of shape {tuple(rows.shape)} for {len(numbers)} rows and {num_classes} classes")
+        if not len(rows):
+            continue
+        check(rows, ids.take(numbers), numbers.tolist(), str(record.get("job", folder)), record.get("split", ""))
+        done += len(rows)
+        cuts = np.flatnonzero(np.diff(numbers // shards.per_shard)) + 1
+        for piece, own in zip(np.split(rows.numpy(), cuts), np.split(numbers, cuts), strict=True):
+            pieces.append(piece)
+            shard = int(own[-1]) // shards.per_shard
+            if own[-1] + 1 == shards.end(shard):
+                yield shard, pieces
+                pieces = []
+    if done != len(missing):
+        raise ValueError(f"{done} rows of probabilities for {len(missing)} images")
+
+
 def _shard(stem: Path, number: int) -> Path:
     return stem.with_name(f"{stem.name}-{number:05d}.npy")
 
@@ -238,7 +364,7 @@ def _strings(ids: Ids) -> pa.StringArray:
     return ids if isinstance(ids, pa.StringArray) else pa.array(ids, pa.string())
 
 
-def _half(block: Tensor | npt.NDArray[np.floating[Any]]) -> Tensor:
+def _half(block: Block) -> Tensor:
     rows = block if isinstance(block, Tensor) else from_dlpack(block)
     return rows.detach().half().cpu().contiguous()
 

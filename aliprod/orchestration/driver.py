@@ -259,11 +259,12 @@ def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
 
 def _prediction(prepared: Prepared, name: str, split: str, choice: Choice | None, gpu: bool) -> Task:
     """Predict a split with a choice; None: with the best, once the job is trained."""
-    share = Share(prepared.plan.cluster.cpus_per_worker, 1 if gpu else 0)
+    settings = prepared.plan.cluster
+    share = Share(settings.cpus_per_worker, 1 if gpu else 0)
 
     def start() -> Any:
         prediction = members.prediction(prepared, name, choice or members.best_of(prepared, name), split)
-        return gather.start_prediction(prediction, prepared.catalogue.root, share)
+        return gather.start_prediction(prediction, prepared.catalogue.root, share, settings.loader_processes)
 
     return Task(f"{name} {split}", () if choice else (name,), share, start)
 

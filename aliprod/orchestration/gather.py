@@ -1,7 +1,7 @@
 """Ray tasks at the end of a plan: predict a member's probabilities, and add the members up."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +9,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import ray
 import torch
+from torch import Tensor
 
 from aliprod import commit
 from aliprod.data import sources
-from aliprod.data.catalogue import Catalogue, Images
+from aliprod.data.catalogue import Catalogue, Images, Integers
 from aliprod.data.loader import Feed
 from aliprod.ensemble.add import submission, write_ensemble
 from aliprod.ensemble.score import aligned, as_labels, predicted_classes, top1_error
@@ -62,11 +63,15 @@ def splits(catalogue: Catalogue, score: Literal["auto", "val"] = "auto") -> Spli
     return Splits("test" if len(catalogue.test) else "val", scored)
 
 
-def start_prediction(prediction: Prediction, catalogue: Path, share: Share) -> Any:
-    """Start predicting; the task is named after the job and the split. Resolves to why it failed, or ''."""
+def start_prediction(prediction: Prediction, catalogue: Path, share: Share, processes: int) -> Any:
+    """Start predicting; the task is named after the job and the split. Resolves to why it failed, or ''.
+
+    Args:
+        processes: that read images.
+    """
     options: dict[str, Any] = {"name": f"{prediction.job} {prediction.split}"}
     return _predict.options(num_cpus=share.cpus, num_gpus=share.gpus, **options).remote(
-        prediction, catalogue, share.cpus
+        prediction, catalogue, share.cpus, processes
     )
 
 
@@ -97,31 +102,35 @@ def scores(folder: Path) -> dict[str, Any]:
 
 
 @ray.remote(max_retries=3)
-def _predict(prediction: Prediction, catalogue_path: Path, threads: int) -> str:
+def _predict(prediction: Prediction, catalogue_path: Path, threads: int, processes: int) -> str:
     if commit.read(prediction.folder) is not None:
         return ""
     try:
-        _write_probabilities(prediction, sources.read(catalogue_path), threads)
+        _write_probabilities(prediction, sources.read(catalogue_path), threads, processes)
     except AliprodError as error:
         return str(error)
     return ""
 
 
-def _write_probabilities(prediction: Prediction, catalogue: Catalogue, threads: int) -> None:
+def _write_probabilities(prediction: Prediction, catalogue: Catalogue, threads: int, processes: int) -> None:
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, classes = weights.load(prediction.weights)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images: Images = getattr(catalogue, prediction.split)
-    feed = Feed(device, config.mean, config.std, config.interpolation)
-    dtype = precision(device)
-    blocks = (block for _, block in predict(model, images, config.resize, config.crop, prediction.views, feed, dtype))
+    feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes)
+    dtype, views = precision(device), prediction.views
+
+    def blocks(rows: Integers) -> Iterator[Tensor]:
+        for _, block in predict(model, images.take(rows), config.resize, config.crop, views, feed, dtype):
+            yield block
+
     record = {
         "job": prediction.job,
         "key": prediction.key,
         "weights": prediction.sha256,
         "split": prediction.split,
-        "views": prediction.views,
+        "views": views,
         "catalogue": catalogue.fingerprint,
     }
     labels = _labels(catalogue, prediction.split)

@@ -99,6 +99,7 @@ def _teach(prepared: Prepared, name: str, teacher: str, share: Share) -> Any:
         _soft_labels(prepared, name, teacher),
         record,
         share.cpus,
+        prepared.plan.cluster.loader_processes,
     )
 
 
@@ -122,7 +123,13 @@ def _start_hashes(prepared: Prepared, share: Share) -> Any:
 
 @ray.remote(max_retries=3)
 def _write_soft_labels(
-    folder: Path, catalogue_path: Path, rows: Integers | None, out: Path, record: dict[str, Any], threads: int
+    folder: Path,
+    catalogue_path: Path,
+    rows: Integers | None,
+    out: Path,
+    record: dict[str, Any],
+    threads: int,
+    processes: int,
 ) -> str:
     if commit.read(out) is not None:
         return ""
@@ -133,7 +140,7 @@ def _write_soft_labels(
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         train = sources.read(catalogue_path).train
         images = train if rows is None else train.take(rows)
-        feed = Feed(device, config.mean, config.std, config.interpolation)
+        feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes)
         dtype = precision(device)
         seen = predict(model, images, config.resize, config.crop, "center", feed, dtype)
         soft_labels.write(out, images.ids, np.asarray(classes.ids), (block for _, block in seen), record)

@@ -35,7 +35,8 @@ def golden_members(golden):
 def stores(folder, members, rows_per_shard=8):
     for number, (ids, classes, rows) in enumerate(members):
         record = {"job": f"net{number}/balanced", "split": "test"}
-        write(folder / f"m{number}", ids, classes, rows.split(7), record=record, rows_per_shard=rows_per_shard)
+        blocks = rows.split(7)
+        write(folder / f"m{number}", ids, classes, lambda _, b=blocks: b, None, record, rows_per_shard)
     return [open_store(folder / f"m{number}") for number in range(len(members))]
 
 
@@ -285,7 +286,7 @@ from aliprod.inference.probabilities import open_store, write
 
 def peak(rows):
     ids, folder, same = [str(i) for i in range(rows)], Path(sys.argv[1]) / str(rows), torch.rand(50, 4000).softmax(1)
-    write(folder / "a", ids, range(4000), (same for _ in range(rows // 50)), rows_per_shard=500)
+    write(folder / "a", ids, range(4000), lambda _: (same for _ in range(rows // 50)), rows_per_shard=500)
     write_ensemble(folder / "sum", [open_store(folder / "a")] * 2, rows_per_block=100)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

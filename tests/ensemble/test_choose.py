@@ -76,7 +76,8 @@ def test_stores_in_any_order_are_chosen_from_as_if_they_were_in_memory(tmp_path)
         row, column = torch.randperm(20, generator=generator), torch.randperm(6, generator=generator)
         known = [int(classes[label]) if label >= 0 else None for label in labels[row]]
         names = [ids[i] for i in row]
-        write(tmp_path / str(number), names, classes[column], [part[row][:, column]], known, rows_per_shard=8)
+        blocks = [part[row][:, column]]
+        write(tmp_path / str(number), names, classes[column], lambda _, b=blocks: b, known, rows_per_shard=8)
     own, places = at_labels([open_store(tmp_path / str(number)) for number in range(3)], rows_per_block=7)
     assert torch.equal(places, (labels >= 0).long() - 1)
     for found, expected in zip(greedy(own, places, 8), greedy(probabilities, labels, 8), strict=True):

@@ -45,7 +45,8 @@ def test_a_rare_class_counts_as_much_as_a_frequent_one() -> None:
 
 
 def store(folder: Path, classes: list[int], blocks: list[list[float]]) -> probabilities.Probabilities:
-    probabilities.write(folder, [f"{row}.jpg" for row in range(len(blocks))], classes, [np.array(blocks, np.float16)])
+    ids = [f"{row}.jpg" for row in range(len(blocks))]
+    probabilities.write(folder, ids, classes, lambda _: [np.array(blocks, np.float16)])
     return probabilities.open_store(folder)
 
 

@@ -1,16 +1,21 @@
 """predict: a member's probabilities are those of its views, each picture once."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms import functional as F
 
+from aliprod import commit
 from aliprod.data.augment import square
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.decode import decode
 from aliprod.data.loader import Feed
 from aliprod.inference.predict import Views, predict
+from aliprod.inference.probabilities import write
 from aliprod.models.recogniser import Recogniser
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -70,3 +75,34 @@ def test_ranks_share_the_rows_and_change_no_probability(model: Recogniser, packa
     for share in shares:
         for row, probability in share.items():
             torch.testing.assert_close(probability, whole[row], rtol=0, atol=1e-6)
+
+
+def test_a_prediction_that_goes_on_after_its_first_shard_ends_with_the_same_bytes(
+    model: Recogniser, packages: Catalogue, tmp_path: Path
+) -> None:
+    asked: list[int] = []
+
+    def seen(rows: np.ndarray) -> Iterator[torch.Tensor]:
+        asked.append(len(rows))
+        for _, block in predict(model, packages.test.take(rows), 41, 32, "ten_crop", FEED, torch.float32):
+            yield block
+
+    def interrupted(rows: np.ndarray) -> Iterator[torch.Tensor]:
+        yield next(seen(rows))
+        raise KeyboardInterrupt
+
+    ids, classes = packages.test.ids, packages.classes
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "resumed", ids, classes, interrupted, rows_per_shard=32)
+    write(tmp_path / "resumed", ids, classes, seen, rows_per_shard=32)
+    write(tmp_path / "undisturbed", ids, classes, seen, rows_per_shard=32)
+    assert asked == [40, 8, 40]
+    assert commit.digest(tmp_path / "resumed") == commit.digest(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("views", ["ten_crop", "center"])
+def test_batches_divide_the_rows_of_a_shard(model: Recogniser, packages: Catalogue, views: Views) -> None:
+    many = packages.test.take(np.arange(300) % 40)
+    sizes = [len(rows) for rows, _ in predict(model, many, 41, 32, views, FEED, torch.float32)]
+    assert 256 % sizes[0] == 0
+    assert set(sizes[:-1]) == {sizes[0]}
