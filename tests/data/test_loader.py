@@ -266,7 +266,7 @@ def with_all(known: TrainingSet, feed: Feed = FEED, stage: Stage = STAGE) -> Tra
 
 
 def assert_known_of_each(batch: Batch) -> None:
-    """Weight and teacher are those of the rows, exact: they are powers of two in float16."""
+    """Weight and teacher are those of the rows, to the bit: all these numbers are exact in float16."""
     assert batch.weights is not None
     assert batch.teacher is not None
     assert torch.equal(batch.weights, batch.rows / 32)
