@@ -355,6 +355,29 @@ def test_a_backbone_that_timm_does_not_know_is_answered_with_the_nearest_name(sh
     assert shop.files() == {}
 
 
+def test_test_images_that_are_trained_on_and_scored_are_refused(shop: Shop) -> None:
+    labelled = 'objective = "accuracy"\npseudo_labels = { by = ["net/full"] }'
+    shop.write('objective = "accuracy"', labelled)
+    assert aliprod("plan", shop.plan).exit_code == 0
+    said = refusal(2, "run", shop.plan)
+    assert "plan shop, net/accuracy: trains on test images, by their pseudo labels" in said
+    assert 'Say score = "val" in [ensemble].' in said
+    assert shop.files() == {}
+    said = refusal(2, "run", shop.plan, "--set", "ensemble.score=val", "--set", "backbones.net=resnet5o")
+    assert "pseudo labels" not in said, "what is scored on val may learn from test"
+    assert "Did you mean resnet50?" in said
+
+
+def test_pseudo_labels_of_a_catalogue_without_test_images_are_refused(shop: Shop, photos: Path) -> None:
+    (shop.folder / "photos").unlink()
+    shutil.copytree(photos, shop.folder / "photos")
+    for name in ("test.json", "test_labels.json"):
+        (shop.folder / "photos" / name).unlink()
+    said = refusal(2, "run", shop.plan, "--set", 'stages.accuracy.pseudo_labels.by=["net/full"]')
+    assert "net/accuracy: takes pseudo labels of test images, of which there are none" in said
+    assert shop.files() == {}
+
+
 def test_pretrained_weights_that_are_not_there_are_named(shop: Shop) -> None:
     shop.write("epochs = 1", 'pretrained = "none.safetensors"')
     for command in ("plan", "run"):

@@ -99,7 +99,8 @@ def confirmed(groups: Integers, rows: Integers, embeddings: Tensor, cosine: floa
         before = None
         while before is None or not torch.equal(lowest, before):  # the lowest name spreads from neighbour to neighbour
             before = lowest
-            lowest = torch.cat([_lowest_near(part, near, lowest, cosine) for part in near.split(_BATCH)])
+            found_near = torch.cat([_lowest_near(part, near, lowest, cosine) for part in near.split(_BATCH)])
+            lowest = torch.minimum(lowest, found_near)  # an image without any feature is not near itself
         found[members] = lowest.numpy()
     return found
 

@@ -4,6 +4,7 @@ A committed folder with ``bits.npy`` (N, 8) uint8, the 64 bits of `aliprod.data.
 ``readable.npy`` (N,) bool. Reading every picture is all of the cost, so it is done once for a catalogue.
 """
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ _BATCH = 256
 
 def write(folder: Path, images: Images, processes: int) -> None:
     """Hash all images of a split with this many processes beside this one (0: this one alone)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # else every process imports it for itself, for seconds
     loader = DataLoader(
         _Greys(images),
         batch_size=_BATCH,
         num_workers=processes,
-        multiprocessing_context="forkserver" if processes else None,
+        multiprocessing_context=context if processes else None,
     )
 
     def fill(staging: Path) -> None:

@@ -99,12 +99,16 @@ def _log_probabilities(logits: Tensor, t2: float, iterations: int | None) -> Ten
     below = logits - logits.amax(dim=1, keepdim=True)  # a = z - max z
     if t2 == 1:  # not log_softmax: on a CPU, 50,030 equal logits leave its sum 2.6e-5 off in float32
         return below - below.logsumexp(dim=1, keepdim=True)
-    most = -math.log(torch.finfo(logits.dtype).tiny) / math.log(max(logits.shape[1], 2))
-    if t2 > most:  # K^-t2, the slope at equal logits, would underflow
-        what = f"t2 = {t2} is too large for {logits.shape[1]:,} classes in {logits.dtype}."
-        raise Refused(what, advice=f"At most {math.floor(10 * most) / 10}; 1.2 is usual.")
+    _check_t2(t2, logits.shape[1], logits.dtype)
     shift = _newton(below, t2) if iterations is None else _fixed_point(below, t2, iterations)
     return _log_exp_t(below - shift, t2)
+
+
+def _check_t2(t2: float, num_classes: int, dtype: torch.dtype) -> None:
+    most = -math.log(torch.finfo(dtype).tiny) / math.log(max(num_classes, 2))
+    if t2 > most:  # K^-t2, the slope at equal logits, would underflow
+        what = f"t2 = {t2} is too large for {num_classes:,} classes in {dtype}."
+        raise Refused(what, advice=f"At most {math.floor(10 * most) / 10}; 1.2 is usual.")
 
 
 def _newton(below: Tensor, t2: float) -> Tensor:
@@ -156,9 +160,10 @@ def _targets(smoothing: float, num_classes: int) -> tuple[float, float]:
 class Objective(nn.Module):
     """Bi-tempered loss of the classifier's logits, iterated to the limit."""
 
-    def __init__(self, context: Context, *, t1: float = 0.8, t2: float = 1.2, smoothing: float = 0.0) -> None:  # noqa: ARG002
+    def __init__(self, context: Context, *, t1: float = 0.8, t2: float = 1.2, smoothing: float = 0.0) -> None:
         super().__init__()
         require(t1 <= 1 <= t2, f"t1 = {t1}, t2 = {t2} do not enclose 1.", "t1 = 0.8 and t2 = 1.2 are usual.")
+        _check_t2(t2, context.num_classes, torch.float32)
         require(0 <= smoothing < 1, f"smoothing = {smoothing} is not in 0 to 1.", "0.1 is usual, 0 is none.")
         self.t1, self.t2, self.smoothing = t1, t2, smoothing
 

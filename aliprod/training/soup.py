@@ -41,7 +41,7 @@ def blended(
     batches = TrainBatches(training_set(catalogue, stage), stage, feed, learner.needs.group, learner.needs.second)
 
     def scored(folders: Sequence[Path]) -> tuple[Candidate, dict[str, float]]:
-        _load_mean(learner, folders)
+        _load_mean(learner, folders, catalogue.classes.tolist())
         tensors = restated(learner, batches, 0)
         errors = top1_errors(learner.model, catalogue, stage, feed, learner.dtype)
         return Candidate(0, "soup", errors.get("val/top1_error"), tensors), errors
@@ -64,11 +64,11 @@ def _greedy(ordered: Sequence[Path], scored: _Scored) -> tuple[Candidate, dict[s
     return best, errors, len(kept)
 
 
-def _load_mean(learner: Learner, folders: Sequence[Path]) -> None:
+def _load_mean(learner: Learner, folders: Sequence[Path], class_ids: Sequence[int]) -> None:
     """Load the mean of the weights, summed in float64; whole numbers (counters) are the first one's."""
     sums: dict[str, Tensor] = {}
     for folder in folders:
-        weights.load_into(learner.model, folder)
+        weights.load_parent(learner.model, folder, class_ids)
         for name, tensor in learner.model.state_dict().items():
             if tensor.is_floating_point():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + tensor.cpu().double()

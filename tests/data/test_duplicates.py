@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from aliprod.data.catalogue import Integers
 from aliprod.data.decode import decode
-from aliprod.data.duplicates import Rule, dct_hash, gray32, groups, kept
+from aliprod.data.duplicates import Rule, confirmed, dct_hash, gray32, groups, kept
 from aliprod.data.sources import read
 
 THRESHOLD = 6
@@ -180,3 +180,60 @@ def test_with_ranks_what_stays_does_not_hang_on_the_order(rows: Integers, rule: 
     straight = kept(rows[:, 0], rows[:, 1], rule, rank=rank)
     other = kept(rows[mixed, 0], rows[mixed, 1], rule, rank=rank[mixed])
     assert np.array_equal(np.sort(mixed[other]), straight)
+
+
+@given(in_groups, seeds, st.floats(0.5, 0.999))
+def test_confirmed_groups_are_the_components_of_pairs_that_are_near_in_both(
+    rows: Integers, seed: int, cosine: float
+) -> None:
+    draw = np.random.default_rng(seed)
+    group = np.concatenate([[0], rows[:, 0]])
+    embeddings = directions(seed, len(group))
+    names = np.sort(draw.choice(1000, len(group), replace=False))
+    near = (group[:, None] == group) & ((embeddings @ embeddings.T).numpy() >= cosine)
+    component = connected_components(near)[1]
+    expected = names[np.unique(component, return_index=True)[1][component]]
+    assert np.array_equal(confirmed(group, names, embeddings, cosine), expected)
+
+
+def directions(seed: int, count: int) -> torch.Tensor:
+    """Unit vectors of a few directions with noise, so that some are near each other through others only."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(4, 5, generator=generator)
+    around = centres[torch.randint(4, (count,), generator=generator)] + 0.4 * torch.randn(count, 5, generator=generator)
+    return torch.nn.functional.normalize(around, dim=1)
+
+
+def test_a_chain_of_near_embeddings_is_one_group_and_leads_out_of_none() -> None:
+    angles = torch.arange(30) * 0.1  # neighbours have a cosine of 0.995, the ends of -0.97
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
+    mixed = np.random.default_rng(0).permutation(30)
+    assert confirmed(np.zeros(30, np.int64), np.arange(30) + 5, embeddings[mixed], 0.99).tolist() == [5] * 30
+    apart = (np.arange(30) >= 15).astype(np.int64)  # the hashes see two groups
+    assert confirmed(apart, np.arange(30), embeddings, 0.99).tolist() == [0] * 15 + [15] * 15
+
+
+def test_an_image_without_any_feature_is_like_no_other() -> None:
+    embeddings = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert confirmed(np.zeros(4, np.int64), np.array([2, 3, 5, 8]), embeddings, 0.95).tolist() == [2, 3, 2, 8]
+
+
+def test_the_teacher_keeps_the_label_whose_images_it_believes_most() -> None:
+    group, labels = np.array([0, 0, 0, 3, 3, 5, 5]), np.array([1, 1, 0, 0, 1, 2, 2])
+    belief = np.array([0.2, 0.4, 0.9, 0.5, 0.5, 0.0, 0.1])  # means of group 0: 0.9 for label 0, 0.3 for label 1
+    assert kept(group, labels, "teacher", least_images=0, belief=belief).tolist() == [2, 5]
+    assert kept(group, labels, "majority", least_images=0, belief=belief).tolist() == [0, 5]
+    assert kept(group, labels, "drop", least_images=0, belief=belief).tolist() == [5]
+
+
+@given(in_groups, seeds)
+def test_the_teachers_choice_is_a_label_of_the_highest_mean_or_none(rows: Integers, seed: int) -> None:
+    group, labels = rows.T
+    belief = np.random.default_rng(seed).integers(0, 4, len(rows)) / 4
+    stay = set(kept(group, labels, "teacher", least_images=0, belief=belief).tolist())
+    for number in set(group.tolist()):
+        own = np.flatnonzero(group == number)
+        means = {label: belief[own][labels[own] == label].mean() for label in set(labels[own].tolist())}
+        best = [label for label, mean in means.items() if mean == max(means.values())]
+        expected = {next(row for row in own.tolist() if labels[row] == best[0])} if len(best) == 1 else set()
+        assert stay & set(own.tolist()) == expected

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from aliprod.data import selection, soft_labels
 from aliprod.data.augment import normalise, on_device, square, train_view
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.decode import decode
 from aliprod.data.loader import Batch, Feed, TrainBatches, squared_batches
 from aliprod.data.pixels import pixels_of
 from aliprod.data.sources import read
-from aliprod.data.training_set import training_set
+from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
 from aliprod.recipe import PerClass, Stage
@@ -36,10 +37,20 @@ def batches(catalogue: Catalogue, group: int = 1, stage: Stage = STAGE, feed: Fe
 def assert_equal(one: list[Batch], other: list[Batch]) -> None:
     assert len(one) == len(other) > 0
     for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
-        assert torch.equal(a.rows, b.rows)
-        assert (a.epoch, a.step, a.seed) == (b.epoch, b.step, b.seed)
+        assert_same(a, b)
+
+
+def assert_same(a: Batch, b: Batch) -> None:
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.labels, b.labels)
+    assert torch.equal(a.rows, b.rows)
+    assert (a.epoch, a.step, a.seed) == (b.epoch, b.step, b.seed)
+    for mine, others in ((a.weights, b.weights), (a.teacher, b.teacher)):
+        assert (mine is None) == (others is None)
+        assert mine is None or torch.equal(mine, others)
+    assert (a.second is None) == (b.second is None)
+    if a.second is not None:
+        assert_same(a.second, b.second)
 
 
 def test_a_batch_holds_the_views_that_seed_epoch_and_image_id_name(packages: Catalogue) -> None:
@@ -234,3 +245,114 @@ def test_all_test_rows_of_the_broken_catalogue_are_squared(shared: Path, caplog:
     assert sorted(squares) == sorted(ids)
     assert len(named) == 3
     assert all(image_id in caplog.text for image_id in named)
+
+
+# What an objective needs beside images and labels
+
+
+@pytest.fixture(scope="module")
+def known(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    """The training images, a weight and a teacher's probabilities of each; those of row r say r."""
+    table = torch.full((32, 4), 0.125)
+    table[torch.arange(32), torch.arange(32) % 4] = 0.625
+    folder = tmp_path_factory.mktemp("teacher") / "soft"
+    soft_labels.write(folder, packages.train.ids, packages.classes, [table], {})
+    data = training_set(packages, STAGE, teachers=(folder,))
+    return replace(data, weights=np.arange(32, dtype=np.float32) / 32)
+
+
+def with_all(known: TrainingSet, feed: Feed = FEED, stage: Stage = STAGE) -> TrainBatches:
+    return TrainBatches(known, stage, feed, second=True)
+
+
+def assert_known_of_each(batch: Batch) -> None:
+    """Weight and teacher are those of the rows, to the bit: all these numbers are exact in float16."""
+    assert batch.weights is not None
+    assert batch.teacher is not None
+    assert torch.equal(batch.weights, batch.rows / 32)
+    assert torch.equal(batch.teacher.argmax(dim=1), batch.rows % 4)
+    assert torch.equal(batch.teacher.sum(dim=1), torch.ones(len(batch.rows)))
+
+
+def test_each_batch_has_a_second_one_as_large_from_the_reversed_sampler(
+    packages: Catalogue, known: TrainingSet
+) -> None:
+    plain, double = list(batches(packages).epoch(1)), list(with_all(known).epoch(1))
+    seconds = [batch.second for batch in double if batch.second is not None]
+    assert len(seconds) == len(plain) == 4
+    drawn = torch.cat([second.rows for second in seconds])
+    assert drawn.tolist() == selection.reversed_order(packages.train.labels, STAGE.seed, 1).tolist()
+    for batch, second, alone in zip(double, seconds, plain, strict=True):
+        assert torch.equal(batch.rows, alone.rows)
+        assert torch.equal(batch.images, alone.images)
+        assert second.images.shape == batch.images.shape
+        assert second.second is None
+        assert second.labels.tolist() == packages.train.labels[second.rows.numpy()].tolist()
+        assert_known_of_each(batch)
+        assert_known_of_each(second)
+
+
+def test_an_image_that_both_samplers_draw_is_augmented_anew(known: TrainingSet) -> None:
+    both = list(with_all(known).epoch(0))
+    views = [
+        (row, image.numpy().tobytes())
+        for batch in both
+        for side in (batch, batch.second)
+        if side is not None
+        for row, image in zip(side.rows.tolist(), side.images, strict=True)
+    ]
+    assert max(Counter(row for row, _ in views).values()) > 2
+    assert len(set(views)) == len(views) == 64
+
+
+@pytest.mark.parametrize("sampler", ["shuffled", "class_balanced"])
+def test_what_is_known_of_images_hangs_on_neither_processes_nor_a_resume(known: TrainingSet, sampler: str) -> None:
+    stage = Stage.model_validate(STAGE.model_dump() | {"sampler": sampler})
+    whole = list(with_all(known, stage=stage).epoch(1))
+    assert_equal(whole, list(with_all(known, replace(FEED, processes=1), stage).epoch(1)))
+    assert_equal(whole[3:], list(with_all(known, stage=stage).epoch(1, skip=3)))
+
+
+def test_the_ranks_share_first_and_second_batch_alike(known: TrainingSet) -> None:
+    whole = list(with_all(known).epoch(0))
+    shares = [list(with_all(known, replace(FEED, rank=rank, world_size=2)).epoch(0)) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for side, *own in ((batch, *parts), (batch.second, *(part.second for part in parts))):
+            assert {len(part.rows) for part in own} == {4}
+            images = {image.numpy().tobytes() for part in own for image in part.images}
+            assert images == {image.numpy().tobytes() for image in side.images}
+            for part in own:
+                assert_known_of_each(part)
+
+
+def test_a_class_balanced_stage_sees_the_rows_of_that_sampler_each_time_in_another_view(packages: Catalogue) -> None:
+    stage = Stage.model_validate(STAGE.model_dump() | {"sampler": "class_balanced"})
+    seen = list(batches(packages, stage=stage).epoch(2))
+    drawn = torch.cat([batch.rows for batch in seen])
+    assert drawn.tolist() == selection.class_balanced_order(packages.train.labels, STAGE.seed, 2).tolist()
+    assert len({image.numpy().tobytes() for batch in seen for image in batch.images}) == 32
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [8]), (2, [4, 4]), (3, [3, 3, 2]), (8, [1] * 8), (100, [1] * 8)])
+def test_the_parts_of_a_batch_are_the_batch_with_all_that_is_known(
+    known: TrainingSet, count: int, sizes: list[int]
+) -> None:
+    batch = next(iter(with_all(known).epoch(0)))
+    parts = batch.split(count, 1)
+    assert [len(part.rows) for part in parts] == sizes
+    assert batch.second is not None
+    for name in ("images", "labels", "rows", "weights", "teacher"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+        seconds = [getattr(part.second, name) for part in parts]
+        assert torch.equal(torch.cat(seconds), getattr(batch.second, name))
+    assert len({part.seed for part in parts}) == len(parts)
+    assert {(part.epoch, part.step) for part in parts} == {(batch.epoch, batch.step)}
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, [4, 4]), (3, [4, 4]), (8, [4, 4])])
+def test_a_part_holds_whole_groups(packages: Catalogue, count: int, sizes: list[int]) -> None:
+    batch = next(iter(batches(packages, 4).epoch(0)))
+    parts = batch.split(count, 4)
+    assert [len(part.rows) for part in parts] == sizes
+    assert all(len(set(part.labels.tolist())) == 1 for part in parts)
+    assert [(part.weights, part.teacher, part.second) for part in parts] == [(None, None, None)] * len(sizes)

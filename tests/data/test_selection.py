@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from aliprod.data.selection import Integers, _draws, balanced, grouped, order, pseudo_labels, reversed_order
+from aliprod.data.selection import (
+    Integers,
+    _draws,
+    balanced,
+    class_balanced_order,
+    grouped,
+    order,
+    pseudo_labels,
+    reversed_order,
+    surest,
+)
 from aliprod.data.sources import read
 
 labelled = st.lists(st.integers(0, 6), max_size=60).map(lambda labels: np.array(labels, np.int64))
@@ -143,6 +153,41 @@ def test_the_reversed_sampler_draws_as_many_rows_as_there_are(labels: Integers, 
     rows = reversed_order(labels, seed, 0)
     assert len(rows) == len(labels)
     assert all(0 <= row < len(labels) for row in rows)
+
+
+def test_the_class_balanced_sampler_draws_every_class_and_every_image_of_a_class_equally_often() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [200, 40, 9, 1]))
+    drawn = np.concatenate([class_balanced_order(labels, 7, epoch) for epoch in range(200)])
+    assert len(drawn) == 200 * len(labels)
+    assert chisquare(np.bincount(labels[drawn])).pvalue > 1e-4
+    for label in range(3):
+        assert chisquare(np.bincount(drawn, minlength=250)[labels == label]).pvalue > 1e-4
+
+
+@given(labelled, seeds, st.integers(0, 5))
+def test_the_class_balanced_sampler_is_a_function_of_seed_and_epoch(labels: Integers, seed: int, epoch: int) -> None:
+    rows = class_balanced_order(labels, seed, epoch)
+    assert rows.shape == labels.shape
+    assert np.array_equal(rows, class_balanced_order(labels, seed, epoch))
+    assert all(0 <= row < len(labels) for row in rows)
+
+
+def test_epochs_and_seeds_have_class_balanced_draws_of_their_own() -> None:
+    labels = np.arange(50) % 5
+    drawn = {tuple(class_balanced_order(labels, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(drawn) == 25
+
+
+@given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 3)), max_size=40), st.integers(0, 10), st.integers(1, 5))
+def test_the_surest_of_each_label_are_chosen_the_first_of_equals(
+    rows: list[tuple[int, int]], least: int, per_class: int
+) -> None:
+    top, labels = np.array(rows, np.int64).reshape(-1, 2).T
+    expected = []
+    for label in range(4):
+        sure = [row for row in range(len(rows)) if labels[row] == label and top[row] >= least]
+        expected += sorted(sure, key=lambda row: (-top[row], row))[:per_class]
+    assert surest(top / 10, labels, least / 10, per_class).tolist() == sorted(expected)
 
 
 def test_pseudo_labels_are_the_golden_ones(shared: Path) -> None:

@@ -97,3 +97,69 @@ def test_mean_std_and_interpolation_are_the_weights_own() -> None:
     assert normalisation("legacy_seresnet101.in1k") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
     assert normalisation("tf_efficientnet_b3.ap_in1k")[0] == (0.5, 0.5, 0.5)
     assert normalisation("resnet50.tv_in1k")[2] == "bilinear"
+
+
+# Branches (BBN) and rows of unit length (A-softmax)
+
+
+@pytest.mark.parametrize("network", BACKBONES)
+def test_every_backbone_of_the_seed_can_be_branched_before_its_pooling(network: str) -> None:
+    with torch.device("meta"):
+        plain, double = (Recogniser(network, 10, branches=count) for count in (1, 2))
+        images = torch.zeros(2, 3, 96, 64)
+        channels = BACKBONES[network][0]
+        assert double.features(images).shape == (2, 2 * channels, 3, 2)
+        assert double.branch(double.trunk(images), 1).shape == (2, channels, 3, 2)
+        assert double.classifier.weight.shape == (10, 2 * channels)
+    sizes = [sum(p.numel() for p in model.backbone_parameters()) for model in (plain, double)]
+    last = sum(p.numel() for p in double.branches[0].parameters())
+    assert sizes[1] == sizes[0] + last
+    assert last > 0.1 * sizes[0]  # the last of four blocks at least, not a norm layer alone
+
+
+def test_branches_begin_alike_and_learn_apart() -> None:
+    torch.manual_seed(0)
+    model = Recogniser("test_resnet", num_classes=4, branches=2)
+    first, second = (list(branch.parameters()) for branch in model.branches)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    model.branch(model.trunk(torch.randn(2, 3, 32, 32)), 0).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in first)
+    assert all(p.grad is None for p in second)
+    assert {id(p) for p in (*first, *second)} < {id(p) for p in model.backbone_parameters()}
+
+
+@pytest.mark.parametrize("network", ["mobilenetv3_small_050", "convnext_atto"])
+def test_a_family_whose_last_block_is_not_known_is_refused_with_those_that_are(network: str) -> None:
+    with pytest.raises(Refused, match=rf"{network} \(\w+\) has no last block that can be branched") as raised:
+        Recogniser(network, num_classes=3, branches=2)
+    assert "ResNet, SENet, EfficientNet" in raised.value.advice
+
+
+def test_rows_of_unit_length_make_logits_of_directions_alone() -> None:
+    torch.manual_seed(0)
+    model = Recogniser("test_resnet", num_classes=7, unit_weights=True).eval()
+    features = torch.randn(3, model.num_features, 2, 2)
+    weight = model.classifier.weight.detach()
+    unit = weight / weight.square().sum(dim=1, keepdim=True).sqrt()
+    expected = features.mean(dim=(2, 3)) @ unit.T
+    torch.testing.assert_close(model.classify(features), expected)
+    with torch.no_grad():
+        model.classifier.weight *= torch.linspace(0.1, 9, 7)[:, None]
+    torch.testing.assert_close(model.classify(features), expected)
+
+
+@pytest.mark.parametrize("unit_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_logits_are_the_float32_product_of_the_features(
+    dtype: torch.dtype, unit_weights: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Recogniser("test_resnet", num_classes=7, unit_weights=unit_weights).eval()
+    with torch.no_grad():
+        model.classifier.weight *= 1000
+    with torch.autocast("cpu", dtype):
+        features = model.features(torch.randn(3, 3, 32, 32))
+        logits = model.classify(features)
+    assert features.dtype == dtype
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, model.classify(features))  # no rounding of its own

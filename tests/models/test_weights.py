@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +23,14 @@ CLASSES = Classes((3, 17, 50029), ("banana", "キウイ", ""))
 CONFIG = Config(NETWORK, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bilinear", 40, 32, "net/full", "0123", 2, 0.25, True)
 
 
-def recogniser(seed: int, network: str = NETWORK, num_classes: int = 3) -> Recogniser:
+def recogniser(
+    seed: int, network: str = NETWORK, num_classes: int = 3, branches: int = 1, unit_weights: bool = False
+) -> Recogniser:
     torch.manual_seed(seed)
-    model = Recogniser(network, num_classes)
-    for buffer in model.buffers():
+    model = Recogniser(network, num_classes, branches=branches, unit_weights=unit_weights)
+    for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
+            buffer.uniform_(*((0.5, 1.5) if name.endswith("var") else (-0.5, 0.5)))
     return model
 
 
@@ -154,6 +157,75 @@ def test_a_network_without_imagenet_weights_is_refused_before_any_download(tmp_p
         fetch_pretrained("seresnet101", tmp_path / "seresnet101")
     assert "seresnet101" in raised.value.advice
     assert not (tmp_path / "seresnet101").exists()
+
+
+# Branches and rows of unit length
+
+
+def saved_as(folder: Path, model: Recogniser) -> Path:
+    config = replace(CONFIG, network=model.network, branches=len(model.branches) or 1, unit_weights=model.unit_weights)
+    commit.write(folder, partial(weights.save, tensors=model.state_dict(), config=config, classes=CLASSES))
+    return folder
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("network", [NETWORK, "legacy_seresnet18", "test_efficientnet"])
+@torch.inference_mode()
+def test_two_branches_answer_as_the_plain_parent_that_they_come_from(tmp_path: Path, network: str) -> None:
+    parent = recogniser(0, network).eval()
+    child = recogniser(1, network, branches=2).eval()
+    assert not torch.allclose(child(images()), parent(images()))
+    load_parent(child, saved_as(tmp_path / "parent", parent), CLASSES.ids)
+    trunk = child.trunk(images())
+    assert all(torch.equal(child.branch(trunk, number), parent.features(images())) for number in (0, 1))
+    torch.testing.assert_close(child(images()), parent(images()))
+
+
+@pytest.mark.parametrize("unit_weights", [False, True])
+@pytest.mark.parametrize("branches", [1, 2])
+@torch.inference_mode()
+def test_branches_and_unit_rows_come_back_from_disk(tmp_path: Path, branches: int, unit_weights: bool) -> None:
+    model = recogniser(0, branches=branches, unit_weights=unit_weights).eval()
+    loaded, config, _ = weights.load(saved_as(tmp_path / "weights", model))
+    assert (config.branches, config.unit_weights) == (branches, unit_weights)
+    assert same(loaded.state_dict(), model.state_dict())
+    assert torch.equal(loaded(images()), model(images()))
+    child = recogniser(1, branches=branches, unit_weights=unit_weights).eval()
+    load_parent(child, tmp_path / "weights", CLASSES.ids)
+    assert torch.equal(child(images()), model(images()))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_plain_child_answers_as_its_parent_of_unit_rows(tmp_path: Path, branches: int) -> None:
+    parent = recogniser(0, unit_weights=True).eval()
+    child = recogniser(1, branches=branches).eval()
+    load_parent(child, saved_as(tmp_path / "parent", parent), CLASSES.ids)
+    torch.testing.assert_close(child(images()), parent(images()))
+
+
+def test_weights_of_two_branches_do_not_fit_a_plain_child(tmp_path: Path) -> None:
+    parent = saved_as(tmp_path / "parent", recogniser(0, branches=2))
+    child = recogniser(1)
+    with pytest.raises(Refused, match=rf"is not of {NETWORK}: \d+ of its \d+ tensors are missing or of another shape"):
+        load_parent(child, parent, CLASSES.ids)
+    assert same(child.state_dict(), recogniser(1).state_dict())
+
+
+@pytest.mark.parametrize("without", ["-", "num_batches_tracked"], ids=["whole", "without counters"])
+@torch.inference_mode()
+def test_a_pretrained_file_fills_every_branch_and_leaves_the_head(tmp_path: Path, without: str) -> None:
+    file = pretrained(tmp_path, NETWORK, without)
+    plain, double = recogniser(1).eval(), recogniser(1, branches=2).eval()
+    head = double.classifier.weight.clone()
+    for model in (plain, double):
+        load_pretrained(model, file)
+    features = plain.features(images())
+    assert torch.equal(double.features(images()), torch.cat([features, features], dim=1))
+    assert torch.equal(double.classifier.weight, head)
 
 
 def test_the_files_are_plain_json_and_safetensors(saved: Path) -> None:

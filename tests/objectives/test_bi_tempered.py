@@ -1,6 +1,7 @@
 """The bi-tempered loss: a tempered softmax that sums to one, and a gradient that is the paper's formula."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,3 +123,10 @@ def test_tempers_on_the_wrong_side_of_1_are_refused(context):
         probabilities(torch.zeros(1, 2), 0.8)
     with pytest.raises(Refused, match="t1"):
         loss(torch.zeros(1, 2), torch.tensor([0]), 1.2, 1.5)
+
+
+def test_a_t2_that_float32_cannot_hold_for_so_many_classes_is_refused_before_any_step(context):
+    with pytest.raises(Refused, match=r"t2 = 8\.2 is too large for 50,030 classes in torch\.float32\.\s+At most 8\.0"):
+        Objective(replace(context, num_classes=50_030), t2=8.2)
+    Objective(replace(context, num_classes=50_030), t2=8.0)
+    Objective(context, t2=8.2)

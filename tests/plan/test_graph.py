@@ -148,3 +148,90 @@ def test_the_longest_remaining_path_comes_first() -> None:
 def test_a_setting_that_came_later_changes_a_key_only_where_it_says_something() -> None:
     assert not changed("defaults.accumulate=1", "defaults.gradients='float32'")
     assert changed("defaults.accumulate=2") == changed("defaults.gradients='bfloat16'") == set(keys())
+
+
+# Edges beside start
+
+MORE = """
+[stages.student]
+start = "full"
+objective = "distillation"
+teachers = ["net-b3/dcl", "resnet/dcl"]
+
+[stages.labelled]
+start = "full"
+pseudo_labels = { by = ["net-b3/dcl"] }
+
+[stages.mean]
+soup = { of = ["full", "dcl"] }
+
+[jobs]
+resnet = ["dcl", "full", "student", "labelled", "mean"]
+"""
+
+
+def more(small: str) -> str:
+    return small.replace("[jobs]\n", MORE).replace('resnet = ["dcl", "full"]\n', "")
+
+
+def changed_in_small(load_text: Any, text: str, *sets: str) -> set[str]:
+    before, after = jobs(load_text(text), PRINT), jobs(load_text(text, sets), PRINT)
+    return {name for name in before if before[name].key != after[name].key}
+
+
+def test_jobs_wait_for_all_that_they_learn_from(load_text: Any, small: str) -> None:
+    found = jobs(load_text(more(small)), PRINT)
+    assert found["resnet/student"].parents == ("resnet/full", "net-b3/dcl", "resnet/dcl")
+    assert found["resnet/labelled"].parents == ("resnet/full", "net-b3/dcl")
+    assert (found["resnet/mean"].parents, found["resnet/mean"].start) == (("resnet/full", "resnet/dcl"), None)
+    assert found["resnet/mean"].soup == ("resnet/full", "resnet/dcl")
+    assert set(descendants(found, "net-b3/full")) == {"net-b3/dcl", "resnet/student", "resnet/labelled"}
+    for place, job in enumerate(found.values()):
+        assert all(list(found).index(parent) < place for parent in job.parents)
+
+
+def test_a_key_changes_with_those_that_a_job_learns_from(load_text: Any, small: str) -> None:
+    text = more(small)
+    taught = {"resnet/student", "resnet/labelled"}
+    assert changed_in_small(load_text, text, 'overrides."net-b3/dcl".epochs=5') == {"net-b3/dcl", *taught}
+    assert changed_in_small(load_text, text, 'overrides."resnet/dcl".epochs=5') == {
+        "resnet/dcl",
+        "resnet/student",
+        "resnet/mean",
+    }
+    assert changed_in_small(load_text, text, 'stages.student.teachers=["net-b3/dcl"]') == {"resnet/student"}
+    assert changed_in_small(load_text, text, 'stages.labelled.pseudo_labels.by=["resnet/dcl"]') == {"resnet/labelled"}
+    assert changed_in_small(load_text, text, "stages.labelled.pseudo_labels.threshold=0.8") == {"resnet/labelled"}
+    assert changed_in_small(load_text, text, "stages.mean.soup.greedy=true") == {"resnet/mean"}
+
+
+def test_the_names_of_those_that_a_job_learns_from_are_no_part_of_its_key(load_text: Any, small: str) -> None:
+    plain = jobs(load_text(more(small)), PRINT)
+    renamed = more(small).replace("net-b3", "other").replace("dcl]", "cut]").replace('"dcl"', '"cut"')
+    renamed = renamed.replace("/dcl", "/cut").replace('name = "cut"', 'name = "dcl"')
+    found = jobs(load_text(renamed), PRINT)
+    assert found["resnet/student"].parents == ("resnet/full", "other/cut", "resnet/cut")
+    for name in ("student", "labelled", "mean"):
+        assert found[f"resnet/{name}"].key == plain[f"resnet/{name}"].key
+
+
+def test_the_ablation_shares_the_trainings_that_it_starts_from_with_the_seeds_plan() -> None:
+    ablation = {name: job.key for name, job in jobs(load(ROOT / "jobs" / "ablation.toml"), PRINT).items()}
+    assert {name for name, key in ablation.items() if key in keys().values()} == {
+        "resnet50/full",
+        "resnet50/balanced",
+        "resnet50/accuracy",
+        "efficientnet-b3/full",
+        "efficientnet-b3/balanced",
+    }
+    shared = keys()
+    assert all(
+        shared[name] == key for name, key in ablation.items() if name in shared and name != "efficientnet-b3/dcl"
+    )
+    assert len(set(ablation.values())) == len(ablation)
+
+
+def test_the_product_tree_is_part_of_the_keys_of_those_alone_that_learn_from_it() -> None:
+    plan = load(ROOT / "jobs" / "ablation.toml")
+    one, other = (jobs(plan, PRINT, tree) for tree in ("1" * 64, "2" * 64))
+    assert {name for name in one if one[name].key != other[name].key} == {"resnet50/hierarchy"}

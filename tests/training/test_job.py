@@ -104,6 +104,20 @@ def test_a_job_without_averaged_weights_that_is_killed_again_and_again_ends_with
     assert told(work) == told(undisturbed[False])
 
 
+def test_a_job_of_two_branches_that_is_killed_ends_with_the_same_bytes(packages: Catalogue, tmp_path: Path) -> None:
+    """It draws from two samplers, and its loss moves from one to the other over the epochs."""
+    stage = Stage.model_validate(stage_with(averaged=True).model_dump() | {"objective": {"name": "bbn"}})
+    whole, killed = (work_in(tmp_path / name, stage) for name in ("whole", "killed"))
+    assert train(whole, packages.root) == 0
+    for death in (Death("open", ".jpg", 16 * 5 + 3), Death("os.rename", "/.weights.")):
+        assert train(killed, packages.root, death) == -signal.SIGKILL
+    assert train(killed, packages.root) == 0
+    assert "goes on from" in log_of(killed)
+    assert result(killed) == result(whole)
+    assert told(killed) == told(whole)
+    assert weights.describe(killed.folder / "weights")[0].branches == 2
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_job_that_is_killed_at_random_moments_ends_with_the_same_bytes(
     packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path, seed: int

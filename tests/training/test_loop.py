@@ -20,6 +20,7 @@ from aliprod.errors import NonFiniteLoss, Refused
 from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.predict import predict
 from aliprod.models import weights
+from aliprod.models.recogniser import Recogniser
 from aliprod.recipe import LearningRate, Stage
 from aliprod.training import learner, loop
 from aliprod.training.loop import Progress, train
@@ -207,3 +208,54 @@ def test_the_validation_error_is_the_metric_of_the_centre_crops(packages: Catalo
     labels = torch.from_numpy(packages.val.labels)
     assert errors["val/top1_error"] == mean_class_error(labels, predicted, 4)
     assert errors["val/top1_error_per_image"] == (labels != predicted).double().mean()
+
+
+# The classifier alone (cRT)
+
+
+def parent(folder: Path, packages: Catalogue, seed: int) -> Path:
+    """Weights of a network that has seen nothing, norm statistics of its own."""
+    torch.manual_seed(seed)
+    model = Recogniser(NETWORK, packages.num_classes)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    config = weights.Config(NETWORK, (0.5,) * 3, (0.25,) * 3, "bilinear", 40, 32)
+    classes = weights.Classes(tuple(packages.classes.tolist()), packages.names)
+    commit.write(folder, partial(weights.save, tensors=model.state_dict(), config=config, classes=classes))
+    return folder
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_stage_that_trains_the_classifier_alone_moves_no_bit_of_the_backbone(
+    packages: Catalogue, stage: Stage, tmp_path: Path, ema: float | None
+) -> None:
+    start = parent(tmp_path / "parent", packages, 0)
+    before = weights.read(start)
+    alone = changed(stage, start="full", trains="classifier", sampler="class_balanced", ema=ema, drop_path_rate=0.1)
+    for progress in train(alone, NETWORK, packages, start=start):
+        assert progress.end is not None
+        after = progress.end.last.tensors
+        moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+        assert moved == {"classifier.weight"}
+
+
+def test_the_classifier_alone_is_drawn_anew_whatever_the_parents_is(
+    packages: Catalogue, stage: Stage, tmp_path: Path
+) -> None:
+    still = {"backbone": 1e-30, "heads": 1e-30}  # too little to move a weight
+    alone = changed(stage, start="full", trains="classifier", epochs=1, ema=None, lr=still)
+
+    def classifier(seed: int, **settings: object) -> torch.Tensor:
+        start = tmp_path / f"{seed}"
+        if not start.exists():
+            parent(start, packages, seed)
+        *_, last = train(changed(alone, **settings), NETWORK, packages, start=start)
+        assert last.end is not None
+        found = last.end.last.tensors["classifier.weight"]
+        assert not torch.equal(found, weights.read(start)["classifier.weight"])
+        return found
+
+    assert torch.equal(classifier(0), classifier(1))
+    assert not torch.equal(classifier(0), classifier(0, seed=1))
+    assert classifier(0).std().item() == pytest.approx(0.01, rel=0.1)  # of a new recogniser's

@@ -1,0 +1,56 @@
+"""hashes: what is kept on disk groups images as their pictures do, whoever hashed them."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aliprod.data import hashes
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.decode import decode
+from aliprod.data.duplicates import dct_hash, gray32
+from aliprod.data.duplicates import groups as grouped
+from aliprod.data.sources import read
+from aliprod.errors import Refused
+
+
+@pytest.fixture
+def copied(packages: Catalogue, tmp_path: Path) -> Catalogue:
+    """A catalogue with one picture twice, in another size, and one that cannot be read."""
+    shutil.copytree(packages.root, tmp_path / "packages")
+    catalogue = read(tmp_path / "packages")
+    picture = decode(catalogue.train.path(3))
+    smaller = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4), Image.Resampling.BICUBIC)
+    smaller.save(catalogue.train.path(20), quality=70)
+    catalogue.train.path(11).write_bytes(b"no picture")
+    return catalogue
+
+
+def test_groups_from_disk_are_those_of_the_pictures_and_the_unreadable_are_alone(
+    copied: Catalogue, tmp_path: Path
+) -> None:
+    hashes.write(tmp_path / "hashes", copied.train, 0)
+    found = hashes.groups(tmp_path / "hashes", 32, 6)
+    readable = [row for row in range(32) if row != 11]
+    bits = dct_hash(torch.stack([gray32(decode(copied.train.path(row))) for row in readable]))
+    assert np.array_equal(found[readable], np.array(readable)[grouped(bits, 6).numpy()])
+    assert found[20] == found[3]
+    assert (found == 11).sum() == 1
+
+
+def test_processes_that_help_change_no_byte(packages: Catalogue, tmp_path: Path) -> None:
+    for name, processes in (("alone", 0), ("helped", 2)):
+        hashes.write(tmp_path / name, packages.train, processes)
+    for file in ("bits.npy", "readable.npy"):
+        assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "helped" / file).read_bytes()
+
+
+def test_hashes_of_other_images_or_none_are_refused(packages: Catalogue, tmp_path: Path) -> None:
+    hashes.write(tmp_path / "hashes", packages.train.take(np.arange(9)), 0)
+    with pytest.raises(Refused, match="holds hashes of 9 images, not of 32"):
+        hashes.groups(tmp_path / "hashes", 32, 6)
+    with pytest.raises(Refused, match="none: holds no hashes"):
+        hashes.groups(tmp_path / "none", 32, 6)

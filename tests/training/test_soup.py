@@ -1,0 +1,151 @@
+"""soup: weights that are a mean of others', made without a step of training."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from aliprod import commit
+from aliprod.data.catalogue import Catalogue
+from aliprod.models import weights
+from aliprod.models.recogniser import Recogniser
+from aliprod.recipe import LearningRate, Soup, Stage
+from aliprod.training import job
+from aliprod.training.job import Work
+from aliprod.training.loop import Progress, train
+from aliprod.training.soup import blended
+
+NETWORK = "test_resnet.r160_in1k"
+CONFIG = weights.Config(NETWORK, (0.5,) * 3, (0.25,) * 3, "bilinear", 40, 32)
+STAGE = Stage(resize=40, crop=32, batch_size=8, soup=Soup(of=("a", "b")))
+GREEDY = STAGE.model_copy(update={"soup": Soup(of=("a", "b"), greedy=True)})
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def drawn(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return Recogniser(NETWORK, 4).state_dict()
+
+
+def ingredient(
+    folder: Path, packages: Catalogue, tensors: dict[str, Tensor], error: float | None = None, unit: bool = False
+) -> Path:
+    config = replace(CONFIG, top1_error=error, unit_weights=unit)
+    classes = weights.Classes(tuple(packages.classes.tolist()), packages.names)
+    commit.write(folder, partial(weights.save, tensors=tensors, config=config, classes=classes))
+    return folder
+
+
+def made(stage: Stage, packages: Catalogue, ingredients: Sequence[Path]) -> tuple[Progress, dict[str, Tensor]]:
+    (progress,) = blended(stage, NETWORK, packages, ingredients, 1, 0)
+    assert progress.end is not None
+    return progress, progress.end.best.tensors
+
+
+def parameters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All but the norm statistics."""
+    names = [name for name, _ in Recogniser(NETWORK, 4).named_parameters()]
+    return {name: tensors[name] for name in names}
+
+
+def test_each_weight_is_the_mean_of_the_ingredients_whatever_their_order(packages: Catalogue, tmp_path: Path) -> None:
+    tensors = [drawn(seed) for seed in range(3)]
+    folders = [ingredient(tmp_path / f"{n}", packages, own) for n, own in enumerate(tensors)]
+    progress, found = made(STAGE, packages, folders)
+    for name, tensor in parameters(found).items():
+        mean = torch.stack([own[name].double() for own in tensors]).mean(dim=0)
+        torch.testing.assert_close(tensor, mean.float(), rtol=0, atol=0)
+    assert progress.metrics["soup/ingredients"] == 3
+    assert progress.state.step == 0
+    _, other = made(STAGE, packages, folders[::-1])
+    for name, tensor in found.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_norm_statistics_are_those_of_the_stages_images_not_of_the_ingredients(
+    packages: Catalogue, tmp_path: Path
+) -> None:
+    tensors = drawn(0)
+    spoilt = {name: tensor + 7 if "running" in name else tensor for name, tensor in tensors.items()}
+    plain, other = (
+        made(STAGE, packages, [ingredient(tmp_path / name, packages, own)] * 2)[1]
+        for name, own in (("plain", tensors), ("spoilt", spoilt))
+    )
+    assert all(torch.equal(other[name], tensor) for name, tensor in plain.items())
+    assert not torch.equal(plain["backbone.bn1.running_mean"], tensors["backbone.bn1.running_mean"])
+
+
+@pytest.fixture(scope="module")
+def learnt(packages: Catalogue) -> tuple[dict[str, Tensor], float]:
+    """Weights that tell the packages apart, better than by chance, and their error."""
+    lr = LearningRate(backbone=0.02, heads=0.1)
+    stage = Stage(resize=40, crop=32, batch_size=8, epochs=6, lr=lr, augmentation=("resize",))
+    *_, last = train(stage, NETWORK, packages)
+    assert last.end is not None
+    assert last.end.best.top1_error is not None
+    return last.end.best.tensors, last.end.best.top1_error
+
+
+def test_a_greedy_soup_leaves_out_what_would_spoil_it(
+    packages: Catalogue, tmp_path: Path, learnt: tuple[dict[str, Tensor], float]
+) -> None:
+    tensors, error = learnt
+    negated = tensors | {"classifier.weight": -tensors["classifier.weight"]}  # the mean answers the first class always
+    good = ingredient(tmp_path / "good", packages, tensors, error)
+    bad = ingredient(tmp_path / "bad", packages, negated, 1 - error)
+    alone, _ = made(GREEDY, packages, [good])
+    assert alone.metrics["val/top1_error"] < 0.75
+    progress, found = made(GREEDY, packages, [bad, good])
+    assert progress.metrics == alone.metrics
+    assert progress.metrics["soup/ingredients"] == 1
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in parameters(found).items())
+    whole, _ = made(STAGE, packages, [bad, good])
+    assert whole.metrics["val/top1_error"] == 0.75  # of four classes
+
+
+def test_a_greedy_soup_is_never_worse_than_its_best_ingredient_with_statistics_taken_anew(
+    packages: Catalogue, tmp_path: Path, learnt: tuple[dict[str, Tensor], float]
+) -> None:
+    tensors, error = learnt
+    folders = [ingredient(tmp_path / "best", packages, tensors, error)]
+    for seed in range(3):
+        other = {name: tensor.lerp(tensors[name], 0.7) if tensor.is_floating_point() else tensor
+                 for name, tensor in drawn(seed).items()}  # fmt: skip
+        folders.append(ingredient(tmp_path / f"{seed}", packages, other, error + 0.1 * (seed + 1)))
+    alone, greedy = (made(GREEDY, packages, some)[0].metrics["val/top1_error"] for some in (folders[:1], folders))
+    assert greedy <= alone
+
+
+def test_rows_of_unit_length_are_mixed_as_such(packages: Catalogue, tmp_path: Path) -> None:
+    tensors = drawn(0)
+    angular = ingredient(tmp_path / "angular", packages, tensors, unit=True)
+    plain = ingredient(tmp_path / "plain", packages, drawn(1))
+    weight = tensors["classifier.weight"].double()
+    unit = weight / weight.square().sum(dim=1, keepdim=True).sqrt()
+    _, found = made(STAGE, packages, [angular, plain])
+    expected = (unit + drawn(1)["classifier.weight"].double()) / 2
+    torch.testing.assert_close(found["classifier.weight"].double(), expected, rtol=0, atol=1e-7)
+
+
+def test_a_soup_is_a_finished_job_of_no_steps(packages: Catalogue, tmp_path: Path) -> None:
+    folders = tuple(ingredient(tmp_path / f"{seed}", packages, drawn(seed)) for seed in range(2))
+    work = Work("net/soup", "0123", NETWORK, STAGE, tmp_path / "job", soup=folders)
+    (progress,) = job.run(work, packages)
+    record = commit.read(tmp_path / "job" / "weights")
+    assert record is not None
+    assert (record["steps"], record["kind"]) == (0, "soup")
+    assert record["top1_error"] == progress.metrics["val/top1_error"]
+    model, config, _ = weights.load(tmp_path / "job" / "weights")
+    assert (config.kind, config.job) == ("soup", "net/soup")
+    assert progress.end is not None
+    assert all(torch.equal(tensor, progress.end.best.tensors[name]) for name, tensor in model.state_dict().items())
+    assert list(job.run(work, packages)) == []
