@@ -5,6 +5,8 @@ at details), a swap head tells originals from destructed images, a location head
 (so it learns how a product is put together). The heads are left out at inference.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -168,22 +170,34 @@ class Objective(nn.Module):
     Args:
         parts: cells a side; the crop must be a multiple of parts * 32.
         reach: how far cells move, in cells. beta, gamma: weights of the swap and of the location loss.
+        swap: what the swap head tells apart: a "pair" of original and destructed, or "classes", each in both forms,
+            2K rows (JDAI-CV/DCL, cls_mul: its recipe for birds; at 50,030 classes 205 million parameters).
     """
 
     needs = Needs(distorts=True)  # half of the norm layers' images are destructed
 
     def __init__(
-        self, context: Context, *, parts: int = 7, reach: float = 2.0, beta: float = 1.0, gamma: float = 1.0
+        self,
+        context: Context,
+        *,
+        parts: int = 7,
+        reach: float = 2.0,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        swap: Literal["pair", "classes"] = "pair",
     ) -> None:
         super().__init__()
         require(parts >= 2, f"parts = {parts} leaves nothing to shuffle.", "7 is the paper's.")
         require(reach > 0, f"reach = {reach} is not positive.", "2 is the paper's.")
         require(beta >= 0 and gamma >= 0, f"beta = {beta}, gamma = {gamma}: one is negative.", "1 is the default.")
         what = f"dcl cannot cut a crop of {context.crop} into {parts}x{parts} cells."
+        require(swap in ("pair", "classes"), f'swap = "{swap}" is unknown.', 'Say "pair" or "classes".')
         require(context.crop % (parts * STRIDE) == 0, what, _works(parts))
         self.parts, self.reach, self.beta, self.gamma = parts, reach, beta, gamma
         channels = context.num_features
-        self.swap_weight = nn.Parameter(torch.empty(2, channels).normal_(std=0.01))  # as the classifier's
+        self.classes = context.num_classes if swap == "classes" else 0
+        rows = 2 * self.classes or 2
+        self.swap_weight = nn.Parameter(torch.empty(rows, channels).normal_(std=0.01))  # as the classifier's
         self.location_weight = nn.Parameter(torch.empty(1, channels, 1, 1).normal_(std=0.001))  # starts mid-targets
         self.location_bias = nn.Parameter(torch.zeros(1))
 
@@ -198,7 +212,7 @@ class Objective(nn.Module):
             _linear(_pooled(features), self.swap_weight),
             _locations(features, self.location_weight, self.location_bias, self.parts),
             labels,
-            1 - torch.arange(len(features), device=features.device) % 2,
+            self._swap_labels(labels),
             self._targets(sources),
         )
         if batch.weights is not None:
@@ -211,6 +225,11 @@ class Objective(nn.Module):
         pairs = _interleaved(images, _jigsaws(images, sources))
         last = images.is_contiguous(memory_format=torch.channels_last)
         return pairs.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def _swap_labels(self, labels: Tensor) -> Tensor:
+        """(2B,); with classes, those of destructed images follow all those of originals."""
+        destructed = torch.arange(len(labels), device=labels.device) % 2
+        return labels + self.classes * destructed if self.classes else 1 - destructed
 
     def _targets(self, sources: Tensor) -> Tensor:
         """(2B, N²); an original's source is the identity."""

@@ -1,5 +1,6 @@
 """DCL: the law of the destruction, the jigsaw to the byte, the three losses, and the batch that the model sees."""
 
+import math
 import re
 
 import pytest
@@ -263,3 +264,15 @@ def test_maps_and_images_that_do_not_fit_are_refused():
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(Refused, match=next(iter(option))):
         Objective(Context(num_classes=2, num_features=4, crop=448, epochs=1), **option)
+
+
+def test_a_swap_head_of_classes_tells_each_class_in_both_forms(context, model, batch):
+    torch.manual_seed(0)
+    objective = Objective(context, parts=2, swap="classes")
+    assert objective.swap_weight.shape == (2 * context.num_classes, context.num_features)
+    with torch.no_grad():
+        objective.swap_weight.zero_()
+        assert objective(model, batch)["swap"] == pytest.approx(math.log(2 * context.num_classes), rel=1e-5)
+    labels = batch.labels.repeat_interleave(2)
+    expected = torch.stack([batch.labels, batch.labels + context.num_classes], dim=1).flatten()
+    assert torch.equal(objective._swap_labels(labels), expected)
