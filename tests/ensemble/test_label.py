@@ -20,8 +20,7 @@ from aliprod.inference.probabilities import Probabilities, open_store, write
 def tables(seed: int, members: int, rows: int, classes: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     seen = 6 * torch.randn(rows, classes, generator=generator)  # what all members see
-    own = [(seen + torch.randn(rows, classes, generator=generator)).softmax(1).half() for _ in range(members)]
-    return own
+    return [(seen + torch.randn(rows, classes, generator=generator)).softmax(1).half() for _ in range(members)]
 
 
 def stored(folder: Path, found: list[torch.Tensor], seed: int = 0) -> list[Probabilities]:
