@@ -105,10 +105,13 @@ class TrainBatches:
         steps_per_epoch: whole batches only, since a partial one disturbs the norm layers. Where the images make no
             whole batch, all of them are the only one.
     Raises:
-        Refused: a batch cannot be dealt to the ranks in equal parts of whole groups.
+        Refused: a batch cannot be dealt to the ranks in equal parts of whole groups; groups from another sampler.
     """
 
     def __init__(self, data: TrainingSet, stage: Stage, feed: Feed, group: int = 1, second: bool = False) -> None:
+        if group > 1 and stage.sampler != "shuffled":
+            what = f'sampler = "{stage.sampler}" deals no groups of {group} images of one class.'
+            raise Refused(what, advice="The objective asks for them: leave sampler out.")
         self.data, self.stage, self.feed, self.group, self.second = data, stage, feed, group, second
         self.images = data.images
         groups = len(self._units(0))

@@ -356,3 +356,9 @@ def test_a_part_holds_whole_groups(packages: Catalogue, count: int, sizes: list[
     assert [len(part.rows) for part in parts] == sizes
     assert all(len(set(part.labels.tolist())) == 1 for part in parts)
     assert [(part.weights, part.teacher, part.second) for part in parts] == [(None, None, None)] * len(sizes)
+
+
+def test_groups_of_one_class_are_not_quietly_taken_from_another_sampler_than_asked_for(packages: Catalogue) -> None:
+    stage = Stage.model_validate(STAGE.model_dump() | {"sampler": "class_balanced"})
+    with pytest.raises(Refused, match='sampler = "class_balanced" deals no groups of 4 images of one class'):
+        batches(packages, 4, stage)

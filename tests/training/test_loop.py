@@ -213,7 +213,7 @@ def test_the_validation_error_is_the_metric_of_the_centre_crops(packages: Catalo
 # The classifier alone (cRT)
 
 
-def parent(folder: Path, packages: Catalogue, seed: int) -> Path:
+def untrained(folder: Path, packages: Catalogue, seed: int) -> Path:
     """Weights of a network that has seen nothing, norm statistics of its own."""
     torch.manual_seed(seed)
     model = Recogniser(NETWORK, packages.num_classes)
@@ -230,7 +230,7 @@ def parent(folder: Path, packages: Catalogue, seed: int) -> Path:
 def test_a_stage_that_trains_the_classifier_alone_moves_no_bit_of_the_backbone(
     packages: Catalogue, stage: Stage, tmp_path: Path, ema: float | None
 ) -> None:
-    start = parent(tmp_path / "parent", packages, 0)
+    start = untrained(tmp_path / "parent", packages, 0)
     before = weights.read(start)
     alone = changed(stage, start="full", trains="classifier", sampler="class_balanced", ema=ema, drop_path_rate=0.1)
     for progress in train(alone, NETWORK, packages, start=start):
@@ -246,10 +246,10 @@ def test_the_classifier_alone_is_drawn_anew_whatever_the_parents_is(
     still = {"backbone": 1e-30, "heads": 1e-30}  # too little to move a weight
     alone = changed(stage, start="full", trains="classifier", epochs=1, ema=None, lr=still)
 
-    def classifier(seed: int, **settings: object) -> torch.Tensor:
-        start = tmp_path / f"{seed}"
+    def classifier(parent: int, **settings: object) -> torch.Tensor:
+        start = tmp_path / f"{parent}"
         if not start.exists():
-            parent(start, packages, seed)
+            untrained(start, packages, parent)
         *_, last = train(changed(alone, **settings), NETWORK, packages, start=start)
         assert last.end is not None
         found = last.end.last.tensors["classifier.weight"]
