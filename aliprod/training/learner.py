@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.data.catalogue import Catalogue, Integers
 from aliprod.inference.predict import autocast, precision
 from aliprod.models.recogniser import Recogniser
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
@@ -66,12 +66,15 @@ class Learner(nn.Module):
 
     Args:
         network: timm's name.
+        class_counts: (K,) of the images that it is trained on; None: of all training images.
     Attributes:
         dtype: in which the forward pass runs (autocast); weights, losses and sums stay float32.
         needs: what the objective asks of the loader, the network and the scoring of an epoch.
     """
 
-    def __init__(self, stage: Stage, network: str, catalogue: Catalogue, place: Place) -> None:
+    def __init__(
+        self, stage: Stage, network: str, catalogue: Catalogue, place: Place, class_counts: Integers | None = None
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed_of(stage.seed, "init", network))
         self.stage, self.place = stage, place
@@ -89,7 +92,9 @@ class Learner(nn.Module):
         if stage.trains == "classifier":
             for parameter in self.model.backbone_parameters():
                 parameter.requires_grad_(False)
-        self.objective = build(stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue))
+        self.objective = build(
+            stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue, class_counts)
+        )
         self.needs: Needs = self.objective.needs  # type: ignore[assignment]
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if place.compiles:
@@ -141,12 +146,13 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _context(stage: Stage, model: Recogniser, catalogue: Catalogue) -> Context:
+def _context(stage: Stage, model: Recogniser, catalogue: Catalogue, class_counts: Integers | None) -> Context:
+    counts = catalogue.class_counts if class_counts is None else class_counts
     return Context(
         num_classes=catalogue.num_classes,
         num_features=model.num_features,
         crop=stage.crop,
         epochs=stage.epochs,
-        class_counts=torch.from_numpy(catalogue.class_counts),
+        class_counts=torch.from_numpy(counts),
         ancestor=None if catalogue.ancestor is None else torch.from_numpy(catalogue.ancestor),
     )

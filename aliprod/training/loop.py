@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -102,11 +103,13 @@ def train(
     watchdog = watchdog or Watchdog(None)
     watchdog.phase()
     where = place(threads, compiles, exact)
-    learner = Learner(stage, network, catalogue, where)
+    data = data or training_set(catalogue, stage)
+    learner = Learner(
+        stage, network, catalogue, where, np.bincount(data.images.labels, minlength=catalogue.num_classes)
+    )
     mean, std, interpolation = normalisation(network)
     feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
-    data, needs = data or training_set(catalogue, stage), learner.needs
-    batches = TrainBatches(data, stage, feed, needs.group, needs.second)
+    batches = TrainBatches(data, stage, feed, learner.needs.group, learner.needs.second)
     steps_per_epoch = batches.steps_per_epoch
     optimizer = Optimizer(learner, stage, steps_per_epoch)
     if resume is None:
@@ -122,7 +125,7 @@ def train(
         learner.train()
         watch, sums, recent = _Watch(), _Sums(state.losses, where.device), _Recent(optimizer, batches)
         for batch in watch.waits(batches.epoch(state.epoch, skip=state.step_in_epoch)):
-            parts = _gradients(step_of, optimizer, batch, batch.split(stage.accumulate, needs.group))
+            parts = _gradients(step_of, optimizer, batch, batch.split(stage.accumulate, learner.needs.group))
             optimizer.update(state.step)
             state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
             if average is not None:

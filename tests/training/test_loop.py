@@ -259,3 +259,13 @@ def test_the_classifier_alone_is_drawn_anew_whatever_the_parents_is(
     assert torch.equal(classifier(0), classifier(1))
     assert not torch.equal(classifier(0), classifier(0, seed=1))
     assert classifier(0).std().item() == pytest.approx(0.01, rel=0.1)  # of a new recogniser's
+
+
+def test_an_objective_is_told_the_counts_of_what_it_trains_on(packages: Catalogue, stage: Stage) -> None:
+    """Of a balanced view all classes have as many images: logit adjustment then is cross entropy."""
+    balanced = changed(stage, images={"per_class": 2}, epochs=1)
+    losses = [
+        next(iter(train(changed(balanced, objective={"name": name}), NETWORK, packages))).metrics["train/loss"]
+        for name in ("cross_entropy", "logit_adjustment")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
