@@ -43,7 +43,8 @@ def write(
     with storage(folder):
         try:
             _make(folder.parent)
-            _make(staging.parent)
+            if room is not None:
+                _make(room)
             staging.mkdir()
             fill(staging)
             _write_manifest(staging, record or {})
