@@ -65,7 +65,7 @@ def _greedy(ordered: Sequence[Path], scored: _Scored) -> tuple[Candidate, dict[s
 
 
 def _load_mean(learner: Learner, folders: Sequence[Path], class_ids: Sequence[int]) -> None:
-    """Load the mean of the weights, summed in float64; whole numbers (counters) are the first one's."""
+    """Load the mean of the weights, summed in float64; whole numbers (counters) are the last one's."""
     sums: dict[str, Tensor] = {}
     for folder in folders:
         weights.load_parent(learner.model, folder, class_ids)
