@@ -182,7 +182,7 @@ def write_ensemble(
     Args:
         record: more to say in the manifest, beside the members' records, weights and digests.
     Returns:
-        What the ensemble that now stands in the folder predicts.
+        What these members' ensemble predicts.
     Raises:
         Failed, Refused: as in `match` and `Ensemble.sums`; nothing was written.
         StorageFull: no room; nothing was written.
@@ -196,9 +196,10 @@ def write_ensemble(
         return read_predictions(folder)
     fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.fresh")
     commit.write(fresh, lambda staging: _fill(staging, ensemble, rows_per_block), facts)
+    predictions = read_predictions(fresh)  # now: another driver may replace what stands in the folder at any time
     with commit.storage(folder):
         _replace(folder, fresh)
-    return read_predictions(folder)
+    return predictions
 
 
 def read_predictions(folder: Path) -> Predictions:

@@ -31,7 +31,8 @@ def stored(folder: Path, found: list[torch.Tensor], seed: int = 0) -> list[Proba
         draw = np.random.default_rng([seed, number])
         row, column = draw.permutation(rows), draw.permutation(classes)
         record = {"job": f"net{number}/balanced", "split": "test"}
-        write(folder / f"{number}", ids[row].tolist(), class_ids[column], [table[row][:, column]], record=record)
+        block = table[row][:, column]
+        write(folder / f"{number}", ids[row].tolist(), class_ids[column], lambda _, b=block: [b], record=record)
     return [open_store(folder / f"{number}") for number in range(len(found))]
 
 

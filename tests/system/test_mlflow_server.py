@@ -120,7 +120,10 @@ def fill(folder: Path, content: str) -> None:
 
 def job(name: str, digit: str) -> Job:
     backbone, stage = name.split("/")
-    return Job(name, backbone, "resnet50.tv_in1k", stage, Stage(), (), member=True, key=digit * 64, content=None)
+    network = "resnet50.tv_in1k"
+    return Job(name, backbone, network, stage, Stage(), (), None, (), member=True, key=digit * 64, content=None)
+        name, backbone, "resnet50.tv_in1k", stage, Stage(), (), None, (), member=True, key=digit * 64, content=None
+    )
 
 
 DRIVER = """
@@ -131,7 +134,7 @@ DRIVER = """
     from aliprod.tracking.runs import Tracking
 
     uri, folder = sys.argv[1:]
-    job = Job("resnet50/dcl", "resnet50", "resnet50.tv_in1k", "dcl", Stage(), (), True, "b" * 64, None)
+    job = Job("resnet50/dcl", "resnet50", "resnet50.tv_in1k", "dcl", Stage(), (), None, (), True, "b" * 64, None)
     records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     tracking = Tracking.connect(uri, "shop", None)
     tracking.plan_started("", "1" * 64, "")
