@@ -122,8 +122,6 @@ def job(name: str, digit: str) -> Job:
     backbone, stage = name.split("/")
     network = "resnet50.tv_in1k"
     return Job(name, backbone, network, stage, Stage(), (), None, (), member=True, key=digit * 64, content=None)
-        name, backbone, "resnet50.tv_in1k", stage, Stage(), (), None, (), member=True, key=digit * 64, content=None
-    )
 
 
 DRIVER = """
