@@ -9,6 +9,7 @@ memory: pages that the C library keeps after a free count too, so it is an upper
 """
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,25 @@ class Features:
     epoch: int = 0
     step: int = 0
     seed: int = 0
+    weights: Tensor | None = None
+    second: None = None
+    teacher: None = None
+
+
+class Pooled(nn.Module):
+    """A recogniser without a backbone: its classifier computes in float32, as `Recogniser.classify`."""
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(num_features, num_classes, bias=False)
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """None."""
+        return iter(())
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.classifier(pooled.float())
 
 
 class Head(nn.Module):
@@ -40,9 +60,7 @@ class Head(nn.Module):
     def __init__(self, num_features: int, num_classes: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.model = nn.Module()
-        self.model.backbone = nn.Identity()
-        self.model.classifier = nn.Linear(num_features, num_classes, bias=False)
+        self.model = Pooled(num_features, num_classes)
         self.objective = Objective(Context(num_classes, num_features, crop=224, epochs=1))
 
     def head_parameters(self):  # type: ignore[no-untyped-def]
@@ -65,11 +83,11 @@ def main() -> None:
     images = torch.randn(asked.batch, asked.features, device=here.device)
     labels = torch.arange(asked.batch, device=here.device) % asked.classes
     before = peak(here.device)
-    head = Head(asked.features, asked.classes, precision(stage, here.device)).to(here.device)
+    head = Head(asked.features, asked.classes, precision(here.device, stage.precision)).to(here.device)
     optimizer = Optimizer(head, stage, steps_per_epoch=100)  # type: ignore[arg-type]
     for step in range(asked.steps):
         with autocast(here.device, head.dtype):
-            (loss,) = head.objective(head.model.classifier, Features(images, labels)).values()
+            (loss,) = head.objective(head.model, Features(images, labels)).values()
         optimizer.step(loss, step)
         del loss
     if optimizer.first_bad_step() is not None:
