@@ -147,6 +147,17 @@ def full_precision(values: Tensor) -> torch.autocast:
     return torch.autocast(values.device.type, enabled=False)
 
 
+def counts_of(context: Context, name: str) -> Tensor:
+    """(K,) int64, for the objective ``name``, which weighs classes by their images.
+
+    Raises:
+        Refused: the context does not know them.
+    """
+    if context.class_counts is None:
+        raise Refused(f"{name} needs the classes' image counts.", advice="Give Context.class_counts.")
+    return context.class_counts
+
+
 def require(holds: bool, what: str, advice: str) -> None:
     """Refuse an option, before anything is trained, unless ``holds``."""
     if not holds:

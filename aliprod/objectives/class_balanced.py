@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.errors import Refused
-from aliprod.objectives import Batch, Context, Model, Reduction, mean_over, precise, reduced, require
+from aliprod.objectives import Batch, Context, Model, Reduction, counts_of, mean_over, precise, reduced, require
 
 
 def weights(counts: Tensor, beta: float) -> Tensor:
@@ -47,9 +46,7 @@ class Objective(nn.Module):
     def __init__(self, context: Context, *, beta: float = 0.9999) -> None:
         super().__init__()
         require(0 <= beta < 1, f"beta = {beta} is not in 0 to 1.", "0.9999 is the default, 0 is cross entropy.")
-        if context.class_counts is None:
-            raise Refused("class_balanced needs the classes' image counts.", advice="Give Context.class_counts.")
-        self.register_buffer("counts", context.class_counts, persistent=False)
+        self.register_buffer("counts", counts_of(context, "class_balanced"), persistent=False)
         self.beta = beta
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:

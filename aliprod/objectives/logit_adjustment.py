@@ -3,8 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.errors import Refused
-from aliprod.objectives import Batch, Context, Model, Reduction, mean_over, precise, reduced
+from aliprod.objectives import Batch, Context, Model, Reduction, counts_of, mean_over, precise, reduced
 
 
 def loss(logits: Tensor, labels: Tensor, counts: Tensor, tau: float = 1.0, reduction: Reduction = "mean") -> Tensor:
@@ -42,9 +41,7 @@ class Objective(nn.Module):
 
     def __init__(self, context: Context, *, tau: float = 1.0) -> None:
         super().__init__()
-        if context.class_counts is None:
-            raise Refused("logit_adjustment needs the classes' image counts.", advice="Give Context.class_counts.")
-        self.register_buffer("counts", context.class_counts, persistent=False)
+        self.register_buffer("counts", counts_of(context, "logit_adjustment"), persistent=False)
         self.tau = tau
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
