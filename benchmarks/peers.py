@@ -8,7 +8,6 @@ imported are named and left out.
     python benchmarks/peers.py FOLDER [--pictures 60] [--rounds 5] [--interpolation bicubic]
 """
 
-import argparse
 import importlib.util
 import io
 import tempfile
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from ratio import header, interleave, show
-from transform import STAGE, describe, picture_sets
+from transform import STAGE, arguments, describe, picture_sets
 
 from aliprod.data import pixels
 from aliprod.data.augment import train_view
@@ -35,12 +34,7 @@ ITS_OWN = {  # what reads and decodes with Pillow and leaves the transform to to
 
 def main() -> None:
     """Measure each peer in turn with ours."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--pictures", type=int, default=60, help="of each set")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--interpolation", choices=["bicubic", "bilinear"], default="bicubic")
-    asked = parser.parse_args()
+    asked = arguments(__doc__)
     torch.set_num_threads(1)
     decoder = "simplejpeg" if pixels.simplejpeg else "Pillow"
     print(header(("timm", "torch", "torchvision", "pillow")), f"decoder {decoder}", asked.interpolation, sep=", ")

@@ -39,14 +39,19 @@ GREY = [128, 128, 128]
 LEAF = (580, 800)
 
 
-def main() -> None:
-    """Check, then measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.Namespace:
+    """Which pictures, how often, resized how."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--pictures", type=int, default=60, help="of each set")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--interpolation", choices=["bicubic", "bilinear"], default="bicubic")
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check, then measure."""
+    asked = arguments(__doc__)
     torch.set_num_threads(1)
     print(header(), f"decoder {'simplejpeg' if pixels.simplejpeg else 'Pillow'}", asked.interpolation, sep=", ")
     ours, theirs = our_view(asked.interpolation), older_view(asked.interpolation)
