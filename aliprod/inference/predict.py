@@ -1,6 +1,8 @@
 """Weights and images become probabilities: one forward path for validation, ten-crop and strangers' files."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,12 +14,38 @@ from aliprod.data.catalogue import Images
 from aliprod.data.loader import Feed, squared_batches
 from aliprod.inference.probabilities import SHARD_STEP
 from aliprod.inference.ten_crop import crops, mean_probabilities
+from aliprod.models import weights
 from aliprod.models.recogniser import Recogniser
 
 Views = Literal["ten_crop", "center"]
 # Pictures in one forward pass, 256 or 320 views: they bound the memory of activations, and divide a shard's rows. The
 # last batch of a split may be smaller: no padding, since nothing here compiles or tunes itself for a shape.
 _BATCH = {"center": SHARD_STEP, "ten_crop": SHARD_STEP // 8}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A weights folder, loaded to predict with: the model in eval mode, on the device of ``feed``."""
+
+    model: Recogniser
+    config: weights.Config
+    classes: weights.Classes
+    feed: Feed
+
+
+def ready(folder: Path, processes: int = 0) -> Ready:
+    """Load a weights folder onto this process's GPU where it has one.
+
+    Args:
+        processes: that read pictures.
+    Raises:
+        Refused: it is no weights folder, or one that is damaged.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config, classes = weights.load(folder)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes)
+    return Ready(model, config, classes, feed)
 
 
 def precision(device: torch.device, stated: str = "auto") -> torch.dtype:
@@ -54,6 +82,13 @@ def predict(
     """
     for rows, pixels in squared_batches(images, resize, feed, _BATCH[views]):
         yield rows, look(model, pixels, crop, views, feed, dtype).cpu()
+
+
+def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
+    """The probabilities (n, K) alone of `predict`, block after block, at the device's precision."""
+    config, feed = member.config, member.feed
+    for _, block in predict(member.model, images, config.resize, config.crop, views, feed, precision(feed.device)):
+        yield block
 
 
 @torch.inference_mode()

@@ -14,13 +14,11 @@ from torch import Tensor
 from aliprod import commit
 from aliprod.data import sources
 from aliprod.data.catalogue import Catalogue, Images, Integers
-from aliprod.data.loader import Feed
 from aliprod.ensemble.add import submission, write_ensemble
 from aliprod.ensemble.score import aligned, as_labels, predicted_classes, top1_error
 from aliprod.errors import AliprodError
 from aliprod.inference import probabilities
-from aliprod.inference.predict import Views, precision, predict
-from aliprod.models import weights
+from aliprod.inference.predict import Views, predicted, ready
 from aliprod.orchestration.scheduler import Share
 
 _SCORES = "scores.json"
@@ -114,16 +112,11 @@ def _predict(prediction: Prediction, catalogue_path: Path, threads: int, process
 
 def _write_probabilities(prediction: Prediction, catalogue: Catalogue, threads: int, processes: int) -> None:
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config, classes = weights.load(prediction.weights)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    member, views = ready(prediction.weights, processes), prediction.views
     images: Images = getattr(catalogue, prediction.split)
-    feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes)
-    dtype, views = precision(device), prediction.views
 
     def blocks(rows: Integers) -> Iterator[Tensor]:
-        for _, block in predict(model, images.take(rows), config.resize, config.crop, views, feed, dtype):
-            yield block
+        yield from predicted(member, images.take(rows), views)
 
     record = {
         "job": prediction.job,
@@ -134,7 +127,7 @@ def _write_probabilities(prediction: Prediction, catalogue: Catalogue, threads: 
         "catalogue": catalogue.fingerprint,
     }
     labels = _labels(catalogue, prediction.split)
-    probabilities.write(prediction.folder, images.ids, classes.ids, blocks, labels, record)
+    probabilities.write(prediction.folder, images.ids, member.classes.ids, blocks, labels, record)
 
 
 def _labels(catalogue: Catalogue, split: str) -> pa.Int64Array | None:

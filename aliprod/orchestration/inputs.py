@@ -15,14 +15,12 @@ import torch
 
 from aliprod import commit
 from aliprod.data import hashes, pseudo, soft_labels, sources
-from aliprod.data.catalogue import Integers
-from aliprod.data.loader import Feed
+from aliprod.data.catalogue import Images, Integers
 from aliprod.data.training_set import base_rows
 from aliprod.ensemble.label import confident
 from aliprod.errors import AliprodError
 from aliprod.inference import probabilities
-from aliprod.inference.predict import precision, predict
-from aliprod.models import weights
+from aliprod.inference.predict import Ready, predicted, ready
 from aliprod.orchestration import members
 from aliprod.orchestration.prepare import Prepared
 from aliprod.orchestration.scheduler import Share, Task
@@ -135,18 +133,17 @@ def _write_soft_labels(
         return ""
     try:
         torch.set_num_threads(threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, config, classes = weights.load(folder)
-        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         train = sources.read(catalogue_path).train
-        images = train if rows is None else train.take(rows)
-        feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes)
-        dtype = precision(device)
-        seen = predict(model, images, config.resize, config.crop, "center", feed, dtype)
-        soft_labels.write(out, images.ids, np.asarray(classes.ids), (block for _, block in seen), record)
+        _teach_images(ready(folder, processes), train if rows is None else train.take(rows), out, record)
     except AliprodError as error:
         return str(error)
     return ""
+
+
+def _teach_images(teacher: Ready, images: Images, out: Path, record: dict[str, Any]) -> None:
+    """Apart from the task, whose code Ray sends: torch and a name ``classes`` in it would send torch.classes along."""
+    class_ids = np.asarray(teacher.classes.ids)
+    soft_labels.write(out, images.ids, class_ids, predicted(teacher, images, "center"), record)
 
 
 @ray.remote(max_retries=3)

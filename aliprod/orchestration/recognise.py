@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ from torch import Tensor
 
 from aliprod.data.augment import square
 from aliprod.data.decode import Unreadable, decode
-from aliprod.data.loader import Feed
 from aliprod.errors import Refused
-from aliprod.inference.predict import look
+from aliprod.inference.predict import Ready, look, ready
 from aliprod.models import weights
-from aliprod.models.recogniser import Recogniser
 from aliprod.orchestration import members
 from aliprod.plan.load import load
 from aliprod.plan.places import resolve
@@ -24,13 +21,6 @@ from aliprod.plan.places import resolve
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _PICTURES = 32  # at a time
 _TOP = 5
-
-
-@dataclass(frozen=True)
-class _Member:
-    model: Recogniser
-    config: weights.Config
-    feed: Feed
 
 
 def recognise(
@@ -51,7 +41,7 @@ def recognise(
         yield from _answers(paths[low : low + _PICTURES], models, classes)
 
 
-def _answers(paths: Sequence[Path], models: Sequence[_Member], classes: weights.Classes) -> Iterator[dict[str, Any]]:
+def _answers(paths: Sequence[Path], models: Sequence[Ready], classes: weights.Classes) -> Iterator[dict[str, Any]]:
     seen = [_decoded(path) for path in paths]
     pictures = [picture for picture in seen if isinstance(picture, Image.Image)]
     probabilities = iter(_probabilities(pictures, models)) if pictures else iter(())
@@ -62,7 +52,7 @@ def _answers(paths: Sequence[Path], models: Sequence[_Member], classes: weights.
             yield {"path": str(path), **_answer(next(probabilities), classes)}
 
 
-def _probabilities(pictures: Sequence[Image.Image], models: Sequence[_Member]) -> Tensor:
+def _probabilities(pictures: Sequence[Image.Image], models: Sequence[Ready]) -> Tensor:
     """(n, K): the mean of the members' ten-crop probabilities."""
     total: Tensor | float = 0.0
     for member in models:
@@ -96,18 +86,12 @@ def _files(given: Path) -> list[Path]:
     return [given]
 
 
-def _load(folders: Sequence[Path]) -> tuple[list[_Member], weights.Classes]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, lists = [], []
-    for folder in folders:
-        model, config, classes = weights.load(folder)
-        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        loaded.append(_Member(model, config, Feed(device, config.mean, config.std, config.interpolation)))
-        lists.append(classes)
-    for folder, classes in zip(folders, lists, strict=True):
-        if classes.ids != lists[0].ids:
+def _load(folders: Sequence[Path]) -> tuple[list[Ready], weights.Classes]:
+    loaded = [ready(folder) for folder in folders]
+    for folder, member in zip(folders, loaded, strict=True):
+        if member.classes.ids != loaded[0].classes.ids:
             raise Refused("knows other classes than the first member.", folder, "Run the plan again.")
-    return loaded, lists[0]
+    return loaded, loaded[0].classes
 
 
 def _weights(model: str, storage: Path | None, tracking_uri: str | None) -> list[Path]:

@@ -5,7 +5,6 @@ without a parent the hash alone decides. Rows that the rule drops are listed bes
 """
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from aliprod import commit
 from aliprod.data import duplicates, hashes
 from aliprod.data.augment import normalise
 from aliprod.data.catalogue import Catalogue, Images, Integers
-from aliprod.data.loader import Feed, squared_batches
-from aliprod.models import weights
+from aliprod.data.loader import squared_batches
+from aliprod.inference.predict import ready
 
 log = logging.getLogger(__name__)
 _HASH_BITS, _COSINE = 6, 0.95
@@ -29,29 +28,29 @@ _BATCH = 64
 
 
 def kept_rows(
-    folder: Path, rule: duplicates.Rule, catalogue: Catalogue, hashed: Path, start: Path | None, feed: Feed
+    folder: Path, rule: duplicates.Rule, catalogue: Catalogue, hashed: Path, start: Path | None, processes: int
 ) -> Integers:
     """Rows of ``catalogue.train`` that stay, ascending; computed once and kept in ``folder``.
 
     Args:
         hashed: folder of `aliprod.data.hashes`. start: weights folder of the parent.
-        feed: its normalisation is taken from the parent's weights.
+        processes: that read pictures.
     """
     if commit.read(folder) is None:
-        _write(folder, rule, catalogue, hashed, start, feed)
+        _write(folder, rule, catalogue, hashed, start, processes)
     rows: Integers = np.load(folder / "kept.npy")
     return rows
 
 
 def _write(
-    folder: Path, rule: duplicates.Rule, catalogue: Catalogue, hashed: Path, start: Path | None, feed: Feed
+    folder: Path, rule: duplicates.Rule, catalogue: Catalogue, hashed: Path, start: Path | None, processes: int
 ) -> None:
     images = catalogue.train
     groups = hashes.groups(hashed, len(images), _HASH_BITS)
     belief = np.zeros(len(images))
     if start is not None:
         rows = np.flatnonzero(np.bincount(groups, minlength=len(images))[groups] > 1)
-        embeddings, belief[rows] = _seen_by(start, images.take(rows), feed)
+        embeddings, belief[rows] = _seen_by(start, images.take(rows), processes)
         groups[rows] = duplicates.confirmed(groups[rows], rows, embeddings, _COSINE)
     rank = np.argsort(pc.sort_indices(images.ids).to_numpy())  # whose id comes first stays, whatever the file's order
     kept = duplicates.kept(groups, images.labels, rule, rank=rank, belief=belief)
@@ -69,13 +68,12 @@ def _write(
 
 
 @torch.inference_mode()
-def _seen_by(start: Path, images: Images, feed: Feed) -> tuple[Tensor, np.ndarray]:
+def _seen_by(start: Path, images: Images, processes: int) -> tuple[Tensor, np.ndarray]:
     """What the parent makes of images: embeddings (n, C) of unit length, and the probability (n,) of each label."""
-    model, config, _ = weights.load(start)
-    model = model.to(feed.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    feed = replace(feed, mean=config.mean, std=config.std, interpolation=config.interpolation, rank=0, world_size=1)
+    parent = ready(start, processes)
+    model, feed = parent.model, parent.feed
     embeddings, belief = [torch.empty(0, model.classifier.in_features)], [torch.empty(0)]
-    for rows, pixels in squared_batches(images, config.crop, feed, _BATCH):
+    for rows, pixels in squared_batches(images, parent.config.crop, feed, _BATCH):
         features = model.features(normalise(pixels, feed.mean, feed.std).contiguous(memory_format=torch.channels_last))
         embeddings.append(functional.normalize(features.mean(dim=(2, 3)).float(), dim=1).cpu())
         labels = torch.from_numpy(images.labels[rows]).to(feed.device)

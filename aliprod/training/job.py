@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from aliprod import commit, epochs
 from aliprod.data.catalogue import Catalogue, Integers
-from aliprod.data.loader import Feed
 from aliprod.data.training_set import training_set
 from aliprod.models import weights
 from aliprod.models.recogniser import normalisation
@@ -134,8 +133,8 @@ def _without_duplicates(work: Work, catalogue: Catalogue) -> Integers | None:
     if work.hashes is None or work.stage.duplicates == "keep":
         return None
     where = place(work.threads)
-    feed = Feed(where.device, *normalisation(work.network), processes=work.loader_processes)
-    kept = partial(kept_rows, work.folder / KEPT, work.stage.duplicates, catalogue, work.hashes, work.start, feed)
+    rule, processes = work.stage.duplicates, work.loader_processes
+    kept = partial(kept_rows, work.folder / KEPT, rule, catalogue, work.hashes, work.start, processes)
     if where.rank == 0:
         kept()
     if dist.is_initialized():

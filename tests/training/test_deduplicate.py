@@ -18,7 +18,6 @@ from aliprod.data import hashes
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.decode import decode
 from aliprod.data.duplicates import Rule
-from aliprod.data.loader import Feed
 from aliprod.data.sources import read
 from aliprod.models import weights
 from aliprod.models.recogniser import normalisation
@@ -27,7 +26,6 @@ from aliprod.training.deduplicate import kept_rows
 from aliprod.training.loop import train
 
 NETWORK = "test_efficientnet.r160_in1k"
-FEED = Feed(torch.device("cpu"), *normalisation(NETWORK))
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +42,7 @@ def parent(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage = Stage(resize=64, crop=64, batch_size=16, epochs=8, lr=lr, augmentation=("resize", "flip"))
     *_, last = train(stage, NETWORK, catalogue)
     assert last.end is not None
-    config = weights.Config(NETWORK, FEED.mean, FEED.std, FEED.interpolation, 64, 64)
+    config = weights.Config(NETWORK, *normalisation(NETWORK), 64, 64)
     classes = weights.Classes(tuple(catalogue.classes.tolist()), catalogue.names)
     folder = tmp_path_factory.mktemp("parent") / "weights"
     commit.write(folder, partial(weights.save, tensors=last.end.last.tensors, config=config, classes=classes))
@@ -117,7 +115,7 @@ RULES: list[tuple[Rule, set[str], set[int]]] = [
 def test_pictures_under_two_labels_go_as_the_rule_says_and_look_alikes_stay(
     shop: Catalogue, hashed: Path, parent: Path, tmp_path: Path, rule: Rule, copies: set[str], originals: set[int]
 ) -> None:
-    kept = kept_rows(tmp_path / "kept", rule, shop, hashed, parent, FEED)
+    kept = kept_rows(tmp_path / "kept", rule, shop, hashed, parent, 0)
     assert np.array_equal(kept, np.unique(kept))
     gone = copies | {original(shop, label) for label in originals}
     assert dropped(shop, kept) == gone
@@ -134,7 +132,7 @@ def test_pictures_under_two_labels_go_as_the_rule_says_and_look_alikes_stay(
 def test_without_a_parent_look_alikes_are_taken_for_the_same_picture(
     shop: Catalogue, hashed: Path, tmp_path: Path
 ) -> None:
-    kept = kept_rows(tmp_path / "kept", "drop", shop, hashed, None, FEED)
+    kept = kept_rows(tmp_path / "kept", "drop", shop, hashed, None, 0)
     assert dropped(shop, kept) >= {"d1.jpg", original(shop, 5)}
 
 
@@ -146,12 +144,12 @@ def test_what_stays_does_not_hang_on_the_order_of_the_file(
     assert other.fingerprint == shop.fingerprint
     assert not other.train.ids.equals(shop.train.ids)
     hashes.write(tmp_path / "hashes", other.train, 0)
-    kept = kept_rows(tmp_path / "kept", rule, shop, hashed, parent, FEED)
-    again = kept_rows(tmp_path / "again", rule, other, tmp_path / "hashes", parent, FEED)
+    kept = kept_rows(tmp_path / "kept", rule, shop, hashed, parent, 0)
+    again = kept_rows(tmp_path / "again", rule, other, tmp_path / "hashes", parent, 0)
     assert dropped(shop, kept) == dropped(other, again)
 
 
 def test_what_was_found_once_is_read_again(shop: Catalogue, hashed: Path, parent: Path, tmp_path: Path) -> None:
-    first = kept_rows(tmp_path / "kept", "drop", shop, hashed, parent, FEED)
-    second = kept_rows(tmp_path / "kept", "drop", shop, tmp_path / "none", tmp_path / "none", FEED)
+    first = kept_rows(tmp_path / "kept", "drop", shop, hashed, parent, 0)
+    second = kept_rows(tmp_path / "kept", "drop", shop, tmp_path / "none", tmp_path / "none", 0)
     assert np.array_equal(first, second)
