@@ -13,6 +13,7 @@ from aliprod import __version__
 from aliprod.cli.data import data_group
 from aliprod.cli.pictures import benchmark_command, evaluate_command, predict_command
 from aliprod.cli.plans import ensemble_command, plan_command, run_command, status_command
+from aliprod.cli.results import report_command, trace_command
 from aliprod.errors import AliprodError
 
 INTERRUPTED = 130
@@ -49,6 +50,8 @@ for _command in (
     ensemble_command,
     status_command,
     evaluate_command,
+    report_command,
+    trace_command,
     predict_command,
     benchmark_command,
     data_group,

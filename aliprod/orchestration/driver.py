@@ -1,6 +1,5 @@
 """The driver: what `aliprod run` and a submitted job do. It launches, waits, gathers, and yields events."""
 
-import hashlib
 import json
 import signal
 import threading
@@ -19,6 +18,7 @@ from aliprod.orchestration.board import Board
 from aliprod.orchestration.gather import Splits
 from aliprod.orchestration.prepare import Prepared, prepare, with_pretrained
 from aliprod.orchestration.scheduler import Share, Task, execute
+from aliprod.plan import provenance
 from aliprod.plan.events import Ended, Event, Said
 from aliprod.plan.open import Request
 from aliprod.tracking.registry import Choice
@@ -98,8 +98,7 @@ def _driven(prepared: Prepared) -> Iterator[Event]:
 
 def _tracked(board: Board, session: _Session, said: list[str]) -> Iterator[Event]:
     text, tracking = board.prepared.request.text, board.tracking
-    effective = board.prepared.plan.model_dump_json(exclude={"cluster"})  # what --set made of the file
-    tracking.plan_started(text, hashlib.sha256(effective.encode()).hexdigest(), board.table())
+    tracking.plan_started(text, board.prepared.plan.digest, board.table())
     status = "FAILED"
     try:
         for event in _stages(board, session):
@@ -137,6 +136,9 @@ def _stages(board: Board, session: _Session) -> Iterator[Event]:
             yield from _gather(board, choices, which, key, session)
         result = _result(board.prepared, choices, which)
         board.tracking.ensemble(key, choices, result)
+        if which.main == "test":
+            origin = members.origin(board.prepared, choices, key, result)
+            provenance.keep(board.prepared.folder / "submission.csv", origin)
     outcome = {
         "plan": board.prepared.plan.name,
         "trained": board.jobs_in("finished"),

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from aliprod import commit
 from aliprod.errors import Refused, Unreachable
@@ -87,6 +88,26 @@ def ensemble_key(prepared: Prepared, choices: Mapping[str, Choice], which: Split
         "catalogue": prepared.catalogue.fingerprint,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def origin(prepared: Prepared, choices: Mapping[str, Choice], key: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a submission was made of, as `aliprod trace` tells it.
+
+    Args:
+        key: of the ensemble. result: top1_error and split.
+    """
+    plan, catalogue = prepared.plan, prepared.catalogue
+    return {
+        "members": {
+            name: {"version": choice.version, "epoch": choice.epoch, "weights": choice.sha256, "key": choice.key}
+            for name, choice in choices.items()
+        },
+        "plan": {"name": plan.name, "sha256": plan.digest, "settings": plan.model_dump(mode="json")},
+        "catalogue": {"path": str(catalogue.root), "fingerprint": catalogue.fingerprint},
+        "ensemble": key,
+        "top1_error": result["top1_error"],
+        "split": result["split"],
+    }
 
 
 def _weights(plan_folder: Path, job_folder: Path, choice: Choice) -> Path:

@@ -4,6 +4,7 @@ What a stage may say is `aliprod.recipe.Stage`. A stage's table is partial: defa
 seed are merged into it before it becomes one.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,11 @@ class Plan(Frozen):
         if sum(map(len, self.jobs.values())) > MOST_JOBS:
             raise ValueError(f"a plan has at most {MOST_JOBS:,} jobs")
         return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that it says, overrides included, but where it runs."""
+        return hashlib.sha256(self.model_dump_json(exclude={"cluster"}).encode()).hexdigest()
 
     def stage(self, backbone: str, name: str) -> Stage:
         """The effective stage of a job: everything merged, the objective's options completed."""

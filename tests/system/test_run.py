@@ -116,6 +116,19 @@ def test_the_error_that_is_told_is_the_one_counted_from_the_submission(whole: Ru
     assert whole.outcome["ensemble"]["top1_error"] == pytest.approx(np.mean(errors))
 
 
+def test_a_copy_of_the_submission_is_traced_to_the_weights_that_made_it(
+    cluster: Any, whole: Run, tmp_path: Path
+) -> None:
+    copy = tmp_path / "mailed.csv"
+    copy.write_bytes((whole.storage / "tiny" / "submission.csv").read_bytes())
+    traced = last_line(cluster.aliprod("trace", copy, "--storage", whole.storage, "--json"))
+    assert set(traced) >= {"submission", "members", "plan", "catalogue"}
+    for name in MEMBERS:
+        [weights] = whole.storage.glob(f"jobs/{name}/*/weights/model.safetensors")
+        assert traced["members"][name]["weights"] == commit.sha256(weights)
+        assert traced["members"][name]["key"] == weights.parts[-3]
+
+
 def test_mlflow_holds_a_run_for_each_job_below_the_plans(whole: Run) -> None:
     client = mlflow_of(whole.storage)
     experiment = client.get_experiment_by_name("tiny")

@@ -1,0 +1,154 @@
+"""The report of a plan: one HTML file that needs nothing else, without a script, to be mailed or put on a server."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from aliprod import commit, epochs
+from aliprod.data import sources
+from aliprod.data.catalogue import Catalogue, Images
+from aliprod.data.decode import Unreadable, decode_anyway
+from aliprod.errors import AliprodError
+from aliprod.plan import ledger
+from aliprod.plan.graph import Job
+from aliprod.plan.open import Request, open_jobs
+from aliprod.plan.places import catalogue_path
+from aliprod.report import figures, mistakes, status
+
+FILE = "report.html"
+_CONFUSIONS = 12
+_THUMBNAIL = 120  # pixels
+
+
+def write(request: Request) -> Path:
+    """Write STORAGE/PLAN/report.html from what is in the storage folder, whatever of it there is.
+
+    Raises:
+        Refused: the catalogue cannot be read. StorageFull: no room.
+    """
+    path = request.places.of(request.plan) / FILE
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("aliprod.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"percent": _percent, "points": _points, "picture": _as_data}
+    commit.write_file(path, environment.get_template("page.html").render(_facts(request)))
+    return path
+
+
+def _facts(request: Request) -> dict[str, Any]:
+    plan, places = request.plan, request.places
+    jobs, note = open_jobs(request)
+    told = {name: _epochs(places.storage, job) for name, job in jobs.items()}
+    result = _ensemble(places.of(plan) / "result.json")
+    errors = {name: [line.get("val/top1_error") for line in lines] for name, lines in told.items()}
+    return {
+        "plan": plan,
+        "note": note,
+        "settings": plan.model_dump_json(indent=1, exclude={"cluster"}, exclude_defaults=True),  # no password of MLflow
+        "rows": [row | _work(told[row["name"]]) for row in status.states(plan, jobs, places)],
+        "ensemble": result,
+        "figures": list(_figures(jobs, errors, result)),
+        **_mistakes(request, result),
+    }
+
+
+def _epochs(storage: Path, job: Job) -> list[dict[str, Any]]:
+    return [] if job.key is None else epochs.read(ledger.folder(storage, job) / epochs.FILE)
+
+
+def _ensemble(path: Path) -> dict[str, Any]:
+    """The last run's ensemble; {} where there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["ensemble"] or {})
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _work(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last epoch's memory and waiting."""
+    last = lines[-1] if lines else {}
+    return {"data_wait_share": last.get("speed/data_wait_share"), "memory_bytes": last.get("speed/memory_bytes")}
+
+
+def _figures(
+    jobs: Mapping[str, Job], errors: Mapping[str, list[float | None]], result: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    if drawn := figures.by_epoch(jobs, errors):
+        yield "Errors by epoch", drawn
+    if result and result["top1_error"] is not None:
+        known = {name: member["top1_error"] for name, member in result["members"].items()}
+        yield f"Members and ensemble on {result['split']}", figures.members(known, result["top1_error"])
+
+
+def _mistakes(request: Request, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Confusions with pictures and errors by class size, of the images that the ensemble's error is counted on."""
+    nothing: dict[str, Any] = {"confusions": [], "by_size": "", "scored": 0}
+    if not result or result["split"] is None:
+        return nothing
+    catalogue = sources.read(catalogue_path(request.plan, request.places))
+    folder, split = Path(result["probabilities"]), result["split"]
+    record = commit.read(folder) or {}
+    try:
+        found = mistakes.scored(
+            folder if record.get("split") == split else folder.with_name(f"ensemble-{split}"), catalogue, split
+        )
+    except AliprodError:  # removed by hand: the rest can still be told
+        return nothing
+    return {
+        "confusions": [_pictured(confusion, found, catalogue) for confusion in mistakes.confusions(found, _CONFUSIONS)],
+        "by_size": figures.by_size(mistakes.by_size(found, catalogue.class_counts)) if len(found.rows) else "",
+        "scored": len(found.rows),
+    }
+
+
+def _pictured(confusion: mistakes.Confusion, found: mistakes.Scored, catalogue: Catalogue) -> dict[str, Any]:
+    return {
+        "count": confusion.count,
+        "of": confusion.of,
+        "id": found.images.ids[confusion.row].as_py(),
+        "wrong": _thumbnail(found.images, confusion.row),
+        "classes": [_class(catalogue, confusion.truth), _class(catalogue, confusion.predicted)],
+    }
+
+
+def _class(catalogue: Catalogue, row: int) -> dict[str, Any]:
+    """A class with its first training image."""
+    first = int((catalogue.train.labels == row).argmax())
+    name = catalogue.names[row]
+    return {
+        "name": f"{catalogue.classes[row]} {name}".strip(),
+        "images": int((catalogue.train.labels == row).sum()),
+        "picture": _thumbnail(catalogue.train, first),
+    }
+
+
+def _thumbnail(images: Images, row: int) -> bytes:
+    """JPEG of at most 120 pixels a side; grey where the picture cannot be read."""
+    try:
+        source = images.source(row)
+    except (Unreadable, AliprodError):
+        source = b""
+    image, _ = decode_anyway(source)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+def _as_data(content: bytes | str, kind: str) -> str:
+    """A picture as an address that holds it."""
+    coded = base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
+    return f"data:image/{kind};base64,{coded}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def _points(gain: float | None) -> str:
+    return "" if gain is None else f"{100 * gain:+.2f}"

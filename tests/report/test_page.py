@@ -1,0 +1,144 @@
+"""The report: one file that needs nothing else, runs no script, and tells what the storage path holds."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aliprod import commit
+from aliprod.data.catalogue import Catalogue
+from aliprod.data.sources import read
+from aliprod.ensemble.add import write_ensemble
+from aliprod.inference import probabilities
+from aliprod.plan import ledger
+from aliprod.plan.load import load
+from aliprod.plan.open import Request, open_jobs
+from aliprod.plan.places import resolve
+from aliprod.report import page
+
+PLAN = """\
+format = 1
+name = "shop"
+catalogue = { path = "pictures" }
+backbones = { net = "resnet18.a1_in1k" }
+stages = { full = { epochs = 2 }, accuracy = { start = "full", epochs = 2 } }
+jobs = { net = ["full", "accuracy"] }
+ensemble = { members = ["net/full", "net/accuracy"] }
+cluster = { tracking_uri = "https://me:secret@tracking" }
+"""
+HOSTILE = "<script>alert(1)</script>"
+
+
+class Seen(HTMLParser):
+    """The tags of a page with their attributes, and its words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.fixture
+def request_of(packages: Catalogue, tmp_path: Path) -> Request:
+    """A plan over a catalogue whose first class has a hostile name."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(packages.root, pictures)
+    tree = pictures / "product_tree.json"
+    tree.write_text(tree.read_text().replace(json.dumps(packages.names[0])[1:-1], HOSTILE))
+    (tmp_path / "plan.toml").write_text(PLAN)
+    plan = load(tmp_path / "plan.toml")
+    return Request(plan, PLAN, resolve(plan, tmp_path / "runs", None, None))
+
+
+def seen(request: Request) -> Seen:
+    path = page.write(request)
+    assert path == request.places.storage / "shop" / "report.html"
+    return Seen(path.read_text(encoding="utf-8"))
+
+
+def ended(request: Request) -> None:
+    """As a run leaves it: every image is taken for class 1, but one of class 0, which is known."""
+    catalogue = read(request.places.storage.parent / "pictures")
+    assert HOSTILE in catalogue.names[0]
+    assert catalogue.test_labels is not None
+    guess = np.ones(len(catalogue.test), np.int64)
+    guess[np.flatnonzero(catalogue.test_labels == 0)[0]] = 0
+    rows = np.eye(catalogue.num_classes, dtype=np.float32)[guess]
+    folder = request.places.storage / "shop"
+    probabilities.write(folder / "m", catalogue.test.ids, catalogue.classes, lambda missing: [rows[missing]])
+    write_ensemble(folder / "ensemble", [probabilities.open_store(folder / "m")], record={"split": "test"})
+    jobs, _ = open_jobs(request)
+    for number, job in enumerate(jobs.values()):
+        kept = ledger.folder(request.places.storage, job)
+        lines = [
+            {"epoch": epoch, "time_ms": 1000 * epoch, "val/top1_error": 0.75 - 0.25 * epoch - 0.125 * number}
+            for epoch in range(2)
+        ]
+        commit.write_file(kept / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        commit.write(kept / "weights", lambda new: (new / "model").touch(), {"top1_error": 0.5 - 0.125 * number})
+    ensemble = {
+        "members": {name: {"top1_error": 0.5, "version": 1} for name in jobs},
+        "top1_error": 0.1234,
+        "split": "test",
+        "submission": None,
+        "probabilities": str(folder / "ensemble"),
+    }
+    commit.write_file(folder / "result.json", json.dumps({"ensemble": ensemble}))
+
+
+def test_a_plan_that_has_not_run_has_a_report_of_its_jobs(request_of: Request) -> None:
+    found = seen(request_of)
+    assert "There is no ensemble yet." in found.words
+    assert "net/accuracy" in found.words
+    assert not [attributes for tag, attributes in found.tags if tag == "img"]
+
+
+def test_a_finished_plan_tells_its_errors_gains_and_confusions_with_pictures(request_of: Request) -> None:
+    ended(request_of)
+    found = seen(request_of)
+    for told in ("12.34%", "50.00%", "37.50%", "-12.50", "Errors by epoch", "Errors by class size"):
+        assert told in found.words
+    catalogue = read(request_of.places.storage.parent / "pictures")
+    labels = catalogue.test_labels
+    assert labels is not None
+    for label in (0, 2, 3):
+        wrong = np.count_nonzero(labels == label) - (label == 0)
+        assert f"{wrong} of {np.count_nonzero(labels == label)}: {catalogue.classes[label]} " in found.words
+    pictures = [attributes["src"] or "" for tag, attributes in found.tags if tag == "img"]
+    assert sum(picture.startswith("data:image/jpeg") for picture in pictures) == 3 * 3  # the wrong one, both classes
+    assert sum(picture.startswith("data:image/svg+xml") for picture in pictures) == 3
+
+
+def test_names_are_text_nothing_is_loaded_and_no_password_is_told(request_of: Request) -> None:
+    ended(request_of)
+    found = seen(request_of)
+    assert HOSTILE in found.words
+    assert {"script", "link", "iframe", "object"}.isdisjoint(tag for tag, _ in found.tags)
+    assert all((value or "").startswith("data:") for _, found in found.tags for name, value in found.items()
+               if name in ("src", "href"))  # fmt: skip
+    policy = [attributes["content"] for tag, attributes in found.tags if "http-equiv" in attributes]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    assert "secret" not in page.write(request_of).read_text(encoding="utf-8")
+
+
+def test_the_same_results_are_the_same_bytes(request_of: Request) -> None:
+    ended(request_of)
+    assert page.write(request_of).read_bytes() == page.write(request_of).read_bytes()
+
+
+def test_an_ensemble_that_was_removed_by_hand_leaves_the_rest_of_the_report(request_of: Request) -> None:
+    ended(request_of)
+    shutil.rmtree(request_of.places.storage / "shop" / "ensemble")
+    found = seen(request_of)
+    assert "12.34%" in found.words
+    assert "What is taken for what" not in found.words
