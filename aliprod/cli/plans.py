@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aliprod.cli.answers import answer
+from aliprod.errors import AliprodError
 from aliprod.plan.events import Changed, Ended, Event
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def run_command(asked: Asked) -> None:
     """
     from aliprod.orchestration import driver
 
-    _drive(driver.run(asked.request()), asked.as_json, whole=True)
+    request = asked.request()
+    _drive(request, driver.run(request), asked.as_json, whole=True)
 
 
 @click.command("ensemble")
@@ -118,7 +120,8 @@ def ensemble_command(asked: Asked) -> None:
     """
     from aliprod.orchestration import driver
 
-    _drive(driver.ensemble(asked.request()), asked.as_json, whole=False)
+    request = asked.request()
+    _drive(request, driver.ensemble(request), asked.as_json, whole=False)
 
 
 @click.command("status")
@@ -164,8 +167,8 @@ def _jobs(request: "Request") -> "dict[str, Job]":
     return jobs
 
 
-def _drive(events: Iterator[Event], as_json: bool, whole: bool) -> None:
-    """Print what happens as it happens; exit 1 where a job failed."""
+def _drive(request: "Request", events: Iterator[Event], as_json: bool, whole: bool) -> None:
+    """Print what happens as it happens, and write the report; exit 1 where a job failed."""
     from aliprod.report import status
 
     failures: list[Changed] = []
@@ -173,6 +176,7 @@ def _drive(events: Iterator[Event], as_json: bool, whole: bool) -> None:
         if isinstance(event, Changed) and event.state in ("failed", "not_run"):
             failures.append(event)
         if isinstance(event, Ended):
+            _report(request, as_json)
             _summarise(event.outcome, as_json, whole)
         elif text := status.line(event):
             click.echo(text, err=as_json)
@@ -181,6 +185,16 @@ def _drive(events: Iterator[Event], as_json: bool, whole: bool) -> None:
             click.echo(f"Error: {failure.job} {failure.state.replace('_', ' ')}: {failure.detail}", err=True)
         click.echo("No ensemble was made. What is finished is kept; the same command goes on.", err=True)
         sys.exit(1)
+
+
+def _report(request: "Request", as_json: bool) -> None:
+    """What it lacks room for, or cannot read, spoils no run."""
+    from aliprod.report import page
+
+    try:
+        click.echo(f"Report: {page.write(request)}", err=as_json)
+    except AliprodError as error:
+        click.echo(f"No report: {error}", err=True)
 
 
 def _summarise(outcome: Mapping[str, Any], as_json: bool, whole: bool) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from aliprod import commit, epochs
+from aliprod.cli import app
 from aliprod.ensemble.add import read_predictions
 from aliprod.inference import probabilities
 
@@ -116,12 +118,17 @@ def test_the_error_that_is_told_is_the_one_counted_from_the_submission(whole: Ru
     assert whole.outcome["ensemble"]["top1_error"] == pytest.approx(np.mean(errors))
 
 
-def test_a_copy_of_the_submission_is_traced_to_the_weights_that_made_it(
-    cluster: Any, whole: Run, tmp_path: Path
-) -> None:
+def test_a_run_leaves_a_report_of_its_members(whole: Run) -> None:
+    written = (whole.storage / "tiny" / "report.html").read_text(encoding="utf-8")
+    assert f"{whole.outcome['ensemble']['top1_error']:.2%}" in written
+    assert all(f"{name} \N{BLACK STAR}" in written for name in MEMBERS)
+
+
+def test_a_copy_of_the_submission_is_traced_to_the_weights_that_made_it(whole: Run, tmp_path: Path) -> None:
     copy = tmp_path / "mailed.csv"
     copy.write_bytes((whole.storage / "tiny" / "submission.csv").read_bytes())
-    traced = last_line(cluster.aliprod("trace", copy, "--storage", whole.storage, "--json"))
+    asked = CliRunner().invoke(app, ["trace", str(copy), "--storage", str(whole.storage), "--json"])
+    traced = json.loads(asked.stdout)
     assert set(traced) >= {"submission", "members", "plan", "catalogue"}
     for name in MEMBERS:
         [weights] = whole.storage.glob(f"jobs/{name}/*/weights/model.safetensors")
