@@ -14,6 +14,7 @@ from aliprod.cli.data import data_group
 from aliprod.cli.pictures import benchmark_command, evaluate_command, predict_command
 from aliprod.cli.plans import ensemble_command, plan_command, run_command, status_command
 from aliprod.cli.results import report_command, trace_command
+from aliprod.cli.tune import tune_command
 from aliprod.errors import AliprodError
 
 INTERRUPTED = 130
@@ -50,6 +51,7 @@ for _command in (
     ensemble_command,
     status_command,
     evaluate_command,
+    tune_command,
     report_command,
     trace_command,
     predict_command,

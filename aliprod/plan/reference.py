@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from aliprod.plan import options
-from aliprod.plan.schema import CatalogueSource, Cluster, Ensemble, Plan, Synth
+from aliprod.plan.schema import CatalogueSource, Cluster, Ensemble, Plan, Synth, Tune
 from aliprod.recipe import LearningRate, OptimizerRecipe, PerClass, PseudoLabels, Soup, Stage
 
 _MERGING = """\
@@ -30,6 +30,7 @@ _TABLES: dict[str, tuple[str, type[BaseModel]]] = {
     "`optimizer`": ("", OptimizerRecipe),
     "`[ensemble]`": ("", Ensemble),
     "`[cluster]`": ("None of it is part of a key: changing it trains nothing again.", Cluster),
+    "`[tune]`": ("What `aliprod tune` tries; none of it is part of a key.", Tune),
 }
 _HEAD = """# The plan, key by key
 

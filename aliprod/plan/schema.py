@@ -130,6 +130,17 @@ class Cluster(Frozen):
     )
 
 
+class Tune(Frozen):
+    """What `aliprod tune` tries. None of it is part of a key."""
+
+    trials: int = Field(default=8, ge=1, le=10_000, description="pairs of learning rates; the first is the stage's own")
+    span: float = Field(
+        default=10.0, gt=1, le=1e6, description="rates are drawn from the stage's own over this to those times this"
+    )
+    epochs: int = Field(default=2, ge=1, le=1_000, description="of a trial, its schedule drawn together in proportion")
+    per_class: int = Field(default=10, ge=1, description="training images a class of a trial, at most")
+
+
 class Plan(Frozen):
     """A checked plan. Only `aliprod.plan.load.load` makes one: it checks what one table says about another."""
 
@@ -149,6 +160,7 @@ class Plan(Frozen):
     )
     ensemble: Ensemble = Field(description="what is added up")
     cluster: Cluster = Field(default=Cluster(), description="where it runs; no part of any key")
+    tune: Tune = Field(default=Tune(), description="how learning rates are searched for; no part of any key")
 
     @model_validator(mode="after")
     def _of_bounded_size(self) -> "Plan":
@@ -158,8 +170,8 @@ class Plan(Frozen):
 
     @property
     def digest(self) -> str:
-        """sha256 of all that it says, overrides included, but where it runs."""
-        return hashlib.sha256(self.model_dump_json(exclude={"cluster"}).encode()).hexdigest()
+        """sha256 of all that it says of its results, overrides included."""
+        return hashlib.sha256(self.model_dump_json(exclude={"cluster", "tune"}).encode()).hexdigest()
 
     def stage(self, backbone: str, name: str) -> Stage:
         """The effective stage of a job: everything merged, the objective's options completed."""
