@@ -34,7 +34,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch of a job.
+    """An epoch of a stage.
 
     Attributes:
         images: that it trains on as rates count them, steps times batch size.
@@ -53,7 +53,7 @@ class Bill:
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.rates = prepared, Rates(prepared)
-        self.epochs = {name: epoch_of(prepared.jobs[name], prepared.catalogue) for name in prepared.todo}
+        self.epochs = {name: epoch_of(prepared.jobs[name].stage, prepared.catalogue) for name in prepared.todo}
         self.which = steps.splits(prepared.catalogue, prepared.plan.ensemble.score)
 
     def phases(self, ranks: int) -> list[list[Cost]]:
@@ -111,10 +111,8 @@ class Bill:
 
     def _predicting(self, job: Job, split: str) -> float:
         views = self.prepared.plan.ensemble.views
-        stores = self.prepared.job_folder(job.name) / "probabilities"
-        if job.name not in self.prepared.todo and any(
-            map(commit.read, stores.glob(steps.store_name("*", split, views)))
-        ):
+        stores = (self.prepared.job_folder(job.name) / "probabilities").glob(steps.store_name("*", split, views))
+        if job.name not in self.prepared.todo and any(commit.read(store) is not None for store in stores):
             return 0.0
         return _lasts(len(getattr(self.prepared.catalogue, split)), self.rates.predicting(job, views), 1)
 
@@ -132,17 +130,18 @@ def speed_up(ranks: int) -> float:
     return ranks / (1 + 0.02 * (ranks - 1))
 
 
-def epoch_of(job: Job, catalogue: Catalogue) -> Epoch:
-    """An epoch of a job, counted; `aliprod.data.loader.TrainBatches` makes the same number of steps.
+def epoch_of(stage: Stage, catalogue: Catalogue) -> Epoch:
+    """An epoch of a stage, counted; `aliprod.data.loader.TrainBatches` makes the same number of steps.
 
     Raises:
         Refused: the objective does not fit the catalogue.
     """
-    stage, needs = job.stage, _needs(job.stage, catalogue)
+    needs = _needs(stage, catalogue)
     groups = int((-(-_counts(stage, catalogue) // needs.group)).sum())
-    number = groups // max(1, min(stage.batch_size // needs.group, groups))
+    at_once = max(1, min(stage.batch_size // needs.group, groups))
+    number = groups // at_once
     kinds = 1 if stage.ema is None else 2
-    restated = min(STATISTICS_BATCHES, number) * stage.batch_size
+    restated = min(STATISTICS_BATCHES, number) * at_once * needs.group
     seen = len(catalogue.val) + (restated + len(catalogue.val) if needs.distorts else 0)
     if stage.soup is not None:
         kinds = len(stage.soup.of) if stage.soup.greedy and len(catalogue.val) else 1

@@ -33,7 +33,7 @@ def lines(estimate: Mapping[str, Any], workers: int, on_gpus: bool, measure: str
     unit = "GPU" if on_gpus else "rank"
     seconds, bound = estimate["seconds"], estimate["lower_bound_seconds"]
     yield (
-        f"On {estimate['gpus']} {unit}s: {duration(seconds)}, {estimate['gpu_hours']:,.1f} {unit}-hours, "
+        f"On {estimate['gpus']} {unit}s: {duration(seconds)}, {estimate['gpu_hours']:,.2f} {unit}-hours, "
         f"{duration(estimate['prediction_seconds'])} of them predictions; {duration(bound)} at least, in any order."
     )
     best = min(estimate["workers"], key=lambda width: float(width["seconds"]), default=None)
