@@ -45,7 +45,8 @@ def _measured(prepared: Prepared, piece: Piece, steps: int) -> dict[str, Any]:
     match piece.part:
         case "center" | "ten_crop" as views:
             size, batches = (job.stage.resize, job.stage.crop), max(1, steps // 4)
-            return asdict(measure_prediction(job.network, *size, views, catalogue, batches, threads, processes))
+            network = job.network, rates.branches(job)
+            return asdict(measure_prediction(*network, *size, views, catalogue, batches, threads, processes))
         case part:
             stage = rates.bare(job.stage)
             stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // cluster.workers)})

@@ -15,6 +15,7 @@ from aliprod import commit, epochs
 from aliprod.orchestration.prepare import Prepared
 from aliprod.plan import ledger
 from aliprod.plan.graph import Job
+from aliprod.plan.options import needs
 from aliprod.recipe import LearningRate, Stage
 
 Part = Literal["loader", "step", "train"]
@@ -87,6 +88,11 @@ def predictors(prepared: Prepared) -> set[str]:
     return {*prepared.plan.ensemble.members, *(name for recipe in labels if recipe for name in recipe.by)}
 
 
+def branches(job: Job) -> int:
+    """Of the network that a job's objective trains, each of which predicts."""
+    return int(needs(job.stage.objective.name).get("branches", 1))
+
+
 def keep(prepared: Prepared, piece: Piece, measured: Mapping[str, Any]) -> None:
     """Keep what a piece was measured at, in place of what was known of it.
 
@@ -141,7 +147,7 @@ def _digest(prepared: Prepared, part: Part | Views, job: Job) -> str:
         "loader_processes": cluster.loader_processes,
     }
     if part in get_args(Views):
-        facts |= {"resize": job.stage.resize, "crop": job.stage.crop}
+        facts |= {"resize": job.stage.resize, "crop": job.stage.crop, "branches": branches(job)}
     else:
         stage = bare(job.stage).model_dump(mode="json")
         facts |= {"stage": stage, "compile": cluster.compile, "exact": cluster.exact}

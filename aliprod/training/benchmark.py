@@ -121,6 +121,7 @@ class Predicted:
 
 def measure_prediction(
     network: str,
+    branches: int,
     resize: int,
     crop: int,
     views: Views,
@@ -132,12 +133,13 @@ def measure_prediction(
     """Measure the prediction of training images, over so many batches after those that fill the loader.
 
     Args:
+        branches: of the network, as of `aliprod.objectives.Needs`.
         resize, crop: pixels.
     """
     here = place(threads)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats(here.device)
-    model = Recogniser(network, catalogue.num_classes).eval()
+    model = Recogniser(network, catalogue.num_classes, branches=branches).eval()
     model = model.to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     feed = Feed(here.device, *normalisation(network), processes=loader_processes)
     before = 1 + 2 * loader_processes  # a process reads two batches ahead

@@ -163,6 +163,18 @@ def test_without_a_rate_there_is_no_total_and_it_is_said_of_what(prepared: Prepa
     assert full.seconds == pytest.approx(3 * (20 + len(prepared.catalogue.val)) / 10), "val at no better rate"
 
 
+def test_what_is_made_for_a_job_is_counted_where_it_can_be_and_named_where_not(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "photos").symlink_to(photos)
+    sets = ['stages.balanced.duplicates="drop"', 'stages.accuracy.objective="distillation"']
+    prepared = prepare(tmp_path, *sets, 'stages.accuracy.teachers=["net/full"]')
+    measured(prepared, {"train": 10.0, "center": 40.0, "ten_crop": 4.0})
+    assert forecast(prepared, 1).missing == ["net/balanced hashes"]
+    commit.write(prepared.places.storage / "hashes" / prepared.catalogue.fingerprint, lambda folder: None, {})
+    found = forecast(prepared, 1)
+    alone = sum(job.seconds for job in found.jobs) + found.prediction_seconds
+    assert found.seconds == pytest.approx(alone + 20 / 40), "soft labels of 20 images"
+
+
 def test_a_job_that_is_wider_than_the_gpus_is_refused(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "photos").symlink_to(photos)
     with pytest.raises(Refused, match="2 is less than the 4"):
@@ -188,6 +200,8 @@ def test_what_changes_the_cost_of_a_step_is_measured_anew_and_nothing_else(tmp_p
     assert len(before) == 4, "two objectives, the centre view, ten crops"
     for same in ("defaults.epochs=9", "defaults.lr.backbone=0.5", "seed=7", "defaults.images.per_class=1", "name='x'"):
         assert digests(same) == before
+    two_branches = digests("stages.accuracy.objective='bbn'") - before
+    assert len(two_branches) == 3, "training, centre, ten crops"
     for other in ("crop=24", "batch_size=2", "accumulate=2", "precision='bfloat16'", "ema=0.9"):
         assert not {p.digest for p in rates.pieces(prepare(tmp_path, f"defaults.{other}"), "step")} & {
             p.digest for p in rates.pieces(prepare(tmp_path), "step")
