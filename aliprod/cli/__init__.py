@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 import click
 
 from aliprod import __version__
+from aliprod.cli.benchmark import benchmark_command
 from aliprod.cli.data import data_group
-from aliprod.cli.pictures import benchmark_command, evaluate_command, predict_command
+from aliprod.cli.pictures import evaluate_command, predict_command
 from aliprod.cli.plans import ensemble_command, plan_command, run_command, status_command
 from aliprod.cli.results import report_command, trace_command
 from aliprod.cli.tune import tune_command

@@ -1,17 +1,14 @@
-"""The commands that recognise, score and measure."""
+"""The commands that recognise and score."""
 
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from aliprod.cli.answers import answer
-
-if TYPE_CHECKING:
-    from aliprod.training.benchmark import Part
 
 
 @click.command("evaluate")
@@ -62,45 +59,6 @@ def predict_command(
         click.echo(json.dumps(found, ensure_ascii=False) if as_json else _recognised(found))
     if failed:
         sys.exit(1)
-
-
-@click.command("benchmark")
-@click.argument("part", type=click.Choice(["loader", "step", "train"]))
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--network", default="resnet50", show_default=True, help="timm's name.")
-@click.option("--crop", default=224, show_default=True, type=click.IntRange(8, 4096), help="Pixels.")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images a step.")
-@click.option("--loader-processes", default=0, show_default=True, type=click.IntRange(0), help="That read images.")
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Counted, after as many more.")
-@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON, as the last line.")
-def benchmark_command(
-    part: "Part", path: Path, network: str, crop: int, batch_size: int, loader_processes: int, steps: int, as_json: bool
-) -> None:
-    """Measure what limits training on this machine: the loader alone, the step alone, or the training of both.
-
-    PATH is a catalogue.
-
-    \b
-    Example: aliprod benchmark train photos --network resnet50 --loader-processes 8
-    """
-    from dataclasses import asdict
-
-    from aliprod.data import sources
-    from aliprod.models.recogniser import check_network
-    from aliprod.recipe import Stage
-    from aliprod.training.benchmark import measure
-
-    check_network(network, "--network")
-    augmentation = ("random_resized_crop", "flip", "auto_augment", "cutout")
-    stage = Stage(resize=max(crop, 256), crop=crop, batch_size=batch_size, augmentation=augmentation)
-    found = measure(part, stage, network, sources.read(path), steps, loader_processes=loader_processes)
-    if not as_json:
-        click.echo(
-            f"{found.part}: {found.images_per_second:,.1f} images/s on {found.device}, waiting for pictures "
-            f"{found.data_wait_share:.0%} of the time, {found.memory_bytes / 1e6:,.0f} MB. "
-            f"The {found.limited_by} limits."
-        )
-    answer(as_json, asdict(found))
 
 
 def _recognised(found: Mapping[str, Any]) -> str:

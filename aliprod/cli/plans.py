@@ -1,9 +1,10 @@
 """The commands that take a plan."""
 
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from aliprod.errors import AliprodError
 from aliprod.plan.events import Changed, Ended, Event
 
 if TYPE_CHECKING:
+    from aliprod.data.catalogue import Catalogue
     from aliprod.plan.graph import Job
     from aliprod.plan.open import Request
 
@@ -39,13 +41,19 @@ class Asked:
         places = resolve(plan, self.storage, self.tracking_uri, self.address)
         return Request(plan, self.file.read_text(encoding="utf-8-sig"), places)
 
+    def benchmark(self) -> str:
+        """The command that measures what a forecast needs."""
+        flags = [word for text in self.sets for word in ("--set", text)]
+        flags += ["--storage", str(self.storage)] if self.storage else []
+        return shlex.join(["aliprod", "benchmark", "train", str(self.file), *flags])
 
-def takes_plan(command: Callable[[Asked], None]) -> Callable[..., None]:
-    """A command with the argument FILE and the flags of `Asked`."""
+
+def takes_plan(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the argument FILE and the flags of `Asked`, beside its own."""
 
     @functools.wraps(command)
     def asked(**given: Any) -> None:
-        command(Asked(**given))
+        command(Asked(**{one.name: given.pop(one.name) for one in fields(Asked)}), **given)
 
     options: tuple[Callable[..., Any], ...] = (
         click.argument("file", type=click.Path(path_type=Path)),
@@ -62,17 +70,27 @@ def takes_plan(command: Callable[[Asked], None]) -> Callable[..., None]:
 
 
 @click.command("plan")
+@click.option("--gpus", type=click.IntRange(1, 100_000), help="Forecast what the rest takes on so many.")
 @takes_plan
-def plan_command(asked: Asked) -> None:
+def plan_command(asked: Asked, gpus: int | None) -> None:
     """Check a plan and show its jobs, their keys, what is done and what would run.
+
+    With --gpus, how long that will take, job by job, from rates that finished or running jobs have told, else those
+    of `aliprod benchmark train FILE`. Where jobs run on CPUs, N is how many ranks run at a time.
 
     \b
     Example: aliprod plan jobs/aliproducts.toml --set stages.dcl.epochs=4
+             aliprod plan jobs/aliproducts.toml --gpus 8
     """
-    from aliprod.report import status
+    from aliprod.plan.open import jobs_of, open_catalogue
+    from aliprod.report import forecast, status
 
     request = asked.request()
-    jobs = _jobs(request)
+    catalogue, note = open_catalogue(request)
+    if note:
+        click.echo(note, err=True)
+    jobs = jobs_of(request.plan, catalogue)
+    estimate = None if gpus is None or catalogue is None else _estimate(request, catalogue, jobs, gpus)
     rows = [
         {
             "name": job.name,
@@ -86,14 +104,29 @@ def plan_command(asked: Asked) -> None:
         for job in jobs.values()
     ]
     if not asked.as_json:
-        shown = [[*_columns(row), "yes" if row["member"] else ""] for row in rows]
-        click.echo(status.table(shown, ["job", "needs", "key", "state", "member"]))
+        shown: list[list[object]] = [[*_columns(row), "yes" if row["member"] else ""] for row in rows]
+        header = ["job", "needs", "key", "state", "member"]
+        if estimate is not None:
+            shown = [[*row, *forecast.cells(job)] for row, job in zip(shown, estimate["jobs"], strict=True)]
+            header += forecast.HEADER
+        click.echo(status.table(shown, header))
         waiting = sum(row["state"] == "waiting" for row in rows)
         click.echo(f"{len(rows)} jobs, {waiting} to train, {len(request.plan.ensemble.members)} members.")
-    answer(
-        asked.as_json,
-        {"plan": request.plan.name, "jobs": rows, "members": list(request.plan.ensemble.members), "estimate": None},
-    )
+        if estimate is not None:
+            cluster = request.plan.cluster
+            for line in forecast.lines(estimate, cluster.workers, cluster.use_gpu is not False, asked.benchmark()):
+                click.echo(line)
+        elif gpus is not None:
+            click.echo(f"No forecast without the catalogue. Then this measures what it needs: {asked.benchmark()}")
+    members = list(request.plan.ensemble.members)
+    answer(asked.as_json, {"plan": request.plan.name, "jobs": rows, "members": members, "estimate": estimate})
+
+
+def _estimate(request: "Request", catalogue: "Catalogue", jobs: "dict[str, Job]", gpus: int) -> dict[str, Any]:
+    from aliprod.orchestration.forecast import forecast
+    from aliprod.orchestration.prepare import opened
+
+    return asdict(forecast(opened(request, catalogue, jobs), gpus))
 
 
 @click.command("run")

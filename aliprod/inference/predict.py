@@ -20,7 +20,7 @@ from aliprod.models.recogniser import Recogniser
 Views = Literal["ten_crop", "center"]
 # Pictures in one forward pass, 256 or 320 views: they bound the memory of activations, and divide a shard's rows. The
 # last batch of a split may be smaller: no padding, since nothing here compiles or tunes itself for a shape.
-_BATCH = {"center": SHARD_STEP, "ten_crop": SHARD_STEP // 8}
+BATCH = {"center": SHARD_STEP, "ten_crop": SHARD_STEP // 8}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def predict(
     Yields:
         Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
     """
-    for rows, pixels in squared_batches(images, resize, feed, _BATCH[views]):
+    for rows, pixels in squared_batches(images, resize, feed, BATCH[views]):
         yield rows, look(model, pixels, crop, views, feed, dtype).cpu()
 
 

@@ -13,11 +13,12 @@ import ray.exceptions
 
 from aliprod import commit
 from aliprod.errors import Failed
-from aliprod.orchestration import cluster, gather, inputs, launch, members
+from aliprod.orchestration import cluster, gather, inputs, launch, members, steps
 from aliprod.orchestration.board import Board
-from aliprod.orchestration.gather import Splits
+from aliprod.orchestration.gather import Prediction
 from aliprod.orchestration.prepare import Prepared, prepare, with_pretrained
 from aliprod.orchestration.scheduler import Share, Task, execute
+from aliprod.orchestration.steps import Splits, Step
 from aliprod.plan import provenance
 from aliprod.plan.events import Ended, Event, Said
 from aliprod.plan.open import Request
@@ -130,7 +131,7 @@ def _stages(board: Board, session: _Session) -> Iterator[Event]:
         unsent = board.tracking.flush(_FLUSH_SECONDS)
         choices, note = members.choose(board.prepared, board.tracking.registry, complete=not unsent)
         yield from _says(note)
-        which = gather.splits(board.prepared.catalogue, board.prepared.plan.ensemble.score)
+        which = steps.splits(board.prepared.catalogue, board.prepared.plan.ensemble.score)
         key = members.ensemble_key(board.prepared, choices, which)
         if not gather.is_done(board.prepared.folder, key):
             yield from _gather(board, choices, which, key, session)
@@ -155,28 +156,13 @@ def _train(board: Board, session: _Session) -> Iterator[Event]:
     prepared = board.prepared
     session.join()
     gpu = cluster.uses_gpu(prepared.plan.cluster)
-    share = launch.share(prepared.plan.cluster, gpu)
-    cluster.check_room(prepared.plan.cluster, share)
-    which = gather.splits(prepared.catalogue, prepared.plan.ensemble.score)
-    tasks: dict[str, Task] = {}
-    for name in prepared.todo:
-        for task in _leading_to(prepared, name, share, gpu):
-            tasks.setdefault(task.name, task)
-        if prepared.jobs[name].member:
-            # The best is what the ensemble takes, unless a person says otherwise.
-            for task in (_prediction(prepared, name, split, None, gpu) for split in which.all):
-                tasks.setdefault(task.name, task)
-    yield from _execute(board, list(tasks.values()), session)
-
-
-def _leading_to(prepared: Prepared, name: str, share: Share, gpu: bool) -> list[Task]:
-    """What a job learns from, and the job."""
-    job, one = prepared.jobs[name], Share(prepared.plan.cluster.cpus_per_worker, 1 if gpu else 0)
-    labellers = job.stage.pseudo_labels.by if job.stage.pseudo_labels else ()
-    before = [_prediction(prepared, labeller, "test", None, gpu) for labeller in labellers]
-    made = inputs.tasks(prepared, name, one)
-    needs = (*job.parents, *(task.name for task in made))
-    return [*before, *made, Task(name, needs, share, partial(_launch, prepared, name, gpu))]
+    cluster.check_room(prepared.plan.cluster, steps.ranks(prepared.plan.cluster, gpu))
+    which = steps.splits(prepared.catalogue, prepared.plan.ensemble.score)
+    tasks = [
+        Task(step.name, step.needs, step.share, partial(_start, prepared, step, gpu))
+        for step in steps.training(prepared.jobs, prepared.todo, which, prepared.plan.cluster, gpu)
+    ]
+    yield from _execute(board, tasks, session)
 
 
 def _gather(board: Board, choices: Mapping[str, Choice], which: Splits, key: str, session: _Session) -> Iterator[Event]:
@@ -194,7 +180,9 @@ def _gather(board: Board, choices: Mapping[str, Choice], which: Splits, key: str
                 continue
             if commit.read(prediction.weights) is None:
                 board.tracking.registry.download(choice, prediction.weights)
-            tasks.append(_prediction(prepared, name, split, choice, gpu))
+            share = steps.one(prepared.plan.cluster, gpu)
+            start = partial(_predict, prepared, prediction, share)
+            tasks.append(Task(f"{name} {split}", (), share, start))
     yield from _execute(board, tasks, session)
     if failed := board.jobs_in("failed"):
         raise Failed(f"the probabilities of {', '.join(failed)} are missing: no ensemble was written.")
@@ -233,6 +221,16 @@ def _failure(handle: Any) -> str:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
+def _start(prepared: Prepared, step: Step, gpu: bool) -> Any:
+    match step.kind:
+        case "train":
+            return _launch(prepared, step.job, gpu)
+        case "predict":  # with the best, which is what the ensemble takes unless a person says otherwise
+            best = members.best_of(prepared, step.job)
+            return _predict(prepared, members.prediction(prepared, step.job, best, step.of), step.share)
+    return inputs.start(prepared, step)
+
+
 def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
     job, settings = prepared.jobs[name], prepared.plan.cluster
     made = inputs.inputs(prepared, name)
@@ -259,16 +257,8 @@ def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
     return launch.launch(work, prepared.catalogue.root, settings, gpu, prepared.places.storage / "ray")
 
 
-def _prediction(prepared: Prepared, name: str, split: str, choice: Choice | None, gpu: bool) -> Task:
-    """Predict a split with a choice; None: with the best, once the job is trained."""
-    settings = prepared.plan.cluster
-    share = Share(settings.cpus_per_worker, 1 if gpu else 0)
-
-    def start() -> Any:
-        prediction = members.prediction(prepared, name, choice or members.best_of(prepared, name), split)
-        return gather.start_prediction(prediction, prepared.catalogue.root, share, settings.loader_processes)
-
-    return Task(f"{name} {split}", () if choice else (name,), share, start)
+def _predict(prepared: Prepared, prediction: Prediction, share: Share) -> Any:
+    return gather.start_prediction(prediction, prepared.catalogue.root, share, prepared.plan.cluster.loader_processes)
 
 
 def _result(prepared: Prepared, choices: Mapping[str, Choice], which: Splits) -> dict[str, Any]:

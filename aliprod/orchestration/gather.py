@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -20,20 +20,9 @@ from aliprod.errors import AliprodError
 from aliprod.inference import probabilities
 from aliprod.inference.predict import Views, predicted, ready
 from aliprod.orchestration.scheduler import Share
+from aliprod.orchestration.steps import Splits
 
 _SCORES = "scores.json"
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Which images are predicted: ``main`` makes the submission, ``scored`` (where labels are known) the errors."""
-
-    main: str
-    scored: str | None
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(split for split in (self.main, self.scored) if split))
 
 
 @dataclass(frozen=True)
@@ -52,13 +41,6 @@ class Prediction:
     split: str
     views: Views
     folder: Path
-
-
-def splits(catalogue: Catalogue, score: Literal["auto", "val"] = "auto") -> Splits:
-    """Test, and val where the labels of test are not known, or val is asked for; val alone where there is no test."""
-    labelled = len(catalogue.test) and catalogue.test_labels is not None and score == "auto"
-    scored = "test" if labelled else ("val" if len(catalogue.val) else None)
-    return Splits("test" if len(catalogue.test) else "val", scored)
 
 
 def start_prediction(prediction: Prediction, catalogue: Path, share: Share, processes: int) -> Any:

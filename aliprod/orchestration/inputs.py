@@ -5,7 +5,6 @@ Each is a Ray task of its own, named after the job that it is for, and a committ
 
 import hashlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from aliprod.inference import probabilities
 from aliprod.inference.predict import Ready, predicted, ready
 from aliprod.orchestration import members
 from aliprod.orchestration.prepare import Prepared
-from aliprod.orchestration.scheduler import Share, Task
+from aliprod.orchestration.scheduler import Share
+from aliprod.orchestration.steps import Step
 from aliprod.recipe import PseudoLabels
 from aliprod.training.job import WEIGHTS
 
@@ -47,29 +47,16 @@ def inputs(prepared: Prepared, name: str) -> Inputs:
     )
 
 
-def tasks(prepared: Prepared, name: str, share: Share) -> list[Task]:
-    """The tasks that make a job's inputs; test predictions of its labellers (tasks ``LABELLER test``) are needed.
-
-    Args:
-        share: of a task that runs a network.
-    """
-    stage, cpus = prepared.jobs[name].stage, Share(share.cpus, 0)
-    found = [
-        Task(
-            f"{name} soft labels of {teacher}",
-            (teacher,),
-            share,
-            partial(_teach, prepared, name, teacher, share),
-        )
-        for teacher in stage.teachers
-    ]
-    if stage.pseudo_labels is not None:
-        recipe = stage.pseudo_labels
-        needs = tuple(f"{labeller} test" for labeller in recipe.by)
-        found.append(Task(f"{name} pseudo labels", needs, Share(1, 0), partial(_label, prepared, name, recipe)))
-    if stage.duplicates != "keep":
-        found.append(Task(f"{name} hashes", (), cpus, partial(_start_hashes, prepared, cpus)))
-    return found
+def start(prepared: Prepared, step: Step) -> Any:
+    """Start making an input of a job. Resolves to why it failed, or ''."""
+    match step.kind:
+        case "soft_labels":
+            return _teach(prepared, step)
+        case "pseudo_labels":
+            return _label(prepared, step.job)
+        case "hashes":
+            return _start_hashes(prepared, step.share)
+    raise ValueError(f"{step.name} makes no input of a job")
 
 
 def _soft_labels(prepared: Prepared, name: str, teacher: str) -> Path:
@@ -85,8 +72,9 @@ def _hashes(prepared: Prepared) -> Path:
     return prepared.places.storage / "hashes" / prepared.catalogue.fingerprint
 
 
-def _teach(prepared: Prepared, name: str, teacher: str, share: Share) -> Any:
-    job, parent = prepared.jobs[name], prepared.jobs[teacher]
+def _teach(prepared: Prepared, step: Step) -> Any:
+    teacher, share = step.of, step.share
+    job, parent = prepared.jobs[step.job], prepared.jobs[teacher]
     rows = None if job.stage.duplicates != "keep" else base_rows(prepared.catalogue, job.stage)
     record = {"job": teacher, "key": parent.key, "weights": members.best_of(prepared, teacher).sha256}
     options: dict[str, Any] = {"name": f"{teacher} soft labels"}
@@ -94,14 +82,17 @@ def _teach(prepared: Prepared, name: str, teacher: str, share: Share) -> Any:
         prepared.job_folder(teacher) / WEIGHTS,
         prepared.catalogue.root,
         rows,
-        _soft_labels(prepared, name, teacher),
+        _soft_labels(prepared, step.job, teacher),
         record,
         share.cpus,
         prepared.plan.cluster.loader_processes,
     )
 
 
-def _label(prepared: Prepared, name: str, recipe: PseudoLabels) -> Any:
+def _label(prepared: Prepared, name: str) -> Any:
+    recipe = prepared.jobs[name].stage.pseudo_labels
+    if recipe is None:
+        raise ValueError(f"{name} takes no pseudo labels")
     stores = [
         members.prediction(prepared, labeller, members.best_of(prepared, labeller), "test").folder
         for labeller in recipe.by

@@ -9,16 +9,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from aliprod.orchestration.scheduler import Share
 from aliprod.orchestration.worker import Rank, train_rank
 from aliprod.plan.schema import Cluster
 from aliprod.training.job import Work
 from aliprod.training.watchdog import longest
-
-
-def share(cluster: Cluster, gpu: bool) -> Share:
-    """Of a training: all its ranks together."""
-    return Share(cluster.workers * cluster.cpus_per_worker, cluster.workers if gpu else 0)
 
 
 def launch(work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> Any:

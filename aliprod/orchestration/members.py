@@ -10,8 +10,9 @@ from typing import Any
 from aliprod import commit
 from aliprod.errors import Refused, Unreachable
 from aliprod.models.weights import MODEL
-from aliprod.orchestration.gather import Prediction, Splits
+from aliprod.orchestration.gather import Prediction
 from aliprod.orchestration.prepare import Prepared
+from aliprod.orchestration.steps import Splits, store_name
 from aliprod.plan.places import Places
 from aliprod.plan.schema import Plan
 from aliprod.tracking.registry import Choice, Registry
@@ -72,7 +73,7 @@ def prediction(prepared: Prepared, name: str, choice: Choice, split: str) -> Pre
     """What a choice has predicted, or is to predict, on a split."""
     job, views = prepared.jobs[name], prepared.plan.ensemble.views
     folder = prepared.places.storage / "jobs" / job.backbone / job.stage_name / (choice.key or str(job.key))
-    store = f"{choice.sha256[:16]}-{split}" + ("" if views == "ten_crop" else f"-{views}")
+    store = store_name(choice.sha256, split, views)
     if choice.key != job.key:  # the same weights may have predicted the images of another catalogue
         store += f"-{prepared.catalogue.fingerprint[:8]}"
     weights = _weights(prepared.folder, folder, choice)

@@ -66,6 +66,11 @@ def prepare(request: Request) -> Prepared:
         raise Refused("has neither val nor test images: there is nothing to predict.", path, "Hold some images back.")
     _check_pseudo_labels(request.plan, catalogue)
     jobs = graph.jobs(request.plan, catalogue.fingerprint, catalogue.tree_fingerprint)
+    return opened(request, catalogue, jobs)
+
+
+def opened(request: Request, catalogue: Catalogue, jobs: Mapping[str, Job]) -> Prepared:
+    """See what of a plan's jobs is to be done; nothing is checked or written."""
     unfinished = {name for name, job in jobs.items() if ledger.finished(request.places.storage, job) is None}
     todo = tuple(name for name in graph.order_by_remaining_work(jobs) if name in unfinished)
     return Prepared(request, catalogue, jobs, todo)

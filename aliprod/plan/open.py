@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from aliprod.data import sources
+from aliprod.data.catalogue import Catalogue
 from aliprod.plan import graph
 from aliprod.plan.graph import Job
 from aliprod.plan.places import Places, catalogue_path
@@ -24,9 +25,25 @@ def open_jobs(request: Request) -> tuple[dict[str, Job], str]:
     Raises:
         Refused: what is there is no catalogue.
     """
+    catalogue, note = open_catalogue(request)
+    return jobs_of(request.plan, catalogue), note
+
+
+def open_catalogue(request: Request) -> tuple[Catalogue | None, str]:
+    """The catalogue of a plan; None, and a note that says what follows, where it is not there yet.
+
+    Raises:
+        Refused: what is there is no catalogue.
+    """
     path = catalogue_path(request.plan, request.places)
     if path.exists():
-        catalogue = sources.read(path)
-        return graph.jobs(request.plan, catalogue.fingerprint, catalogue.tree_fingerprint), ""
+        return sources.read(path), ""
     cure = "`run` would refuse" if request.plan.catalogue.path else "the first run renders it"
-    return graph.jobs(request.plan, None), f"There is no catalogue at {path}, so the jobs have no keys: {cure}."
+    return None, f"There is no catalogue at {path}, so the jobs have no keys: {cure}."
+
+
+def jobs_of(plan: Plan, catalogue: Catalogue | None) -> dict[str, Job]:
+    """The jobs of a plan on a catalogue; without keys where there is none."""
+    if catalogue is None:
+        return graph.jobs(plan, None)
+    return graph.jobs(plan, catalogue.fingerprint, catalogue.tree_fingerprint)

@@ -16,7 +16,7 @@ from aliprod.training.ema import Average
 from aliprod.training.learner import Learner
 from aliprod.training.validate import top1_errors
 
-_STATISTICS_BATCHES = 200
+STATISTICS_BATCHES = 200  # that norm statistics are taken anew from
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,6 @@ def restated(learner: Learner, batches: TrainBatches, epoch: int) -> dict[str, T
     """
     torch.manual_seed(seed_of(learner.stage.seed, "statistics", epoch))  # stochastic depth draws
     with autocast(learner.place.device, learner.dtype):
-        update_bn((batch.images for batch in islice(batches.epoch(epoch), _STATISTICS_BATCHES)), learner.model)
+        update_bn((batch.images for batch in islice(batches.epoch(epoch), STATISTICS_BATCHES)), learner.model)
     learner.share_buffers()
     return copied(learner.model.state_dict())

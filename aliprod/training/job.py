@@ -233,7 +233,14 @@ def _commit_weights(
 
 def _line(progress: Progress, epoch: int) -> dict[str, Any]:
     """One line of metrics.jsonl. Its time is set once and kept, so that MLflow never draws a point twice."""
-    return {"epoch": epoch, "time_ms": time.time_ns() // 1_000_000, **progress.metrics}
+    place = progress.place
+    return {
+        "epoch": epoch,
+        "time_ms": time.time_ns() // 1_000_000,
+        "device": place.environment()["device"],
+        "speed/ranks": place.world_size,
+        **progress.metrics,
+    }
 
 
 def _epochs_told(path: Path) -> set[int]:

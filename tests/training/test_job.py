@@ -61,6 +61,12 @@ def stage_with(averaged: bool) -> Stage:
     )
 
 
+def test_each_line_tells_the_device_and_the_number_of_ranks(undisturbed: dict[bool, Work]) -> None:
+    lines = [json.loads(line) for line in (undisturbed[True].folder / "metrics.jsonl").read_text().splitlines()]
+    place = (commit.read(undisturbed[True].folder / "weights") or {})["environment"]
+    assert [(line["device"], line["speed/ranks"]) for line in lines] == [(place["device"], place["world_size"])] * 3
+
+
 # 8 pictures a step, 24 after an epoch; checkpoints after steps 3, 4, 6, 8 and 9.
 DEATHS = {
     "before the first checkpoint": Death("open", ".jpg", 5),

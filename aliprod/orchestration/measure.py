@@ -1,0 +1,54 @@
+"""What `aliprod benchmark` does with a plan: each distinct piece of its jobs' work is measured, and kept."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from aliprod.errors import Failed
+from aliprod.models.recogniser import check_network
+from aliprod.orchestration import rates
+from aliprod.orchestration.prepare import Prepared, prepare
+from aliprod.orchestration.rates import Part, Piece
+from aliprod.plan.open import Request
+from aliprod.training.benchmark import measure, measure_prediction
+
+
+def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str, Any]]:
+    """Measure on this machine, one rank's share of a batch on its first GPU where it has one; yield each result.
+
+    Args:
+        steps: that are counted of each piece; of predictions a quarter as many batches.
+    Raises:
+        Refused: there is no catalogue, or timm knows no such network.
+        Failed: a step does not fit in the GPU's memory. What was measured before is kept.
+    """
+    prepared = prepare(request)
+    for backbone, network in request.plan.backbones.items():
+        check_network(network, f"[backbones] {backbone}")
+    for piece in rates.pieces(prepared, part):
+        try:
+            measured = _measured(prepared, piece, steps)
+        except torch.OutOfMemoryError as error:
+            advice = "Lower batch_size or crop, raise accumulate, or spread a job over more cluster.workers."
+            raise Failed("does not fit in the GPU's memory.", piece.job.name, advice) from error
+        measured |= {"cpus": len(os.sched_getaffinity(0))}
+        rates.keep(prepared, piece, measured)
+        yield {"part": piece.part, "jobs": list(piece.jobs), **measured}
+
+
+def _measured(prepared: Prepared, piece: Piece, steps: int) -> dict[str, Any]:
+    job, cluster, catalogue = piece.job, prepared.plan.cluster, prepared.catalogue
+    threads, processes = cluster.cpus_per_worker, cluster.loader_processes
+    match piece.part:
+        case "center" | "ten_crop" as views:
+            size, batches = (job.stage.resize, job.stage.crop), max(1, steps // 4)
+            network = job.network, rates.branches(job)
+            return asdict(measure_prediction(*network, *size, views, catalogue, batches, threads, processes))
+        case part:
+            stage = rates.bare(job.stage)
+            stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // cluster.workers)})
+            how = cluster.compile, cluster.exact
+            return asdict(measure(part, stage, job.network, catalogue, steps, threads, processes, *how))

@@ -1,0 +1,55 @@
+"""A forecast for a terminal, from what `aliprod plan --json` says of it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aliprod.errors import listing
+
+HEADER = ["takes", "from", "to", "images/s", "seen in"]
+_WORTH = 0.95  # of the time: what another width must save to be named
+
+
+def cells(job: Mapping[str, Any]) -> list[object]:
+    """Of a job, below `HEADER`; empty where it is finished."""
+    if job["seconds"] == 0 and job["source"] is None:
+        return [""] * len(HEADER)
+    times = ["" if job[name] is None else duration(job[name]) for name in ("seconds", "begin", "end")]
+    return [*times, job["images_per_second"], job["source"] or "not measured"]
+
+
+def lines(estimate: Mapping[str, Any], workers: int, on_gpus: bool, measure: str) -> Iterator[str]:
+    """What the plan takes, and what would change it.
+
+    Args:
+        workers: the plan's.
+        on_gpus: whether its jobs may run on GPUs.
+        measure: the command that measures what is missing.
+    """
+    if missing := estimate["missing"]:
+        yield f"No forecast: nobody has measured {listing(missing, 4)}. This does: {measure}"
+        if any(name.endswith(" hashes") for name in missing):
+            yield "Hashes of the pictures are the exception: `run` makes them, once, and no figure is there before."
+        return
+    unit = "GPU" if on_gpus else "rank"
+    seconds, bound = estimate["seconds"], estimate["lower_bound_seconds"]
+    yield (
+        f"On {estimate['gpus']} {unit}s: {duration(seconds)}, {estimate['gpu_hours']:,.2f} {unit}-hours, "
+        f"{duration(estimate['prediction_seconds'])} of them predictions; {duration(bound)} at least, in any order."
+    )
+    best = min(estimate["workers"], key=lambda width: float(width["seconds"]), default=None)
+    if best is not None and best["seconds"] < _WORTH * seconds:
+        yield f"Quicker with cluster.workers = {best['workers']} than with {workers}: {duration(best['seconds'])}."
+    if on_gpus and "cpu" in estimate["devices"]:
+        yield "Rates were seen on a CPU; a GPU's are others. Measure on one, or say use_gpu = false in [cluster]."
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that matter: ``3 d 4 h``, ``2 h 05 min``, ``1 min 30 s``, ``12 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
