@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @click.command("tune")
-@click.argument("job")
 @takes_plan
+@click.argument("job")
 def tune_command(asked: Asked, job: str) -> None:
     """Search for the learning rates of a job, BACKBONE/STAGE, in short trainings on few images a class.
 

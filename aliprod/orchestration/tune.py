@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,12 +88,14 @@ def search(request: Request, name: str, tell: Callable[[Trial], None]) -> Found:
         threads=settings.cpus_per_worker,
         loader_processes=settings.loader_processes,
     )
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # it prints tables whatever ``verbose`` says
     try:
         cluster.join(prepared.places.address)
         gpu = cluster.uses_gpu(settings)
-        results = _tuner(prepared, job, work, gpu, tell).fit()
+        grid = _tuner(prepared, job, work, gpu, tell).fit()
     finally:
         ray.shutdown()
+    results = [grid[number] for number in range(len(grid))]
     trials = [_trial_of(result.config, result.metrics) for result in results if result.error is None]
     own = next((trial for trial in trials if (trial.backbone, trial.heads) == _rates(job.stage)), None)
     if own is None:
@@ -154,9 +157,10 @@ def _tuner(prepared: Prepared, job: Job, work: _Work, gpu: bool, tell: Callable[
         param_space=space,
         tune_config=tune.TuneConfig(
             num_samples=recipe.trials,
-            max_concurrent_trials=settings.max_parallel_jobs,
             search_alg=BasicVariantGenerator(
-                points_to_evaluate=[{"backbone": backbone, "heads": heads}], random_state=job.stage.seed
+                points_to_evaluate=[{"backbone": backbone, "heads": heads}],
+                max_concurrent=settings.max_parallel_jobs or 0,  # 0: as many as there is room for
+                random_state=job.stage.seed,
             ),
         ),
         run_config=tune.RunConfig(name=name, storage_path=str(folder), verbose=0, callbacks=[_Teller(tell)]),
@@ -190,7 +194,8 @@ def _trial(rates: dict[str, float], work: _Work) -> None:
         tune.report({"top1_error": None})
 
 
-def _trial_of(rates: dict[str, float], metrics: dict[str, Any] | None) -> Trial:
+def _trial_of(rates: Mapping[str, float] | None, metrics: dict[str, Any] | None) -> Trial:
+    rates = rates or {}
     return Trial(rates["backbone"], rates["heads"], (metrics or {}).get("top1_error"))
 
 
