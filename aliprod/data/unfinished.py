@@ -51,18 +51,14 @@ class Unfinished:
         record: Mapping[str, Any],
         per_shard: int,
     ) -> "Unfinished":
-        """Those of just these rows and columns; what was left of others for the same split and views is removed."""
+        """Those of just these rows and columns, for ``folder``."""
         digest = hashlib.sha256(json.dumps([folder.name, record, per_shard], sort_keys=True).encode())
         digest.update("\0".join(ids.to_pylist()).encode())
         digest.update(classes.tobytes())
         kind = "-".join(str(record[fact]) for fact in ("split", "views") if fact in record) or folder.name
-        own = folder.parent / f".{kind}.{digest.hexdigest()[:16]}.unfinished"
-        for other in folder.parent.glob(f".{kind}.*.unfinished"):
-            if other != own:
-                shutil.rmtree(other, ignore_errors=True)
-        return cls(own, len(ids), per_shard)
+        return cls(folder.parent / f".{kind}.{digest.hexdigest()[:16]}.unfinished", len(ids), per_shard)
 
-    def commit(
+    def finish(
         self,
         folder: Path,
         blocks: Callable[[Rows], Iterable[Block]],
@@ -71,7 +67,9 @@ class Unfinished:
     ) -> dict[str, Any]:
         """Write the shards that are missing, then commit ``folder``, and remove the shards.
 
-        Several writers at once share the shards; the first to commit wins, and the others stop at their next shard.
+        Where ``folder`` is committed already, it stays. What was left of other weights, images or classes of the same
+        split and views is removed. Several writers at once share the shards; the first to commit wins, and the others
+        stop at their next shard.
 
         Args:
             blocks: called with the rows that are missing, ascending and whole shards: their blocks, in that order.
@@ -83,6 +81,9 @@ class Unfinished:
             StorageFull: no room; finished shards are kept.
             ValueError: the blocks have more or fewer rows than are missing.
         """
+        if (there := commit.read(folder)) is not None:
+            return there
+        self._sweep()
         try:
             self._write(blocks, lambda: commit.read(folder) is not None)
             written = commit.read(folder) or commit.write(folder, fill, dict(record), room=self.folder)
@@ -110,6 +111,12 @@ class Unfinished:
 
     def _end(self, shard: int) -> int:
         return min(self.total, (shard + 1) * self.per_shard)
+
+    def _sweep(self) -> None:
+        kind, _, _ = self.folder.name.rsplit(".", 2)
+        for other in self.folder.parent.glob(f"{kind}.*.unfinished"):
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
 
     def _write(self, blocks: Callable[[Rows], Iterable[Block]], enough: Callable[[], bool]) -> None:
         missing = self._missing()

@@ -137,8 +137,6 @@ def write(
     known = pa.nulls(len(names), pa.int64()) if labels is None else pa.array(labels, pa.int64())
     if names.null_count or len(names.unique()) != len(names) or len(np.unique(numbers)) != len(numbers):
         raise ValueError("an image id or a class id occurs twice")
-    if (there := commit.read(folder)) is not None:
-        return there
     unfinished = Unfinished.of(folder, names, numbers, record, per_shard)
 
     def checked(missing: Rows) -> Iterator[dict[str, Half]]:
@@ -151,7 +149,7 @@ def write(
         pq.write_table(pa.table({"class_id": numbers}), staging / "classes.parquet")
         return _link(unfinished, staging)
 
-    return unfinished.commit(folder, checked, fill, record)
+    return unfinished.finish(folder, checked, fill, record)
 
 
 def open_store(folder: Path) -> Probabilities:

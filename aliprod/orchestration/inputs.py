@@ -4,6 +4,7 @@ Each is a Ray task of its own, named after the job that it is for, and a committ
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from torch import Tensor
 
 from aliprod import commit
 from aliprod.data import hashes, pseudo, soft_labels, sources
@@ -142,8 +144,11 @@ def _write_soft_labels(
 
 def _teach_images(teacher: Ready, images: Images, out: Path, record: dict[str, Any]) -> None:
     """Apart from the task, whose code Ray sends: torch and a name ``classes`` in it would send torch.classes along."""
-    class_ids = np.asarray(teacher.classes.ids)
-    soft_labels.write(out, images.ids, class_ids, predicted(teacher, images, "center"), record)
+
+    def blocks(rows: Integers) -> Iterator[Tensor]:
+        yield from predicted(teacher, images.take(rows), "center")
+
+    soft_labels.write(out, images.ids, np.asarray(teacher.classes.ids), blocks, record)
 
 
 @ray.remote(max_retries=3)
