@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ MANIFEST = "manifest.json"
 
 
 def write(
-    folder: Path, fill: Callable[[Path], None], record: dict[str, Any] | None = None, room: Path | None = None
+    folder: Path,
+    fill: Callable[[Path], Mapping[str, str] | None],
+    record: dict[str, Any] | None = None,
+    room: Path | None = None,
 ) -> dict[str, Any]:
     """Let ``fill`` write files into a new folder, then make it appear as ``folder``, whole or not at all.
 
@@ -31,7 +34,7 @@ def write(
     by key and written once.
 
     Args:
-        fill: called with an empty folder on the same file system.
+        fill: called with an empty folder on the same file system; may return the sha256 of files that know theirs.
         record: JSON-serialisable facts, kept in the manifest.
         room: the folder to write it in, on the same file system; None: the one that ``folder`` is in.
     Returns:
@@ -42,12 +45,12 @@ def write(
     staging = (room or folder.parent) / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     with storage(folder):
         try:
-            _make(folder.parent)
+            make_folder(folder.parent)
             if room is not None:
-                _make(room)
+                make_folder(room)
             staging.mkdir()
-            fill(staging)
-            _write_manifest(staging, record or {})
+            known = fill(staging)
+            _write_manifest(staging, record or {}, known or {})
             return _publish(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -100,13 +103,21 @@ def write_file(path: Path, content: str | bytes) -> None:
     staging = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     with storage(path):
         try:
-            _make(path.parent)
+            make_folder(path.parent)
             staging.write_bytes(content.encode() if isinstance(content, str) else content)
             _sync(staging)
             os.replace(staging, path)
             _sync(path.parent)
         finally:
             staging.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents. Their names are synced too: a power cut may not take what lies in them."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        _sync(path.parent)
 
 
 def sweep(folder: Path) -> None:
@@ -150,20 +161,12 @@ def _free(path: Path) -> str:
     return ""
 
 
-def _make(folder: Path) -> None:
-    """Make a folder with its parents. Their names are synced too: a power cut may not take what lies in them."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in new:
-        _sync(path.parent)
-
-
-def _write_manifest(folder: Path, record: dict[str, Any]) -> None:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in paths:
+def _write_manifest(folder: Path, record: dict[str, Any], known: Mapping[str, str]) -> None:
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    for path in paths.values():
         _sync(path)
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+        name: {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256(path)} for name, path in paths.items()
     }
     said = json.loads(json.dumps({"files": files, "record": record}))
     text = json.dumps(said | {"sha256": _seal(said)}, indent=1, sort_keys=True)

@@ -4,18 +4,18 @@ A committed folder with ``bits.npy`` (N, 8) uint8, the 64 bits of `aliprod.data.
 ``readable.npy`` (N,) bool. Reading every picture is all of the cost, so it is done once for a catalogue.
 """
 
-import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from aliprod import commit
 from aliprod.data import duplicates
 from aliprod.data.catalogue import Images, Integers
 from aliprod.data.decode import Unreadable, decode
+from aliprod.data.loader import data_loader
 from aliprod.errors import Refused
 
 _BATCH = 256
@@ -23,14 +23,8 @@ _BATCH = 256
 
 def write(folder: Path, images: Images, processes: int) -> None:
     """Hash all images of a split with this many processes beside this one (0: this one alone)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # else every process imports it for itself, for seconds
-    loader = DataLoader(
-        _Greys(images),
-        batch_size=_BATCH,
-        num_workers=processes,
-        multiprocessing_context=context if processes else None,
-    )
+    rows = [range(low, min(low + _BATCH, len(images))) for low in range(0, len(images), _BATCH)]
+    loader = data_loader(_Greys(images), rows, processes)
 
     def fill(staging: Path) -> None:
         bits, readable = zip(*((duplicates.dct_hash(grey), known) for grey, known in loader), strict=True)

@@ -29,6 +29,7 @@ from aliprod.recipe import Stage
 View = tuple[int, int, int]  # row, epoch, how often the row was seen earlier in this epoch
 
 log = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 _PATIENCE_SECONDS = 3600  # for a batch of a loader process
 _SUBSTITUTES = 20  # pictures of the same class that are tried for an unreadable one
 
@@ -118,7 +119,9 @@ class TrainBatches:
         self.groups_per_batch = _groups_per_batch(stage.batch_size, group, groups, feed.world_size)
         self.steps_per_epoch = groups // self.groups_per_batch
         self._steps = _Steps()
-        self._loader = _data_loader(_TrainViews(self.images, stage, feed.interpolation), self._steps, feed)
+        self._loader = data_loader(
+            _TrainViews(self.images, stage, feed.interpolation), self._steps, feed.processes, feed.device
+        )
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step ``skip`` on, on the device."""
@@ -188,7 +191,7 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
     """
     rows = np.arange(feed.rank, len(images), feed.world_size)
     batches = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
-    loader = _data_loader(_Squares(images, side, feed.interpolation), batches, feed)
+    loader = data_loader(_Squares(images, side, feed.interpolation), batches, feed.processes, feed.device)
     for chunk, pixels in zip(batches, loader, strict=True):
         yield np.asarray(chunk, dtype=np.int64), pixels.to(feed.device, non_blocking=True)
 
@@ -288,17 +291,25 @@ def _grey(side: int) -> Image.Image:
     return Image.new("RGB", (side, side), GREY)
 
 
-def _data_loader(dataset: Dataset, batches: Sampler | Sequence, feed: Feed) -> DataLoader:  # type: ignore[type-arg]
-    """A PyTorch loader; its processes are forked from a clean server, since forking a training process can hang. The
-    server has imported this module: else every process would, for seconds, and again at each validation."""
+def data_loader(
+    dataset: Dataset,  # type: ignore[type-arg]
+    batches: Sampler | Sequence,  # type: ignore[type-arg]
+    processes: int,
+    device: torch.device = _CPU,
+) -> DataLoader:  # type: ignore[type-arg]
+    """A PyTorch loader for a device. It waits an hour for a batch of its processes, then raises.
+
+    They are forked from a clean server, since forking a training process can hang. The server has imported this module:
+    else every process would, for seconds, and again at each validation.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    workers = {"persistent_workers": True, "multiprocessing_context": context} if feed.processes else {}
+    workers = {"persistent_workers": True, "multiprocessing_context": context} if processes else {}
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=feed.processes,
-        timeout=_PATIENCE_SECONDS if feed.processes else 0,
-        pin_memory=feed.device.type == "cuda",
+        num_workers=processes,
+        timeout=_PATIENCE_SECONDS if processes else 0,
+        pin_memory=device.type == "cuda",
         **workers,  # type: ignore[arg-type]
     )

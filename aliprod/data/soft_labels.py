@@ -6,9 +6,11 @@ A whole row of 50,030 float16 is 100 kB; its 64 largest and their classes are 38
     probabilities.npy (n, k) float16
     rows.parquet      image_id (string), in row order
     class_ids.npy     (K,) int64
+
+A teacher looks at millions of images for hours: what it has said is kept shard by shard (`aliprod.data.unfinished`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from torch import Tensor
 
 from aliprod import commit
 from aliprod.data.catalogue import Integers
+from aliprod.data.unfinished import SHARD_STEP, Rows, Unfinished
 from aliprod.errors import Refused
 
 LARGEST = 64
+SHARD = 32 * SHARD_STEP  # rows that are kept together on the way: 3 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,24 +93,36 @@ def spread(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
 
 
 def write(
-    folder: Path, ids: pa.StringArray, class_ids: Integers, blocks: Iterable[Tensor], record: dict[str, Any]
+    folder: Path,
+    ids: pa.StringArray,
+    class_ids: Integers,
+    blocks: Callable[[Rows], Iterable[Tensor]],
+    record: Mapping[str, Any],
+    rows_per_shard: int = SHARD,
 ) -> None:
-    """Commit a teacher's soft labels.
+    """Commit a teacher's soft labels. Of a writer of the same that was killed, the finished shards are kept.
 
     Args:
-        ids: (n,). class_ids: (K,). blocks: (m, K) probabilities in row order, n rows in all.
+        ids: (n,). class_ids: (K,).
+        blocks: called with the rows that are missing, ascending and whole shards: (m, K) probabilities of those rows,
+            in that order.
+        rows_per_shard: a multiple of `aliprod.data.unfinished.SHARD_STEP`, for the same bytes as without a stop.
+    Raises:
+        StorageFull: no room; finished shards are kept.
     """
     kept = min(LARGEST, len(class_ids))
+    unfinished = Unfinished.of(folder, ids, class_ids, record, rows_per_shard)
+
+    def largest(missing: Rows) -> Iterator[dict[str, NDArray[Any]]]:
+        for block in blocks(missing):
+            top = torch.topk(block, kept, dim=1)
+            yield {"classes": top.indices.int().cpu().numpy(), "probabilities": top.values.half().cpu().numpy()}
 
     def fill(staging: Path) -> None:
-        tops = [torch.topk(block, kept, dim=1) for block in blocks]
-        values = torch.cat([top.values for top in tops]).half().cpu().numpy()
-        classes = torch.cat([top.indices for top in tops]).int().cpu().numpy()
-        if len(values) != len(ids):
-            raise ValueError(f"{len(values)} rows of probabilities for {len(ids)} images")
-        np.save(staging / "probabilities.npy", values)
-        np.save(staging / "classes.npy", classes)
+        for name in ("classes", "probabilities"):
+            shards = [np.load(file, mmap_mode="r") for file, _ in unfinished.files(name)]
+            np.save(staging / f"{name}.npy", np.concatenate(shards))
         np.save(staging / "class_ids.npy", class_ids)
         pq.write_table(pa.table({"image_id": ids}), staging / "rows.parquet")
 
-    commit.write(folder, fill, record)
+    unfinished.finish(folder, largest, fill, record)

@@ -12,7 +12,7 @@ from torch import Tensor
 from aliprod.data.augment import normalise
 from aliprod.data.catalogue import Images
 from aliprod.data.loader import Feed, squared_batches
-from aliprod.inference.probabilities import SHARD_STEP
+from aliprod.data.unfinished import SHARD_STEP
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
 from aliprod.models.recogniser import Recogniser

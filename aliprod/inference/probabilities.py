@@ -6,19 +6,12 @@
     manifest.json                checksums and the record: job, key, weights, split, views, ...
 
 At 250,000 images and 50,030 classes this is 25 GB, and hours of work: it is read a few rows at a time, and written
-shard by shard into a folder beside it, which a writer that was killed leaves to the next one:
-
-    .test-ten_crop.0123456789abcdef.unfinished/00000/...   each finished shard, a committed folder
+shard by shard (`aliprod.data.unfinished`).
 """
 
-import hashlib
-import json
-import logging
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,20 +25,17 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from aliprod import commit
-from aliprod.errors import Failed, StorageFull
+from aliprod.data.unfinished import SHARD_STEP, Rows, Unfinished, shard_file
+from aliprod.errors import Failed
 
 STEM = "probabilities"
 SHARD_BYTES = 256 * 2**20
-SHARD_STEP = 256  # a shard has a multiple of so many rows: whole batches, so that one predicted again sees the same
 ROWS_PER_CHECK = 16  # rows summed in float64 at once: 6 MB at 50,030 classes
 
 Half = npt.NDArray[np.float16]
 Ids: TypeAlias = Sequence[str] | pa.StringArray
 Labels: TypeAlias = Sequence[int | None] | npt.NDArray[np.int64] | pa.Int64Array
-Rows = npt.NDArray[np.int64]
 Block: TypeAlias = Tensor | npt.NDArray[np.floating[Any]]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +95,7 @@ class Probabilities:
             places = np.flatnonzero(shards == shard)
             inside = rows[places] - shard * self.rows_per_shard
             # Opened anew each time: every map holds a file open, and eleven members have a thousand shards.
-            file = np.load(_shard(self.folder / STEM, shard), mmap_mode="r")
+            file = np.load(shard_file(self.folder / STEM, shard), mmap_mode="r")
             ordered = inside[-1] - inside[0] == len(inside) - 1 and bool((np.diff(inside) == 1).all())
             yield places, file[inside[0] : inside[-1] + 1] if ordered else file[inside]
 
@@ -147,31 +137,19 @@ def write(
     known = pa.nulls(len(names), pa.int64()) if labels is None else pa.array(labels, pa.int64())
     if names.null_count or len(names.unique()) != len(names) or len(np.unique(numbers)) != len(numbers):
         raise ValueError("an image id or a class id occurs twice")
-    if (there := commit.read(folder)) is not None:
-        return there
-    shards = _Shards(_unfinished(folder, names, numbers, record, per_shard), len(names), per_shard)
+    unfinished = Unfinished.of(folder, names, numbers, record, per_shard)
 
-    def fill(staging: Path) -> None:
+    def checked(missing: Rows) -> Iterator[dict[str, Half]]:
+        member, split = str(record.get("job", folder)), record.get("split", "")
+        return _checked(blocks(missing), missing, names, len(numbers), member, split)
+
+    def fill(staging: Path) -> dict[str, str]:
         table = pa.table({"image_id": names, "label": known})
         pq.write_table(table.replace_schema_metadata({"rows_per_shard": str(per_shard)}), staging / "rows.parquet")
         pq.write_table(pa.table({"class_id": numbers}), staging / "classes.parquet")
-        shards.link(staging)
+        return _link(unfinished, staging)
 
-    try:
-        for shard, pieces in _by_shard(blocks, shards, names, len(numbers), record, folder):
-            if commit.read(folder) is not None:
-                break
-            shards.keep(shard, pieces)
-        written = commit.read(folder) or commit.write(folder, fill, record, room=shards.folder)
-    except StorageFull:
-        if (there := commit.read(folder)) is None:
-            raise
-        written = there  # another writer was faster, and has removed the shards
-    except Failed:
-        shutil.rmtree(shards.folder, ignore_errors=True)
-        raise
-    shutil.rmtree(shards.folder, ignore_errors=True)
-    return written
+    return unfinished.finish(folder, checked, fill, record)
 
 
 def open_store(folder: Path) -> Probabilities:
@@ -199,7 +177,7 @@ def open_store(folder: Path) -> Probabilities:
         )
         for low in range(0, len(store), store.rows_per_shard):
             expected = (min(store.rows_per_shard, len(store) - low), len(store.classes))
-            shard = np.load(_shard(folder / STEM, low // store.rows_per_shard), mmap_mode="r")
+            shard = np.load(shard_file(folder / STEM, low // store.rows_per_shard), mmap_mode="r")
             if shard.shape != expected or shard.dtype != np.float16:
                 raise ValueError(f"shard {low // store.rows_per_shard} is {shard.shape} {shard.dtype}, not {expected}")
     except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors and KeyErrors
@@ -240,124 +218,36 @@ def check(rows: Tensor, ids: pa.StringArray, numbers: Sequence[int], member: str
         )
 
 
-def append(stem: Path, rows: npt.NDArray[Any], row: int, total: int, per_shard: int) -> None:
-    """Write rows ``row`` and on to the end of their shards: STEM-00000.npy, per_shard rows each, ``total`` in all.
-
-    Plain writes, not a writable map: on a full disk a map ends the process (SIGBUS), a write raises.
-    """
-    while len(rows):
-        shard, offset = divmod(row, per_shard)
-        piece, rows = rows[: per_shard - offset], rows[per_shard - offset :]
-        shape = (min(per_shard, total - shard * per_shard), rows.shape[1])
-        header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
-        with _shard(stem, shard).open("ab") as file:
-            if offset == 0:
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(np.ascontiguousarray(piece).data)
-        row += len(piece)
-
-
-@dataclass(frozen=True)
-class _Shards:
-    """The finished shards of a store of ``total`` rows that is not finished itself."""
-
-    folder: Path
-    total: int
-    per_shard: int
-
-    def path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}"
-
-    def end(self, shard: int) -> int:
-        return min(self.total, (shard + 1) * self.per_shard)
-
-    def missing(self) -> Rows:
-        """Rows of the shards that are not there. One whose bytes are not those that were written is set aside."""
-        missing = [np.empty(0, np.int64)]
-        for shard in range(-(-self.total // self.per_shard)):
-            if self.path(shard).exists() and commit.verify(self.path(shard)):
-                log.warning("%s is damaged and is predicted again.", self.path(shard))
-                with suppress(FileNotFoundError):  # another writer has seen it too
-                    self.path(shard).rename(self.folder / f".{shard:05d}.{uuid.uuid4().hex[:8]}.bad")
-            if not self.path(shard).exists():
-                missing.append(np.arange(shard * self.per_shard, self.end(shard)))
-        return np.concatenate(missing)
-
-    def keep(self, shard: int, pieces: Sequence[Half]) -> None:
-        def fill(staging: Path) -> None:
-            row = shard * self.per_shard
-            for piece in pieces:
-                append(staging / STEM, piece, row, self.total, self.per_shard)
-                row += len(piece)
-
-        commit.write(self.path(shard), fill)
-
-    def link(self, target: Path) -> None:
-        """Give the files of all shards a second name in ``target``, or copy them where there are no links."""
-        for shard in range(-(-self.total // self.per_shard)):
-            source = _shard(self.path(shard) / STEM, shard)
-            try:
-                os.link(source, target / source.name)
-            except OSError:
-                shutil.copyfile(source, target / source.name)
-
-
 def _rows_per_shard(num_classes: int) -> int:
     rows = min(8192, SHARD_BYTES // (2 * max(1, num_classes)))
     return max(SHARD_STEP, rows - rows % SHARD_STEP)
 
 
-def _unfinished(
-    folder: Path, ids: pa.StringArray, classes: npt.NDArray[np.int64], record: Mapping[str, Any], per_shard: int
-) -> Path:
-    """Where the shards of just this store are kept until all are there; those of its predecessors are removed."""
-    digest = hashlib.sha256(json.dumps([folder.name, record, per_shard], sort_keys=True).encode())
-    digest.update("\0".join(ids.to_pylist()).encode())
-    digest.update(classes.tobytes())
-    kind = "-".join(str(record[fact]) for fact in ("split", "views") if fact in record) or folder.name
-    own = folder.parent / f".{kind}.{digest.hexdigest()[:16]}.unfinished"
-    for other in folder.parent.glob(f".{kind}.*.unfinished"):
-        if other != own:
-            shutil.rmtree(other, ignore_errors=True)
-    return own
-
-
-def _by_shard(
-    blocks: Callable[[Rows], Iterable[Block]],
-    shards: _Shards,
-    ids: pa.StringArray,
-    num_classes: int,
-    record: Mapping[str, Any],
-    folder: Path,
-) -> Iterator[tuple[int, list[Half]]]:
-    """Each shard that was missing, in pieces, as soon as its last row is there."""
-    missing = shards.missing()
-    if 0 < len(missing) < shards.total:
-        log.info("%s: %d of %d rows are left to predict.", folder, len(missing), shards.total)
-    pieces: list[Half] = []
+def _checked(
+    blocks: Iterable[Block], missing: Rows, ids: pa.StringArray, num_classes: int, member: str, split: str
+) -> Iterator[dict[str, Half]]:
+    """Blocks of the missing rows as they are kept."""
     done = 0
-    for block in blocks(missing) if len(missing) else ():
+    for block in blocks:
         rows = _half(block)
         numbers = missing[done : done + len(rows)]
         if rows.shape != (len(numbers), num_classes):
             raise ValueError(f"a block of shape {tuple(rows.shape)} for {len(numbers)} rows and {num_classes} classes")
-        if not len(rows):
-            continue
-        check(rows, ids.take(numbers), numbers.tolist(), str(record.get("job", folder)), record.get("split", ""))
+        check(rows, ids.take(numbers), numbers.tolist(), member, split)
         done += len(rows)
-        cuts = np.flatnonzero(np.diff(numbers // shards.per_shard)) + 1
-        for piece, own in zip(np.split(rows.numpy(), cuts), np.split(numbers, cuts), strict=True):
-            pieces.append(piece)
-            shard = int(own[-1]) // shards.per_shard
-            if own[-1] + 1 == shards.end(shard):
-                yield shard, pieces
-                pieces = []
-    if done != len(missing):
-        raise ValueError(f"{done} rows of probabilities for {len(missing)} images")
+        yield {STEM: rows.numpy()}
 
 
-def _shard(stem: Path, number: int) -> Path:
-    return stem.with_name(f"{stem.name}-{number:05d}.npy")
+def _link(unfinished: Unfinished, target: Path) -> dict[str, str]:
+    """Give the files of all shards a second name in ``target``, or copy them where there are no links: their sha256."""
+    digests = {}
+    for file, digest in unfinished.files(STEM):
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            shutil.copyfile(file, target / file.name)
+        digests[file.name] = digest
+    return digests
 
 
 def _strings(ids: Ids) -> pa.StringArray:

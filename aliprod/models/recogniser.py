@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -31,7 +32,8 @@ class Recogniser(nn.Module):
         branches: copies of the last block side by side (BBN); the classifier sees their features in a row.
         unit_weights: the classifier's rows count as scaled to unit length (A-softmax).
     Raises:
-        Refused: timm has no such network, it has no stochastic depth, or no block that may be branched.
+        Refused: timm has no such network, it makes no feature map, has no stochastic depth, or no block that may be
+            branched.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Recogniser(nn.Module):
         self.backbone = _backbone(network, drop_path_rate)
         if zero_init_last:
             _zero_last_norms(self.backbone)
-        self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.num_features = _map_channels(network)
         self.unit_weights = unit_weights
         self.branches = nn.ModuleList()
         if branches > 1:
@@ -83,7 +85,11 @@ class Recogniser(nn.Module):
         return features
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised -> (B, branches C, H/32, W/32)."""
+        """(B, 3, H, W) normalised -> (B, branches C, H/32, W/32), at that stride for nearly all of timm's networks.
+
+        Layers of timm's that stand between its pooling and its classifier (MobileNetV3's last convolution) come before
+        the pooling here: they see places, where their pretrained weights saw a mean.
+        """
         maps = self.trunk(images)
         return torch.cat([branch(maps) for branch in self.branches], dim=1) if self.branches else maps
 
@@ -104,18 +110,20 @@ class Recogniser(nn.Module):
 
 
 def check_network(network: str, where: str) -> None:
-    """Refuse a name that timm does not know, with the nearest one that it does.
+    """Refuse a name that timm does not know, with the nearest one that it does, and a network without a feature map.
 
     Raises:
         Refused: naming ``where`` (the key of the plan).
     """
-    if timm.is_model(network.split(".")[0]):
-        tags = timm.list_pretrained(f"{network.split('.')[0]}.*")
-        if "." not in network or network in tags:
-            return
+    architecture, _, tag = network.partition(".")
+    if not timm.is_model(architecture):
+        names = timm.list_models() + timm.list_pretrained()
+        raise Refused(f'timm {timm.__version__} has no network "{network}".', where, did_you_mean(network, names))
+    if tag and network not in (tags := timm.list_pretrained(f"{architecture}.*")):
         raise Refused(f'timm has no weights tagged "{network}".', where, did_you_mean(network, tags))
-    names = timm.list_models() + timm.list_pretrained()
-    raise Refused(f'timm {timm.__version__} has no network "{network}".', where, did_you_mean(network, names))
+    if not _map_channels(network):
+        what = f"{network} makes no feature map (batch, channels, height, width), as convolutional networks do."
+        raise Refused(what, where, "For example resnet50, efficientnet_b3, regnety_032 or convnext_tiny makes one.")
 
 
 def normalisation(network: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
@@ -136,6 +144,18 @@ def _backbone(network: str, drop_path_rate: float) -> nn.Module:
             if not options:
                 raise
             raise Refused(f"{network} has no stochastic depth: leave drop_path_rate out.", network) from error
+
+
+@cache
+def _map_channels(network: str) -> int:
+    """C of the feature map (B, C, h, w) that a backbone makes; 0 where it makes tokens or puts channels last."""
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            backbone = _backbone(network, 0.0).eval()
+            made = backbone(torch.zeros(1, *backbone.pretrained_cfg["input_size"]))  # type: ignore[index]
+    except AssertionError:  # timm's, of networks that pool tokens and nothing else
+        return 0
+    return int(made.shape[1]) if made.ndim == 4 and made.shape[1] == backbone.head_hidden_size else 0
 
 
 _LAST = {  # of a family of timm's, the modules after which only pooling follows: what BBN gives each branch its own of

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 import torch
 from torch import Tensor
 
@@ -16,9 +15,9 @@ from aliprod.data import sources
 from aliprod.data.catalogue import Catalogue, Images, Integers
 from aliprod.ensemble.add import submission, write_ensemble
 from aliprod.ensemble.score import aligned, as_labels, predicted_classes, top1_error
-from aliprod.errors import AliprodError
 from aliprod.inference import probabilities
 from aliprod.inference.predict import Views, predicted, ready
+from aliprod.orchestration import remote
 from aliprod.orchestration.scheduler import Share
 from aliprod.orchestration.steps import Splits
 
@@ -49,10 +48,8 @@ def start_prediction(prediction: Prediction, catalogue: Path, share: Share, proc
     Args:
         processes: that read images.
     """
-    options: dict[str, Any] = {"name": f"{prediction.job} {prediction.split}"}
-    return _predict.options(num_cpus=share.cpus, num_gpus=share.gpus, **options).remote(
-        prediction, catalogue, share.cpus, processes
-    )
+    name, out = f"{prediction.job} {prediction.split}", prediction.folder
+    return remote.start(name, share, out, _predict, prediction, catalogue, share.cpus, processes)
 
 
 def start_sum(members: Mapping[str, Mapping[str, Path]], which: Splits, folder: Path, key: str) -> Any:
@@ -63,9 +60,8 @@ def start_sum(members: Mapping[str, Mapping[str, Path]], which: Splits, folder: 
         folder: the plan's.
         key: of the ensemble, kept beside its scores.
     """
-    return _sum.options(name="ensemble").remote(
-        {name: dict(stores) for name, stores in members.items()}, which, folder, key
-    )
+    stores = {name: dict(stores) for name, stores in members.items()}
+    return remote.start("ensemble", Share(1, 0), None, _sum, stores, which, folder, key)
 
 
 def is_done(folder: Path, key: str) -> bool:
@@ -81,19 +77,9 @@ def scores(folder: Path) -> dict[str, Any]:
         return {}
 
 
-@ray.remote(max_retries=3)
-def _predict(prediction: Prediction, catalogue_path: Path, threads: int, processes: int) -> str:
-    if commit.read(prediction.folder) is not None:
-        return ""
-    try:
-        _write_probabilities(prediction, sources.read(catalogue_path), threads, processes)
-    except AliprodError as error:
-        return str(error)
-    return ""
-
-
-def _write_probabilities(prediction: Prediction, catalogue: Catalogue, threads: int, processes: int) -> None:
+def _predict(prediction: Prediction, catalogue_path: Path, threads: int, processes: int) -> None:
     torch.set_num_threads(threads)
+    catalogue = sources.read(catalogue_path)
     member, views = ready(prediction.weights, processes), prediction.views
     images: Images = getattr(catalogue, prediction.split)
 
@@ -118,16 +104,7 @@ def _labels(catalogue: Catalogue, split: str) -> pa.Int64Array | None:
     return None if labels is None else as_labels(labels, catalogue.classes)
 
 
-@ray.remote(max_retries=3)
-def _sum(members: dict[str, dict[str, Path]], which: Splits, folder: Path, key: str) -> str:
-    try:
-        _write_ensemble(members, which, folder, key)
-    except AliprodError as error:
-        return str(error)
-    return ""
-
-
-def _write_ensemble(members: dict[str, dict[str, Path]], which: Splits, folder: Path, key: str) -> None:
+def _sum(members: dict[str, dict[str, Path]], which: Splits, folder: Path, key: str) -> None:
     """Scores are written last: where they name the key, all else is there."""
     found: dict[str, Any] = {"key": key, "members": dict.fromkeys(members), "ensemble": None}
     for split in which.all:

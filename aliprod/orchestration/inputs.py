@@ -4,23 +4,22 @@ Each is a Ray task of its own, named after the job that it is for, and a committ
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
+from torch import Tensor
 
-from aliprod import commit
 from aliprod.data import hashes, pseudo, soft_labels, sources
-from aliprod.data.catalogue import Images, Integers
+from aliprod.data.catalogue import Integers
 from aliprod.data.training_set import base_rows
 from aliprod.ensemble.label import confident
-from aliprod.errors import AliprodError
 from aliprod.inference import probabilities
-from aliprod.inference.predict import Ready, predicted, ready
-from aliprod.orchestration import members
+from aliprod.inference.predict import predicted, ready
+from aliprod.orchestration import members, remote
 from aliprod.orchestration.prepare import Prepared
 from aliprod.orchestration.scheduler import Share
 from aliprod.orchestration.steps import Step
@@ -77,12 +76,16 @@ def _teach(prepared: Prepared, step: Step) -> Any:
     job, parent = prepared.jobs[step.job], prepared.jobs[teacher]
     rows = None if job.stage.duplicates != "keep" else base_rows(prepared.catalogue, job.stage)
     record = {"job": teacher, "key": parent.key, "weights": members.best_of(prepared, teacher).sha256}
-    options: dict[str, Any] = {"name": f"{teacher} soft labels"}
-    return _write_soft_labels.options(num_cpus=share.cpus, num_gpus=share.gpus, **options).remote(
+    out = _soft_labels(prepared, step.job, teacher)
+    return remote.start(
+        f"{teacher} soft labels",
+        share,
+        out,
+        _write_soft_labels,
         prepared.job_folder(teacher) / WEIGHTS,
         prepared.catalogue.root,
         rows,
-        _soft_labels(prepared, step.job, teacher),
+        out,
         record,
         share.cpus,
         prepared.plan.cluster.loader_processes,
@@ -98,19 +101,15 @@ def _label(prepared: Prepared, name: str) -> Any:
         for labeller in recipe.by
     ]
     record = {"labellers": {labeller: prepared.jobs[labeller].key for labeller in recipe.by}}
-    folder = prepared.job_folder(name) / "pseudo_labels"
-    options: dict[str, Any] = {"name": f"{name} pseudo labels"}
-    return _write_pseudo_labels.options(num_cpus=1, **options).remote(stores, recipe, folder, record)
+    out = prepared.job_folder(name) / "pseudo_labels"
+    return remote.start(f"{name} pseudo labels", Share(1, 0), out, _write_pseudo_labels, stores, recipe, out, record)
 
 
 def _start_hashes(prepared: Prepared, share: Share) -> Any:
-    options: dict[str, Any] = {"name": "hashes"}
-    return _write_hashes.options(num_cpus=share.cpus, **options).remote(
-        prepared.catalogue.root, _hashes(prepared), share.cpus
-    )
+    out = _hashes(prepared)
+    return remote.start("hashes", share, out, _write_hashes, prepared.catalogue.root, out, share.cpus)
 
 
-@ray.remote(max_retries=3)
 def _write_soft_labels(
     folder: Path,
     catalogue_path: Path,
@@ -119,43 +118,22 @@ def _write_soft_labels(
     record: dict[str, Any],
     threads: int,
     processes: int,
-) -> str:
-    if commit.read(out) is not None:
-        return ""
-    try:
-        torch.set_num_threads(threads)
-        train = sources.read(catalogue_path).train
-        _teach_images(ready(folder, processes), train if rows is None else train.take(rows), out, record)
-    except AliprodError as error:
-        return str(error)
-    return ""
+) -> None:
+    torch.set_num_threads(threads)
+    train = sources.read(catalogue_path).train
+    images, teacher = train if rows is None else train.take(rows), ready(folder, processes)
+
+    def blocks(missing: Integers) -> Iterator[Tensor]:
+        yield from predicted(teacher, images.take(missing), "center")
+
+    soft_labels.write(out, images.ids, np.asarray(teacher.classes.ids), blocks, record)
 
 
-def _teach_images(teacher: Ready, images: Images, out: Path, record: dict[str, Any]) -> None:
-    """Apart from the task, whose code Ray sends: torch and a name ``classes`` in it would send torch.classes along."""
-    class_ids = np.asarray(teacher.classes.ids)
-    soft_labels.write(out, images.ids, class_ids, predicted(teacher, images, "center"), record)
+def _write_pseudo_labels(stores: list[Path], recipe: PseudoLabels, out: Path, record: dict[str, Any]) -> None:
+    opened = [probabilities.open_store(store) for store in stores]
+    labels = confident(opened, recipe.threshold, recipe.per_class)
+    pseudo.write(out, labels.ids, labels.class_ids, labels.probabilities, record)
 
 
-@ray.remote(max_retries=3)
-def _write_pseudo_labels(stores: list[Path], recipe: PseudoLabels, out: Path, record: dict[str, Any]) -> str:
-    if commit.read(out) is not None:
-        return ""
-    try:
-        opened = [probabilities.open_store(store) for store in stores]
-        labels = confident(opened, recipe.threshold, recipe.per_class)
-        pseudo.write(out, labels.ids, labels.class_ids, labels.probabilities, record)
-    except AliprodError as error:
-        return str(error)
-    return ""
-
-
-@ray.remote(max_retries=3)
-def _write_hashes(catalogue_path: Path, out: Path, processes: int) -> str:
-    if commit.read(out) is not None:
-        return ""
-    try:
-        hashes.write(out, sources.read(catalogue_path).train, processes if processes > 1 else 0)
-    except AliprodError as error:
-        return str(error)
-    return ""
+def _write_hashes(catalogue_path: Path, out: Path, processes: int) -> None:
+    hashes.write(out, sources.read(catalogue_path).train, processes if processes > 1 else 0)

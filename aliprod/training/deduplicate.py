@@ -1,7 +1,8 @@
 """Filtering duplicates for a stage: near hashes, confirmed by the parent's embeddings, judged by the stage's rule.
 
 Packs on white are alike to a hash, so a pair counts only where the parent's embeddings agree too (methods.md, 5.6);
-without a parent the hash alone decides. Rows that the rule drops are listed beside those that stay.
+without a parent the hash alone decides. Images that the rule drops are listed by id, each with the first of its group,
+which may be dropped itself.
 """
 
 import logging
@@ -52,13 +53,15 @@ def _write(
         rows = np.flatnonzero(np.bincount(groups, minlength=len(images))[groups] > 1)
         embeddings, belief[rows] = _seen_by(start, images.take(rows), processes)
         groups[rows] = duplicates.confirmed(groups[rows], rows, embeddings, _COSINE)
-    rank = np.argsort(pc.sort_indices(images.ids).to_numpy())  # whose id comes first stays, whatever the file's order
+    by_id = pc.sort_indices(images.ids).to_numpy()
+    rank = np.argsort(by_id)  # whose id comes first stays, and names its group, whatever the file's order
     kept = duplicates.kept(groups, images.labels, rule, rank=rank, belief=belief)
-    dropped = np.setdiff1d(np.arange(len(images)), kept)
+    dropped = by_id[~np.isin(by_id, kept)]
     log.info("%d of %d training images are dropped as duplicates.", len(dropped), len(images))
-    listed = pa.table(
-        {"image_id": images.ids.take(pa.array(dropped)), "like": images.ids.take(pa.array(groups[dropped]))}
-    )
+    first = np.full(len(images), len(images))
+    np.minimum.at(first, groups, rank)
+    like = by_id[first[groups[dropped]]]
+    listed = pa.table({"image_id": images.ids.take(pa.array(dropped)), "like": images.ids.take(pa.array(like))})
 
     def fill(staging: Path) -> None:
         np.save(staging / "kept.npy", kept)

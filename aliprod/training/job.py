@@ -101,8 +101,6 @@ def _trained(
     work: Work, catalogue: Catalogue, resume: Path | None, writer: Background, watchdog: Watchdog
 ) -> Iterator[Progress]:
     """What the job's stage asks for: a training, or a mean of weights."""
-    if work.soup:
-        return soup.blended(work.stage, work.network, catalogue, work.soup, work.threads, work.loader_processes)
     data = training_set(
         catalogue,
         work.stage,
@@ -110,6 +108,8 @@ def _trained(
         pseudo_labels=work.pseudo_labels,
         teachers=work.teachers,
     )
+    if work.soup:
+        return soup.blended(work.stage, work.network, catalogue, data, work.soup, work.threads, work.loader_processes)
     return train(
         work.stage,
         work.network,

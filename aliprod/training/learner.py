@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.data.catalogue import Catalogue, Integers
+from aliprod.data.loader import Feed, TrainBatches
+from aliprod.data.training_set import TrainingSet
 from aliprod.inference.predict import autocast, precision
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.recogniser import Recogniser, normalisation
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of
 from aliprod.recipe import Stage
@@ -137,6 +140,18 @@ class Learner(nn.Module):
         if self.stage.gradients == "bfloat16":
             wrapped.register_comm_hook(None, bf16_compress_hook)
         return wrapped
+
+
+def set_up(
+    stage: Stage, network: str, catalogue: Catalogue, data: TrainingSet, where: Place, loader_processes: int
+) -> tuple[Learner, Feed, TrainBatches]:
+    """A stage in its place: what learns, how pictures are read, and what it is shown."""
+    learner = Learner(
+        stage, network, catalogue, where, np.bincount(data.images.labels, minlength=catalogue.num_classes)
+    )
+    mean, std, interpolation = normalisation(network)
+    feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
+    return learner, feed, TrainBatches(data, stage, feed, learner.needs.group, learner.needs.second)
 
 
 def _seed(device: torch.device, seed: int) -> None:

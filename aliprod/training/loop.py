@@ -9,25 +9,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.data.catalogue import Catalogue
-from aliprod.data.loader import Batch, Feed, TrainBatches
+from aliprod.data.loader import Batch, TrainBatches
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import NonFiniteLoss, listing
 from aliprod.models import weights
-from aliprod.models.recogniser import normalisation
 from aliprod.randomness import seed_of
 from aliprod.recipe import Stage
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
 from aliprod.training.checkpoint import Snapshot, State
 from aliprod.training.ema import Average
-from aliprod.training.learner import Learner, Place, place
+from aliprod.training.learner import Learner, Place, place, set_up
 from aliprod.training.optimizer import Optimizer
 from aliprod.training.watchdog import Watchdog
 
@@ -104,14 +102,8 @@ def train(
     watchdog.phase()
     where = place(threads, compiles, exact)
     data = data or training_set(catalogue, stage)
-    learner = Learner(
-        stage, network, catalogue, where, np.bincount(data.images.labels, minlength=catalogue.num_classes)
-    )
-    mean, std, interpolation = normalisation(network)
-    feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
-    batches = TrainBatches(data, stage, feed, learner.needs.group, learner.needs.second)
-    steps_per_epoch = batches.steps_per_epoch
-    optimizer = Optimizer(learner, stage, steps_per_epoch)
+    learner, feed, batches = set_up(stage, network, catalogue, data, where, loader_processes)
+    optimizer = Optimizer(learner, stage, batches.steps_per_epoch)
     if resume is None:
         _load(learner, start, pretrained, catalogue)
     average = Average(learner.model, stage.ema) if stage.ema else None

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from aliprod.data.catalogue import Catalogue
-from aliprod.data.loader import Feed, TrainBatches
-from aliprod.data.training_set import training_set
+from aliprod.data.training_set import TrainingSet
 from aliprod.models import weights
-from aliprod.models.recogniser import normalisation
 from aliprod.recipe import Stage
 from aliprod.training.candidates import Candidate, restated
 from aliprod.training.checkpoint import Snapshot, State
-from aliprod.training.learner import Learner, place
+from aliprod.training.learner import Learner, place, set_up
 from aliprod.training.loop import EpochEnd, Progress
 from aliprod.training.validate import top1_errors
 
@@ -22,7 +20,13 @@ _Scored = Callable[[Sequence[Path]], tuple[Candidate, dict[str, float]]]
 
 
 def blended(
-    stage: Stage, network: str, catalogue: Catalogue, ingredients: Sequence[Path], threads: int, loader_processes: int
+    stage: Stage,
+    network: str,
+    catalogue: Catalogue,
+    data: TrainingSet,
+    ingredients: Sequence[Path],
+    threads: int,
+    loader_processes: int,
 ) -> Iterator[Progress]:
     """Yield one Progress: the mean of the ingredients' weights, norm statistics taken anew on the stage's images.
 
@@ -30,15 +34,13 @@ def blended(
     recipe 1 of the paper); without val all are.
 
     Args:
+        data: the stage's images.
         ingredients: weights folders of one network.
     Raises:
         Refused: weights that do not fit.
     """
     where = place(threads)
-    learner = Learner(stage, network, catalogue, where)
-    mean, std, interpolation = normalisation(network)
-    feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
-    batches = TrainBatches(training_set(catalogue, stage), stage, feed, learner.needs.group, learner.needs.second)
+    learner, feed, batches = set_up(stage, network, catalogue, data, where, loader_processes)
 
     def scored(folders: Sequence[Path]) -> tuple[Candidate, dict[str, float]]:
         _load_mean(learner, folders, catalogue.classes.tolist())

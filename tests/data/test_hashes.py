@@ -1,6 +1,12 @@
 """hashes: what is kept on disk groups images as their pictures do, whoever hashed them."""
 
+import multiprocessing
+import os
 import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aliprod.data import hashes
+from aliprod.data import hashes, loader
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.decode import decode
 from aliprod.data.duplicates import dct_hash, gray32
@@ -46,6 +52,28 @@ def test_processes_that_help_change_no_byte(packages: Catalogue, tmp_path: Path)
         hashes.write(tmp_path / name, packages.train, processes)
     for file in ("bits.npy", "readable.npy"):
         assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "helped" / file).read_bytes()
+
+
+def test_a_process_that_stands_still_is_waited_for_and_then_an_error(
+    packages: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_PATIENCE_SECONDS", 1)
+    images = packages.train.take(np.resize(np.arange(32), 3200))  # more than are read before it is stopped
+    before = set(multiprocessing.active_children())
+
+    def stopped() -> BaseProcess:
+        while not (new := set(multiprocessing.active_children()) - before):
+            time.sleep(0.001)
+        process = new.pop()
+        os.kill(process.pid or 0, signal.SIGSTOP)
+        return process
+
+    with ThreadPoolExecutor() as beside:
+        process = beside.submit(stopped)
+        with pytest.raises(RuntimeError, match="timed out") as _held:  # else the loader waits for the process to end
+            hashes.write(tmp_path / "hashes", images, 1)
+        process.result().kill()
+    assert not list(tmp_path.iterdir())
 
 
 def test_hashes_of_other_images_or_none_are_refused(packages: Catalogue, tmp_path: Path) -> None:

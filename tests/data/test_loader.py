@@ -256,7 +256,7 @@ def known(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Trai
     table = torch.full((32, 4), 0.125)
     table[torch.arange(32), torch.arange(32) % 4] = 0.625
     folder = tmp_path_factory.mktemp("teacher") / "soft"
-    soft_labels.write(folder, packages.train.ids, packages.classes, [table], {})
+    soft_labels.write(folder, packages.train.ids, packages.classes, lambda rows: [table[rows]], {})
     data = training_set(packages, STAGE, teachers=(folder,))
     return replace(data, weights=np.arange(32, dtype=np.float32) / 32)
 

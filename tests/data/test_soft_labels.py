@@ -1,5 +1,8 @@
 """soft_labels: what a teacher said comes back as a distribution, whoever asks in which order."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,8 @@ def names(count: int) -> pa.StringArray:
 
 def taught(folder: Path, table: Tensor, ids: pa.StringArray | None = None) -> Path:
     """A folder of the soft labels of a table, written in blocks of 3 rows."""
-    write(folder, ids or names(len(table)), np.arange(table.shape[1]) * 7, iter(table.split(3)), {"job": "net/full"})
+    class_ids = np.arange(table.shape[1]) * 7
+    write(folder, ids or names(len(table)), class_ids, lambda rows: table[rows].split(3), {"job": "net/full"}, 4)
     return folder
 
 
@@ -90,9 +94,64 @@ def test_soft_labels_of_other_images_or_classes_or_none_are_refused(tmp_path: Pa
 
 def test_a_teacher_that_leaves_images_out_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="6 rows of probabilities for 8 images"):
-        write(tmp_path / "a", names(8), np.arange(4), distributions(0, 6, 4).split(3), {})
+        write(tmp_path / "a", names(8), np.arange(4), lambda _: distributions(0, 6, 4).split(3), {})
     assert commit.read(tmp_path / "a") is None
     assert not list(tmp_path.iterdir())
+
+
+# A teacher, killed as it touches its k-th file or folder for every ninth k, and one that goes on after it.
+KILLED = """
+import json, os, signal, sys, numpy as np, pyarrow as pa, torch
+from pathlib import Path
+from aliprod import commit
+from aliprod.data.soft_labels import write
+
+root, left = Path(sys.argv[1]), 0
+table = torch.randn(26, 100, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+
+def hook(event, arguments):
+    global left
+    if event in ("open", "os.rename", "os.mkdir", "shutil.rmtree") and str(root) in str(arguments[0]):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def teach(folder):
+    def blocks(rows):
+        for some in rows.reshape(-1, 2):
+            with open(folder.parent.with_suffix(".log"), "a") as log:
+                log.write("x" * len(some))
+            yield table[some]
+    write(folder, pa.array([str(row) for row in range(26)]), np.arange(100), blocks, {}, 4)
+
+def in_child(moment, folder):
+    global left
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = moment
+    teach(folder)
+    os._exit(0)
+
+undisturbed = root / "undisturbed" / "soft"
+teach(undisturbed)  # before the children are forked: whatever loads itself at first use is loaded once
+sys.addaudithook(hook)
+moment, found = 1, []
+while in_child(moment, folder := root / str(moment) / "soft"):
+    in_child(-1, folder)
+    found.append((commit.digest(folder), folder.parent.with_suffix(".log").stat().st_size))
+    moment += 9
+print(json.dumps([commit.digest(undisturbed), found]))
+"""
+
+
+def test_a_teacher_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True, check=True)
+    digest, found = json.loads(done.stdout)
+    assert len(found) > 8
+    for own, looked_at in found:
+        assert own == digest
+        assert 26 <= looked_at <= 26 + 4  # one shard, at most, is looked at again
 
 
 def test_an_image_costs_six_bytes_a_class_and_no_more_classes_than_are_kept(tmp_path: Path) -> None:

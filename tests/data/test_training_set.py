@@ -104,13 +104,13 @@ def test_pseudo_labelled_images_of_a_prepared_catalogue_are_its_jpegs(
 def test_teachers_are_asked_about_the_images_of_the_stage(packages: Catalogue, tmp_path: Path) -> None:
     table = torch.rand(32, 4, generator=torch.Generator().manual_seed(0))
     table /= table.sum(dim=1, keepdim=True)
-    soft_labels.write(tmp_path / "soft", packages.train.ids, packages.classes, [table], {})
+    soft_labels.write(tmp_path / "soft", packages.train.ids, packages.classes, lambda rows: [table[rows]], {})
     few = Stage(images=PerClass(per_class=2))
     data = training_set(packages, few, teachers=(tmp_path / "soft",))
     assert data.teacher is not None
     found = soft_labels.spread(*data.teacher.rows(np.arange(8)), 4)
     torch.testing.assert_close(found, table[base_rows(packages, few)], rtol=0, atol=1e-3)
     part = packages.train.ids.slice(1)
-    soft_labels.write(tmp_path / "part", part, packages.classes, [table[1:]], {})
+    soft_labels.write(tmp_path / "part", part, packages.classes, lambda rows: [table[1:]], {})
     with pytest.raises(Refused, match="are soft labels of other images"):
         training_set(packages, Stage(), teachers=(tmp_path / "part",))

@@ -172,7 +172,7 @@ def test_rows_that_are_not_there_are_refused(tmp_path, low, high):
 
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
 from pathlib import Path
 from aliprod.inference.probabilities import open_store, write
 
@@ -182,19 +182,21 @@ def blocks(rows):
 def peak(rows):
     ids = [str(i) for i in range(rows)]
     folder = Path(sys.argv[1]) / str(rows)
-    write(folder, ids, range(4000), blocks, rows_per_shard=500)
+    write(folder, ids, range(4000), blocks, rows_per_shard=int(sys.argv[2]))
     store = open_store(folder)
     for low in range(0, rows, 50):
         store.rows(low, low + 50).max()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 print(-peak(1000) + peak(10000))  # kB
 """
 
 
-def test_memory_is_flat_in_rows(tmp_path):
-    grown = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
-    assert int(grown.stdout) < 50_000  # the file is 80 MB, the float32 blocks are 160
+@pytest.mark.parametrize("per_shard", ["500", "10000"])
+def test_memory_is_flat_in_rows_and_in_those_of_a_shard(tmp_path, per_shard):
+    command = [sys.executable, "-c", MEMORY, tmp_path, per_shard]
+    grown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(grown.stdout) < 50_000  # the files are 80 MB, the float32 blocks are 160
 
 
 RECORD = {"job": "a/b", "split": "test", "views": "ten_crop", "weights": "1"}

@@ -93,6 +93,43 @@ def test_known_networks_pass_with_and_without_a_tag(network: str) -> None:
     check_network(network, "")
 
 
+@pytest.mark.parametrize(
+    "network",
+    ["vit_tiny_patch16_224", "deit_tiny_patch16_224.fb_in1k", "swin_tiny_patch4_window7_224", "mixer_s16_224",
+     "crossvit_9_240"],
+)  # fmt: skip
+def test_a_network_without_a_feature_map_is_refused_in_one_sentence_with_some_that_have_one(network: str) -> None:
+    with pytest.raises(Refused) as raised:
+        check_network(network, "[backbones] mine")
+    assert str(raised.value).startswith(f"[backbones] mine: {network} makes no feature map")
+    for name in ("resnet50", "efficientnet_b3", "regnety_032", "convnext_tiny"):
+        assert name in raised.value.advice
+        check_network(name, "")
+    with pytest.raises(Refused):
+        Recogniser(network, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("network", "features"),  # channels in front of the classifier: of the papers' tables
+    [("mobilenetv3_large_100", 1280), ("mobilenetv3_small_100", 1024), ("ghostnet_100", 1280), ("convnext_tiny", 768)],
+)
+def test_layers_behind_a_networks_own_pooling_are_part_of_its_feature_map(network: str, features: int) -> None:
+    model = Recogniser(network, num_classes=5).eval()
+    with torch.inference_mode():
+        mapped = model.features(torch.zeros(2, 3, 64, 96))
+        assert mapped.shape == (2, features, 2, 3)
+        assert model.classify(mapped).shape == (2, 5)
+    assert model.num_features == features
+
+
+def test_looking_at_a_network_draws_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    check_network("mobilenetv3_small_075", "")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_mean_std_and_interpolation_are_the_weights_own() -> None:
     assert normalisation("legacy_seresnet101.in1k") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
     assert normalisation("tf_efficientnet_b3.ap_in1k")[0] == (0.5, 0.5, 0.5)

@@ -137,7 +137,7 @@ def test_without_a_parent_look_alikes_are_taken_for_the_same_picture(
 
 
 @pytest.mark.parametrize("rule", ["drop", "teacher"])
-def test_what_stays_does_not_hang_on_the_order_of_the_file(
+def test_what_stays_and_what_is_told_of_the_rest_does_not_hang_on_the_order_of_the_file(
     shop: Catalogue, hashed: Path, parent: Path, shared: Path, tmp_path: Path, rule: Rule
 ) -> None:
     other = doubled(shared / "data" / "tiny", tmp_path / "other", 1)
@@ -147,6 +147,11 @@ def test_what_stays_does_not_hang_on_the_order_of_the_file(
     kept = kept_rows(tmp_path / "kept", rule, shop, hashed, parent, 0)
     again = kept_rows(tmp_path / "again", rule, other, tmp_path / "hashes", parent, 0)
     assert dropped(shop, kept) == dropped(other, again)
+    listed, relisted = (pq.read_table(tmp_path / name / "dropped.parquet") for name in ("kept", "again"))
+    assert listed.equals(relisted)
+    first = {"a1.jpg": 0, "a2.jpg": 0, "b1.jpg": 1, "b2.jpg": 1, "c1.jpg": 3}  # digits come before letters
+    told = dict(zip(*listed.to_pydict().values(), strict=True))
+    assert {name: told[name] for name in first} == {name: original(shop, label) for name, label in first.items()}
 
 
 def test_what_was_found_once_is_read_again(shop: Catalogue, hashed: Path, parent: Path, tmp_path: Path) -> None:

@@ -1,19 +1,26 @@
 """soup: weights that are a mean of others', made without a step of training."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from aliprod import commit
+from aliprod.data import hashes, pseudo
+from aliprod.data.augment import normalise, square
 from aliprod.data.catalogue import Catalogue
+from aliprod.data.decode import decode
+from aliprod.data.sources import read
+from aliprod.data.training_set import training_set
 from aliprod.models import weights
-from aliprod.models.recogniser import Recogniser
-from aliprod.recipe import LearningRate, Soup, Stage
+from aliprod.models.recogniser import Recogniser, normalisation
+from aliprod.recipe import LearningRate, PseudoLabels, Soup, Stage
 from aliprod.training import job
 from aliprod.training.job import Work
 from aliprod.training.loop import Progress, train
@@ -46,7 +53,7 @@ def ingredient(
 
 
 def made(stage: Stage, packages: Catalogue, ingredients: Sequence[Path]) -> tuple[Progress, dict[str, Tensor]]:
-    (progress,) = blended(stage, NETWORK, packages, ingredients, 1, 0)
+    (progress,) = blended(stage, NETWORK, packages, training_set(packages, stage), ingredients, 1, 0)
     assert progress.end is not None
     return progress, progress.end.best.tensors
 
@@ -82,6 +89,47 @@ def test_norm_statistics_are_those_of_the_stages_images_not_of_the_ingredients(
     )
     assert all(torch.equal(other[name], tensor) for name, tensor in plain.items())
     assert not torch.equal(plain["backbone.bn1.running_mean"], tensors["backbone.bn1.running_mean"])
+
+
+def seen_by_the_stem(model: Recogniser, pictures: Sequence[Path]) -> Tensor:
+    """(C,) mean of what the first norm layer sees of pictures, each as the whole."""
+    squares = torch.stack([square(decode(path), 32, CONFIG.interpolation) for path in pictures])
+    mean, std, _ = normalisation(NETWORK)
+    with torch.no_grad():
+        stem: Tensor = model.backbone.conv1(normalise(squares, mean, std))
+    return stem.mean(dim=(0, 2, 3))
+
+
+def test_norm_statistics_are_of_the_images_that_the_stage_adds_and_of_none_that_it_drops(
+    packages: Catalogue, tmp_path: Path
+) -> None:
+    shutil.copytree(packages.root, tmp_path / "packages")
+    catalogue = read(tmp_path / "packages")
+    shutil.copyfile(catalogue.train.path(3), catalogue.train.path(20))  # of another class
+    hashes.write(tmp_path / "hashes", catalogue.train, 0)
+    surest = catalogue.test.ids.take([5, 17, 30])
+    pseudo.write(tmp_path / "pseudo", surest, catalogue.classes[[0, 1, 3]], np.array([0.9, 0.9, 0.9]), {})
+    stage = STAGE.model_copy(
+        update={
+            "resize": 32,
+            "augmentation": ("resize",),
+            "batch_size": 64,
+            "precision": "float32",
+            "duplicates": "drop",
+            "pseudo_labels": PseudoLabels(by=("net/a",)),
+        }
+    )
+    folders = tuple(ingredient(tmp_path / f"{seed}", catalogue, drawn(seed)) for seed in range(2))
+    work = Work("net/soup", "0123", NETWORK, stage, tmp_path / "job", soup=folders,
+                pseudo_labels=tmp_path / "pseudo", hashes=tmp_path / "hashes")  # fmt: skip
+    list(job.run(work, catalogue))
+    model, _, _ = weights.load(tmp_path / "job" / "weights")
+    kept = [catalogue.train.path(row) for row in range(32) if row not in (3, 20)]
+    added = [catalogue.test.path(row) for row in (5, 17, 30)]
+    expected = seen_by_the_stem(model, kept + added)
+    torch.testing.assert_close(model.backbone.bn1.running_mean, expected, rtol=0, atol=1e-4)  # resizing rounds
+    for mistaken in (kept, [*map(catalogue.train.path, range(32)), *added]):
+        assert (seen_by_the_stem(model, mistaken) - expected).abs().max() > 1e-3
 
 
 @pytest.fixture(scope="module")
