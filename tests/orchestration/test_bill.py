@@ -101,7 +101,8 @@ def test_a_soup_sees_as_many_images_as_its_making_shows(packages: Catalogue, tmp
         commit.write(tmp_path / name, partial(weights.save, tensors=tensors, config=config, classes=classes))
     stage = stage_of({"soup": {"of": ("a", "b"), "greedy": greedy}})
     with looked_at() as counts:
-        list(blended(stage, NETWORK, packages, [tmp_path / "a", tmp_path / "b"], 1, 0))
+        data = training_set(packages, stage)
+        list(blended(stage, NETWORK, packages, data, [tmp_path / "a", tmp_path / "b"], 1, 0))
     found = epoch_of(stage, packages)
     assert (found.steps, found.images, found.seen) == (0, 0, sum(counts))
 
