@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from pyarrow import fs
 
 from aliprod.cli import app
+from aliprod.commit import MANIFEST
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.prepare import Prepared, prepare
 from aliprod.data.remote import Remote, place
@@ -21,6 +23,7 @@ from aliprod.data.stored import Settings
 from aliprod.errors import Refused, Unreachable
 
 server = pytest.importorskip("moto.server", reason="needs moto, of the extra `test`")
+boto3 = pytest.importorskip("boto3", reason="comes with moto")
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +99,20 @@ def test_an_upload_that_broke_off_is_no_catalogue_and_the_next_call_makes_it_one
     assert place_there.manifest() is None
     prepared(packages.root, bucket("half"))
     assert set(files(bucket("half"))) == {file.name for file in (tmp_path / "local").iterdir()}
+
+
+def test_a_file_that_goes_up_in_parts_arrives_whole(bucket: Callable[[str], str], port: int, tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(25 * 2**20)  # pyarrow sends parts of 10 MiB
+    (tmp_path / "train.arrow").write_bytes(content)
+    (tmp_path / MANIFEST).write_text("{}")
+    place_there = place(bucket("large"))
+    assert isinstance(place_there, Remote)
+    place_there.upload(tmp_path)
+    assert files(bucket("large")) == {"train.arrow": content, MANIFEST: b"{}"}
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys)
+    tag = client.head_object(Bucket="shop", Key="large/train.arrow")["ETag"]
+    assert tag.endswith('-3"')  # S3 writes the number of parts there
 
 
 def test_another_catalogue_there_is_left_as_it_is(bucket: Callable[[str], str], packages: Catalogue) -> None:
