@@ -2,13 +2,13 @@
 
 Three processes iterate `aliprod.training.loop.train` on the same pictures: a worker of a TorchTrainer, a bare one, and
 a second bare one that tells what the method itself is worth. All live at once and train in strict turns, a block of
-steps at a time, in a new order each round; whoever waits sleeps on a socket. A block's cost is the CPU time of its
-process (all threads, Ray's too) while it had the turn, and is compared with the other blocks of its round. The weights
-must be equal to the bit. Ray is told once an epoch, as `aliprod.orchestration.worker` does, with the settings that
-`aliprod.orchestration.launch` gives it.
+steps at a time, in a new order each round; whoever waits sleeps on a socket. A block is timed while its process has
+the turn (CPU of the process with all threads, Ray's too; CPU of the thread that trains; wall) and compared with the
+other blocks of its round. The weights must be equal to the bit. Ray is told once an epoch, as
+`aliprod.orchestration.worker` does, with the settings that `aliprod.orchestration.launch` gives it.
 
-What Ray burns by the second, whatever is trained, stands apart: in the worker while it waits for its turn, and in
-Ray's other processes. Where a step takes long, its threads are charged to the step by the first figure.
+Ray's threads and processes burn by the second, whatever is trained, so that the CPU of all threads a step grows with
+the step's length. What they burn is measured in the worker while it waits for its turn, and told apart.
 
     python benchmarks/in_trainer.py [--epochs 30] [--starts 2] [--seeds 0 1] [--real resnet50 --real-batch 16]
 """
@@ -34,11 +34,12 @@ from typing import Any
 import psutil
 from ratio import cpu, header, median_interval
 
-BLOCK = 20  # steps of a turn
-BLOCKS = 10  # of an epoch; the first is not counted as steps, since the end of the epoch before it is in it
+BLOCK = 5  # steps of a turn
+BLOCKS = 40  # of an epoch; in the first is also the end of the epoch before, with its report: it is told apart
 BATCH = 8
 TRAINER, BARE, AGAIN = "trainer", "bare", "bare again"
-Blocks = Mapping[str, list[float]]
+CLOCKS = {"CPU": cpu, "CPU of the training thread": time.thread_time, "wall time": time.perf_counter}
+Blocks = Mapping[str, list[list[float]]]  # of each side, what each clock told of each block
 
 
 def main() -> None:
@@ -95,7 +96,9 @@ def compare(folder: Path, what: str, seed: int, epochs: int, real: float) -> Non
     with Listener(family="AF_UNIX") as listener:
         config = {"photos": folder / "photos", "seed": seed, "epochs": epochs, "address": listener.address}
         bare_ones = [bare(config | {"side": side}) for side in (BARE, AGAIN)]
-        fit = threading.Thread(target=in_trainer, args=(config | {"side": TRAINER}, folder / "ray", f"{time.time_ns()}"))
+        fit = threading.Thread(
+            target=in_trainer, args=(config | {"side": TRAINER}, folder / "ray", f"{time.time_ns()}")
+        )
         fit.start()
         lines = {line.recv(): line for line in (listener.accept() for _ in range(3))}
         began, ray_began = time.perf_counter(), rest_of_ray()
@@ -108,14 +111,14 @@ def compare(folder: Path, what: str, seed: int, epochs: int, real: float) -> Non
     if len({end["sha256"] for end in ends.values()}) != 1:
         sys.exit("no equal work: the weights differ")
     print(f"{what}: equal weights, {epochs} epochs of {BLOCKS} blocks of {BLOCK} steps")
-    show_blocks(blocks, real)
+    show_blocks(blocks)
     show_beside(ends, rest, real)
 
 
 def in_turns(lines: Mapping[str, Connection], rounds: int) -> Blocks:
-    """CPU seconds of each block of each side."""
+    """Seconds of each block of each side."""
     order, draw = list(lines), random.Random(0)
-    blocks: dict[str, list[float]] = {side: [] for side in lines}
+    blocks: dict[str, list[list[float]]] = {side: [] for side in lines}
     for _ in range(rounds):
         draw.shuffle(order)
         for side in order:
@@ -129,33 +132,40 @@ def told(line: Connection) -> Any:
     return line.recv()
 
 
-def show_blocks(blocks: Blocks, real: float) -> None:
-    """Step and epoch, trainer and second bare side beside the bare one."""
-    steps = {side: [took / BLOCK for n, took in enumerate(found) if n % BLOCKS] for side, found in blocks.items()}
-    turns = range(1, len(blocks[BARE]) - BLOCKS + 1, BLOCKS)  # from after an epoch's first block into the next one's
-    epochs = {side: [sum(found[n : n + BLOCKS]) for n in turns] for side, found in blocks.items()}
-    for what, of_side in (("step", steps), ("epoch and its report", epochs)):
-        print(f"  CPU of a {what}: bare {1000 * statistics.median(of_side[BARE]):.3f} ms")
-        for side in (TRAINER, AGAIN):
-            more = [1000 * (a - b) for a, b in zip(of_side[side], of_side[BARE], strict=True)]
-            middle, (low, high) = statistics.median(more), median_interval(more)
-            share = middle / 10 / (real if what == "step" else statistics.median(of_side[BARE]))
-            of_what = "a real step" if what == "step" else "this small epoch"
-            print(
-                f"    {side}: {middle:+.3f} ms (median of {len(more)} pairs, 95 %: {low:+.3f} to {high:+.3f}), "
-                f"{share:+.3f} % of {of_what}"
-            )
+def show_blocks(blocks: Blocks) -> None:
+    """Step and epoch's end by each clock, trainer and second bare side beside the bare one."""
+    for number, clock in enumerate(CLOCKS):
+        took = {side: [block[number] for block in found] for side, found in blocks.items()}
+        steps = {
+            side: [seconds / BLOCK for n, seconds in enumerate(found) if n % BLOCKS] for side, found in took.items()
+        }
+        show_more(f"{clock}, a step", steps)
+        ends = {side: found[BLOCKS::BLOCKS] for side, found in took.items()}
+        show_more(f"{clock}, the end of an epoch and the {BLOCK} steps after it", ends)
+
+
+def show_more(what: str, seconds: Mapping[str, list[float]]) -> None:
+    """The medians of paired differences."""
+    print(f"  {what}: bare {1000 * statistics.median(seconds[BARE]):.3f} ms")
+    for side in (TRAINER, AGAIN):
+        more = [1000 * (a - b) for a, b in zip(seconds[side], seconds[BARE], strict=True)]
+        middle, (low, high) = statistics.median(more), median_interval(more)
+        share = middle / 10 / statistics.median(seconds[BARE])
+        print(f"    {side}: {middle:+.3f} ms ({low:+.3f} to {high:+.3f} of {len(more)} pairs), {share:+.2f} %")
 
 
 def show_beside(ends: Mapping[str, dict[str, Any]], rest: float, real: float) -> None:
-    """A report, and what burns by the second."""
+    """A report, what burns by the second, and both in an epoch of real size."""
     took, waited = (statistics.median(report[n] for report in ends[TRAINER]["reports"]) for n in (0, 1))
+    print(f"  a report: {1000 * took:.1f} ms CPU, {1000 * waited:.0f} ms of wall time")
+    idle = {side: 1000 * end["idle"] for side, end in ends.items()}
+    told = ", ".join(f"{side} {idle[side]:.2f}" for side in (TRAINER, BARE, AGAIN))
+    print(f"  CPU-ms in a second of waiting: {told}; in all other processes of Ray {1000 * rest:.1f}")
+    burnt = (idle[TRAINER] - idle[BARE]) / 10
     print(
-        f"  a report: {1000 * took:.1f} ms CPU, {waited:.2f} s of wall time; 1 % of an epoch of {100 * took:.1f} s CPU "
-        f"and {100 * waited:.0f} s; of 100 real steps {took / real:.4f} % CPU, {waited / real:.2f} %"
+        f"  of an epoch of 100 real steps ({100 * real:.0f} s): its report {took / real:.4f} % of CPU, "
+        f"{waited / real:.4f} % of time; the worker's threads of Ray {burnt:.2f} % of a core"
     )
-    idle = ", ".join(f"{side} {1000 * end['idle']:.2f}" for side, end in sorted(ends.items()))
-    print(f"  CPU-ms in a second of waiting: {idle}; in Ray's other processes {1000 * rest:.1f}")
 
 
 def rest_of_ray() -> float:
@@ -205,16 +215,16 @@ class Turns:
         """End the turn where a block is full."""
         self.steps += 1
         if self.steps % BLOCK == 0:
-            self.say(cpu() - self.began)
+            self.say([clock() - began for clock, began in zip(CLOCKS.values(), self.began, strict=True)])
 
     def say(self, what: object) -> None:
         """And wait for the next turn."""
         asleep, since = cpu(), time.perf_counter()
         self.line.send(what)
         self.line.recv()
-        self.began = cpu()
-        self.idle_cpu += self.began - asleep
+        self.idle_cpu += cpu() - asleep
         self.idle_seconds += time.perf_counter() - since
+        self.began = [clock() for clock in CLOCKS.values()]
 
 
 def trained(config: dict[str, Any]) -> None:
