@@ -79,7 +79,8 @@ def restated(learner: Learner, batches: TrainBatches, epoch: int) -> dict[str, T
     An objective that trains on distorted images (DCL) leaves statistics of a mixture that never comes again.
     """
     torch.manual_seed(seed_of(learner.stage.seed, "statistics", epoch))  # stochastic depth draws
-    with autocast(learner.place.device, learner.dtype):
+    # Norm layers that count their batches in Python break a graph apart, and each count would be compiled anew.
+    with torch.compiler.set_stance("force_eager"), autocast(learner.place.device, learner.dtype):
         update_bn((batch.images for batch in islice(batches.epoch(epoch), STATISTICS_BATCHES)), learner.model)
     learner.share_buffers()
     return copied(learner.model.state_dict())

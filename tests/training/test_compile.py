@@ -1,27 +1,29 @@
-"""compile: a compiled backbone has the names of the plain one, and is compiled once for a job."""
+"""compile: a compiled backbone has the values and names of the plain one, and is compiled in the first epoch only."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 from aliprod.data.catalogue import Catalogue
-from aliprod.recipe import Stage
+from aliprod.inference import predict
+from aliprod.recipe import ObjectiveRecipe, Stage
 from aliprod.training.loop import train
 
 NETWORK = "test_resnet.r160_in1k"
 
 
 @pytest.fixture(autouse=True)
-def _graphs_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs are captured and guarded as ever; what a C++ compiler would make of them in minutes is left out."""
-
-    def as_it_is(graph: torch.fx.GraphModule, inputs: Any, **_: Any) -> Callable[..., Any]:
-        return graph.forward
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", as_it_is)
+def _no_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are captured, differentiated and guarded as ever; only the C++ compiler is left out, which takes minutes.
+    Validation has whole batches and a partial one."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **_: aot_eager(graph, inputs))
+    monkeypatch.setitem(predict._BATCH, "center", 16)
+    torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
     counters.clear()
@@ -29,19 +31,32 @@ def _graphs_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch about itself
-def test_a_compiled_job_is_compiled_in_its_first_epoch_only_and_ends_with_the_names_of_a_plain_one(
-    packages: Catalogue, stage: Stage
+@pytest.mark.parametrize(
+    ("changes", "graphs"),
+    [
+        ({}, 3),  # training on 8; validation, of raw and averaged weights alike, on 16 and at last on 8
+        ({"accumulate": 3}, 4),  # training on 3, 3 and 2
+        ({"objective": ObjectiveRecipe(name="dcl", parts=2), "crop": 64, "resize": 64}, 3),  # training on twice 8
+    ],
+    ids=["cross_entropy", "accumulate", "dcl"],
+)
+def test_a_compiled_job_has_a_graph_for_each_shape_none_after_its_first_epoch_and_the_weights_of_a_plain_one(
+    packages: Catalogue, stage: Stage, changes: dict[str, object], graphs: int
 ) -> None:
-    graphs = []
-    for progress in train(stage, NETWORK, packages, compiles=True):
-        graphs.append(counters["stats"]["unique_graphs"])
-        assert progress.end is not None
-        compiled = progress.end.last.tensors
-    assert graphs[0] > 0
-    assert graphs == [graphs[0]] * stage.epochs
-    assert progress.place.environment()["compiled"] is True
-    (*_, plain) = train(stage, NETWORK, packages)
+    stage = stage.model_copy(update={"epochs": 2} | changes)
+    catalogue = replace(packages, train=packages.train.take(range(20)))  # 2 steps: 4 images are left over
+    assert len(catalogue.val) % 16
+    epochs = train(stage, NETWORK, catalogue, compiles=True)
+    first = next(epochs)
+    assert first.place.environment()["compiled"] is True
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        (*_, last) = epochs
+    (*_, plain) = train(stage, NETWORK, catalogue)
+    assert last.end is not None
     assert plain.end is not None
+    compiled = last.end.last.tensors
     assert list(compiled) == list(plain.end.last.tensors)
     for name, tensor in plain.end.last.tensors.items():
-        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
