@@ -1,168 +1,304 @@
-"""What a CUDA GPU makes of it: training, starvation, ten-crop. Refuses where there is none.
+"""What a CUDA GPU makes of it: training, ranks, ten-crop, equal bytes, starvation. Refuses where there is none.
 
-- Training images/s of the five backbones at 224 and 448 pixels on synthetic batches, against the loop of timm's
-  benchmark script with the same settings (bfloat16 autocast, channels_last, SGD, same batch, cudnn's autotuner on).
+- Training images/s of the five backbones at 224 and 448 pixels on one synthetic batch on the device, against the loop
+  of timm's benchmark script (huggingface/pytorch-image-models, benchmark.py, `--bench train --amp --channels-last`)
+  with the same settings: bfloat16 autocast, channels_last, TF32, cudnn's autotuner, SGD with momentum, same batch. Its
+  side is made faster than the script: SGD is fused, and no step waits for the device. Ours clips the gradient and
+  looks for losses that are not finite besides. Both begin with the same weights; their first losses are compared.
   The project's exact mode (deterministic kernels, no autotuner) is timed beside it.
-- Starvation: the real loop on a catalogue against the step on one batch.
+- The same step as one of several ranks: DistributedDataParallel over NCCL, of which this GPU is the only rank.
 - Ten-crop: images/s x 10 against views/s of single views.
+- Equal bytes: two processes train the same few steps and validate.
+- Starvation, with `--catalogue`: the real loop against the step on one batch.
 
 Each figure comes after 20 steps that are not counted, over 100 that are, with the device synchronised at both ends; the
-sides alternate. Losses of the first step are compared before.
+sides alternate, and each sets the modes of PyTorch that it needs. `head_memory.py` measures the head of 50,030 classes.
+A call for each network keeps a call short.
 
     python benchmarks/gpu.py [--networks resnet50 ...] [--crops 224 448] [--batch 128] [--rounds 3]
                              [--catalogue PATH --loader-processes 16]
+    python benchmarks/gpu.py --on-cpu   (tiny, on a machine without a GPU: that every line runs, no figure)
 """
 
 import argparse
+import hashlib
+import multiprocessing
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 from ratio import Side, alternate, header, show
 from torch import Tensor, nn
 
 from aliprod.data import sources
 from aliprod.data.catalogue import Catalogue, Images
 from aliprod.data.loader import Batch, Feed
+from aliprod.data.synth import synthesise
 from aliprod.inference.predict import look
 from aliprod.models.recogniser import Recogniser, normalisation
 from aliprod.recipe import Stage
 from aliprod.training.benchmark import measure
-from aliprod.training.learner import Learner, autocast, place
+from aliprod.training.learner import Learner, Place, autocast, place
+from aliprod.training.loop import train
 from aliprod.training.optimizer import Optimizer
 
 BACKBONES = ("resnet50", "seresnext50_32x4d", "legacy_seresnet101", "efficientnet_b3", "efficientnet_b4")
 CLASSES = 1000
-WARM_UP, COUNTED = 20, 100
+Step = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
-class Loop:
-    """Steps of one side on one batch."""
+class Extent:
+    """How much is measured."""
 
-    step: Callable[[int], Tensor]
-    exact: bool
+    crops: tuple[int, ...]
+    batch: int  # images of 224 pixels; fewer of larger ones
+    rounds: int
+    warm_up: int = 20
+    counted: int = 100
+
+
+class Loop:
+    """Steps of one side on one batch.
+
+    Attributes:
+        seconds: of counted steps so far.
+        peak: bytes that they needed at most beyond what lay on the device before.
+    """
+
+    def __init__(self, step: Step, exact: bool, extent: Extent) -> None:
+        self.step, self.exact, self.extent = step, exact, extent
+        self.seconds, self.peak = 0.0, 0
 
     def __call__(self) -> None:
-        torch.use_deterministic_algorithms(self.exact, warn_only=True)
-        torch.backends.cudnn.benchmark = not self.exact
-        for number in range(WARM_UP):
+        place(exact=self.exact)
+        before = start_of_peak()
+        for number in range(self.extent.warm_up):
             self.step(number)
-        torch.cuda.synchronize()
+        synchronise()
         began = time.perf_counter()
-        for number in range(COUNTED):
+        for number in range(self.extent.counted):
             self.step(number)
+        synchronise()
+        self.seconds += time.perf_counter() - began
+        self.peak = max(self.peak, end_of_peak() - before)
+
+
+def in_turn(loops: dict[str, Loop], extent: Extent) -> list[Side]:
+    """Seconds of the counted steps, round by round."""
+    return alternate(loops, extent.rounds, lambda: sum(loop.seconds for loop in loops.values()), warm_up=0)
+
+
+def synchronise() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-        Clock.seconds += time.perf_counter() - began
 
 
-class Clock:
-    """The time of counted steps alone."""
+def start_of_peak() -> int:
+    """Bytes on the device; the peak is counted from here on."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
-    seconds = 0.0
 
-    @classmethod
-    def read(cls) -> float:
-        return cls.seconds
+def end_of_peak() -> int:
+    """The most bytes since."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def main() -> None:
     """All rows, or a refusal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(BACKBONES))
+    parser.add_argument("--networks", nargs="+")
     parser.add_argument("--crops", nargs="+", type=int, default=[224, 448])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--catalogue", type=Path)
     parser.add_argument("--loader-processes", type=int, default=16)
+    parser.add_argument("--on-cpu", action="store_true")
     asked = parser.parse_args()
-    if not torch.cuda.is_available():
+    extent = Extent(tuple(asked.crops), asked.batch, asked.rounds)
+    networks: list[str] = asked.networks or list(BACKBONES)
+    if asked.on_cpu:
+        extent, networks = Extent((64, 96), 4, 1, warm_up=1, counted=2), asked.networks or ["test_resnet"]
+    elif not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py needs a CUDA GPU, and PyTorch sees none here: nothing was measured.")
-    print(header(("torch", "timm")), torch.cuda.get_device_name(), sep=", ")
-    for network in asked.networks:
-        for crop in asked.crops:
-            training(network, crop, asked.batch * 224**2 // crop**2, asked.rounds)
-        ten_crop(network, asked.rounds)
-    if asked.catalogue:
-        starvation(asked.networks[0], asked.catalogue, asked.batch, asked.loader_processes, asked.rounds)
+    print(header(("torch", "timm")), torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", sep=", ")
+    for network in networks:
+        for crop in extent.crops:
+            training(network, crop, extent)
+        ranks(network, extent)
+        ten_crop(network, extent)
+        equal_bytes(network, extent)
+        if asked.catalogue:
+            starvation(network, asked.catalogue, extent, asked.loader_processes)
+        print(f"  {clocks()}")
 
 
-def training(network: str, crop: int, batch_size: int, rounds: int) -> None:
-    """Ours, exact and not, against timm's loop."""
-    stage = Stage(resize=max(crop, 256), crop=crop, batch_size=batch_size, precision="bfloat16")
-    here = place()
+def clocks() -> str:
+    """What the GPU runs at after all that."""
+    if shutil.which("nvidia-smi") is None:
+        return "clocks unknown: there is no nvidia-smi"
+    query = "--query-gpu=clocks.sm,clocks.max.sm,power.draw,temperature.gpu,utilization.gpu"
+    answer = subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True, check=False)
+    return " | ".join(answer.stdout.splitlines())
+
+
+def synthetic(batch_size: int, crop: int, here: Place) -> Batch:
+    """Noise on the device."""
     images = torch.randn(batch_size, 3, crop, crop, device=here.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch_size,), device=here.device)
-    batch = Batch(images, labels, torch.arange(batch_size), 0, 0, 0)
-    learner = Learner(stage, network, nothing(), here)
-    model = timm.create_model(network, num_classes=CLASSES).to(here.device, memory_format=torch.channels_last)
-    model.load_state_dict(learner.model.backbone.state_dict(), strict=False)
-    optimizer = Optimizer(learner, stage, steps_per_epoch=10**6)
-    sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
-    criterion = nn.CrossEntropyLoss()
+    return Batch(images, labels, torch.arange(batch_size), epoch=0, step=0, seed=0)
 
-    def ours(step: int) -> Tensor:
-        loss = torch.stack(list(learner(batch).values())).sum()
-        optimizer.step(loss, step)
+
+def stage_of(crop: int, extent: Extent) -> Stage:
+    """As many pixels a step at any crop. The rates are low: one batch is seen again and again."""
+    batch_size = max(2, extent.batch * 224**2 // crop**2)
+    low = {"backbone": 1e-4, "heads": 1e-4}
+    return Stage(resize=max(crop, 256), crop=crop, batch_size=batch_size, precision="bfloat16", lr=low)  # type: ignore[arg-type]
+
+
+def our_step(step_of: nn.Module, learner: Learner, batch: Batch) -> Step:
+    """Forward, backward and update as `aliprod.training.loop` makes them."""
+    optimizer = Optimizer(learner, learner.stage, steps_per_epoch=10**6)
+    learner.train()
+
+    def step(number: int) -> Tensor:
+        loss = torch.stack(list(step_of(batch).values())).sum()
+        optimizer.step(loss, number)
         return loss.detach()
 
-    def theirs(_: int) -> Tensor:
+    return step
+
+
+def their_step(learner: Learner, batch: Batch) -> Step:
+    """Timm's loop, from the learner's weights on."""
+    device = learner.place.device
+    model = timm.create_model(learner.model.network, num_classes=CLASSES).to(device, memory_format=torch.channels_last)
+    model.load_state_dict(learner.model.backbone.state_dict(), strict=False)
+    with torch.no_grad():
+        model.get_classifier().weight.copy_(learner.model.classifier.weight)
+        model.get_classifier().bias.zero_()
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
+    criterion = nn.CrossEntropyLoss()
+    model.train()
+
+    def step(_: int) -> Tensor:
         sgd.zero_grad()
-        with autocast(here.device, torch.bfloat16):
-            output = model(images)
-        loss: Tensor = criterion(output, labels)
+        with autocast(device, torch.bfloat16):
+            loss: Tensor = criterion(model(batch.images), batch.labels)
         loss.backward()
         sgd.step()
         return loss.detach()
 
-    learner.train()
-    model.train()
-    if abs(float(ours(0)) - float(theirs(0))) > 0.5:  # other heads: both are near log(1000)
-        sys.exit(f"{network}: the first losses differ, no equal work")
-    loops = {"aliprod": Loop(ours, False), "aliprod, exact": Loop(ours, True), "timm's loop": Loop(theirs, False)}
-    fast, exact, bare = alternate(loops, rounds, Clock.read, warm_up=1)
-    print(f"{network} at {crop}, batch {batch_size}:")
+    return step
+
+
+def training(network: str, crop: int, extent: Extent) -> None:
+    """Ours, exact and not, against timm's loop."""
+    here, stage = place(), stage_of(crop, extent)
+    batch = synthetic(stage.batch_size, crop, here)
+    learner = Learner(stage, network, nothing(), here)
+    theirs = their_step(learner, batch)
+    ours = our_step(learner, learner, batch)
+    first = float(ours(0)), float(theirs(0))
+    if not abs(first[0] - first[1]) < 0.05:  # the classifier computes in float32, timm's in bfloat16
+        sys.exit(f"{network}: the first losses are {first[0]:.4f} and {first[1]:.4f}, no equal work")
+    loops = {
+        "aliprod": Loop(ours, False, extent),
+        "aliprod, exact": Loop(ours, True, extent),
+        "timm's loop": Loop(theirs, False, extent),
+    }
+    fast, exact, bare = in_turn(loops, extent)
+    print(f"{network} at {crop}, batch {stage.batch_size}, first losses {first[0]:.4f} and {first[1]:.4f}:")
     for side in (fast, exact, bare):
-        print(f"  {side.name}: {COUNTED * batch_size / side.median:,.0f} images/s")
+        speed = extent.counted * stage.batch_size / side.median
+        print(f"  {side.name}: {speed:,.0f} images/s, {loops[side.name].peak / 1e9:.2f} GB beside weights and momentum")
     show("images/s, ours / timm's (bar >= 0.97)", fast, bare)
     show("images/s, exact / not exact", exact, fast)
-    print(f"  peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-    torch.cuda.reset_peak_memory_stats()
 
 
-def ten_crop(network: str, rounds: int, images: int = 25) -> None:
+def ranks(network: str, extent: Extent) -> None:
+    """As one of several ranks, against alone."""
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            here, stage = place(), stage_of(extent.crops[0], extent)
+            batch = synthetic(stage.batch_size, stage.crop, here)
+            loops = {}
+            for gradients in ("float32", "bfloat16"):
+                sent = stage.model_copy(update={"gradients": gradients})
+                learner = Learner(sent, network, nothing(), replace(here, world_size=2))  # so that it is wrapped
+                loops[f"a rank, {gradients}"] = Loop(our_step(learner.distributed(), learner, batch), True, extent)
+            alone = Learner(stage, network, nothing(), here)
+            loops["alone"] = Loop(our_step(alone, alone, batch), True, extent)
+            whole, half, bare = in_turn(loops, extent)
+        finally:
+            dist.destroy_process_group()
+    print(f"{network} at {stage.crop}, batch {stage.batch_size}, {backend}, exact:")
+    show("images/s, a rank / alone", whole, bare)
+    show("images/s, a rank that sends bfloat16 / alone", half, bare)
+
+
+def ten_crop(network: str, extent: Extent) -> None:
     """Ten views cut on the device against as many single views."""
-    here = place()
+    here, images = place(), max(1, extent.batch // 4)
     model = Recogniser(network, CLASSES).to(here.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     feed = Feed(here.device, *normalisation(network))
     pixels = torch.randint(256, (10 * images, 3, 256, 256), dtype=torch.uint8, device=here.device)
 
-    def views(kind: str, some: Tensor) -> Callable[[int], Tensor]:
+    def views(kind: str, some: Tensor) -> Step:
         return lambda _: look(model, some, 224, kind, feed, torch.bfloat16)  # type: ignore[arg-type]
 
     loops = {
-        "ten crops": Loop(views("ten_crop", pixels[:images]), True),
-        "single views": Loop(views("center", pixels), True),
+        "ten crops": Loop(views("ten_crop", pixels[:images]), True, extent),
+        "single views": Loop(views("center", pixels), True, extent),
     }
-    ours, theirs = alternate(loops, rounds, Clock.read, warm_up=1)
-    print(f"{network}, {10 * images} views of 224 pixels a batch:")
+    ours, theirs = in_turn(loops, extent)
+    print(f"{network}, {10 * images} views of 224 pixels a batch, {extent.counted * 10 * images / ours.median:,.0f}/s:")
     show("ten-crop images/s x 10 / single views/s (bar >= 0.95)", ours, theirs)
 
 
-def starvation(network: str, path: Path, batch_size: int, processes: int, rounds: int) -> None:
+def equal_bytes(network: str, extent: Extent) -> None:
+    """Two processes of their own, one after the other."""
+    with tempfile.TemporaryDirectory(prefix="bytes-") as folder:
+        catalogue = Path(folder) / "packages"
+        synthesise(catalogue, classes=4, images=4 * max(4, extent.batch // 4), seed=0)
+        stage = stage_of(extent.crops[0], extent).model_copy(update={"batch_size": max(4, extent.batch // 4)})
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+            found = processes.starmap(weights_of, [(stage, network, catalogue)] * 2, chunksize=1)
+    print(f"{network} at {stage.crop}, two exact runs: {'the same bytes' if found[0] == found[1] else 'OTHER BYTES'}")
+
+
+def weights_of(stage: Stage, network: str, catalogue: Path) -> str:
+    """The sha256 of all weights after an epoch."""
+    (progress,) = train(stage, network, sources.read(catalogue))
+    assert progress.end is not None
+    tensors = progress.end.last.tensors
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+
+
+def starvation(network: str, path: Path, extent: Extent, processes: int) -> None:
     """The real loop against the step alone."""
     catalogue = sources.read(path)
     augmentation = ("random_resized_crop", "flip", "auto_augment", "cutout")
-    stage = Stage(batch_size=batch_size, augmentation=augmentation, precision="bfloat16")
+    stage = Stage(batch_size=extent.batch, augmentation=augmentation, precision="bfloat16")
     shares = []
-    for _ in range(rounds):
+    for _ in range(extent.rounds):
         real, alone = (
-            measure(part, stage, network, catalogue, COUNTED, loader_processes=processes)  # type: ignore[arg-type]
+            measure(part, stage, network, catalogue, extent.counted, loader_processes=processes)  # type: ignore[arg-type]
             for part in ("train", "step")
         )
         shares.append(1 - real.images_per_second / alone.images_per_second)

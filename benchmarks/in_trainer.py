@@ -5,12 +5,13 @@ a second bare one that tells what the method itself is worth. All live at once a
 steps at a time, in a new order each round; whoever waits sleeps on a socket. A block is timed while its process has
 the turn (CPU of the process with all threads, Ray's too; CPU of the thread that trains; wall) and compared with the
 other blocks of its round. The weights must be equal to the bit. Ray is told once an epoch, as
-`aliprod.orchestration.worker` does, with the settings that `aliprod.orchestration.launch` gives it.
+`aliprod.orchestration.worker` does, with the settings that `aliprod.orchestration.launch` gives it. Two processes that
+do the same differ by where their memory lies: a median is worth what it is over many starts.
 
 Ray's threads and processes burn by the second, whatever is trained, so that the CPU of all threads a step grows with
 the step's length. What they burn is measured in the worker while it waits for its turn, and told apart.
 
-    python benchmarks/in_trainer.py [--epochs 30] [--starts 2] [--seeds 0 1] [--real resnet50 --real-batch 16]
+    python benchmarks/in_trainer.py [--epochs 6] [--starts 5] [--seeds 0 1] [--real resnet50 --real-batch 16]
 """
 
 import argparse
@@ -50,8 +51,8 @@ def main() -> None:
     from aliprod.plan.schema import Cluster
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--starts", type=int, default=2, help="of new processes on each set of pictures")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--starts", type=int, default=5, help="of new processes on each set of pictures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--real", default="resnet50")
     parser.add_argument("--real-batch", type=int, default=16)
@@ -63,10 +64,15 @@ def main() -> None:
     os.environ |= environment(Cluster())  # read where `fit` is called
     env = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment(Cluster())}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    found = []
     for seed in asked.seeds:
         with pictures(seed) as folder:
-            for start in range(asked.starts):
-                compare(folder, f"pictures of seed {seed}, start {start}", seed, asked.epochs, real)
+            starts = (f"pictures of seed {seed}, start {start}" for start in range(asked.starts))
+            found += [compare(folder, start, seed, asked.epochs, real) for start in starts]
+    print(f"a step, medians of {len(found)} starts: median (lowest to highest)")
+    for what in found[0]:
+        medians = [start[what] for start in found]
+        print(f"  {what}: {statistics.median(medians):+.3f} ms ({min(medians):+.3f} to {max(medians):+.3f})")
 
 
 @contextmanager
@@ -91,8 +97,8 @@ def real_seconds(network: str, batch_size: int) -> float:
     return real_step(network, batch_size)
 
 
-def compare(folder: Path, what: str, seed: int, epochs: int, real: float) -> None:
-    """All sides in turn, from new processes on."""
+def compare(folder: Path, what: str, seed: int, epochs: int, real: float) -> dict[str, float]:
+    """All sides in turn, from new processes on; the median differences of a step, in ms."""
     with Listener(family="AF_UNIX") as listener:
         config = {"photos": folder / "photos", "seed": seed, "epochs": epochs, "address": listener.address}
         bare_ones = [bare(config | {"side": side}) for side in (BARE, AGAIN)]
@@ -111,8 +117,8 @@ def compare(folder: Path, what: str, seed: int, epochs: int, real: float) -> Non
     if len({end["sha256"] for end in ends.values()}) != 1:
         sys.exit("no equal work: the weights differ")
     print(f"{what}: equal weights, {epochs} epochs of {BLOCKS} blocks of {BLOCK} steps")
-    show_blocks(blocks)
     show_beside(ends, rest, real)
+    return show_blocks(blocks)
 
 
 def in_turns(lines: Mapping[str, Connection], rounds: int) -> Blocks:
@@ -132,26 +138,29 @@ def told(line: Connection) -> Any:
     return line.recv()
 
 
-def show_blocks(blocks: Blocks) -> None:
+def show_blocks(blocks: Blocks) -> dict[str, float]:
     """Step and epoch's end by each clock, trainer and second bare side beside the bare one."""
+    found = dict[str, float]()
     for number, clock in enumerate(CLOCKS):
-        took = {side: [block[number] for block in found] for side, found in blocks.items()}
-        steps = {
-            side: [seconds / BLOCK for n, seconds in enumerate(found) if n % BLOCKS] for side, found in took.items()
-        }
-        show_more(f"{clock}, a step", steps)
-        ends = {side: found[BLOCKS::BLOCKS] for side, found in took.items()}
+        took = {side: [block[number] for block in told] for side, told in blocks.items()}
+        steps = {side: [seconds / BLOCK for n, seconds in enumerate(told) if n % BLOCKS] for side, told in took.items()}
+        found |= show_more(f"{clock}, a step", steps)
+        ends = {side: told[BLOCKS::BLOCKS] for side, told in took.items()}
         show_more(f"{clock}, the end of an epoch and the {BLOCK} steps after it", ends)
+    return found
 
 
-def show_more(what: str, seconds: Mapping[str, list[float]]) -> None:
-    """The medians of paired differences."""
+def show_more(what: str, seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """The medians of paired differences, in ms."""
     print(f"  {what}: bare {1000 * statistics.median(seconds[BARE]):.3f} ms")
+    found = dict[str, float]()
     for side in (TRAINER, AGAIN):
         more = [1000 * (a - b) for a, b in zip(seconds[side], seconds[BARE], strict=True)]
         middle, (low, high) = statistics.median(more), median_interval(more)
         share = middle / 10 / statistics.median(seconds[BARE])
         print(f"    {side}: {middle:+.3f} ms ({low:+.3f} to {high:+.3f} of {len(more)} pairs), {share:+.2f} %")
+        found[f"{what}, {side}"] = middle
+    return found
 
 
 def show_beside(ends: Mapping[str, dict[str, Any]], rest: float, real: float) -> None:
@@ -198,9 +207,16 @@ def in_trainer(config: dict[str, Any], storage: Path, name: str) -> None:
 
 def bare(config: dict[str, Any]) -> Any:
     """The same in a process that has never heard of Ray."""
-    process = multiprocessing.get_context("spawn").Process(target=trained, args=(config,))
+    process = multiprocessing.get_context("spawn").Process(target=in_a_thread, args=(config,))
     process.start()
     return process
+
+
+def in_a_thread(config: dict[str, Any]) -> None:
+    """As in Ray's worker: the C library has another heap for the main thread, and that alone makes milliseconds."""
+    thread = threading.Thread(target=trained, args=(config,))
+    thread.start()
+    thread.join()
 
 
 class Turns:
