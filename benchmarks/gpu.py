@@ -213,7 +213,7 @@ def training(network: str, crop: int, extent: Extent) -> None:
     theirs = their_step(learner, batch)
     ours = our_step(learner, learner, batch)
     first = float(ours(0)), float(theirs(0))
-    if not abs(first[0] - first[1]) < 0.05:  # the classifier computes in float32, timm's in bfloat16
+    if not abs(first[0] - first[1]) < 0.1:  # the classifier computes in float32, timm's in bfloat16
         sys.exit(f"{network}: the first losses are {first[0]:.4f} and {first[1]:.4f}, no equal work")
     loops = {
         "aliprod": Loop(ours, False, extent),
@@ -274,9 +274,9 @@ def ten_crop(network: str, extent: Extent) -> None:
 def equal_bytes(network: str, extent: Extent) -> None:
     """Two processes of their own, one after the other."""
     with tempfile.TemporaryDirectory(prefix="bytes-") as folder:
-        catalogue = Path(folder) / "packages"
-        synthesise(catalogue, classes=4, images=4 * max(4, extent.batch // 4), seed=0)
-        stage = stage_of(extent.crops[0], extent).model_copy(update={"batch_size": max(4, extent.batch // 4)})
+        catalogue, batch_size = Path(folder) / "packages", max(5, extent.batch // 4)
+        synthesise(catalogue, classes=4, images=4 * batch_size, seed=0)
+        stage = stage_of(extent.crops[0], extent).model_copy(update={"batch_size": batch_size})
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
             found = processes.starmap(weights_of, [(stage, network, catalogue)] * 2, chunksize=1)
     print(f"{network} at {stage.crop}, two exact runs: {'the same bytes' if found[0] == found[1] else 'OTHER BYTES'}")
