@@ -213,7 +213,7 @@ def bare(config: dict[str, Any]) -> Any:
 
 
 def in_a_thread(config: dict[str, Any]) -> None:
-    """As in Ray's worker: the C library has another heap for the main thread, and that alone makes milliseconds."""
+    """As in Ray's worker, whose main thread is Ray's: the C library gives the main thread a heap of another kind."""
     thread = threading.Thread(target=trained, args=(config,))
     thread.start()
     thread.join()
