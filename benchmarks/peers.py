@@ -29,7 +29,7 @@ from aliprod.data.augment import train_view
 
 Batch = tuple[Path, ...]
 Views = Callable[[Batch, int], Any]
-BATCH = 20  # pictures in a run of DALI's pipeline, which costs by the run too: 1.3 times as much a picture at 1 as at 40
+BATCH = 20  # pictures in a run of DALI's pipeline: 1 costs it 1.3 times as much a picture as 40
 ITS_OWN = {  # what reads and decodes with Pillow and leaves the transform to torchvision: the baseline of transform.py
     "webdataset": "WebDataset",
     "litdata": "LitData",
