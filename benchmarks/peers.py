@@ -5,10 +5,9 @@ draws for itself, so the work is the same in kind and not pixel for pixel: what 
 bytes in memory, since a peer's own format is about reading, which `read_rows.py` measures. Peers that cannot be
 imported are named and left out.
 
-The sides alternate: timm picture by picture; DALI, which pays for each run of its pipeline, batch by batch, on one
-thread, on the CPU, nothing ahead of time.
+DALI pays for each run of its pipeline, so it is given batches: on one thread, on the CPU, nothing ahead of time.
 
-    python benchmarks/peers.py FOLDER [--pictures 60] [--rounds 5] [--interpolation bicubic]
+    python benchmarks/peers.py FOLDER [--pictures 20] [--rounds 40] [--interpolation bicubic]
 """
 
 import importlib.util

@@ -21,7 +21,7 @@ def _no_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs are captured, differentiated and guarded as ever; only the C++ compiler is left out, which takes minutes.
     Validation has whole batches and a partial one."""
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **_: aot_eager(graph, inputs))
-    monkeypatch.setitem(predict._BATCH, "center", 16)
+    monkeypatch.setitem(predict.BATCH, "center", 16)
     torch._dynamo.reset()
     counters.clear()
     yield
