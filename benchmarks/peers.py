@@ -88,7 +88,7 @@ def our_views(contents: dict[Path, bytes], interpolation: str) -> Views:
 
     def views(batch: Batch, number: int) -> object:
         return [
-            train_view(pixels.pixels_of(contents[path]), STAGE, places[path] + number, interpolation) for path in batch
+            train_view(pixels.picture_of(contents[path]), STAGE, places[path] + number, interpolation) for path in batch
         ]
 
     return views

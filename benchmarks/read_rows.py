@@ -44,7 +44,7 @@ def main() -> None:
             jpegs = {row: images.source(row) for row in rows}
 
             def transform(row: int, number: int, jpegs: dict[int, Path | bytes] = jpegs) -> Tensor:
-                return train_view(pixels.pixels_of(jpegs[row]), STAGE, 1000 * number + row, asked.interpolation)[0]
+                return train_view(pixels.picture_of(jpegs[row]), STAGE, 1000 * number + row, asked.interpolation)[0]
 
             reading, view = interleave(
                 {"reading": lambda row, _: images.source(row), "transform": transform}, rows, asked.rounds

@@ -73,7 +73,7 @@ View = Callable[[Path, int], Tensor]
 
 def our_view(interpolation: str) -> View:
     """As the loader makes it: (224, 224, 3) uint8."""
-    return lambda path, seed: train_view(pixels.pixels_of(path), STAGE, seed, interpolation)[0]
+    return lambda path, seed: train_view(pixels.picture_of(path), STAGE, seed, interpolation)[0]
 
 
 def older_view(interpolation: str) -> Callable[[Path, int], tuple[Image.Image, Tensor]]:

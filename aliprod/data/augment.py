@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from aliprod.data import auto_augment
 from aliprod.data.auto_augment import GREY
-from aliprod.data.pixels import Picture, as_image, as_pixels
+from aliprod.data.pixels import Picture, as_image, as_pixels, cropped, size_of
 from aliprod.recipe import Stage
 
 _RATIO = (3 / 4, 4 / 3)
@@ -25,11 +25,11 @@ _ROTATION_DEGREES = 15.0  # JDAI-CV/DCL, config
 _CUTOUT_SHARE = 4  # side of the crop over side of the square: 56 at 224
 
 
-def train_view(picture: Tensor, stage: Stage, seed: int, interpolation: str) -> tuple[Tensor, Tensor]:
+def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) -> tuple[Tensor, Tensor]:
     """One augmented view of a picture, as a function of ``seed``.
 
     Args:
-        picture: (H, W, 3) uint8.
+        picture: (H, W, 3) uint8, or an RGB image.
         stage: its ``augmentation`` in order; with random_crop the picture is squared to ``resize`` first.
         seed: 32 bits; reseeds torch's default generator.
         interpolation: of resizing, "bicubic" or "bilinear", with antialiasing.
@@ -37,16 +37,15 @@ def train_view(picture: Tensor, stage: Stage, seed: int, interpolation: str) -> 
         Pixels (crop, crop, 3) uint8, and the centre (row, column) of the cutout square, (-1, -1) without one.
     """
     torch.default_generator.manual_seed(seed)
-    steps = list(_drawn(stage, *picture.shape[:2]))
+    steps = list(_drawn(stage, *size_of(picture)))
     resized = _resized if all(step.even for _, step in steps if isinstance(step, auto_augment.Operation)) else _pillows
     centre = torch.full((2,), -1, dtype=torch.int64)
-    seen: Picture = picture
+    seen = picture
     for name, drawn in steps:
         if name == "resize":
-            seen = resized(as_pixels(seen), drawn, interpolation)
+            seen = resized(seen, drawn, interpolation)
         elif name == "crop":
-            top, left, height, width = drawn
-            seen = as_pixels(seen)[top : top + height, left : left + width]
+            seen = cropped(seen, *drawn)
         elif name == "rotation":
             seen = F.rotate(as_image(seen), drawn, InterpolationMode.BILINEAR, fill=GREY)
         elif name == "flip":
@@ -136,11 +135,11 @@ def on_device(pixels: Tensor, centre: Tensor, mean: tuple[float, ...], std: tupl
     return images.masked_fill_(cutout_mask(size, size // _CUTOUT_SHARE, centre)[:, None], 0.0)
 
 
-def _resized(picture: Tensor, side: int, interpolation: str) -> Tensor:
-    """(H, W, 3) uint8 squared to ``side``, antialiased, as Pillow 13 does it: what a bicubic filter overshoots is lost
+def _resized(picture: Picture, side: int, interpolation: str) -> Tensor:
+    """Pixels squared to ``side``, antialiased, as Pillow 13 does it: what a bicubic filter overshoots is lost
     between the two passes, and the rows go first where they shrink by more than twice what the columns do."""
-    height, width, _ = picture.shape
-    batch = _channels_first(picture[None])
+    height, width = size_of(picture)
+    batch = _channels_first(as_pixels(picture)[None])
     if height - side > max(0, 2 * (width - side)):
         batch = interpolate(batch, (side, width), mode=interpolation, antialias=True)
     return interpolate(batch, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0)

@@ -20,7 +20,7 @@ from aliprod.data import augment, selection, soft_labels
 from aliprod.data.auto_augment import GREY
 from aliprod.data.catalogue import Images
 from aliprod.data.decode import LEAST_SIDE, Unreadable, decode_anyway
-from aliprod.data.pixels import as_pixels, pixels_of
+from aliprod.data.pixels import Picture, picture_of
 from aliprod.data.training_set import TrainingSet
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
@@ -244,16 +244,16 @@ class _TrainViews(Dataset[tuple[Tensor, int, Tensor, int]]):
         pixels, centre = augment.train_view(self._picture(row), self.stage, seed, self.interpolation)
         return pixels, int(self.images.labels[row]), centre, row
 
-    def _picture(self, row: int) -> Tensor:
+    def _picture(self, row: int) -> Picture:
         picture = _readable(self.images, row)
         return self._substitute(row) if picture is None else picture
 
-    def _substitute(self, row: int) -> Tensor:
+    def _substitute(self, row: int) -> Picture:
         """The next readable picture of the class of an unreadable one."""
         same = np.flatnonzero(self.images.labels == self.images.labels[row])
         after = np.roll(same, -int(np.searchsorted(same, row)) - 1)[:_SUBSTITUTES]
         pictures = (_readable(self.images, int(other)) for other in after)
-        return next((picture for picture in pictures if picture is not None), as_pixels(_grey(self.stage.crop)))
+        return next((picture for picture in pictures if picture is not None), _grey(self.stage.crop))
 
 
 class _Squares(Dataset[Tensor]):
@@ -264,9 +264,9 @@ class _Squares(Dataset[Tensor]):
         return augment.square(_visible(self.images, row), self.side, self.interpolation)
 
 
-def _readable(images: Images, row: int) -> Tensor | None:
+def _readable(images: Images, row: int) -> Picture | None:
     try:
-        return pixels_of(images.source(row))
+        return picture_of(images.source(row))
     except Unreadable as reason:
         _warn(images, row, reason)
         return None

@@ -163,6 +163,7 @@ def older_view(image: Image.Image, stage: Stage, interpolation: str) -> tuple[Te
 def assert_equal_work(image: Image.Image, stage: Stage, interpolation: str, seed: int) -> None:
     """The tolerance of the whole pipeline: 0.05 of 255 in the mean, 2 at most."""
     pixels, centre = train_view(torch.from_numpy(np.array(image)), stage, seed, interpolation)
+    assert torch.equal(train_view(image, stage, seed, interpolation)[0], pixels), "an image is not seen as its pixels"
     torch.manual_seed(seed)
     expected, expected_centre = older_view(image, stage, interpolation)
     assert pixels.dtype == torch.uint8

@@ -16,7 +16,7 @@ from aliprod.data.augment import normalise, on_device, square, train_view
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.decode import decode
 from aliprod.data.loader import Batch, Feed, TrainBatches, squared_batches
-from aliprod.data.pixels import pixels_of
+from aliprod.data.pixels import picture_of
 from aliprod.data.sources import read
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
@@ -59,7 +59,7 @@ def test_a_batch_holds_the_views_that_seed_epoch_and_image_id_name(packages: Cat
         for image, label, row in zip(batch.images, batch.labels, batch.rows.tolist(), strict=True):
             image_id = packages.train.ids[row].as_py()
             seed = seed_of(STAGE.seed, 3, image_id, 0)
-            pixels, centre = train_view(pixels_of(packages.train.path(row)), STAGE, seed, "bicubic")
+            pixels, centre = train_view(picture_of(packages.train.path(row)), STAGE, seed, "bicubic")
             assert torch.equal(image, on_device(pixels[None], centre[None], MEAN, STD)[0])
             assert label == packages.train.labels[row]
 

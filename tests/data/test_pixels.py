@@ -1,4 +1,4 @@
-"""pixels_of: the faster decoder shows what `decode` shows, and refuses what it refuses."""
+"""picture_of: the faster decoder shows what `decode` shows, and refuses what it refuses."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aliprod.data.decode import Unreadable, decode
-from aliprod.data.pixels import pixels_of
+from aliprod.data.pixels import picture_of
 
 pytest.importorskip("simplejpeg", reason="needs the extra `fast`")
 
@@ -40,13 +40,13 @@ def test_every_photograph_has_pillows_pixels(shared: Path) -> None:
     odd = ("train/00038", "train/00045", "train/00047", "train/00034", "val/00036", "test")
     paths = [path for folder in odd for path in sorted((shared / "data/grocery" / folder).glob("*.jpg"))[:40]]
     for path in paths:
-        assert outcome(pixels_of, path.read_bytes()) == outcome(decode, path.read_bytes()), path
+        assert outcome(picture_of, path.read_bytes()) == outcome(decode, path.read_bytes()), path
 
 
 def test_every_broken_file_has_the_same_pixels_or_the_same_reason(shared: Path) -> None:
     for path in sorted((shared / "data/broken").rglob("*")):
         if path.is_file():
-            assert outcome(pixels_of, path.read_bytes()) == outcome(decode, path.read_bytes()), path
+            assert outcome(picture_of, path.read_bytes()) == outcome(decode, path.read_bytes()), path
 
 
 @pytest.mark.parametrize("kind", [{}, {"progressive": True}, {"restart_marker_blocks": 3}], ids=str)
@@ -54,7 +54,7 @@ def test_every_broken_file_has_the_same_pixels_or_the_same_reason(shared: Path) 
 def test_every_kind_of_jpeg_has_pillows_pixels(subsampling: str, kind: dict[str, object]) -> None:
     for quality, height, width in ((30, 8, 8), (75, 33, 65), (95, 64, 50), (90, 17, 120)):
         content = jpeg(rough(height, width), quality=quality, subsampling=subsampling, **kind)
-        assert outcome(pixels_of, content) == outcome(decode, content)
+        assert outcome(picture_of, content) == outcome(decode, content)
 
 
 @given(st.integers(0, 5000), st.lists(st.tuples(st.integers(2, 10_000), st.integers(0, 255)), max_size=3))
@@ -63,4 +63,4 @@ def test_damage_does_to_pixels_what_it_does_to_decode(cut: int, flips: list[tupl
     for position, value in flips:
         content[position % len(content)] = value
     content = content[: len(content) - cut % len(content) if cut % 3 == 0 else None]
-    assert outcome(pixels_of, bytes(content)) == outcome(decode, bytes(content))
+    assert outcome(picture_of, bytes(content)) == outcome(decode, bytes(content))
