@@ -12,7 +12,7 @@ from aliprod.cli.plans import Asked
 from aliprod.errors import Refused
 
 if TYPE_CHECKING:
-    from aliprod.orchestration.rates import Part
+    from aliprod.forecast.rates import Part
 
 _OF_A_CATALOGUE: dict[str, Any] = {"network": "resnet50", "crop": 224, "batch_size": 64, "loader_processes": 0}
 
@@ -60,7 +60,7 @@ def benchmark_command(
 
 
 def _benchmark_plan(part: "Part", asked: Asked, steps: int) -> None:
-    from aliprod.orchestration.measure import measure_plan
+    from aliprod.forecast.measure import measure_plan
 
     request, measured = asked.request(), []
     for found in measure_plan(request, part, steps):

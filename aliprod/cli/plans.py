@@ -123,7 +123,7 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
 
 
 def _estimate(request: "Request", catalogue: "Catalogue", jobs: "dict[str, Job]", gpus: int) -> dict[str, Any]:
-    from aliprod.orchestration.forecast import forecast
+    from aliprod.forecast.simulate import forecast
     from aliprod.orchestration.prepare import opened
 
     return asdict(forecast(opened(request, catalogue, jobs), gpus))

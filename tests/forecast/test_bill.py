@@ -14,9 +14,9 @@ from aliprod import commit
 from aliprod.data.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import training_set
+from aliprod.forecast.bill import epoch_of, speed_up
 from aliprod.models import weights
 from aliprod.models.recogniser import Recogniser
-from aliprod.orchestration.bill import epoch_of, speed_up
 from aliprod.recipe import Stage
 from aliprod.training.candidates import best_candidate
 from aliprod.training.ema import Average

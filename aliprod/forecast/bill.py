@@ -10,10 +10,10 @@ import torch
 
 from aliprod import commit
 from aliprod.data.catalogue import Catalogue
+from aliprod.forecast.rates import Rate, Rates, predictors
 from aliprod.objectives import Context, Needs, build
 from aliprod.orchestration import steps
 from aliprod.orchestration.prepare import Prepared
-from aliprod.orchestration.rates import Rate, Rates, predictors
 from aliprod.orchestration.steps import Step
 from aliprod.plan.graph import Job
 from aliprod.recipe import PerClass, Stage

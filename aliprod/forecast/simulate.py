@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from aliprod.errors import Refused
-from aliprod.orchestration.bill import Bill, Cost, scaled
+from aliprod.forecast.bill import Bill, Cost, scaled
 from aliprod.orchestration.prepare import Prepared
 from aliprod.orchestration.scheduler import Share, Task, execute
 from aliprod.plan.graph import Job

@@ -15,9 +15,9 @@ from aliprod import commit
 from aliprod.data import sources
 from aliprod.data.synth import synthesise
 from aliprod.errors import Refused
-from aliprod.orchestration import rates
-from aliprod.orchestration.bill import Cost, speed_up
-from aliprod.orchestration.forecast import forecast, lower_bound, simulate
+from aliprod.forecast import rates
+from aliprod.forecast.bill import Cost, speed_up
+from aliprod.forecast.simulate import forecast, lower_bound, simulate
 from aliprod.orchestration.prepare import Prepared, opened
 from aliprod.orchestration.scheduler import Share
 from aliprod.orchestration.steps import Step

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from aliprod.errors import Failed
+from aliprod.forecast import rates
+from aliprod.forecast.rates import Part, Piece
 from aliprod.models.recogniser import check_network
-from aliprod.orchestration import rates
 from aliprod.orchestration.prepare import Prepared, prepare
-from aliprod.orchestration.rates import Part, Piece
 from aliprod.plan.open import Request
 from aliprod.training.benchmark import measure, measure_prediction
 
