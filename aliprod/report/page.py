@@ -29,7 +29,7 @@ def write(request: Request) -> Path:
     """Write STORAGE/PLAN/report.html from what is in the storage folder, whatever of it there is.
 
     Raises:
-        Refused: the catalogue cannot be read. StorageFull: no room.
+        Refused: what is there is no catalogue. StorageFull: no room.
     """
     path = request.places.of(request.plan) / FILE
     environment = jinja2.Environment(
@@ -90,13 +90,12 @@ def _mistakes(request: Request, result: Mapping[str, Any]) -> dict[str, Any]:
     nothing: dict[str, Any] = {"confusions": [], "by_size": "", "scored": 0}
     if not result or result["split"] is None:
         return nothing
-    catalogue = sources.read(catalogue_path(request.plan, request.places))
-    folder, split = Path(result["probabilities"]), result["split"]
+    folder, split = request.places.of(request.plan) / "ensemble", result["split"]
     record = commit.read(folder) or {}
+    own = folder if record.get("split") == split else folder.with_name(f"ensemble-{split}")
     try:
-        found = mistakes.scored(
-            folder if record.get("split") == split else folder.with_name(f"ensemble-{split}"), catalogue, split
-        )
+        catalogue = sources.read(catalogue_path(request.plan, request.places))
+        found = mistakes.scored(own, catalogue, split)
     except AliprodError:  # removed by hand: the rest can still be told
         return nothing
     return {

@@ -136,9 +136,10 @@ def test_the_same_results_are_the_same_bytes(request_of: Request) -> None:
     assert page.write(request_of).read_bytes() == page.write(request_of).read_bytes()
 
 
-def test_an_ensemble_that_was_removed_by_hand_leaves_the_rest_of_the_report(request_of: Request) -> None:
+@pytest.mark.parametrize("lost", ["runs/shop/ensemble", "pictures"])
+def test_what_was_removed_by_hand_leaves_the_rest_of_the_report(request_of: Request, lost: str) -> None:
     ended(request_of)
-    shutil.rmtree(request_of.places.storage / "shop" / "ensemble")
+    shutil.rmtree(request_of.places.storage.parent / lost)
     found = seen(request_of)
     assert "12.34%" in found.words
     assert "What is taken for what" not in found.words
