@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import click
 
-from aliprod import __version__
 from aliprod.cli.benchmark import benchmark_command
 from aliprod.cli.data import data_group
 from aliprod.cli.pictures import evaluate_command, predict_command
@@ -36,7 +35,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="aliprod")
+@click.version_option(package_name="aliprod", prog_name="aliprod")
 def app() -> None:
     """Train an ensemble of image recognisers from one plan, on the Ray cluster you have.
 

@@ -10,10 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import aliprod
-
 SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
-_FOLDER = Path(aliprod.__file__).parent / "objectives"
+# Not by way of the package, which has no file where the current folder holds one named aliprod (a clone, results).
+_FOLDER = Path(__file__).parents[1] / "objectives"
 
 
 @dataclass(frozen=True)

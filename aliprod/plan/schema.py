@@ -155,7 +155,7 @@ class Plan(Frozen):
         default={},
         description='settings of one backbone, [overrides.BACKBONE], or of one job, [overrides."BACKBONE/STAGE"]',
     )
-    jobs: dict[str, Annotated[tuple[str, ...], Field(strict=False, min_length=1)]] = Field(
+    jobs: dict[PlainName, Annotated[tuple[str, ...], Field(strict=False, min_length=1)]] = Field(
         min_length=1, description="backbone = the list of its stages"
     )
     ensemble: Ensemble = Field(description="what is added up")

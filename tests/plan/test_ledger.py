@@ -32,7 +32,7 @@ def test_a_job_is_finished_when_its_weights_are_committed(job: Job, tmp_path: Pa
     weights.mkdir(parents=True)
     (weights / "model.safetensors").write_bytes(b"half")
     assert finished(tmp_path, job) is None
-    commit.write(weights, lambda new: (new / "model.safetensors").write_bytes(b"whole"), {"top1_error": 0.1})  # type: ignore[arg-type,return-value]
+    commit.write(weights, lambda new: commit.write_file(new / "model.safetensors", b"whole"), {"top1_error": 0.1})
     assert finished(tmp_path, job) == {"top1_error": 0.1}
     (weights / "model.safetensors").write_bytes(b"cut")
     assert finished(tmp_path, job) is None

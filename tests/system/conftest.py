@@ -133,7 +133,7 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     """Started at the first test that asks for it, killed with all it started after the last."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets lie below it, and a socket's path is at most 107
-    (folder / "home").mkdir()
+    (folder / "home" / "aliprod").mkdir(parents=True)  # where submitted jobs keep results: it is no package
     gcs, dashboard, agent, client = _free_ports(4)
     others = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "ALIPROD_"))}
     environment = others | {
