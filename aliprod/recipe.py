@@ -19,6 +19,7 @@ ADDED = (  # since version 1: part of a key only where they say other than their
     "trains",
     "teachers",
     "soup",
+    "resizing",
 )
 
 Augmentation = Literal["random_resized_crop", "random_crop", "resize", "rotation", "flip", "auto_augment", "cutout"]
@@ -135,6 +136,11 @@ class Stage(Frozen):
         default=("random_resized_crop", "flip"),
         strict=False,
         description="exactly one of random_resized_crop, random_crop, resize; beside it any of the others",
+    )
+    resizing: Literal["pillow", "torch"] = Field(
+        default="pillow",
+        description="torch resizes in a quarter of the time, two grey levels apart at most; pillow leaves to it the views "
+        "in which AutoAugment makes no more of a level (posterize, solarize and equalize do, of single pixels)",
     )
     scale: tuple[float, float] = Field(
         default=(0.08, 1.0), strict=False, description="least and largest share of the area, random_resized_crop only"

@@ -5,7 +5,8 @@ draws for itself, so the work is the same in kind and not pixel for pixel: what 
 bytes in memory, since a peer's own format is about reading, which `read_rows.py` measures. Peers that cannot be
 imported are named and left out.
 
-DALI pays for each run of its pipeline, so it is given batches: on one thread, on the CPU, nothing ahead of time.
+DALI pays for each run of its pipeline, so it is given batches: on one thread, on the CPU, nothing ahead of time. Its
+resizing is not Pillow's by our tolerance, so ours is also measured with `resizing = "torch"`, which is nearer than it.
 
     python benchmarks/peers.py FOLDER [--pictures 20] [--rounds 40] [--interpolation bicubic]
 """
@@ -25,6 +26,7 @@ from transform import STAGE, arguments, describe, picture_sets
 
 from aliprod.data import pixels
 from aliprod.data.augment import train_view
+from aliprod.recipe import Stage
 
 Batch = tuple[Path, ...]
 Views = Callable[[Batch, int], Any]
@@ -48,7 +50,8 @@ def main() -> None:
         for name, paths in picture_sets(asked.folder, Path(folder), asked.pictures).items():
             print(f"{name}: {len(paths)} pictures, {describe(paths)}")
             contents = {path: path.read_bytes() for path in paths}
-            ours = our_views(contents, asked.interpolation)
+            ours = our_views(contents, asked.interpolation, STAGE)
+            near = our_views(contents, asked.interpolation, STAGE.model_copy(update={"resizing": "torch"}))
             timm = timm_views(contents, asked.interpolation)
             against(f"{name}, timm, uint8 prefetcher", ours, timm, [(path,) for path in paths], asked.rounds)
             if importable("nvidia.dali"):
@@ -56,6 +59,7 @@ def main() -> None:
                 print(f"  {dali_differs(contents, batches[0], asked.interpolation)}")
                 dali = dali_views(contents, asked.interpolation)
                 against(f"{name}, DALI, batches of {len(batches[0])}", ours, dali, batches, asked.rounds)
+                against(f"{name}, DALI, ours resized by torch", near, dali, batches, asked.rounds)
 
 
 def against(what: str, ours: Views, theirs: Views, batches: list[Batch], rounds: int) -> None:
@@ -82,13 +86,13 @@ def why_left_out(module: str) -> str:
     return "measured" if module == "nvidia.dali" else "can be imported, and is not measured here"
 
 
-def our_views(contents: dict[Path, bytes], interpolation: str) -> Views:
+def our_views(contents: dict[Path, bytes], interpolation: str, stage: Stage) -> Views:
     """As the loader makes them."""
     places = {path: 1000 * number for number, path in enumerate(contents)}
 
     def views(batch: Batch, number: int) -> object:
         return [
-            train_view(pixels.picture_of(contents[path]), STAGE, places[path] + number, interpolation) for path in batch
+            train_view(pixels.picture_of(contents[path]), stage, places[path] + number, interpolation) for path in batch
         ]
 
     return views

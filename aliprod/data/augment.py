@@ -38,7 +38,8 @@ def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) ->
     """
     torch.default_generator.manual_seed(seed)
     steps = list(_drawn(stage, *size_of(picture)))
-    resized = _resized if all(step.even for _, step in steps if isinstance(step, auto_augment.Operation)) else _pillows
+    operations = [step for _, step in steps if isinstance(step, auto_augment.Operation)]
+    resized = _resized if stage.resizing == "torch" or all(step.even for step in operations) else _pillows
     centre = torch.full((2,), -1, dtype=torch.int64)
     seen = picture
     for name, drawn in steps:
