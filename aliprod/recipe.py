@@ -139,7 +139,7 @@ class Stage(Frozen):
     )
     resizing: Literal["pillow", "torch"] = Field(
         default="pillow",
-        description="torch resizes in a quarter of the time, two grey levels apart at most; pillow leaves to it the views "
+        description="torch resizes in a quarter of the time, two grey levels apart at most; pillow leaves it the views "
         "in which AutoAugment makes no more of a level (posterize, solarize and equalize do, of single pixels)",
     )
     scale: tuple[float, float] = Field(
