@@ -204,7 +204,7 @@ def test_torchs_resizing_differs_from_pillows_only_where_auto_augment_makes_more
         if all(step.even for step in operations):
             assert torch.equal(view, near), operations
         differences.append((view.int() - near.int()).abs().float().mean())
-    assert max(differences) > 0
+    assert 0 < max(differences) <= 0.05
 
 
 @given(st.integers(20, 80), st.integers(20, 80), st.integers(0, 2**32 - 1))
