@@ -12,7 +12,7 @@ from aliprod.cli.plans import Asked
 from aliprod.errors import Refused
 
 if TYPE_CHECKING:
-    from aliprod.forecast.rates import Part
+    from aliprod.training.benchmark import Part
 
 _OF_A_CATALOGUE: dict[str, Any] = {"network": "resnet50", "crop": 224, "batch_size": 64, "loader_processes": 0}
 

@@ -49,12 +49,17 @@ class Epoch:
 
 
 class Bill:
-    """What each task of the unfinished rest costs."""
+    """What each task of the unfinished rest costs.
+
+    Attributes:
+        begun: the step of the newest checkpoint of each unfinished job, None where there is none.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.rates = prepared, Rates(prepared)
         self.epochs = {name: epoch_of(prepared.jobs[name].stage, prepared.catalogue) for name in prepared.todo}
         self.which = steps.splits(prepared.catalogue, prepared.plan.ensemble.score)
+        self.begun = {name: checkpoint.newest_step(prepared.job_folder(name) / RESUME) for name in prepared.todo}
 
     def phases(self, ranks: int) -> list[list[Cost]]:
         """What a run does: the trainings with their inputs and predictions, then what finished members lack."""
@@ -93,17 +98,16 @@ class Bill:
                 return self._predicting(job, step.of)
             case "pseudo_labels":
                 return 0.0  # reads what has been predicted
-        if self._step(job) is not None:
+        if self.begun[job.name] is not None:
             return 0.0  # a job that has begun has its inputs
         if step.kind == "hashes":
-            made = self.prepared.places.storage / "hashes" / self.prepared.catalogue.fingerprint
-            return UNKNOWN if commit.read(made) is None else 0.0
+            return UNKNOWN if commit.read(self.prepared.hashes) is None else 0.0
         images = int(_counts(job.stage, self.prepared.catalogue).sum())
         return _lasts(images, self.rates.predicting(self.prepared.jobs[step.of], "center"), 1)
 
     def _training(self, job: Job, ranks: int) -> float:
         """From the newest checkpoint on."""
-        epoch, done = self.epochs[job.name], self._step(job) or 0
+        epoch, done = self.epochs[job.name], self.begun[job.name] or 0
         left = max(0, job.stage.epochs * epoch.steps - done)
         validations = job.stage.epochs - done // max(1, epoch.steps)
         trained = _lasts(left * job.stage.batch_size, self.rates.training(job), ranks)
@@ -115,10 +119,6 @@ class Bill:
         if job.name not in self.prepared.todo and any(commit.read(store) is not None for store in stores):
             return 0.0
         return _lasts(len(getattr(self.prepared.catalogue, split)), self.rates.predicting(job, views), 1)
-
-    def _step(self, job: Job) -> int | None:
-        """Of the newest checkpoint."""
-        return checkpoint.newest_step(self.prepared.job_folder(job.name) / RESUME)
 
 
 def speed_up(ranks: int) -> float:

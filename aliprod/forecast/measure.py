@@ -9,11 +9,10 @@ import torch
 
 from aliprod.errors import Failed
 from aliprod.forecast import rates
-from aliprod.forecast.rates import Part, Piece
-from aliprod.models.recogniser import check_network
-from aliprod.orchestration.prepare import Prepared, prepare
+from aliprod.forecast.rates import Piece
+from aliprod.orchestration.prepare import Prepared, check_backbones, prepare
 from aliprod.plan.open import Request
-from aliprod.training.benchmark import measure, measure_prediction
+from aliprod.training.benchmark import Part, measure, measure_prediction
 
 
 def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str, Any]]:
@@ -26,8 +25,7 @@ def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str,
         Failed: a step does not fit in the GPU's memory. What was measured before is kept.
     """
     prepared = prepare(request)
-    for backbone, network in request.plan.backbones.items():
-        check_network(network, f"[backbones] {backbone}")
+    check_backbones(request.plan)
     for piece in rates.pieces(prepared, part):
         try:
             measured = _measured(prepared, piece, steps)

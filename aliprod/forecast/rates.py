@@ -9,17 +9,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from aliprod import commit, epochs
+from aliprod.inference.predict import Views
 from aliprod.orchestration.prepare import Prepared
 from aliprod.plan import ledger
 from aliprod.plan.graph import Job
 from aliprod.plan.options import needs
 from aliprod.recipe import LearningRate, Stage
+from aliprod.training.benchmark import Part
 
-Part = Literal["loader", "step", "train"]
-Views = Literal["center", "ten_crop"]
 FILE = "benchmark.json"
 
 # A step's cost hangs on none of these. What is not listed stays in a digest: a setting too many there costs a second

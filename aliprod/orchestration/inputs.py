@@ -42,7 +42,7 @@ def inputs(prepared: Prepared, name: str) -> Inputs:
     return Inputs(
         teachers=tuple(_soft_labels(prepared, name, teacher) for teacher in job.stage.teachers),
         pseudo_labels=prepared.job_folder(name) / "pseudo_labels" if job.stage.pseudo_labels else None,
-        hashes=_hashes(prepared) if job.stage.duplicates != "keep" else None,
+        hashes=prepared.hashes if job.stage.duplicates != "keep" else None,
     )
 
 
@@ -65,10 +65,6 @@ def _soft_labels(prepared: Prepared, name: str, teacher: str) -> Path:
     view = hashlib.sha256(images.encode()).hexdigest()[:8]
     sha256 = members.best_of(prepared, teacher).sha256
     return prepared.job_folder(teacher) / "soft_labels" / f"{sha256[:16]}-{view}"
-
-
-def _hashes(prepared: Prepared) -> Path:
-    return prepared.places.storage / "hashes" / prepared.catalogue.fingerprint
 
 
 def _teach(prepared: Prepared, step: Step) -> Any:
@@ -106,7 +102,7 @@ def _label(prepared: Prepared, name: str) -> Any:
 
 
 def _start_hashes(prepared: Prepared, share: Share) -> Any:
-    out = _hashes(prepared)
+    out = prepared.hashes
     return remote.start("hashes", share, out, _write_hashes, prepared.catalogue.root, out, share.cpus)
 
 

@@ -45,6 +45,11 @@ class Prepared:
         """The plan's own, for what people open."""
         return self.places.of(self.plan)
 
+    @property
+    def hashes(self) -> Path:
+        """The folder of the training images' hashes, made once for a catalogue."""
+        return self.places.storage / "hashes" / self.catalogue.fingerprint
+
     def job_folder(self, name: str) -> Path:
         return ledger.folder(self.places.storage, self.jobs[name])
 
@@ -84,10 +89,9 @@ def with_pretrained(prepared: Prepared) -> Prepared:
     """
     if not prepared.todo:
         return prepared
-    from aliprod.models import recogniser, weights  # timm takes seconds to import: not for a plan that is finished
+    from aliprod.models import weights  # timm takes seconds to import: not for a plan that is finished
 
-    for backbone, network in prepared.plan.backbones.items():
-        recogniser.check_network(network, f"[backbones] {backbone}")
+    check_backbones(prepared.plan)
     files = {}
     for job in (prepared.jobs[name] for name in prepared.todo):
         if isinstance(job.stage.pretrained, str):
@@ -97,6 +101,18 @@ def with_pretrained(prepared: Prepared) -> Prepared:
             weights.fetch_pretrained(job.network, folder)
             files[job.network] = folder / f"{job.network}.safetensors"
     return replace(prepared, pretrained=files)
+
+
+def check_backbones(plan: Plan) -> None:
+    """Ask timm about each backbone.
+
+    Raises:
+        Refused: naming the first that cannot be one.
+    """
+    from aliprod.models.recogniser import check_network  # as above
+
+    for backbone, network in plan.backbones.items():
+        check_network(network, f"[backbones] {backbone}")
 
 
 def check_storage(storage: Path) -> None:

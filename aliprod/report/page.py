@@ -10,14 +10,12 @@ from typing import Any
 import jinja2
 
 from aliprod import commit, epochs
-from aliprod.data import sources
 from aliprod.data.catalogue import Catalogue, Images
 from aliprod.data.decode import Unreadable, decode_anyway
 from aliprod.errors import AliprodError
 from aliprod.plan import ledger
 from aliprod.plan.graph import Job
-from aliprod.plan.open import Request, open_jobs
-from aliprod.plan.places import catalogue_path
+from aliprod.plan.open import Request, jobs_of, open_catalogue
 from aliprod.report import figures, mistakes, status
 
 FILE = "report.html"
@@ -42,7 +40,8 @@ def write(request: Request) -> Path:
 
 def _facts(request: Request) -> dict[str, Any]:
     plan, places = request.plan, request.places
-    jobs, note = open_jobs(request)
+    catalogue, note = open_catalogue(request)
+    jobs = jobs_of(plan, catalogue)
     told = {name: _epochs(places.storage, job) for name, job in jobs.items()}
     result = _ensemble(places.of(plan) / "result.json")
     errors = {name: [line.get("val/top1_error") for line in lines] for name, lines in told.items()}
@@ -53,7 +52,7 @@ def _facts(request: Request) -> dict[str, Any]:
         "rows": [row | _work(told[row["name"]]) for row in status.states(plan, jobs, places)],
         "ensemble": result,
         "figures": list(_figures(jobs, errors, result)),
-        **_mistakes(request, result),
+        **_mistakes(catalogue, places.of(plan) / "ensemble", result),
     }
 
 
@@ -85,16 +84,14 @@ def _figures(
         yield f"Members and ensemble on {result['split']}", figures.members(known, result["top1_error"])
 
 
-def _mistakes(request: Request, result: Mapping[str, Any]) -> dict[str, Any]:
+def _mistakes(catalogue: Catalogue | None, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Confusions with pictures and errors by class size, of the images that the ensemble's error is counted on."""
     nothing: dict[str, Any] = {"confusions": [], "by_size": "", "scored": 0}
-    if not result or result["split"] is None:
+    if catalogue is None or not result or result["split"] is None:
         return nothing
-    folder, split = request.places.of(request.plan) / "ensemble", result["split"]
-    record = commit.read(folder) or {}
+    split, record = result["split"], commit.read(folder) or {}
     own = folder if record.get("split") == split else folder.with_name(f"ensemble-{split}")
     try:
-        catalogue = sources.read(catalogue_path(request.plan, request.places))
         found = mistakes.scored(own, catalogue, split)
     except AliprodError:  # removed by hand: the rest can still be told
         return nothing

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from aliprod.data.catalogue import Catalogue
-from aliprod.data.loader import Batch, Feed, TrainBatches
+from aliprod.data.loader import Batch, Feed
 from aliprod.data.soft_labels import LARGEST, SoftLabels
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.inference.predict import BATCH, Views, precision, predict
 from aliprod.models.recogniser import Recogniser, normalisation
 from aliprod.objectives import needs_of
 from aliprod.recipe import Stage
-from aliprod.training.learner import Learner, place
+from aliprod.training.learner import Learner, place, set_up
 from aliprod.training.loop import peak_memory_bytes, train
 from aliprod.training.optimizer import Optimizer
 
@@ -90,9 +90,8 @@ def measure(
         halves = [_spent(next(progress).metrics, number * steps * stage.batch_size) for number in (1, 2)]
         seconds, waited = (after - before for before, after in zip(*halves, strict=True))
     else:
-        feed = Feed(here.device, *normalisation(network), processes=loader_processes)
-        learner = Learner(stage, network, catalogue, here)
-        batches = TrainBatches(data, stage, feed, learner.needs.group, learner.needs.second).epoch(0)
+        learner, _, shown = set_up(stage, network, catalogue, data, here, loader_processes)
+        batches = shown.epoch(0)
         if part == "step":
             batches = _steps(learner, next(batches), 2 * steps)
         seconds = _second_half(batches, steps, here.device)
