@@ -199,4 +199,32 @@ def _consistent_sources(stage: Stage) -> None:
         raise ValueError("teachers have seen the training images alone: leave pseudo_labels or teachers out")
 
 
+class Machine(Frozen):
+    """How a rank of a job works, whatever it trains. None of it is part of a key."""
+
+    cpus_per_worker: int = Field(default=1, ge=1, le=1024, description="CPUs of a rank; also its number of threads")
+    loader_processes: int = Field(
+        default=0, ge=0, le=1024, description="processes of a rank that read images; 0: the rank reads them itself"
+    )
+    save_every_steps: int | None = Field(
+        default=None, ge=1, description="steps between resume checkpoints; without it one an epoch"
+    )
+    save_seconds: float = Field(
+        default=0.0, ge=0, description="an epoch that ends sooner than this after the last checkpoint goes without one"
+    )
+    exact: bool = Field(
+        default=True, description="kernels that give the same bytes each time; false may be faster on GPUs"
+    )
+    compile: bool = Field(
+        default=False, description="compile the backbone (torch.compile): minutes at a job's start, then faster steps"
+    )
+    watchdog_seconds: float = Field(
+        default=1800.0,
+        ge=1,
+        le=86_400,
+        description="a step that takes longer is ended with all stacks in the log, and the job resumed; "
+        "a start or a validation may take five times as long",
+    )
+
+
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of plans, stages and backbones: they become paths

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from ratio import header
 
-from aliprod.data import sources
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed
 from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.predict import predict

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from ratio import Side, cpu, header, show
 
-from aliprod import commit
-from aliprod.data import sources
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.synth import synthesise
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.recipe import Stage
+from aliprod.store import commit
+from aliprod.synth.synth import synthesise
 from aliprod.training import job
 
 NEVER = 1e9

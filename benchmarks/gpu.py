@@ -39,17 +39,17 @@ import torch.distributed as dist
 from ratio import Side, alternate, header, show
 from torch import Tensor, nn
 
-from aliprod.data import sources
-from aliprod.data.catalogue import Catalogue, Images
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.data.loader import Batch, Feed
-from aliprod.data.synth import synthesise
 from aliprod.inference.predict import look
-from aliprod.models.recogniser import Recogniser, normalisation
+from aliprod.models.classifier import Classifier, normalisation
 from aliprod.recipe import Stage
-from aliprod.training.benchmark import measure
+from aliprod.synth.synth import synthesise
 from aliprod.training.learner import Learner, Place, autocast, place
 from aliprod.training.loop import train
 from aliprod.training.optimizer import Optimizer
+from aliprod.training.speed import measure
 
 BACKBONES = ("resnet50", "seresnext50_32x4d", "legacy_seresnet101", "efficientnet_b3", "efficientnet_b4")
 CLASSES = 1000
@@ -255,7 +255,7 @@ def ranks(network: str, extent: Extent) -> None:
 def ten_crop(network: str, extent: Extent) -> None:
     """Ten views cut on the device against as many single views."""
     here, images = place(), max(1, extent.batch // 4)
-    model = Recogniser(network, CLASSES).to(here.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    model = Classifier(network, CLASSES).to(here.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     feed = Feed(here.device, *normalisation(network))
     pixels = torch.randint(256, (10 * images, 3, 256, 256), dtype=torch.uint8, device=here.device)
 

@@ -39,7 +39,7 @@ class Features:
 
 
 class Pooled(nn.Module):
-    """A recogniser without a backbone: its classifier computes in float32, as `Recogniser.classify`."""
+    """A recogniser without a backbone: its classifier computes in float32, as `Classifier.classify`."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()

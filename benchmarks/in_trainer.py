@@ -247,7 +247,7 @@ def trained(config: dict[str, Any]) -> None:
     """Train in turns; at the end the sha256 of the weights, the reports (CPU, wall) and CPU a second of waiting."""
     from step import NETWORK
 
-    from aliprod.data import sources
+    from aliprod.catalogue import sources
     from aliprod.recipe import Stage
     from aliprod.training.loop import train
 

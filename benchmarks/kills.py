@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from ratio import header
 
-from aliprod import commit
-from aliprod.data import sources
+from aliprod.catalogue import sources
 from aliprod.data.loader import Feed
-from aliprod.data.synth import synthesise
 from aliprod.inference.predict import predict
 from aliprod.models import weights
 from aliprod.recipe import Stage
+from aliprod.store import commit
+from aliprod.synth.synth import synthesise
 from aliprod.training import job
 
 CLOCK = ("time_ms", "speed/")

@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from aliprod import commit
-from aliprod.data import shards
-from aliprod.data.catalogue import Catalogue, Images
-from aliprod.data.prepare import write_index
-from aliprod.data.stored import SHARD
+from aliprod.catalogue import shards
+from aliprod.catalogue.catalogue import Catalogue, Images
+from aliprod.ingest.prepare import write_index
+from aliprod.ingest.stored import SHARD
+from aliprod.store import commit
 
 CLASSES = 50_030
 
@@ -84,7 +84,7 @@ def show(name: str, runs: list[dict[str, float]], scale: float) -> float:
 def measured(side: str, path: Path) -> dict[str, float]:
     """Open once, in this process."""
     if side == "ours":
-        from aliprod.data.sources import read as opened
+        from aliprod.catalogue.sources import read as opened
     else:
         from torchvision.datasets import ImageFolder as opened  # type: ignore[assignment]
     memory, seconds = peak(), cpu()

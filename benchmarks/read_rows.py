@@ -17,11 +17,11 @@ from ratio import header, interleave, ratios, show
 from torch import Tensor
 from transform import STAGE
 
+from aliprod.catalogue.sources import read
 from aliprod.data import pixels, selection
 from aliprod.data.augment import train_view
-from aliprod.data.prepare import prepare
-from aliprod.data.sources import read
-from aliprod.data.stored import Settings
+from aliprod.ingest.prepare import prepare
+from aliprod.ingest.stored import Settings
 
 
 def main() -> None:

@@ -26,11 +26,11 @@ from ratio import Side, cpu, header
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.data import sources
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Batch, Feed, TrainBatches
 from aliprod.data.training_set import training_set
-from aliprod.models.recogniser import Recogniser, normalisation
+from aliprod.models.classifier import Classifier, normalisation
 from aliprod.recipe import LearningRate, Stage
 from aliprod.training.learner import Learner, place
 from aliprod.training.loop import train
@@ -133,7 +133,7 @@ def move(average: list[Tensor], model: nn.Module, step: int) -> None:
     torch._foreach_lerp_(average, list(model.parameters()), 1 - min(0.99, (2 + step) / (11 + step)))
 
 
-def parts(stage: Stage, catalogue: Catalogue) -> tuple[Recogniser, torch.optim.SGD, TrainBatches]:
+def parts(stage: Stage, catalogue: Catalogue) -> tuple[Classifier, torch.optim.SGD, TrainBatches]:
     """A network that begins as ours does, its optimizer, and the same batches."""
     here = place()
     model = Learner(stage, NETWORK, catalogue, here).model
@@ -271,7 +271,7 @@ def photos(folder: Path, seed: int, images: int) -> Catalogue:
 
 def real_step(network: str, batch_size: int) -> float:
     """Seconds of CPU of one step of a network of real size: forward, backward and update alone."""
-    model = Recogniser(network, 1000).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Classifier(network, 1000).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
     images = torch.randn(batch_size, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch_size, dtype=torch.int64)

@@ -27,10 +27,10 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 
+from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data import pixels
 from aliprod.data.augment import on_device, train_view
-from aliprod.data.decode import Unreadable, decode
-from aliprod.data.stored import Settings, stored
+from aliprod.ingest.stored import Settings, stored
 from aliprod.recipe import Stage
 
 STAGE = Stage(augmentation=("random_resized_crop", "flip", "auto_augment", "cutout"), scale=(0.08, 1.0), crop=224)

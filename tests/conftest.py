@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.sources import read
-from aliprod.data.synth import synthesise
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.sources import read
+from aliprod.synth.synth import synthesise
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from aliprod import commit
+from aliprod.catalogue import sources
 from aliprod.cli import app
-from aliprod.data import sources
-from aliprod.data.synth import synthesise
 from aliprod.ensemble.add import submission
 from aliprod.models import weights
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.classifier import Classifier
 from aliprod.plan import graph, ledger
 from aliprod.plan.load import load
+from aliprod.store import commit
+from aliprod.synth.synth import synthesise
 
 PLAN = """\
 format = 1
@@ -95,7 +95,7 @@ class Shop:
 def model(folder: Path, classes: int = 3) -> None:
     """A weights folder of a network that has learned nothing."""
     torch.manual_seed(0)
-    network = Recogniser("test_resnet.r160_in1k", classes)
+    network = Classifier("test_resnet.r160_in1k", classes)
     config = weights.Config(network.network, (0.5,) * 3, (0.25,) * 3, "bilinear", 40, 32)
     named = weights.Classes(tuple(range(10, 10 + classes)), tuple(f"name {number}" for number in range(classes)))
     weights.save(folder, network.state_dict(), config, named)

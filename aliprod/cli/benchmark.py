@@ -12,7 +12,7 @@ from aliprod.cli.plans import Asked
 from aliprod.errors import Refused
 
 if TYPE_CHECKING:
-    from aliprod.training.benchmark import Part
+    from aliprod.training.speed import Part
 
 _OF_A_CATALOGUE: dict[str, Any] = {"network": "resnet50", "crop": 224, "batch_size": 64, "loader_processes": 0}
 
@@ -70,10 +70,10 @@ def _benchmark_plan(part: "Part", asked: Asked, steps: int) -> None:
 
 
 def _benchmark_catalogue(part: "Part", path: Path, work: Mapping[str, Any], steps: int, as_json: bool) -> None:
-    from aliprod.data import sources
-    from aliprod.models.recogniser import check_network
+    from aliprod.catalogue import sources
+    from aliprod.models.classifier import check_network
     from aliprod.recipe import Stage
-    from aliprod.training.benchmark import measure
+    from aliprod.training.speed import measure
 
     check_network(work["network"], "--network")
     augmentation = ("random_resized_crop", "flip", "auto_augment", "cutout")

@@ -26,7 +26,7 @@ def synth_command(out: Path, classes: int, images: int, seed: int, as_json: bool
     """
     from dataclasses import asdict
 
-    from aliprod.data.synth import synthesise
+    from aliprod.synth.synth import synthesise
 
     counts = asdict(synthesise(out, classes, images, seed, processes=cores()))
     if not as_json:
@@ -43,7 +43,7 @@ def check_command(path: Path, as_json: bool) -> None:
     \b
     Example: aliprod data check photos
     """
-    from aliprod.data.check import check
+    from aliprod.ingest.check import check
 
     report = check(path, cores()).as_json()
     if not as_json:
@@ -74,8 +74,8 @@ def prepare_command(path: str, out: str, short_side: int, quality: int, max_skip
     \b
     Example: aliprod data prepare photos prepared
     """
-    from aliprod.data.prepare import prepare
-    from aliprod.data.stored import Settings
+    from aliprod.ingest.prepare import prepare
+    from aliprod.ingest.stored import Settings
     from aliprod.report import progress
 
     done = progress.prepared(prepare(path, out, Settings(short_side, quality), max_skipped, cores()))

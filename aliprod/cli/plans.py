@@ -15,7 +15,7 @@ from aliprod.errors import AliprodError
 from aliprod.plan.events import Changed, Ended, Event
 
 if TYPE_CHECKING:
-    from aliprod.data.catalogue import Catalogue
+    from aliprod.catalogue.catalogue import Catalogue
     from aliprod.plan.graph import Job
     from aliprod.plan.open import Request
 

@@ -41,9 +41,9 @@ def trace_command(submission: Path, storage: Path | None, as_json: bool) -> None
     \b
     Example: aliprod trace ~/Downloads/submission.csv --storage /shared/aliprod
     """
-    from aliprod.plan import provenance
+    from aliprod.store import lineage
 
-    found = provenance.find(submission, storage or Path(os.environ.get("ALIPROD_STORAGE", "runs")))
+    found = lineage.find(submission, storage or Path(os.environ.get("ALIPROD_STORAGE", "runs")))
     if not as_json:
         click.echo(_told(found))
     answer(as_json, {"submission": str(submission), **found})

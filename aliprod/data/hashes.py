@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aliprod import commit
+from aliprod.catalogue.catalogue import Images, Integers
+from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data import duplicates
-from aliprod.data.catalogue import Images, Integers
-from aliprod.data.decode import Unreadable, decode
 from aliprod.data.loader import data_loader
 from aliprod.errors import Refused
+from aliprod.store import commit
 
 _BATCH = 256
 

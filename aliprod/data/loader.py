@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from aliprod.catalogue.catalogue import Images
+from aliprod.catalogue.decode import LEAST_SIDE, Unreadable, decode_anyway
 from aliprod.data import augment, selection, soft_labels
 from aliprod.data.auto_augment import GREY
-from aliprod.data.catalogue import Images
-from aliprod.data.decode import LEAST_SIDE, Unreadable, decode_anyway
 from aliprod.data.pixels import Picture, picture_of
 from aliprod.data.training_set import TrainingSet
 from aliprod.errors import Refused

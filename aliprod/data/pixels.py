@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aliprod.data.decode import baseline_jpeg, content_of, decode
+from aliprod.catalogue.decode import baseline_jpeg, content_of, decode
 
 try:
     import simplejpeg  # the extra `fast`

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from aliprod import commit
-from aliprod.data.catalogue import Catalogue, Integers
+from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.errors import Refused
+from aliprod.store import commit
 
 _FILE = "pseudo_labels.parquet"
 

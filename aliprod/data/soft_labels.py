@@ -7,7 +7,7 @@ A whole row of 50,030 float16 is 100 kB; its 64 largest and their classes are 38
     rows.parquet      image_id (string), in row order
     class_ids.npy     (K,) int64
 
-A teacher looks at millions of images for hours: what it has said is kept shard by shard (`aliprod.data.unfinished`).
+A teacher looks at millions of images for hours: what it has said is kept shard by shard (`aliprod.store.resumable`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aliprod import commit
-from aliprod.data.catalogue import Integers
-from aliprod.data.unfinished import SHARD_STEP, Rows, Unfinished
+from aliprod.catalogue.catalogue import Integers
 from aliprod.errors import Refused
+from aliprod.store import commit
+from aliprod.store.resumable import SHARD_STEP, Rows, Unfinished
 
 LARGEST = 64
 SHARD = 32 * SHARD_STEP  # rows that are kept together on the way: 3 MB
@@ -106,7 +106,7 @@ def write(
         ids: (n,). class_ids: (K,).
         blocks: called with the rows that are missing, ascending and whole shards: (m, K) probabilities of those rows,
             in that order.
-        rows_per_shard: a multiple of `aliprod.data.unfinished.SHARD_STEP`, for the same bytes as without a stop.
+        rows_per_shard: a multiple of `aliprod.store.resumable.SHARD_STEP`, for the same bytes as without a stop.
     Raises:
         StorageFull: no room; finished shards are kept.
     """

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.data import pseudo, selection
-from aliprod.data.catalogue import Catalogue, Images, Integers
 from aliprod.data.soft_labels import SoftLabels
 from aliprod.recipe import PerClass, PseudoLabels, Stage
 

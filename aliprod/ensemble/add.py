@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from aliprod import commit
-from aliprod.data.unfinished import append
 from aliprod.ensemble.match import Places, match_columns, match_rows, submission_order
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import Probabilities, check, tolerance
+from aliprod.store import commit
+from aliprod.store.resumable import append
 
 MOST = 127  # members or sum of weights: 127 * 2**24 is below 2**31, so int32 would do as well
 TOP = 5  # classes kept for each image

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aliprod import commit
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.forecast.rates import Rate, Rates, predictors
 from aliprod.objectives import Context, Needs, build
 from aliprod.orchestration import steps
@@ -17,6 +16,7 @@ from aliprod.orchestration.prepare import Prepared
 from aliprod.orchestration.steps import Step
 from aliprod.plan.graph import Job
 from aliprod.recipe import PerClass, Stage
+from aliprod.store import commit
 from aliprod.training import checkpoint
 from aliprod.training.candidates import STATISTICS_BATCHES
 from aliprod.training.job import RESUME

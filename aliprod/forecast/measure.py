@@ -12,7 +12,7 @@ from aliprod.forecast import rates
 from aliprod.forecast.rates import Piece
 from aliprod.orchestration.prepare import Prepared, check_backbones, prepare
 from aliprod.plan.open import Request
-from aliprod.training.benchmark import Part, measure, measure_prediction
+from aliprod.training.speed import Part, measure, measure_prediction
 
 
 def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str, Any]]:

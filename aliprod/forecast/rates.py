@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, get_args
 
-from aliprod import commit, epochs
 from aliprod.inference.predict import Views
 from aliprod.orchestration.prepare import Prepared
 from aliprod.plan import ledger
 from aliprod.plan.graph import Job
 from aliprod.plan.options import needs
 from aliprod.recipe import LearningRate, Stage
-from aliprod.training.benchmark import Part
+from aliprod.store import commit, epochs
+from aliprod.training.speed import Part
 
 FILE = "benchmark.json"
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aliprod.catalogue.catalogue import Images
 from aliprod.data.augment import normalise
-from aliprod.data.catalogue import Images
 from aliprod.data.loader import Feed, squared_batches
-from aliprod.data.unfinished import SHARD_STEP
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.classifier import Classifier
+from aliprod.store.resumable import SHARD_STEP
 
 Views = Literal["ten_crop", "center"]
 # Pictures in one forward pass, 256 or 320 views: they bound the memory of activations, and divide a shard's rows. The
@@ -27,7 +27,7 @@ BATCH = {"center": SHARD_STEP, "ten_crop": SHARD_STEP // 8}
 class Ready:
     """A weights folder, loaded to predict with: the model in eval mode, on the device of ``feed``."""
 
-    model: Recogniser
+    model: Classifier
     config: weights.Config
     classes: weights.Classes
     feed: Feed
@@ -66,7 +66,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @torch.inference_mode()
 def predict(
-    model: Recogniser, images: Images, resize: int, crop: int, views: Views, feed: Feed, dtype: torch.dtype
+    model: Classifier, images: Images, resize: int, crop: int, views: Views, feed: Feed, dtype: torch.dtype
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Probabilities of a split in order, this rank's share of it.
 
@@ -92,7 +92,7 @@ def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def look(model: Recogniser, pixels: Tensor, crop: int, views: Views, feed: Feed, dtype: torch.dtype) -> Tensor:
+def look(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed, dtype: torch.dtype) -> Tensor:
     """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8 on the device of ``feed``."""
     return mean_probabilities(_logits(model, _views(pixels, crop, views), feed, dtype))
 
@@ -105,7 +105,7 @@ def _views(pixels: Tensor, crop: int, views: Views) -> Tensor:
     return pixels[:, None, :, offset : offset + crop, offset : offset + crop]
 
 
-def _logits(model: Recogniser, views: Tensor, feed: Feed, dtype: torch.dtype) -> Tensor:
+def _logits(model: Classifier, views: Tensor, feed: Feed, dtype: torch.dtype) -> Tensor:
     """(n, V, 3, crop, crop) uint8 -> (n, V, K) float32."""
     images = normalise(views.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
     with autocast(feed.device, dtype):

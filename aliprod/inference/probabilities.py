@@ -6,7 +6,7 @@
     manifest.json                checksums and the record: job, key, weights, split, views, ...
 
 At 250,000 images and 50,030 classes this is 25 GB, and hours of work: it is read a few rows at a time, and written
-shard by shard (`aliprod.data.unfinished`).
+shard by shard (`aliprod.store.resumable`).
 """
 
 import os
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from aliprod import commit
-from aliprod.data.unfinished import SHARD_STEP, Rows, Unfinished, shard_file
 from aliprod.errors import Failed
+from aliprod.store import commit
+from aliprod.store.resumable import SHARD_STEP, Rows, Unfinished, shard_file
 
 STEM = "probabilities"
 SHARD_BYTES = 256 * 2**20

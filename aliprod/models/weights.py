@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod import commit
 from aliprod.errors import Refused, did_you_mean
-from aliprod.models.recogniser import Recogniser, branched
+from aliprod.models.classifier import Classifier, branched
+from aliprod.store import commit
 
 MODEL, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.json"
 
@@ -58,20 +58,20 @@ class Classes:
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: Classes) -> None:
-    """Write a weights folder (into a folder that `aliprod.commit.write` hands out)."""
+    """Write a weights folder (into a folder that `aliprod.store.commit.write` hands out)."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / MODEL)
     (folder / CONFIG).write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
     (folder / CLASSES).write_text(json.dumps(asdict(classes), ensure_ascii=False), encoding="utf-8")
 
 
-def load(folder: Path) -> tuple[Recogniser, Config, Classes]:
+def load(folder: Path) -> tuple[Classifier, Config, Classes]:
     """The recogniser of a weights folder, in eval mode.
 
     Raises:
         Refused: it is no weights folder, or one that is damaged.
     """
     config, classes = describe(folder)
-    model = Recogniser(config.network, len(classes.ids), branches=config.branches, unit_weights=config.unit_weights)
+    model = Classifier(config.network, len(classes.ids), branches=config.branches, unit_weights=config.unit_weights)
     load_into(model, folder)
     return model.eval(), config, classes
 
@@ -95,7 +95,7 @@ def describe(folder: Path) -> tuple[Config, Classes]:
         ) from error
 
 
-def load_parent(model: Recogniser, folder: Path, class_ids: Sequence[int]) -> None:
+def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> None:
     """Load a parent's backbone and head into its child.
 
     Raises:
@@ -114,7 +114,7 @@ def load_parent(model: Recogniser, folder: Path, class_ids: Sequence[int]) -> No
     _load(model, tensors, folder / MODEL)
 
 
-def load_into(model: Recogniser, folder: Path) -> None:
+def load_into(model: Classifier, folder: Path) -> None:
     """Load the weights of a folder into a model of the same shape.
 
     Raises:
@@ -137,7 +137,7 @@ def read(folder: Path) -> dict[str, Tensor]:
         raise Refused(f"cannot be loaded: {error}", folder / MODEL) from error
 
 
-def _load(model: Recogniser, tensors: Mapping[str, Tensor], file: Path) -> None:
+def _load(model: Classifier, tensors: Mapping[str, Tensor], file: Path) -> None:
     _check_shapes(model.network, model.state_dict(), tensors, file)
     model.load_state_dict({name: tensors[name] for name in model.state_dict()})
 
@@ -176,7 +176,7 @@ def fetch_pretrained(network: str, folder: Path) -> None:
     commit.write(folder, lambda staging: _save_backbone(staging, network, backbone), {"network": network})
 
 
-def load_pretrained(model: Recogniser, file: Path) -> None:
+def load_pretrained(model: Classifier, file: Path) -> None:
     """Load a backbone's weights; the classifier stays as initialised. A classifier in the file is left out.
 
     Raises:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aliprod import commit
 from aliprod.orchestration.prepare import Prepared
 from aliprod.orchestration.scheduler import Change
 from aliprod.plan import ledger
 from aliprod.plan.events import Changed, Event, Reported, State
+from aliprod.store import commit
 from aliprod.tracking.runs import Tracking
 from aliprod.training.job import METRICS
 

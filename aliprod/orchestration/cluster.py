@@ -12,10 +12,10 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from aliprod import commit
 from aliprod.errors import Refused, Unreachable
 from aliprod.orchestration.scheduler import Share
 from aliprod.plan.schema import Cluster
+from aliprod.store import commit
 
 NAMESPACE = "aliprod"
 _PROBE_SECONDS = 60

@@ -11,7 +11,6 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from aliprod import commit
 from aliprod.errors import Failed
 from aliprod.orchestration import cluster, gather, inputs, launch, members, steps
 from aliprod.orchestration.board import Board
@@ -19,9 +18,9 @@ from aliprod.orchestration.gather import Prediction
 from aliprod.orchestration.prepare import Prepared, prepare, with_pretrained
 from aliprod.orchestration.scheduler import Share, Task, execute
 from aliprod.orchestration.steps import Splits, Step
-from aliprod.plan import provenance
 from aliprod.plan.events import Ended, Event, Said
 from aliprod.plan.open import Request
+from aliprod.store import commit, lineage
 from aliprod.tracking.registry import Choice
 from aliprod.tracking.runs import Tracking
 from aliprod.training.job import WEIGHTS, Work
@@ -139,7 +138,7 @@ def _stages(board: Board, session: _Session) -> Iterator[Event]:
         board.tracking.ensemble(key, choices, result)
         if which.main == "test":
             origin = members.origin(board.prepared, choices, key, result)
-            provenance.keep(board.prepared.folder / "submission.csv", origin)
+            lineage.keep(board.prepared.folder / "submission.csv", origin)
     outcome = {
         "plan": board.prepared.plan.name,
         "trained": board.jobs_in("finished"),

@@ -10,9 +10,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from aliprod import commit
-from aliprod.data import sources
-from aliprod.data.catalogue import Catalogue, Images, Integers
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.ensemble.add import submission, write_ensemble
 from aliprod.ensemble.score import aligned, as_labels, predicted_classes, top1_error
 from aliprod.inference import probabilities
@@ -20,6 +19,7 @@ from aliprod.inference.predict import Views, predicted, ready
 from aliprod.orchestration import remote
 from aliprod.orchestration.scheduler import Share
 from aliprod.orchestration.steps import Splits
+from aliprod.store import commit
 
 _SCORES = "scores.json"
 

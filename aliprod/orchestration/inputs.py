@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aliprod.data import hashes, pseudo, soft_labels, sources
-from aliprod.data.catalogue import Integers
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Integers
+from aliprod.data import hashes, pseudo, soft_labels
 from aliprod.data.training_set import base_rows
-from aliprod.ensemble.label import confident
+from aliprod.ensemble.pseudo_labelling import confident
 from aliprod.inference import probabilities
 from aliprod.inference.predict import predicted, ready
 from aliprod.orchestration import members, remote

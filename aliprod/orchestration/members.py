@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from aliprod import commit
 from aliprod.errors import Refused, Unreachable
 from aliprod.models.weights import MODEL
 from aliprod.orchestration.gather import Prediction
@@ -15,6 +14,7 @@ from aliprod.orchestration.prepare import Prepared
 from aliprod.orchestration.steps import Splits, store_name
 from aliprod.plan.places import Places
 from aliprod.plan.schema import Plan
+from aliprod.store import commit
 from aliprod.tracking.registry import Choice, Registry
 
 _FILE = "members.json"

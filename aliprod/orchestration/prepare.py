@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from aliprod import commit
-from aliprod.data import sources
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.synth import synthesise
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Refused, StorageFull, Unreachable
 from aliprod.plan import graph, ledger
 from aliprod.plan.graph import Job
 from aliprod.plan.open import Request
 from aliprod.plan.places import Places, catalogue_path
 from aliprod.plan.schema import Plan, Synth
+from aliprod.store import commit
+from aliprod.synth.synth import synthesise
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def check_backbones(plan: Plan) -> None:
     Raises:
         Refused: naming the first that cannot be one.
     """
-    from aliprod.models.recogniser import check_network  # as above
+    from aliprod.models.classifier import check_network  # as above
 
     for backbone, network in plan.backbones.items():
         check_network(network, f"[backbones] {backbone}")

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data.augment import square
-from aliprod.data.decode import Unreadable, decode
 from aliprod.errors import Refused
 from aliprod.inference.predict import Ready, look, ready
 from aliprod.models import weights

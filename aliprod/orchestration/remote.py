@@ -6,9 +6,9 @@ from typing import Any, ParamSpec
 
 import ray
 
-from aliprod import commit
 from aliprod.errors import AliprodError
 from aliprod.orchestration.scheduler import Share
+from aliprod.store import commit
 
 Given = ParamSpec("Given")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.orchestration.scheduler import Share
 from aliprod.plan.graph import Job
 from aliprod.plan.schema import Cluster

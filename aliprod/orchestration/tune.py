@@ -13,8 +13,7 @@ import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from aliprod import commit
-from aliprod.data import sources
+from aliprod.catalogue import sources
 from aliprod.errors import Failed, NonFiniteLoss, Refused, did_you_mean
 from aliprod.orchestration import cluster
 from aliprod.orchestration.prepare import Prepared, prepare, with_pretrained
@@ -22,6 +21,7 @@ from aliprod.plan.graph import Job
 from aliprod.plan.open import Request
 from aliprod.plan.schema import Tune
 from aliprod.recipe import PerClass, Stage
+from aliprod.store import commit
 from aliprod.training.job import WEIGHTS
 from aliprod.training.loop import train
 

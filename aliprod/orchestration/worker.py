@@ -7,7 +7,7 @@ from typing import Any
 
 import ray.train
 
-from aliprod.data import sources
+from aliprod.catalogue import sources
 from aliprod.errors import NonFiniteLoss, Refused
 from aliprod.training import job
 

@@ -12,11 +12,11 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from aliprod.commit import sha256
 from aliprod.errors import Refused
 from aliprod.plan.options import needs
 from aliprod.plan.schema import Edge, Plan
 from aliprod.recipe import ADDED, RECIPE_VERSION, PerClass, Stage
+from aliprod.store.commit import sha256
 
 
 @dataclass(frozen=True)

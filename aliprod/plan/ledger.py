@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from aliprod import commit
 from aliprod.plan.graph import Job
+from aliprod.store import commit
 
 
 def folder(storage: Path, job: Job) -> Path:

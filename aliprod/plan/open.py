@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from aliprod.data import sources
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.plan import graph
 from aliprod.plan.graph import Job
 from aliprod.plan.places import Places, catalogue_path

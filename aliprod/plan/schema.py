@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from aliprod.plan.options import complete
-from aliprod.recipe import PLAIN_NAME, Frozen, ObjectiveRecipe, Stage
+from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
 
 Edge = tuple[str, ...]
 EDGES: tuple[Edge, ...] = (
@@ -82,7 +82,7 @@ class Ensemble(Frozen):
     )
 
 
-class Cluster(Frozen):
+class Cluster(Machine):
     """Where and how the jobs run. None of it is part of a key: changing it trains nothing again."""
 
     storage: Text | None = Field(
@@ -95,16 +95,6 @@ class Cluster(Frozen):
         description="MLflow server; without it --tracking-uri, MLFLOW_TRACKING_URI or SQLite in the storage folder",
     )
     workers: int = Field(default=1, ge=1, le=4096, description="ranks of a job: GPUs where it trains on them")
-    cpus_per_worker: int = Field(default=1, ge=1, le=1024, description="CPUs of a rank; also its number of threads")
-    loader_processes: int = Field(
-        default=0, ge=0, le=1024, description="processes of a rank that read images; 0: the rank reads them itself"
-    )
-    save_every_steps: int | None = Field(
-        default=None, ge=1, description="steps between resume checkpoints; without it one an epoch"
-    )
-    save_seconds: float = Field(
-        default=0.0, ge=0, description="an epoch that ends sooner than this after the last checkpoint goes without one"
-    )
     max_parallel_jobs: int | None = Field(
         default=None, ge=1, description="jobs side by side; without it as many as the cluster has room for"
     )
@@ -112,19 +102,6 @@ class Cluster(Frozen):
     use_gpu: Literal["auto"] | bool = Field(default="auto", description="auto: where the cluster has any")
     max_cpus: int | None = Field(default=None, ge=1, description="CPUs that a cluster that grows on demand can reach")
     max_gpus: int | None = Field(default=None, ge=1, description="GPUs that a cluster that grows on demand can reach")
-    exact: bool = Field(
-        default=True, description="kernels that give the same bytes each time; false may be faster on GPUs"
-    )
-    compile: bool = Field(
-        default=False, description="compile the backbone (torch.compile): minutes at a job's start, then faster steps"
-    )
-    watchdog_seconds: float = Field(
-        default=1800.0,
-        ge=1,
-        le=86_400,
-        description="a step that takes longer is ended with all stacks in the log, and the job resumed; "
-        "a start or a validation may take five times as long",
-    )
     poll_seconds: float = Field(
         default=2.0, gt=0, le=60, description="how often Ray Train looks after its workers; short jobs want 0.2"
     )

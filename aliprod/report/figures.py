@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from aliprod.plan.graph import Job
-from aliprod.report.mistakes import Size
+from aliprod.report.error_analysis import Size
 
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "aliprod",

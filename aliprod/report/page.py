@@ -9,14 +9,14 @@ from typing import Any
 
 import jinja2
 
-from aliprod import commit, epochs
-from aliprod.data.catalogue import Catalogue, Images
-from aliprod.data.decode import Unreadable, decode_anyway
+from aliprod.catalogue.catalogue import Catalogue, Images
+from aliprod.catalogue.decode import Unreadable, decode_anyway
 from aliprod.errors import AliprodError
 from aliprod.plan import ledger
 from aliprod.plan.graph import Job
 from aliprod.plan.open import Request, jobs_of, open_catalogue
-from aliprod.report import figures, mistakes, status
+from aliprod.report import error_analysis, figures, status
+from aliprod.store import commit, epochs
 
 FILE = "report.html"
 _CONFUSIONS = 12
@@ -92,17 +92,21 @@ def _mistakes(catalogue: Catalogue | None, folder: Path, result: Mapping[str, An
     split, record = result["split"], commit.read(folder) or {}
     own = folder if record.get("split") == split else folder.with_name(f"ensemble-{split}")
     try:
-        found = mistakes.scored(own, catalogue, split)
+        found = error_analysis.scored(own, catalogue, split)
     except AliprodError:  # removed by hand: the rest can still be told
         return nothing
     return {
-        "confusions": [_pictured(confusion, found, catalogue) for confusion in mistakes.confusions(found, _CONFUSIONS)],
-        "by_size": figures.by_size(mistakes.by_size(found, catalogue.class_counts)) if len(found.rows) else "",
+        "confusions": [
+            _pictured(confusion, found, catalogue) for confusion in error_analysis.confusions(found, _CONFUSIONS)
+        ],
+        "by_size": figures.by_size(error_analysis.by_size(found, catalogue.class_counts)) if len(found.rows) else "",
         "scored": len(found.rows),
     }
 
 
-def _pictured(confusion: mistakes.Confusion, found: mistakes.Scored, catalogue: Catalogue) -> dict[str, Any]:
+def _pictured(
+    confusion: error_analysis.Confusion, found: error_analysis.Scored, catalogue: Catalogue
+) -> dict[str, Any]:
     return {
         "count": confusion.count,
         "of": confusion.of,

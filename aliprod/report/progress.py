@@ -4,14 +4,14 @@ import sys
 import time
 from collections.abc import Iterable
 
-from aliprod.data.prepare import Prepared, Progress
+from aliprod.ingest.prepare import Prepared, PrepareProgress
 
 _LOG_SECONDS = 30.0  # between two lines of a log
 _TERMINAL_SECONDS = 0.2
 
 
-def prepared(events: Iterable[Progress | Prepared]) -> Prepared:
-    """Show each Progress; what comes at the end."""
+def prepared(events: Iterable[PrepareProgress | Prepared]) -> Prepared:
+    """Show each PrepareProgress; what comes at the end."""
     began, terminal = time.monotonic(), sys.stderr.isatty()
     due, renewed = began, False
     for event in events:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aliprod import epochs
 from aliprod.plan import ledger
 from aliprod.plan.events import Changed, Event, Reported, Said
 from aliprod.plan.graph import Job
 from aliprod.plan.places import Places
 from aliprod.plan.schema import Plan
+from aliprod.store import epochs
 
 _TOP1 = "val/top1_error"
 

@@ -12,8 +12,8 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from aliprod import commit
 from aliprod.errors import AliprodError, Failed, Refused, did_you_mean, listing
+from aliprod.store import commit
 from aliprod.tracking.server import Server, ask, is_missing, reach
 
 MODEL = "model.safetensors"

@@ -14,9 +14,9 @@ from typing import Any
 from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
-from aliprod import commit, epochs
 from aliprod.errors import Failed
 from aliprod.plan.graph import Job
+from aliprod.store import commit, epochs
 from aliprod.tracking import history
 from aliprod.tracking.registry import Choice, Registry, Weights
 from aliprod.tracking.server import Server, is_away, redacted

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.inference.predict import autocast
 from aliprod.randomness import seed_of

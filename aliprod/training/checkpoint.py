@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aliprod import commit
+from aliprod.store import commit
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner
 from aliprod.training.optimizer import Optimizer
@@ -22,7 +22,7 @@ _KEPT = 2  # the newest may be damaged: the one before is then used
 
 
 @dataclass
-class State:
+class TrainingState:
     """Where a job stands. Counters start at 0; ``losses`` are the sums of this epoch's loss parts so far."""
 
     epoch: int = 0
@@ -47,14 +47,14 @@ class Snapshot:
     state: str
 
     def write(self, folder: Path) -> None:
-        """Write the resume state into a folder that `aliprod.commit.write` hands out."""
+        """Write the resume state into a folder that `aliprod.store.commit.write` hands out."""
         for name, tensors in self.files.items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
         (folder / "state.json").write_text(self.state, encoding="utf-8")
 
 
 def snapshot(
-    state: State, learner: Learner, optimizer: Optimizer, average: Average | None, best: dict[str, Tensor]
+    state: TrainingState, learner: Learner, optimizer: Optimizer, average: Average | None, best: dict[str, Tensor]
 ) -> Snapshot:
     """Copy the resume state to the CPU. Synchronises with the device.
 
@@ -72,14 +72,14 @@ def snapshot(
 
 def restore(
     folder: Path, learner: Learner, optimizer: Optimizer, average: Average | None
-) -> tuple[State, dict[str, Tensor]]:
+) -> tuple[TrainingState, dict[str, Tensor]]:
     """Take back what `Snapshot.write` wrote: the state, and the best weights so far."""
     learner.load_state_dict(load_file(folder / "learner.safetensors"))
     optimizer.load_state(load_file(folder / "optimizer.safetensors"))
     if average is not None:
         average.load(load_file(folder / "average.safetensors"))
     best = folder / "best.safetensors"
-    state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    state = TrainingState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
     return state, load_file(best) if best.exists() else {}
 
 
@@ -118,7 +118,7 @@ def last_time(folder: Path, began: float) -> float:
     return max((path.stat().st_mtime for path in _committed(folder)), default=began)
 
 
-def place_of(folder: Path, state: State) -> Path:
+def place_of(folder: Path, state: TrainingState) -> Path:
     """Where the checkpoint of a state lies: names sort by step."""
     return folder / f"step-{state.step:010d}"
 

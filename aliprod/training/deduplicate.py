@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aliprod import commit
+from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.data import duplicates, hashes
 from aliprod.data.augment import normalise
-from aliprod.data.catalogue import Catalogue, Images, Integers
 from aliprod.data.loader import squared_batches
 from aliprod.inference.predict import ready
+from aliprod.store import commit
 
 log = logging.getLogger(__name__)
 _HASH_BITS, _COSINE = 6, 0.95

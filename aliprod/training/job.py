@@ -21,13 +21,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from aliprod import commit, epochs
-from aliprod.data.catalogue import Catalogue, Integers
+from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.training_set import training_set
 from aliprod.models import weights
-from aliprod.models.recogniser import normalisation
+from aliprod.models.classifier import normalisation
 from aliprod.objectives import needs_of
 from aliprod.recipe import Stage
+from aliprod.store import commit, epochs
 from aliprod.training import checkpoint, soup
 from aliprod.training.background import Background
 from aliprod.training.candidates import Candidate

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from aliprod.data.catalogue import Catalogue, Integers
+from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import TrainingSet
 from aliprod.inference.predict import autocast, precision
-from aliprod.models.recogniser import Recogniser, normalisation
+from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of
 from aliprod.recipe import Stage
@@ -83,7 +83,7 @@ class Learner(nn.Module):
         self.stage, self.place = stage, place
         self.dtype = precision(place.device, stage.precision)
         asked = needs_of(stage.objective.name)
-        self.model = Recogniser(
+        self.model = Classifier(
             network,
             catalogue.num_classes,
             stage.drop_rate,
@@ -161,7 +161,7 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _context(stage: Stage, model: Recogniser, catalogue: Catalogue, class_counts: Integers | None) -> Context:
+def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts: Integers | None) -> Context:
     counts = catalogue.class_counts if class_counts is None else class_counts
     return Context(
         num_classes=catalogue.num_classes,

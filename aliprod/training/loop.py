@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Batch, TrainBatches
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import NonFiniteLoss, listing
@@ -23,7 +23,7 @@ from aliprod.randomness import seed_of
 from aliprod.recipe import Stage
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
-from aliprod.training.checkpoint import Snapshot, State
+from aliprod.training.checkpoint import Snapshot, TrainingState
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, place, set_up
 from aliprod.training.optimizer import Optimizer
@@ -52,7 +52,7 @@ class Progress:
         end: None in mid-epoch, where only a checkpoint is due.
     """
 
-    state: State
+    state: TrainingState
     metrics: dict[str, float]
     snapshot: Callable[[], Snapshot]
     place: Place
@@ -107,7 +107,7 @@ def train(
     if resume is None:
         _load(learner, start, pretrained, catalogue)
     average = Average(learner.model, stage.ema) if stage.ema else None
-    state, best = State(), dict[str, Tensor]()
+    state, best = TrainingState(), dict[str, Tensor]()
     if resume is not None:
         state, best = checkpoint.restore(resume, learner, optimizer, average)
     step_of = learner.distributed()
@@ -185,7 +185,7 @@ def _alone(step_of: nn.Module) -> AbstractContextManager[None]:
 
 
 def _train_metrics(
-    stage: Stage, state: State, optimizer: Optimizer, watch: "_Watch", sums: "_Sums"
+    stage: Stage, state: TrainingState, optimizer: Optimizer, watch: "_Watch", sums: "_Sums"
 ) -> dict[str, float]:
     rates = {f"lr/{part}": optimizer.lr_of(part, state.step - 1) for part in ("backbone", "heads")}
     losses = {f"train/loss_{name}": total / state.step_in_epoch for name, total in sums.totals().items()}

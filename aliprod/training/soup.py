@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.training_set import TrainingSet
 from aliprod.models import weights
 from aliprod.recipe import Stage
 from aliprod.training.candidates import Candidate, restated
-from aliprod.training.checkpoint import Snapshot, State
+from aliprod.training.checkpoint import Snapshot, TrainingState
 from aliprod.training.learner import Learner, place, set_up
 from aliprod.training.loop import EpochEnd, Progress
 from aliprod.training.validate import top1_errors
@@ -52,7 +52,7 @@ def blended(
         best, errors, kept = _greedy(sorted(ingredients, key=_error), scored)
     else:
         (best, errors), kept = scored(ingredients), len(ingredients)
-    state = State(epoch=stage.epochs, best_epoch=0, best_error=best.top1_error, best_kind=best.kind)
+    state = TrainingState(epoch=stage.epochs, best_epoch=0, best_error=best.top1_error, best_kind=best.kind)
     yield Progress(state, errors | {"soup/ingredients": float(kept)}, _nothing, where, EpochEnd(best, best))
 
 

@@ -4,16 +4,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed
 from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.predict import predict
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.classifier import Classifier
 from aliprod.recipe import Stage
 
 
 def top1_errors(
-    model: Recogniser, catalogue: Catalogue, stage: Stage, feed: Feed, dtype: torch.dtype
+    model: Classifier, catalogue: Catalogue, stage: Stage, feed: Feed, dtype: torch.dtype
 ) -> dict[str, float]:
     """Mean over classes and over images of the centre crop's top-1 error; empty without validation images."""
     if not len(catalogue.val):

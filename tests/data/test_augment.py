@@ -16,10 +16,10 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 
+from aliprod.catalogue.decode import decode
 from aliprod.data import augment
 from aliprod.data import auto_augment as ours
 from aliprod.data.augment import cutout_mask, eval_view, normalise, on_device, square, train_view
-from aliprod.data.decode import decode
 from aliprod.data.pixels import Picture, as_pixels, size_of
 from aliprod.recipe import Augmentation, Stage
 

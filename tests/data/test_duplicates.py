@@ -13,10 +13,10 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.sparse.csgraph import connected_components
 
-from aliprod.data.catalogue import Integers
-from aliprod.data.decode import decode
+from aliprod.catalogue.catalogue import Integers
+from aliprod.catalogue.decode import decode
+from aliprod.catalogue.sources import read
 from aliprod.data.duplicates import Rule, confirmed, dct_hash, gray32, groups, kept
-from aliprod.data.sources import read
 
 THRESHOLD = 6
 seeds = st.integers(0, 2**32 - 1)

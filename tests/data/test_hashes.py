@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.decode import decode
+from aliprod.catalogue.sources import read
 from aliprod.data import hashes, loader
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.decode import decode
 from aliprod.data.duplicates import dct_hash, gray32
 from aliprod.data.duplicates import groups as grouped
-from aliprod.data.sources import read
 from aliprod.errors import Refused
 
 

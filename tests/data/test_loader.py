@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.decode import decode
+from aliprod.catalogue.sources import read
 from aliprod.data import selection, soft_labels
 from aliprod.data.augment import normalise, on_device, square, train_view
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.decode import decode
 from aliprod.data.loader import Batch, Feed, TrainBatches, squared_batches
 from aliprod.data.pixels import picture_of
-from aliprod.data.sources import read
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of

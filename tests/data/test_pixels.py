@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from aliprod.data.decode import Unreadable, decode
+from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data.pixels import picture_of
 
 pytest.importorskip("simplejpeg", reason="needs the extra `fast`")

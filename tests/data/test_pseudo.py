@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from aliprod import commit
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data import pseudo
-from aliprod.data.catalogue import Catalogue
 from aliprod.errors import Refused
+from aliprod.store import commit
 
 
 def labelled(folder: Path, ids: list[str], class_ids: list[int]) -> Path:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from aliprod.catalogue.sources import read
 from aliprod.data.selection import (
     Integers,
     _draws,
@@ -21,7 +22,6 @@ from aliprod.data.selection import (
     reversed_order,
     surest,
 )
-from aliprod.data.sources import read
 
 labelled = st.lists(st.integers(0, 6), max_size=60).map(lambda labels: np.array(labels, np.int64))
 seeds = st.integers(0, 2**40)

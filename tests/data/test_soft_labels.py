@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aliprod import commit
 from aliprod.data.soft_labels import LARGEST, SoftLabels, spread, write
 from aliprod.errors import Refused
+from aliprod.store import commit
 
 HALF = 2.0**-11  # largest relative rounding error of a normal float16
 
@@ -103,7 +103,7 @@ def test_a_teacher_that_leaves_images_out_leaves_nothing_behind(tmp_path: Path) 
 KILLED = """
 import json, os, signal, sys, numpy as np, pyarrow as pa, torch
 from pathlib import Path
-from aliprod import commit
+from aliprod.store import commit
 from aliprod.data.soft_labels import write
 
 root, left = Path(sys.argv[1]), 0

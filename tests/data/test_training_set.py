@@ -8,17 +8,17 @@ import pyarrow as pa
 import pytest
 import torch
 
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.decode import decode
+from aliprod.catalogue.sources import read
 from aliprod.data import pseudo, soft_labels
 from aliprod.data.augment import square
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.decode import decode
 from aliprod.data.loader import Feed, TrainBatches
-from aliprod.data.prepare import prepare
 from aliprod.data.selection import balanced
-from aliprod.data.sources import read
-from aliprod.data.stored import Settings
 from aliprod.data.training_set import base_rows, training_set
 from aliprod.errors import Refused
+from aliprod.ingest.prepare import prepare
+from aliprod.ingest.stored import Settings
 from aliprod.recipe import PerClass, PseudoLabels, Stage
 
 FEED = Feed(torch.device("cpu"), (0.5,) * 3, (0.25,) * 3, "bicubic")

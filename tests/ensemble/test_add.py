@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aliprod import commit
 from aliprod.ensemble.add import add, add_members, match, read_predictions, submission, top_classes, write_ensemble
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import open_store, write
+from aliprod.store import commit
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliprod import commit
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import training_set
 from aliprod.forecast.bill import epoch_of, speed_up
 from aliprod.models import weights
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.classifier import Classifier
 from aliprod.recipe import Stage
+from aliprod.store import commit
 from aliprod.training.candidates import best_candidate
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place
@@ -69,7 +69,7 @@ def looked_at() -> Iterator[list[int]]:
     counts: list[int] = []
 
     def count(module: nn.Module, shown: tuple[Tensor, ...], _: Any) -> None:
-        if isinstance(module, Recogniser):
+        if isinstance(module, Classifier):
             counts.append(len(shown[0]))
 
     hook = nn.modules.module.register_module_forward_hook(count)
@@ -97,7 +97,7 @@ def test_a_soup_sees_as_many_images_as_its_making_shows(packages: Catalogue, tmp
     config = weights.Config(NETWORK, (0.5,) * 3, (0.25,) * 3, "bilinear", 64, 64)
     classes = weights.Classes(tuple(packages.classes.tolist()), packages.names)
     for name in "ab":
-        tensors = Recogniser(NETWORK, 4).state_dict()
+        tensors = Classifier(NETWORK, 4).state_dict()
         commit.write(tmp_path / name, partial(weights.save, tensors=tensors, config=config, classes=classes))
     stage = stage_of({"soup": {"of": ("a", "b"), "greedy": greedy}})
     with looked_at() as counts:

@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aliprod import commit
-from aliprod.data import sources
-from aliprod.data.synth import synthesise
+from aliprod.catalogue import sources
 from aliprod.errors import Refused
 from aliprod.forecast import rates
 from aliprod.forecast.bill import Cost, speed_up
@@ -25,6 +23,8 @@ from aliprod.plan import graph
 from aliprod.plan.load import load
 from aliprod.plan.open import Request
 from aliprod.plan.places import resolve
+from aliprod.store import commit
+from aliprod.synth.synth import synthesise
 
 GPUS = 4
 PLAN = """\

@@ -9,43 +9,43 @@ import pytest
 import torch
 from torchvision.transforms import functional as F
 
-from aliprod import commit
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.decode import decode
 from aliprod.data.augment import square
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.decode import decode
 from aliprod.data.loader import Feed
 from aliprod.inference.predict import Views, predict
 from aliprod.inference.probabilities import write
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.classifier import Classifier
+from aliprod.store import commit
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEED = Feed(torch.device("cpu"), MEAN, STD, "bicubic")
 
 
 @pytest.fixture(scope="module")
-def model() -> Recogniser:
+def model() -> Classifier:
     torch.manual_seed(0)
-    model = Recogniser("test_resnet", num_classes=4)
+    model = Classifier("test_resnet", num_classes=4)
     torch.nn.init.normal_(model.classifier.weight, std=1.0)  # so that classes differ
     model.train()(torch.randn(16, 3, 32, 32))
     return model.eval()
 
 
 def probabilities(
-    model: Recogniser, packages: Catalogue, views: Views, feed: Feed = FEED, resize: int = 41
+    model: Classifier, packages: Catalogue, views: Views, feed: Feed = FEED, resize: int = 41
 ) -> dict[int, torch.Tensor]:
     batches = predict(model, packages.test, resize, 32, views, feed, torch.float32)
     return {int(row): table[i] for rows, table in batches for i, row in enumerate(rows)}
 
 
-def forward(model: Recogniser, view: torch.Tensor) -> torch.Tensor:
+def forward(model: Classifier, view: torch.Tensor) -> torch.Tensor:
     """Softmax of one crop of 8 bits, on its own."""
     image = F.normalize(view.float() / 255, MEAN, STD)
     with torch.inference_mode():
         return model(image[None])[0].softmax(dim=0)
 
 
-def test_ten_crops_are_ten_forward_passes_averaged_after_the_softmax(model: Recogniser, packages: Catalogue) -> None:
+def test_ten_crops_are_ten_forward_passes_averaged_after_the_softmax(model: Classifier, packages: Catalogue) -> None:
     found = probabilities(model, packages, "ten_crop")
     assert sorted(found) == list(range(40))
     for row, probability in found.items():
@@ -54,21 +54,21 @@ def test_ten_crops_are_ten_forward_passes_averaged_after_the_softmax(model: Reco
         torch.testing.assert_close(probability, expected, rtol=0, atol=1e-5)
 
 
-def test_one_view_is_the_centre_crop(model: Recogniser, packages: Catalogue) -> None:
+def test_one_view_is_the_centre_crop(model: Classifier, packages: Catalogue) -> None:
     for resize in (41, 42, 32):
         for row, probability in probabilities(model, packages, "center", resize=resize).items():
             squared = square(decode(packages.test.path(row)), resize, "bicubic")
             torch.testing.assert_close(probability, forward(model, F.center_crop(squared, [32, 32])), rtol=0, atol=1e-5)
 
 
-def test_ten_crops_differ_from_one_and_rows_are_distributions(model: Recogniser, packages: Catalogue) -> None:
+def test_ten_crops_differ_from_one_and_rows_are_distributions(model: Classifier, packages: Catalogue) -> None:
     ten, one = (torch.stack(list(probabilities(model, packages, views).values())) for views in ("ten_crop", "center"))
     assert (ten - one).abs().max() > 1e-3
     torch.testing.assert_close(ten.sum(dim=1), torch.ones(40))
     assert ten.dtype == torch.float32
 
 
-def test_ranks_share_the_rows_and_change_no_probability(model: Recogniser, packages: Catalogue) -> None:
+def test_ranks_share_the_rows_and_change_no_probability(model: Classifier, packages: Catalogue) -> None:
     whole = probabilities(model, packages, "ten_crop")
     shares = [probabilities(model, packages, "ten_crop", replace(FEED, rank=rank, world_size=3)) for rank in range(3)]
     assert sorted(row for share in shares for row in share) == list(range(40))
@@ -78,7 +78,7 @@ def test_ranks_share_the_rows_and_change_no_probability(model: Recogniser, packa
 
 
 def test_a_prediction_that_goes_on_after_its_first_shard_ends_with_the_same_bytes(
-    model: Recogniser, packages: Catalogue, tmp_path: Path
+    model: Classifier, packages: Catalogue, tmp_path: Path
 ) -> None:
     asked: list[int] = []
 
@@ -101,7 +101,7 @@ def test_a_prediction_that_goes_on_after_its_first_shard_ends_with_the_same_byte
 
 
 @pytest.mark.parametrize("views", ["ten_crop", "center"])
-def test_batches_divide_the_rows_of_a_shard(model: Recogniser, packages: Catalogue, views: Views) -> None:
+def test_batches_divide_the_rows_of_a_shard(model: Classifier, packages: Catalogue, views: Views) -> None:
     many = packages.test.take(np.arange(300) % 40)
     sizes = [len(rows) for rows, _ in predict(model, many, 41, 32, views, FEED, torch.float32)]
     assert 256 % sizes[0] == 0

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aliprod import commit
 from aliprod.errors import Failed
 from aliprod.inference.probabilities import open_store, tolerance, write
+from aliprod.store import commit
 
 
 def softmax(rows, num_classes, seed=0):
@@ -308,7 +308,7 @@ def test_shards_of_many_classes_hold_whole_batches_of_a_prediction(tmp_path):
 DISTURBED = """
 import json, os, signal, sys, torch
 from pathlib import Path
-from aliprod import commit
+from aliprod.store import commit
 from aliprod.inference.probabilities import write
 
 values = (4 * torch.randn(14, 3, generator=torch.Generator().manual_seed(0))).softmax(dim=1)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aliprod import commit
 from aliprod.errors import Refused
 from aliprod.models import weights
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.classifier import Classifier
 from aliprod.models.weights import Classes, Config, fetch_pretrained, load_parent, load_pretrained, pretrained_file
+from aliprod.store import commit
 
 NETWORK = "test_resnet.r160_in1k"
 CLASSES = Classes((3, 17, 50029), ("banana", "キウイ", ""))
@@ -25,9 +25,9 @@ CONFIG = Config(NETWORK, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bilinear", 40, 32, "
 
 def recogniser(
     seed: int, network: str = NETWORK, num_classes: int = 3, branches: int = 1, unit_weights: bool = False
-) -> Recogniser:
+) -> Classifier:
     torch.manual_seed(seed)
-    model = Recogniser(network, num_classes, branches=branches, unit_weights=unit_weights)
+    model = Classifier(network, num_classes, branches=branches, unit_weights=unit_weights)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
             buffer.uniform_(*((0.5, 1.5) if name.endswith("var") else (-0.5, 0.5)))
@@ -162,7 +162,7 @@ def test_a_network_without_imagenet_weights_is_refused_before_any_download(tmp_p
 # Branches and rows of unit length
 
 
-def saved_as(folder: Path, model: Recogniser) -> Path:
+def saved_as(folder: Path, model: Classifier) -> Path:
     config = replace(CONFIG, network=model.network, branches=len(model.branches) or 1, unit_weights=model.unit_weights)
     commit.write(folder, partial(weights.save, tensors=model.state_dict(), config=config, classes=CLASSES))
     return folder

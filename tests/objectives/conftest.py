@@ -16,7 +16,7 @@ settings.register_profile("loaded", deadline=None)  # a busy machine is no fault
 settings.load_profile("loaded")
 
 
-class Recogniser(nn.Module):
+class Classifier(nn.Module):
     """Stride 32, as the backbones; cells see their neighbours, so that a shuffle shows; rows are independent."""
 
     def __init__(self, num_features: int, num_classes: int, branches: int = 1) -> None:
@@ -83,16 +83,16 @@ def context() -> Context:
 
 
 @pytest.fixture
-def model_for(context: Context) -> Callable[[Needs], Recogniser]:
-    def model_for(needs: Needs) -> Recogniser:
+def model_for(context: Context) -> Callable[[Needs], Classifier]:
+    def model_for(needs: Needs) -> Classifier:
         torch.manual_seed(0)
-        return Recogniser(context.num_features, context.num_classes, needs.branches)
+        return Classifier(context.num_features, context.num_classes, needs.branches)
 
     return model_for
 
 
 @pytest.fixture
-def model(model_for: Callable[[Needs], Recogniser]) -> Recogniser:
+def model(model_for: Callable[[Needs], Classifier]) -> Classifier:
     return model_for(Needs())
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from aliprod.errors import Refused
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.classifier import Classifier
 from aliprod.objectives import Context
 from aliprod.objectives.dcl import Objective, arranged, heads, jigsaw, location_targets, losses, shuffle, shuffles
 
@@ -232,7 +232,7 @@ def test_a_crop_that_does_not_fit_the_grid_is_refused_with_sizes_that_work(crop,
 @pytest.mark.parametrize("network", ["resnet10t", "efficientnet_lite0", "test_efficientnet"])
 def test_any_backbone_of_stride_32_is_trained_whole(network, batch):
     torch.manual_seed(0)
-    model = Recogniser(network, num_classes=3)
+    model = Classifier(network, num_classes=3)
     objective = Objective(Context(num_classes=3, num_features=model.num_features, crop=64, epochs=1), parts=2)
     images = torch.randn(2, 3, 64, 64)
     parts = objective(model, type(batch)(images, torch.tensor([0, 2])))

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from aliprod import commit
-from aliprod.data import sources
-from aliprod.data.synth import synthesise
+from aliprod.catalogue import sources
 from aliprod.orchestration.board import Board
 from aliprod.orchestration.prepare import Prepared
 from aliprod.orchestration.scheduler import Change
@@ -18,6 +16,8 @@ from aliprod.plan.events import Changed, Reported
 from aliprod.plan.load import load
 from aliprod.plan.open import Request
 from aliprod.plan.places import resolve
+from aliprod.store import commit
+from aliprod.synth.synth import synthesise
 from aliprod.tracking.runs import Tracking
 
 PLAN = """\

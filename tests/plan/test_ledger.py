@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from aliprod import commit
 from aliprod.plan.graph import Job, jobs
 from aliprod.plan.ledger import finished, folder
+from aliprod.store import commit
 
 
 @pytest.fixture

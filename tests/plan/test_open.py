@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aliprod.data import sources
+from aliprod.catalogue import sources
 from aliprod.errors import Refused
 from aliprod.plan import graph
 from aliprod.plan.open import Request, open_jobs

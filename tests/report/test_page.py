@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aliprod import commit
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.sources import read
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.sources import read
 from aliprod.ensemble.add import write_ensemble
 from aliprod.inference import probabilities
 from aliprod.plan import ledger
@@ -18,6 +17,7 @@ from aliprod.plan.load import load
 from aliprod.plan.open import Request, open_jobs
 from aliprod.plan.places import resolve
 from aliprod.report import page
+from aliprod.store import commit
 
 PLAN = """\
 format = 1

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aliprod import commit
 from aliprod.plan import ledger
 from aliprod.plan.events import Changed, Ended, Reported, Said
 from aliprod.plan.graph import Job, jobs
@@ -18,6 +17,7 @@ from aliprod.plan.load import load
 from aliprod.plan.places import Places, resolve
 from aliprod.plan.schema import Plan
 from aliprod.report import status
+from aliprod.store import commit
 
 PLAN = """\
 format = 1

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from aliprod.data.synth import synthesise
+from aliprod.synth.synth import synthesise
 
 PLAN = """\
 format = 1

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aliprod import commit
-from aliprod.data import sources
+from aliprod.catalogue import sources
 from aliprod.inference import probabilities
+from aliprod.store import commit
 
 PLAN = """\
 format = 1

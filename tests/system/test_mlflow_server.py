@@ -16,11 +16,11 @@ from textwrap import dedent
 import pytest
 from mlflow import MlflowClient
 
-from aliprod import commit
 from aliprod.errors import Unreachable
 from aliprod.plan import ledger
 from aliprod.plan.graph import Job
 from aliprod.recipe import Stage
+from aliprod.store import commit
 from aliprod.tracking.runs import Tracking
 
 EPOCHS = 60

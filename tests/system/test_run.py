@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from aliprod import commit, epochs
 from aliprod.cli import app
 from aliprod.ensemble.add import read_predictions
 from aliprod.inference import probabilities
+from aliprod.store import commit, epochs
 
 JOBS = ["resnet/full", "resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
 MEMBERS = ["resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]

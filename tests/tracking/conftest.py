@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aliprod import commit
 from aliprod.plan.graph import Job
 from aliprod.recipe import Stage
+from aliprod.store import commit
 from aliprod.tracking.runs import Tracking
 
 

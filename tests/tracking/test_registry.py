@@ -6,8 +6,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
-from aliprod import commit
 from aliprod.errors import Failed, Refused
+from aliprod.store import commit
 from aliprod.tracking import registry
 
 MODEL = "shop.resnet50.full"

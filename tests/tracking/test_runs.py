@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 from mlflow import MlflowClient
 
-from aliprod import commit
 from aliprod.errors import Refused, Unreachable
+from aliprod.store import commit
 from aliprod.tracking.runs import Tracking
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aliprod.data import sources
+from aliprod.catalogue import sources
 from aliprod.errors import AliprodError
 from aliprod.training import job
 

@@ -11,7 +11,7 @@ from job_process import Death, ended, seen_by, start, train
 from safetensors.torch import load_file
 from test_job import NETWORK, result, work_in
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Batch
 from aliprod.recipe import Stage
 from aliprod.training.job import Work

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import training_set
 from aliprod.recipe import Stage

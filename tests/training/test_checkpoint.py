@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from aliprod import commit
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.recipe import Stage
+from aliprod.store import commit
 from aliprod.training import checkpoint
-from aliprod.training.checkpoint import State
+from aliprod.training.checkpoint import TrainingState
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place
 from aliprod.training.optimizer import Optimizer
@@ -20,7 +20,8 @@ from aliprod.training.optimizer import Optimizer
 def committed(folder: Path, *steps: int) -> None:
     for step in steps:
         commit.write(
-            checkpoint.place_of(folder, State(step=step)), lambda staging: (staging / "a").write_bytes(b"abc") and None
+            checkpoint.place_of(folder, TrainingState(step=step)),
+            lambda staging: (staging / "a").write_bytes(b"abc") and None,
         )
 
 
@@ -55,7 +56,7 @@ def test_model_momentum_average_best_weights_and_counters_come_back(packages: Ca
     learner, optimizer, average = parts(stage, packages)
     optimizer.step(sum(p.square().sum() for p in learner.parameters()), 0)
     average.update(learner.model, 1)
-    state = State(2, 9, 1, 1, 0.25, True, {"class": 1.2345678806304932})
+    state = TrainingState(2, 9, 1, 1, 0.25, True, {"class": 1.2345678806304932})
     best = {"weight": torch.tensor([1.5])}
     taken = checkpoint.snapshot(state, learner, optimizer, average, best)
     taken.write(tmp_path)
@@ -81,7 +82,7 @@ def test_a_snapshot_keeps_its_moment_while_training_goes_on(packages: Catalogue,
     learner, optimizer, average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
     optimizer.step(sum(p.square().sum() for p in learner.parameters()), 0)
     before, momentum = ({k: t.clone() for k, t in s.items()} for s in (learner.state_dict(), optimizer.state()))
-    taken = checkpoint.snapshot(State(step=1), learner, optimizer, average, {})
+    taken = checkpoint.snapshot(TrainingState(step=1), learner, optimizer, average, {})
     optimizer.step(sum(p.square().sum() for p in learner.parameters()), 1)
     average.update(learner.model, 2)
     taken.write(tmp_path)
@@ -109,8 +110,8 @@ def test_of_200_damaged_newest_checkpoints_none_is_used(
 ) -> None:
     learner, optimizer, average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
     for step in (3, 6):
-        taken = checkpoint.snapshot(State(step=step), learner, optimizer, average, {})
-        checkpoint.write(checkpoint.place_of(tmp_path, State(step=step)), taken, {"key": "0123"})
+        taken = checkpoint.snapshot(TrainingState(step=step), learner, optimizer, average, {})
+        checkpoint.write(checkpoint.place_of(tmp_path, TrainingState(step=step)), taken, {"key": "0123"})
     older, newest = (tmp_path / f"step-000000000{step}" for step in (3, 6))
     files = {path.name: path.read_bytes() for path in newest.iterdir()}
     assert checkpoint.newest(tmp_path) == newest

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.inference import predict
 from aliprod.recipe import ObjectiveRecipe, Stage
 from aliprod.training.loop import train

@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from aliprod import commit
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.decode import decode
+from aliprod.catalogue.sources import read
 from aliprod.data import hashes
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.decode import decode
 from aliprod.data.duplicates import Rule
-from aliprod.data.sources import read
 from aliprod.models import weights
-from aliprod.models.recogniser import normalisation
+from aliprod.models.classifier import normalisation
 from aliprod.recipe import LearningRate, Stage
+from aliprod.store import commit
 from aliprod.training.deduplicate import kept_rows
 from aliprod.training.loop import train
 

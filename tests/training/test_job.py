@@ -10,12 +10,12 @@ import pytest
 import torch
 from job_process import Death, ended, log_of, seen_by, start, train
 
-from aliprod import commit
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed
 from aliprod.errors import StorageFull
 from aliprod.models import weights
 from aliprod.recipe import Stage
+from aliprod.store import commit
 from aliprod.training.job import Work
 from aliprod.training.validate import top1_errors
 

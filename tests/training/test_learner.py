@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Batch
 from aliprod.recipe import Stage
 from aliprod.training.learner import Learner, Place, place

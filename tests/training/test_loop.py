@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aliprod import commit
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.sources import read
 from aliprod.data.loader import Feed, TrainBatches
-from aliprod.data.sources import read
 from aliprod.data.training_set import training_set
 from aliprod.errors import NonFiniteLoss, Refused
 from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.predict import predict
 from aliprod.models import weights
-from aliprod.models.recogniser import Recogniser
+from aliprod.models.classifier import Classifier
 from aliprod.recipe import LearningRate, Stage
+from aliprod.store import commit
 from aliprod.training import learner, loop
 from aliprod.training.loop import Progress, train
 from aliprod.training.optimizer import lr_at
@@ -216,7 +216,7 @@ def test_the_validation_error_is_the_metric_of_the_centre_crops(packages: Catalo
 def untrained(folder: Path, packages: Catalogue, seed: int) -> Path:
     """Weights of a network that has seen nothing, norm statistics of its own."""
     torch.manual_seed(seed)
-    model = Recogniser(NETWORK, packages.num_classes)
+    model = Classifier(NETWORK, packages.num_classes)
     for name, buffer in model.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 1.5)

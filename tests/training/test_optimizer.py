@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.recipe import LearningRate, OptimizerRecipe, Stage
 from aliprod.training.learner import Learner, Place
 from aliprod.training.optimizer import Optimizer, cosine_lr_at, lr_at

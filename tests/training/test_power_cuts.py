@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from aliprod import commit
+from aliprod.store import commit
 from aliprod.training import checkpoint
-from aliprod.training.checkpoint import State
+from aliprod.training.checkpoint import TrainingState
 
 Tree = dict[str, Any]  # a folder: bytes of a file or the Tree of a folder, by name
 
@@ -114,7 +114,7 @@ def written_with_power_cuts(folder: Path, monkeypatch: pytest.MonkeyPatch, *step
     with monkeypatch.context() as patched:
         disk.watch(patched)
         for step in steps:
-            place = checkpoint.place_of(folder, State(step=step))
+            place = checkpoint.place_of(folder, TrainingState(step=step))
             commit.write(place, lambda staging, step=step: _fill(staging, content(step)), {"key": "0123"})  # type: ignore[misc]
             disk.acknowledge(step)
             checkpoint.prune(folder)

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from aliprod import commit
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.decode import decode
+from aliprod.catalogue.sources import read
 from aliprod.data import hashes, pseudo
 from aliprod.data.augment import normalise, square
-from aliprod.data.catalogue import Catalogue
-from aliprod.data.decode import decode
-from aliprod.data.sources import read
 from aliprod.data.training_set import training_set
 from aliprod.models import weights
-from aliprod.models.recogniser import Recogniser, normalisation
+from aliprod.models.classifier import Classifier, normalisation
 from aliprod.recipe import LearningRate, PseudoLabels, Soup, Stage
+from aliprod.store import commit
 from aliprod.training import job
 from aliprod.training.job import Work
 from aliprod.training.loop import Progress, train
@@ -40,7 +40,7 @@ def as_before() -> Iterator[None]:
 
 def drawn(seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    return Recogniser(NETWORK, 4).state_dict()
+    return Classifier(NETWORK, 4).state_dict()
 
 
 def ingredient(
@@ -60,7 +60,7 @@ def made(stage: Stage, packages: Catalogue, ingredients: Sequence[Path]) -> tupl
 
 def parameters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """All but the norm statistics."""
-    names = [name for name, _ in Recogniser(NETWORK, 4).named_parameters()]
+    names = [name for name, _ in Classifier(NETWORK, 4).named_parameters()]
     return {name: tensors[name] for name in names}
 
 
@@ -91,7 +91,7 @@ def test_norm_statistics_are_those_of_the_stages_images_not_of_the_ingredients(
     assert not torch.equal(plain["backbone.bn1.running_mean"], tensors["backbone.bn1.running_mean"])
 
 
-def seen_by_the_stem(model: Recogniser, pictures: Sequence[Path]) -> Tensor:
+def seen_by_the_stem(model: Classifier, pictures: Sequence[Path]) -> Tensor:
     """(C,) mean of what the first norm layer sees of pictures, each as the whole."""
     squares = torch.stack([square(decode(path), 32, CONFIG.interpolation) for path in pictures])
     mean, std, _ = normalisation(NETWORK)

@@ -7,7 +7,7 @@ import pytest
 from job_process import ended, log_of, start
 from test_job import NETWORK, result
 
-from aliprod.data.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.recipe import Stage
 from aliprod.training.job import Work
 

@@ -1,0 +1,149 @@
+"""An annotated collection of images: its splits, its classes, and the hash that stands for them."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from aliprod.catalogue.decode import Unreadable
+from aliprod.catalogue.shards import Store
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """One thing that is wrong: with a file or, where no file is meant, with an annotation file.
+
+    ``skipped``: an image is not used because of it.
+    """
+
+    path: str
+    problem: str
+    skipped: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """One split, a row an image.
+
+    ``ids``: unique in the split: the image id, or ``CLASS/IMAGE_ID`` where it occurs under two classes.
+    ``labels``: (N,) int64 rows of the catalogue's class list, -1 unknown. ``paths``: below ``root``, with ``/``.
+    ``store``: of a prepared catalogue, whose ``paths`` are its ids, and ``places`` the rows there; None: row by row.
+    """
+
+    split: str
+    ids: pa.StringArray
+    labels: Integers
+    paths: pa.StringArray
+    root: Path
+    store: Store | None = None
+    places: Integers | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, row: int) -> Path:
+        """The file of a row, links followed; it need not be there.
+
+        Raises:
+            Unreadable: a link on the way leads out of the catalogue's folder.
+        """
+        return inside(self.root, self.paths[row].as_py())
+
+    def source(self, row: int) -> Path | bytes:
+        """The picture of a row, as `decode` takes it: its file or, of a prepared catalogue, its JPEG.
+
+        Raises:
+            Unreadable: as `path`.
+            Failed, StorageFull: as `shards.Store.jpeg`.
+        """
+        if self.store is None:
+            return self.path(row)
+        return self.store.jpeg(row if self.places is None else int(self.places[row]))
+
+    def take(self, rows: NDArray[np.integer]) -> "Images":
+        """The images of these rows, in this order."""
+        chosen: Integers = np.asarray(rows, np.int64)
+        taken = pa.array(chosen)
+        ids = self.ids.take(taken)
+        paths = ids if self.paths is self.ids else self.paths.take(taken)
+        places = None if self.store is None else chosen if self.places is None else self.places[chosen]
+        return Images(self.split, ids, self.labels[chosen], paths, self.root, self.store, places)
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """The images of a folder, matched with one list of classes.
+
+    ``classes``: (K,) int64 class ids, ascending: those with a training image. ``names``: one a class, "" unknown.
+    ``test_labels``: (N_test,) int64 rows of ``classes``, -1 unknown; None without test_labels.json.
+    ``ancestor``: (L, K) int64 node of every class on every level, the last the classes themselves; None without a tree.
+    ``problems``: rows that were left out, and why; whether the files can be read is another question (check.py).
+    """
+
+    root: Path
+    classes: Integers
+    names: tuple[str, ...]
+    train: Images
+    val: Images
+    test: Images
+    test_labels: Integers | None
+    ancestor: Integers | None
+    problems: tuple[Flaw, ...]
+    prepared: str = ""  # the fingerprint of a prepared catalogue, which covers the checksums of its shards
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def class_counts(self) -> Integers:
+        """(K,) int64: training images of each class."""
+        return np.bincount(self.train.labels, minlength=self.num_classes).astype(np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the class list and, in any order, the ids and class ids of every split; no paths."""
+        if self.prepared:
+            return self.prepared
+        digest = hashlib.sha256(_little(self.classes))
+        for images in (self.train, self.val, self.test):
+            order = pc.sort_indices(images.ids)
+            ids = images.ids.take(order)
+            known = np.append(self.classes, -1)[images.labels]  # label -1 is class -1
+            digest.update(f"{images.split} {len(images)}".encode())
+            digest.update(_little(pc.binary_length(ids).to_numpy()))
+            digest.update("".join(ids.to_pylist()).encode())
+            digest.update(_little(known[order.to_numpy()]))
+        return digest.hexdigest()
+
+    @cached_property
+    def tree_fingerprint(self) -> str:
+        """sha256 over the ancestors of the classes, for what hangs on them (the hierarchy objective); '' without."""
+        if self.ancestor is None:
+            return ""
+        return hashlib.sha256(_little(self.classes) + _little(self.ancestor)).hexdigest()
+
+
+def inside(root: Path, path: str) -> Path:
+    """A path below ``root``, with the links on the way followed.
+
+    Raises:
+        Unreadable: they lead out of ``root``.
+    """
+    base = os.path.realpath(root)
+    target = os.path.realpath(os.path.join(base, path))  # noqa: PTH118 - for every image: half the time
+    if os.path.commonpath((base, target)) != base:
+        raise Unreadable("is a link that leads out of the catalogue's folder")
+    return Path(target)
+
+
+def _little(numbers: NDArray[np.integer]) -> bytes:
+    return numbers.astype("<i8").tobytes()

@@ -1,0 +1,304 @@
+"""A prepared catalogue on disk, and how single rows of it are read.
+
+The folder holds Parquet shards that other tools open (``train-00000.parquet``: image_id, class_id, jpeg; pages with
+checksums), the rows of each split in order (``train.arrow``) and the manifest of `store.commit`. A random row of a
+Parquet file costs its row group, up to 9 ms (measured, pyarrow 25), so nothing is ever read from the shards one by
+one: the pictures of a split are laid out once, end to end, on the disk of each machine that reads them.
+"""
+
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from aliprod.errors import Failed, Refused
+from aliprod.store import commit
+
+SPLITS = ("train", "val", "test")
+FORMAT = 1
+_AGAIN = "Copy it here once more, or prepare the catalogue again."
+
+log = logging.getLogger(__name__)
+
+
+class Record(BaseModel):
+    """What the manifest says of a prepared catalogue, besides the checksums of its files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prepared: Literal[1]  # FORMAT
+    short_side: int
+    quality: int
+    source: str  # fingerprint of the catalogue that was prepared
+    content: str  # fingerprint of the rows that are left, without their pictures
+    classes: list[int]
+    names: list[str]
+    ancestor: list[list[int]] | None
+    counts: dict[str, list[int]]  # of train and val: images of each class
+    test_labels: bool  # whether test.arrow has any
+    shards: dict[str, list[tuple[int, int]]]  # of each split: rows and bytes of JPEG in each shard
+    skipped: list[tuple[str, str]]  # path, reason
+    problems: list[tuple[str, str]]  # what is odd about images that are used
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Record":
+        levels = self.ancestor or []
+        rising = all(one < next_ for one, next_ in pairwise(self.classes))
+        sizes = {len(self.names), *map(len, levels), *map(len, self.counts.values())}
+        if not rising or sizes != {len(self.classes)} or set(self.shards) != set(SPLITS):
+            raise ValueError("its lists do not match its classes")
+        return self
+
+    def file_names(self) -> list[str]:
+        """All shards, in order."""
+        return [shard_name(split, number) for split in SPLITS for number in range(len(self.shards[split]))]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is there: the record, and the sha256 of every file."""
+
+    record: Record
+    digests: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the rows' fingerprint and the checksums of all shards."""
+        return fingerprint(self.record.content, {name: self.digests[name] for name in self.record.file_names()})
+
+
+def fingerprint(content: str, digests: dict[str, str]) -> str:
+    """The fingerprint of a prepared catalogue: rows that are equal and pictures that are equal, byte for byte.
+
+    Args:
+        content: fingerprint of the rows. digests: sha256 of each shard by name.
+    """
+    lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256("".join((f"{content}\n", *lines)).encode()).hexdigest()
+
+
+def shard_name(split: str, number: int) -> str:
+    """The file of a shard."""
+    return f"{split}-{number:05}.parquet"
+
+
+def rows_name(split: str) -> str:
+    """The file of ids and labels of a split."""
+    return f"{split}.arrow"
+
+
+def manifest(root: Path) -> Manifest:
+    """The manifest of a prepared catalogue.
+
+    Raises:
+        Refused: there is none, or a file of another size than it says.
+    """
+    file = root / commit.MANIFEST
+    try:
+        digests = commit.digests(root)  # first: one parsed manifest at a time is in memory
+        says = commit.read(root)
+    except FileNotFoundError:
+        says = None
+    if says is None:
+        raise Refused("is damaged, or a file that it lists is not there or of another size.", file, _AGAIN)
+    return parsed(says, digests, file)
+
+
+def parsed(record: object, digests: dict[str, str], where: str | Path) -> Manifest:
+    """A manifest from what it says of the catalogue and of its files.
+
+    Raises:
+        Refused: it is of something else, or of another version.
+    """
+    try:
+        says = Record.model_validate(record)
+        return Manifest(says, {name: digests[name] for name in (*says.file_names(), *map(rows_name, SPLITS))})
+    except (ValidationError, KeyError) as error:
+        raise Refused("is not the manifest of a prepared catalogue of this version.", where, _AGAIN) from error
+
+
+def write_rows(folder: Path, split: str, ids: pa.StringArray, labels: NDArray[np.int64]) -> None:
+    """Write the ids and labels of a split: uncompressed, so that 2.5 M rows are read as they lie."""
+    rows = pa.record_batch({"label": pa.array(labels.astype(np.int32)), "image_id": ids})
+    with pa.OSFile(str(folder / rows_name(split)), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+        writer.write_batch(rows)
+
+
+def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, NDArray[np.int64]]:
+    """The ids and labels of a split.
+
+    Raises:
+        Failed: the file is not the one that was written.
+    """
+    path = root / rows_name(split)
+    with _reading(path):
+        if commit.sha256(path) != found.digests[path.name]:
+            raise _damaged(path)
+        labels = _numbers(_column(path, 0))
+        ids = _column(path, 1)
+        ids.validate(full=True)
+    count = sum(shard[0] for shard in found.record.shards[split])
+    least, most = (-1 if split == "test" else 0), len(found.record.classes) - 1
+    if not len(labels) == len(ids) == count or (count and not least <= labels.min() <= labels.max() <= most):
+        raise _damaged(path)
+    return ids, labels
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """The pictures of one split, read row by row from this machine's own disk.
+
+    Travels to other processes as texts alone; each opens the files for itself. They are read with ``pread``, not
+    mapped: a disk error is an exception then, where a map ends the process without a word.
+    """
+
+    root: Path
+    split: str
+    fingerprint: str
+    cache: Path
+
+    def jpeg(self, place: int) -> bytes:
+        """The picture in a row of the shards.
+
+        Raises:
+            Failed: a shard is not what the manifest says; seen when it is laid out.
+            StorageFull: no room for the pictures on this machine.
+        """
+        ends, pictures = self._files
+        start, end = struct.unpack("<qq", os.pread(ends, 16, 8 * place))
+        return os.pread(pictures, end - start, start)
+
+    def laid_out(self) -> Path:
+        """The folder with the pictures end to end; filled where it is not there, by one process of this machine.
+
+        Raises:
+            Refused: somebody else owns the cache, and would choose what we train on.
+        """
+        folder = self.cache / self.fingerprint / self.split
+        with commit.storage(folder):
+            self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.cache.stat().st_uid not in (os.getuid(), 0):
+                raise Refused("belongs to another user.", self.cache, "Name a folder of your own in ALIPROD_CACHE.")
+        if commit.read(folder) is None:
+            with commit.storage(folder):
+                folder.parent.mkdir(exist_ok=True)
+            with alone(folder.with_suffix(".lock"), wait=True):
+                remove_partials(folder)
+                if commit.read(folder) is None:
+                    commit.write(folder, self._fill)
+        return folder
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("root", "split", "fingerprint", "cache")}  # no open files
+
+    @cached_property
+    def _files(self) -> tuple[int, int]:
+        folder = self.laid_out()
+        ends, pictures = (os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC) for name in ("ends", "jpegs"))
+        for file in (ends, pictures):
+            weakref.finalize(self, os.close, file)
+        return ends, pictures
+
+    def _fill(self, folder: Path) -> None:
+        found = manifest(self.root)
+        if found.fingerprint != self.fingerprint:
+            raise Failed("has changed since it was opened.", self.root, "Start the same command again.")
+        shards = found.record.shards[self.split]
+        total = sum(shard[1] for shard in shards)
+        log.info("laying out %s bytes of %s of %s in %s, once", f"{total:,}", self.split, self.root, folder.parent)
+        with (folder / "jpegs").open("wb") as pictures, (folder / "ends").open("wb") as ends:
+            os.posix_fallocate(pictures.fileno(), 0, total)  # no room is said at once
+            ends.write(bytes(8))
+            for number, (rows, _) in enumerate(shards):
+                name = shard_name(self.split, number)
+                jpegs = _jpegs(self.root / name, found.digests[name], rows)
+                base = pictures.tell()
+                pictures.writelines(jpegs)
+                ends.write((base + np.cumsum([len(jpeg) for jpeg in jpegs], dtype="<i8")).tobytes())
+
+
+def cache() -> Path:
+    """The folder on this machine's own disk: ``ALIPROD_CACHE``, else one of this user in the system's temp folder."""
+    return Path(os.environ.get("ALIPROD_CACHE") or Path(tempfile.gettempdir()) / f"aliprod-cache-{os.getuid()}")
+
+
+@contextmanager
+def alone(lock: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock that the system takes back when this process ends, however it ends.
+
+    Raises:
+        Refused: another process holds it, and we do not wait.
+    """
+    with commit.storage(lock):
+        file = lock.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise Refused("another process is at work here.", lock.parent, "Wait until it ends.") from error
+        except OSError:  # a mount without locks: two writers waste time, and one commit wins
+            log.warning("%s cannot be locked: start one process at a time.", lock)
+        yield
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed commits of this folder left beside it; for who is alone here."""
+    for path in folder.parent.iterdir():
+        if path.name.startswith(f".{folder.name}.") and path.name.endswith(".partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _jpegs(path: Path, digest: str, rows: int) -> list[bytes]:
+    """The pictures of a shard, read once and held against its checksum: page checksums alone leave out the footer."""
+    with _reading(path):
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise _damaged(path)
+        jpegs: list[bytes] = pq.read_table(io.BytesIO(content), columns=["jpeg"]).column("jpeg").to_pylist()
+    if len(jpegs) != rows or not all(isinstance(jpeg, bytes) for jpeg in jpegs):
+        raise _damaged(path)
+    return jpegs
+
+
+def _numbers(column: pa.Int32Array) -> NDArray[np.int64]:
+    """Not by ``to_numpy``, which imports pandas: 34 MB in every process."""
+    if not len(column):
+        return np.empty(0, np.int64)
+    return np.frombuffer(column.buffers()[1], np.int32)[: len(column)].astype(np.int64)
+
+
+def _column(path: Path, number: int) -> pa.Array:
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[number])).get_batch(0).column(0)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Failed(f"cannot be read: {error.strerror or error}.", path, _AGAIN) from error
+    except (pa.ArrowException, KeyError, IndexError, ValueError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> Failed:
+    return Failed("is damaged: its bytes are not those of the manifest.", path, _AGAIN)

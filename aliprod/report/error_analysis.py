@@ -1,0 +1,104 @@
+"""What an ensemble gets wrong: which classes it takes for which, and how the error hangs on a class's size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from aliprod.catalogue.catalogue import Catalogue, Images, Integers
+from aliprod.ensemble.add import read_predictions
+from aliprod.ensemble.score import aligned
+
+_SIZES = 6  # groups of classes by their number of training images
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The images of a split whose label is known; all (n,) int64.
+
+    ``rows``: in the split. ``truth``, ``predicted``: rows of the class list.
+    """
+
+    images: Images
+    rows: Integers
+    truth: Integers
+    predicted: Integers
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A class that is taken for another.
+
+    Attributes:
+        truth, predicted: rows of the class list.
+        count, of: images that are taken so, of those of the class.
+        row: of one of them, in the split.
+    """
+
+    truth: int
+    predicted: int
+    count: int
+    of: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """The classes with ``low`` to ``high`` training images, and the mean over them of the top-1 error."""
+
+    low: int
+    high: int
+    classes: int
+    error: float
+
+
+def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) -> Scored:
+    """Predictions of a committed ensemble beside the labels of its split.
+
+    Raises:
+        Failed: there is no ensemble in the folder.
+    """
+    found = read_predictions(folder)
+    images: Images = getattr(catalogue, split)
+    labels = catalogue.test_labels if split == "test" else images.labels
+    if labels is None:
+        labels = np.full(len(images), -1)
+    guess = aligned(images.ids, found.ids, pa.array(found.predicted.numpy(), pa.int64()))
+    guesses = guess.fill_null(-1).to_numpy()
+    places = np.minimum(np.searchsorted(catalogue.classes, guesses), catalogue.num_classes - 1)
+    known = np.flatnonzero((labels >= 0) & (catalogue.classes[places] == guesses))
+    return Scored(images, known, labels[known], places[known])
+
+
+def confusions(found: Scored, most: int) -> list[Confusion]:
+    """The pairs of classes with the most images taken so, then with the largest share of their class."""
+    wrong = np.flatnonzero(found.truth != found.predicted)
+    pairs, first, counts = np.unique(
+        np.stack([found.truth[wrong], found.predicted[wrong]], axis=1), axis=0, return_index=True, return_counts=True
+    )
+    of = np.bincount(found.truth)[pairs[:, 0]] if len(pairs) else counts
+    ordered = np.lexsort((pairs[:, 1], pairs[:, 0], -counts / of, -counts))[:most]
+    return [
+        Confusion(int(pairs[n, 0]), int(pairs[n, 1]), int(counts[n]), int(of[n]), int(found.rows[wrong[first[n]]]))
+        for n in ordered
+    ]
+
+
+def by_size(found: Scored, class_counts: Integers) -> list[Size]:
+    """Classes in groups of about as many, from few training images to many; those of one size stay together."""
+    return list(_groups(found, class_counts)) if len(found.truth) else []
+
+
+def _groups(found: Scored, class_counts: Integers) -> Iterator[Size]:
+    scored_classes = np.unique(found.truth)
+    wrong = np.bincount(found.truth, found.truth != found.predicted)[scored_classes]
+    errors = wrong / np.bincount(found.truth)[scored_classes]
+    sizes = class_counts[scored_classes]
+    edges = np.unique(np.quantile(sizes, np.linspace(0, 1, _SIZES + 1)[1:], method="lower"))
+    group = np.searchsorted(edges, sizes)
+    for number in np.unique(group):
+        inside = group == number
+        yield Size(int(sizes[inside].min()), int(sizes[inside].max()), int(inside.sum()), float(errors[inside].mean()))

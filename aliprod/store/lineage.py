@@ -1,0 +1,41 @@
+"""What a submission was made of, kept for each one that was ever written, whatever became of the file.
+
+STORAGE/PLAN/submissions/SHA256.json     named after the submission's bytes, so that a copy of it finds it too
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aliprod.errors import Refused
+from aliprod.store import commit
+
+_FOLDER = "submissions"
+
+
+def keep(submission: Path, origin: Mapping[str, Any]) -> None:
+    """Write down what a submission in a plan's folder was made of.
+
+    Raises:
+        StorageFull: no room, no right to write, or the path is gone.
+    """
+    record = submission.parent / _FOLDER / f"{commit.sha256(submission)}.json"
+    commit.write_file(record, json.dumps(origin, indent=1))
+
+
+def find(submission: Path, storage: Path) -> dict[str, Any]:
+    """What a submission was made of, whichever plan of a storage folder wrote it.
+
+    Raises:
+        Refused: it cannot be read, or none of the plans wrote these bytes.
+    """
+    try:
+        digest = commit.sha256(submission)
+    except OSError as error:
+        raise Refused(f"cannot be read: {error.strerror or error}.", submission) from None
+    for record in sorted(storage.glob(f"*/{_FOLDER}/{digest}.json")):
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    known = sum(1 for _ in storage.glob(f"*/{_FOLDER}/*.json"))
+    advice = f"{known} are known there. Was it changed after it was written? Is it another --storage?"
+    raise Refused(f"no plan in {storage} has written these bytes.", submission, advice)

@@ -1,0 +1,198 @@
+"""Rows that take hours to compute are kept shard by shard until all are there.
+
+A writer that was killed leaves its finished shards to the next one, beside the folder that they are for:
+
+    .test-ten_crop.0123456789abcdef.unfinished/00000/...   a committed folder, a file NAME-00000.npy an array
+
+Memory holds one block of rows: a shard grows on disk.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from aliprod.errors import Failed, StorageFull
+from aliprod.store import commit
+
+SHARD_STEP = 256  # a shard has a multiple of so many rows: whole batches, so that one predicted again sees the same
+
+Rows = npt.NDArray[np.int64]
+Block = Mapping[str, npt.NDArray[Any]]  # arrays by name: the same rows of each
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The finished shards of ``total`` rows that are not all there yet."""
+
+    folder: Path
+    total: int
+    per_shard: int
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        ids: pa.StringArray,
+        classes: npt.NDArray[np.int64],
+        record: Mapping[str, Any],
+        per_shard: int,
+    ) -> "Unfinished":
+        """Those of just these rows and columns, for ``folder``."""
+        digest = hashlib.sha256(json.dumps([folder.name, record, per_shard], sort_keys=True).encode())
+        digest.update("\0".join(ids.to_pylist()).encode())
+        digest.update(classes.tobytes())
+        kind = "-".join(str(record[fact]) for fact in ("split", "views") if fact in record) or folder.name
+        return cls(folder.parent / f".{kind}.{digest.hexdigest()[:16]}.unfinished", len(ids), per_shard)
+
+    def finish(
+        self,
+        folder: Path,
+        blocks: Callable[[Rows], Iterable[Block]],
+        fill: Callable[[Path], Mapping[str, str] | None],
+        record: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Write the shards that are missing, then commit ``folder``, and remove the shards.
+
+        Where ``folder`` is committed already, it stays. What was left of other weights, images or classes of the same
+        split and views is removed. Several writers at once share the shards; the first to commit wins, and the others
+        stop at their next shard.
+
+        Args:
+            blocks: called with the rows that are missing, ascending and whole shards: their blocks, in that order.
+            fill: as of `aliprod.store.commit.write`, called when all shards are there.
+        Returns:
+            The record that now stands in the folder.
+        Raises:
+            Failed: from ``blocks``; nothing is left behind.
+            StorageFull: no room; finished shards are kept.
+            ValueError: the blocks have more or fewer rows than are missing.
+        """
+        if (there := commit.read(folder)) is not None:
+            return there
+        self._sweep()
+        try:
+            self._write(blocks, lambda: commit.read(folder) is not None)
+            written = commit.read(folder) or commit.write(folder, fill, dict(record), room=self.folder)
+        except StorageFull:
+            if (there := commit.read(folder)) is None:
+                raise
+            written = there  # another writer was faster, and has removed the shards
+        except Failed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return written
+
+    def files(self, name: str) -> Iterator[tuple[Path, str]]:
+        """Of each shard the file of an array, and its sha256."""
+        for shard, path in enumerate(self._paths()):
+            file = shard_file(path / name, shard)
+            yield file, commit.file_digest(file.parent, file.name)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}"
+
+    def _paths(self) -> list[Path]:
+        return [self._path(shard) for shard in range(-(-self.total // self.per_shard))]
+
+    def _end(self, shard: int) -> int:
+        return min(self.total, (shard + 1) * self.per_shard)
+
+    def _sweep(self) -> None:
+        kind, _, _ = self.folder.name.rsplit(".", 2)
+        for other in self.folder.parent.glob(f"{kind}.*.unfinished"):
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _write(self, blocks: Callable[[Rows], Iterable[Block]], enough: Callable[[], bool]) -> None:
+        missing = self._missing()
+        if not len(missing):
+            return
+        if len(missing) < self.total:
+            log.info("%s: %d of %d rows are left to predict.", self.folder, len(missing), self.total)
+        room = self.folder / f".{uuid.uuid4().hex[:8]}.partial"
+        try:
+            for rows, pieces in self._by_shard(missing, blocks(missing)):
+                with commit.storage(self.folder):
+                    commit.make_folder(room)
+                    for name, piece in pieces.items():
+                        append(room / name, piece, int(rows[0]), self.total, self.per_shard)
+                shard = int(rows[-1]) // self.per_shard
+                if rows[-1] + 1 < self._end(shard):
+                    continue
+                if enough():
+                    break
+                commit.write(self._path(shard), lambda staging: _move(room, staging))
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+            with suppress(OSError):  # it holds finished shards
+                self.folder.rmdir()
+
+    def _missing(self) -> Rows:
+        """Rows of the shards that are not there. One whose bytes are not those that were written is set aside."""
+        missing = [np.empty(0, np.int64)]
+        for shard, path in enumerate(self._paths()):
+            if path.exists() and commit.verify(path):
+                log.warning("%s is damaged and is predicted again.", path)
+                with suppress(FileNotFoundError):  # another writer has seen it too
+                    path.rename(self.folder / f".{path.name}.{uuid.uuid4().hex[:8]}.bad")
+            if not path.exists():
+                missing.append(np.arange(shard * self.per_shard, self._end(shard)))
+        return np.concatenate(missing)
+
+    def _by_shard(self, missing: Rows, blocks: Iterable[Block]) -> Iterator[tuple[Rows, Block]]:
+        """The blocks and the rows that they are, cut where a shard ends."""
+        done = 0
+        for block in blocks:
+            count = len(next(iter(block.values())))
+            rows = missing[done : done + count]
+            done += count
+            if done > len(missing):
+                break
+            cuts = np.flatnonzero(np.diff(rows // self.per_shard)) + 1
+            for start, stop in zip([0, *cuts], [*cuts, count], strict=True):
+                if start < stop:
+                    yield rows[start:stop], {name: array[start:stop] for name, array in block.items()}
+        if done != len(missing):
+            raise ValueError(f"{done} rows of probabilities for {len(missing)} images")
+
+
+def append(stem: Path, rows: npt.NDArray[Any], row: int, total: int, per_shard: int) -> None:
+    """Write rows ``row`` and on to the end of their shards: STEM-00000.npy, per_shard rows each, ``total`` in all.
+
+    Plain writes, not a writable map: on a full disk a map ends the process (SIGBUS), a write raises.
+    """
+    while len(rows):
+        shard, offset = divmod(row, per_shard)
+        piece, rows = rows[: per_shard - offset], rows[per_shard - offset :]
+        shape = (min(per_shard, total - shard * per_shard), rows.shape[1])
+        header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
+        with shard_file(stem, shard).open("ab") as file:
+            if offset == 0:
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(piece).data)
+        row += len(piece)
+
+
+def shard_file(stem: Path, number: int) -> Path:
+    """STEM-00000.npy: the file of a shard."""
+    return stem.with_name(f"{stem.name}-{number:05d}.npy")
+
+
+def _move(room: Path, staging: Path) -> None:
+    for file in room.iterdir():
+        os.replace(file, staging / file.name)

@@ -1,0 +1,189 @@
+"""Renders a long-tailed catalogue of product packages, of any size, in AliProducts layout.
+
+Classes come in families of two to four (the last may be cut short), which differ in fine things: `packages` draws
+them, `photograph` takes the pictures. A picture is a function of (seed, class number, split, number in the class):
+neither of the catalogue's size nor of the number of processes. Its bytes are equal within one version of Pillow and
+NumPy and one kind of CPU; ids and labels are equal everywhere.
+"""
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from aliprod.errors import Refused
+from aliprod.randomness import seed_of
+from aliprod.store.commit import storage
+from aliprod.synth.packages import face, look
+from aliprod.synth.photograph import photograph
+
+LEAST = 5  # training images a class
+TAIL = 5.0  # largest class / smallest class: as in the quickstart's first measurement
+FIRST_ID = 1_000_000  # image ids have seven digits or more
+
+Ids = dict[str, list[list[int]]]  # split: class number: image ids
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was rendered; train, val and test count images."""
+
+    path: str
+    classes: int
+    train: int
+    val: int
+    test: int
+
+
+def synthesise(out: Path, classes: int, images: int, seed: int, processes: int = 1) -> Counts:
+    """Render ``images`` training images of ``classes`` classes, and balanced val and test images.
+
+    The training images a class fall off geometrically to a fifth, in an order of the classes that the seed draws;
+    no class has under 5. Up to 100 classes have 6 val and 10 test images each, more have 2 and 4. The catalogue
+    appears in one rename; what a killed call leaves is a hidden folder ``.NAME.*.partial`` beside it.
+
+    Args:
+        out: the catalogue's folder; must not exist or be empty.
+        processes: how many render; more than one are started afresh ("spawn").
+    Raises:
+        Refused: the numbers make no catalogue, or ``out`` holds something.
+        StorageFull: no room or no right to write; nothing is left behind.
+    """
+    _check(out, classes, images, processes)
+    sizes = {"train": class_sizes(classes, images, seed), **_held_out(classes)}
+    ids = _image_ids(sizes, seed)
+    with _new_folder(out) as folder:
+        _write_annotations(folder, ids, seed)
+        _render_all(folder, ids, seed, processes)
+    return Counts(str(out), classes, images, sum(sizes["val"]), sum(sizes["test"]))
+
+
+def class_sizes(classes: int, images: int, seed: int) -> list[int]:
+    """Training images of each class: a geometric tail, flattened where its end would have fewer than LEAST."""
+    tail = [TAIL ** (-rank / (classes - 1)) for rank in range(classes)]
+    mean, scale = images / classes, classes / sum(tail)
+    flatness = min(1.0, (1 - LEAST / mean) / (1 - scale * tail[-1]))
+    exact = [mean * (1 + flatness * (scale * share - 1)) for share in tail]
+    sizes = [int(size + 1e-6) for size in exact]
+    for rank in range(images - sum(sizes)):  # what rounding down left goes to the largest classes
+        sizes[rank] += 1
+    order = sorted(range(classes), key=lambda number: seed_of(seed, "size", number))
+    by_class = dict(zip(order, sizes, strict=True))
+    return [by_class[number] for number in range(classes)]
+
+
+def _check(out: Path, classes: int, images: int, processes: int) -> None:
+    if classes < 2:
+        raise Refused(f"{classes} classes cannot be told apart.", "classes", "Ask for 2 or more.")
+    if images < LEAST * classes:
+        raise Refused(
+            f"{images:,} images are too few for {classes:,} classes.",
+            "images",
+            f"Every class has {LEAST} training images or more: ask for {LEAST * classes:,} images, or fewer classes.",
+        )
+    if processes < 1:
+        raise Refused(f"{processes} processes render nothing.", "processes", "Ask for 1 or more.")
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise _taken(out)
+
+
+def _taken(out: Path) -> Refused:
+    return Refused(
+        "there is something already; nothing was written.", out, "Name a new or empty folder, or remove this one first."
+    )
+
+
+def _held_out(classes: int) -> dict[str, list[int]]:
+    val, test = (6, 10) if classes <= 100 else (2, 4)
+    return {"val": [val] * classes, "test": [test] * classes}
+
+
+def _image_ids(sizes: dict[str, list[int]], seed: int) -> Ids:
+    """Unique over all splits, in an order that gives no class away."""
+    total = sum(map(sum, sizes.values()))
+    mixed = iter(sorted(range(total), key=lambda place: seed_of(seed, "id", place)))
+    return {
+        split: [[FIRST_ID + next(mixed) for _ in range(size)] for size in by_class] for split, by_class in sizes.items()
+    }
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes it when all went well, and else is gone."""
+    out = out.resolve()  # "." has a name, too
+    folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    with storage(out):
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+            os.replace(folder, out)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise _taken(out) from error
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_annotations(folder: Path, ids: Ids, seed: int) -> None:
+    rows = {split: [(image, number) for number, all_ in enumerate(ids[split]) for image in all_] for split in ids}
+    rows["test"].sort()
+    for name, split in (("train", "train"), ("val", "val"), ("test_labels", "test")):
+        _write_rows(
+            folder / f"{name}.json", ({"image_id": f"{image}.jpg", "class_id": str(c)} for image, c in rows[split])
+        )
+    _write_rows(folder / "test.json", ({"image_id": f"{image}.jpg"} for image, _ in rows["test"]))
+    (folder / "product_tree.json").write_text(json.dumps(_tree(len(ids["train"]), seed), indent=1), encoding="utf-8")
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8") as file:  # a row a line: millions of rows are never one string
+        file.write('{"images": [')
+        for place, row in enumerate(rows):
+            file.write((",\n" if place else "\n") + json.dumps(row))
+        file.write("\n]}\n")
+
+
+def _tree(classes: int, seed: int) -> dict[str, Any]:
+    """Section, family, class below the root."""
+    sections: dict[str, list[dict[str, Any]]] = {}
+    looks = ((number, look(seed, number)) for number in range(classes))
+    for (section, family), members in groupby(looks, lambda member: (member[1].section, member[1].family)):
+        leaves = [{"name": f"{family} {one.flavour} {one.amount}", "class_id": str(number)} for number, one in members]
+        sections.setdefault(section, []).append({"name": family, "children": leaves})
+    return {"name": "all", "children": [{"name": name, "children": below} for name, below in sections.items()]}
+
+
+def _render_all(folder: Path, ids: Ids, seed: int, processes: int) -> None:
+    (folder / "test").mkdir()
+    numbers = range(len(ids["train"]))
+    tasks = ((folder, seed, number, {split: ids[split][number] for split in ids}) for number in numbers)
+    if processes == 1:
+        for task in tasks:
+            _render(task)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(_render, tasks, chunksize=max(1, min(64, len(numbers) // (4 * processes)))):
+            pass
+
+
+def _render(task: tuple[Path, int, int, dict[str, list[int]]]) -> None:
+    """All pictures of one class."""
+    folder, seed, number, ids = task
+    front = face(look(seed, number))
+    for split, images in ids.items():
+        below = folder / "test" if split == "test" else folder / split / f"{number:05}"
+        below.mkdir(parents=True, exist_ok=True)
+        for place, image in enumerate(images):
+            picture_seed = seed_of(seed, number, split, place)
+            quality = 55 + seed_of(picture_seed, "quality") % 41
+            photograph(front, picture_seed).save(below / f"{image}.jpg", quality=quality)

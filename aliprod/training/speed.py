@@ -1,0 +1,200 @@
+"""What limits training on this machine: the loader alone, the step alone, or what both make together.
+
+And how fast pictures are predicted. A plan's forecast feeds on it.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import torch
+
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.data.loader import Batch, Feed
+from aliprod.data.soft_labels import LARGEST, SoftLabels
+from aliprod.data.training_set import TrainingSet, training_set
+from aliprod.inference.predict import BATCH, Views, precision, predict
+from aliprod.models.classifier import Classifier, normalisation
+from aliprod.objectives import needs_of
+from aliprod.recipe import Stage
+from aliprod.training.learner import Learner, place, set_up
+from aliprod.training.loop import peak_memory_bytes, train
+from aliprod.training.optimizer import Optimizer
+
+Part = Literal["loader", "step", "train"]
+_STARVED = 0.1  # from this share of waiting on, the loader limits
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a part does.
+
+    Attributes:
+        data_wait_share: of the time, spent waiting for pictures; 0 to 1.
+        memory_bytes: the most so far: of the GPU where there is one, else of the process.
+        limited_by: what to make faster.
+    """
+
+    part: Part
+    device: str
+    steps: int
+    images_per_second: float
+    data_wait_share: float
+    memory_bytes: int
+    limited_by: Literal["loader", "step"]
+
+
+def measure(
+    part: Part,
+    stage: Stage,
+    network: str,
+    catalogue: Catalogue,
+    steps: int,
+    threads: int = 1,
+    loader_processes: int = 0,
+    compiles: bool = False,
+    exact: bool = True,
+) -> Measured:
+    """Measure a part over ``steps`` steps; as many before them are not counted.
+
+    A catalogue that has fewer images shows them again and again. Nothing is validated, nothing is kept. Teachers
+    are made up: what they would say costs the same.
+
+    Args:
+        stage: without a filter of duplicates and pseudo labels, whose images nobody knows yet.
+        threads, loader_processes, compiles, exact: as of `aliprod.training.loop.train`.
+
+    Raises:
+        Refused: there is no such network.
+    """
+    rows = np.resize(np.random.default_rng(stage.seed).permutation(len(catalogue.train)), 2 * steps * stage.batch_size)
+    catalogue = replace(catalogue, train=catalogue.train.take(rows), val=catalogue.val.take(rows[:0]))
+    here, data = place(threads, compiles, exact), _taught(training_set(catalogue, stage), stage, catalogue.num_classes)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats(here.device)
+    if part == "train":
+        progress = train(
+            stage,
+            network,
+            catalogue,
+            data=data,
+            save_every_steps=steps,
+            threads=threads,
+            loader_processes=loader_processes,
+            compiles=compiles,
+            exact=exact,
+        )
+        halves = [_spent(next(progress).metrics, number * steps * stage.batch_size) for number in (1, 2)]
+        seconds, waited = (after - before for before, after in zip(*halves, strict=True))
+    else:
+        learner, _, shown = set_up(stage, network, catalogue, data, here, loader_processes)
+        batches = shown.epoch(0)
+        if part == "step":
+            batches = _steps(learner, next(batches), 2 * steps)
+        seconds = _second_half(batches, steps, here.device)
+        waited = seconds if part == "loader" else 0.0
+    share = waited / seconds
+    return Measured(
+        part=part,
+        device=here.environment()["device"],
+        steps=steps,
+        images_per_second=steps * stage.batch_size / seconds,
+        data_wait_share=share,
+        memory_bytes=peak_memory_bytes(),
+        limited_by="loader" if share >= _STARVED else "step",
+    )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """How fast a network predicts: ``images`` were counted; each is one image, however many views it has."""
+
+    device: str
+    images: int
+    images_per_second: float
+    memory_bytes: int
+
+
+def measure_prediction(
+    network: str,
+    branches: int,
+    resize: int,
+    crop: int,
+    views: Views,
+    catalogue: Catalogue,
+    batches: int,
+    threads: int = 1,
+    loader_processes: int = 0,
+) -> Predicted:
+    """Measure the prediction of training images, over so many batches after those that fill the loader.
+
+    Args:
+        branches: of the network, as of `aliprod.objectives.Needs`.
+        resize, crop: pixels.
+    """
+    here = place(threads)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats(here.device)
+    model = Classifier(network, catalogue.num_classes, branches=branches).eval()
+    model = model.to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    feed = Feed(here.device, *normalisation(network), processes=loader_processes)
+    before = 1 + 2 * loader_processes  # a process reads two batches ahead
+    count = (before + batches) * BATCH[views]
+    images = catalogue.train.take(np.resize(np.arange(len(catalogue.train)), count))
+    blocks = predict(model, images, resize, crop, views, feed, precision(here.device))
+    for _ in islice(blocks, before):
+        pass
+    began = time.perf_counter()
+    for _ in blocks:  # each has been copied to the CPU: nothing is under way
+        pass
+    counted = batches * BATCH[views]
+    return Predicted(
+        device=here.environment()["device"],
+        images=counted,
+        images_per_second=counted / (time.perf_counter() - began),
+        memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _taught(data: TrainingSet, stage: Stage, num_classes: int) -> TrainingSet:
+    """With soft labels of as many teachers as the stage has, where its objective learns from them."""
+    if not needs_of(stage.objective.name).teacher:
+        return data
+    places = np.arange(len(data.images))
+    classes = np.tile(np.arange(min(LARGEST, num_classes), dtype=np.int32), (len(places), 1))
+    store = classes, np.full(classes.shape, 0.5 / classes.shape[1], np.float16)
+    teachers = max(1, len(stage.teachers))
+    return replace(data, teacher=SoftLabels(num_classes, (store,) * teachers, (places,) * teachers))
+
+
+def _spent(metrics: dict[str, float], images: int) -> tuple[float, float]:
+    """Seconds since the epoch began, and those of them that were waited."""
+    seconds = images / metrics["speed/images_per_second"]
+    return seconds, seconds * metrics["speed/data_wait_share"]
+
+
+def _steps(learner: Learner, batch: Batch, count: int) -> Iterator[Batch]:
+    """Forward, backward and update, again and again with one batch on the device."""
+    optimizer = Optimizer(learner, learner.stage, count)
+    learner.train()
+    for step in range(count):
+        parts = batch.split(learner.stage.accumulate, learner.needs.group)
+        for part in parts:
+            optimizer.backward(torch.stack(list(learner(part).values())).sum() / len(parts))
+        optimizer.update(step)
+        yield batch
+
+
+def _second_half(ends: Iterator[Batch], steps: int, device: torch.device) -> float:
+    """Seconds of the steps after the first ``steps``."""
+    stamps = []
+    for _ in range(2):
+        for _ in range(steps):
+            next(ends)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        stamps.append(time.perf_counter())
+    return stamps[1] - stamps[0]

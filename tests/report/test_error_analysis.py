@@ -1,0 +1,64 @@
+"""What an ensemble gets wrong: counted, and never more or less than there is."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aliprod.catalogue.catalogue import Catalogue, Images
+from aliprod.ensemble.add import write_ensemble
+from aliprod.inference import probabilities
+from aliprod.report.error_analysis import Scored, by_size, confusions, scored
+
+PAIRS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60)
+
+
+def of(pairs: list[tuple[int, int]]) -> Scored:
+    truth, predicted = (np.array(column, np.int64) for column in zip(*pairs, strict=True))
+    ids = pa.array([str(row) for row in range(len(pairs))], pa.string())
+    images = Images("test", ids, truth, ids, Path())
+    return Scored(images, np.arange(len(pairs)), truth, predicted)
+
+
+@settings(deadline=None)
+@given(PAIRS)
+def test_every_wrong_image_belongs_to_one_confusion(pairs: list[tuple[int, int]]) -> None:
+    found = confusions(of(pairs), most=100)
+    assert sum(confusion.count for confusion in found) == sum(truth != guess for truth, guess in pairs)
+    for confusion in found:
+        assert pairs[confusion.row] == (confusion.truth, confusion.predicted)
+        assert confusion.count == pairs.count((confusion.truth, confusion.predicted)) <= confusion.of
+        assert confusion.of == sum(truth == confusion.truth for truth, _ in pairs)
+    assert [confusion.count for confusion in found] == sorted((c.count for c in found), reverse=True)
+
+
+@settings(deadline=None)
+@given(PAIRS, st.lists(st.integers(1, 9), min_size=5, max_size=5))
+def test_the_groups_of_sizes_hold_every_scored_class_once_and_the_same_mean_error(
+    pairs: list[tuple[int, int]], counts: list[int]
+) -> None:
+    found = of(pairs)
+    sizes = by_size(found, np.array(counts, np.int64))
+    classes = sorted(set(found.truth.tolist()))
+    errors = [np.mean([guess != truth for truth, guess in pairs if truth == label]) for label in classes]
+    assert sum(size.classes for size in sizes) == len(classes)
+    assert np.isclose(sum(size.classes * size.error for size in sizes), sum(errors))
+    assert all(first.high < second.low for first, second in itertools.pairwise(sizes))
+
+
+def test_predictions_are_matched_with_labels_by_id(packages: Catalogue, tmp_path: Path) -> None:
+    order = np.random.default_rng(0).permutation(len(packages.test))
+    given_to = np.arange(len(order)) % packages.num_classes  # of each image, in the catalogue's order
+    rows = np.eye(packages.num_classes, dtype=np.float32)[given_to[order]]
+    ids = packages.test.ids.take(pa.array(order))
+    probabilities.write(tmp_path / "member", ids, packages.classes, lambda missing: [rows[missing]])
+    write_ensemble(tmp_path / "ensemble", [probabilities.open_store(tmp_path / "member")])
+
+    found = scored(tmp_path / "ensemble", packages, "test")
+    assert packages.test_labels is not None
+    assert found.rows.tolist() == list(range(len(packages.test)))
+    assert found.truth.tolist() == packages.test_labels.tolist()
+    assert found.predicted.tolist() == given_to.tolist()
