@@ -11,7 +11,8 @@ from aliprod.orchestration.scheduler import Change
 from aliprod.plan import ledger
 from aliprod.plan.events import Changed, Event, Reported, State
 from aliprod.store import commit
-from aliprod.tracking.runs import Tracking
+from aliprod.tracking.runs import EnsembleResult, JobProgress, PlanProgress, Status
+from aliprod.tracking.sync import Tracking
 from aliprod.training.job import METRICS
 
 
@@ -21,6 +22,8 @@ class Board:
     def __init__(self, prepared: Prepared, tracking: Tracking) -> None:
         self.prepared, self.tracking = prepared, tracking
         self.states: dict[str, State] = dict.fromkeys(prepared.jobs, "waiting")
+        self.ensemble: EnsembleResult | None = None  # once it is written
+        self._failures: dict[str, str] = {}
         self._tails = {name: _Tail(prepared.job_folder(name) / METRICS) for name in prepared.todo}
 
     def reuse(self) -> Iterator[Event]:
@@ -28,16 +31,14 @@ class Board:
         for name in self.prepared.jobs:
             if name not in self.prepared.todo:
                 yield self._set(name, "reused")
-                self.tracking.job_finished(self.prepared.jobs[name], self.prepared.job_folder(name))
         self._publish()
 
     def tell(self, change: Change) -> Iterator[Event]:
         """What a change of a task means for its job."""
         name, _, split = change.name.partition(" ")
-        job = self.prepared.jobs[name]
         if change.state == "failed":
+            self._failures[name] = change.detail
             yield self._set(name, "failed", f"{split}: {change.detail}" if split else change.detail)
-            self.tracking.job_failed(job, change.detail)
         elif split:
             return
         elif change.state == "dropped":
@@ -46,11 +47,9 @@ class Board:
             yield self._set(name, "not_run", f"{change.detail} failed")
         elif change.state == "started":
             yield self._set(name, "running")
-            self.tracking.job_started(job, {"host": os.uname().nodename})
         else:
             yield from self.reports()
             yield self._set(name, "finished")
-            self.tracking.job_finished(job, self.prepared.job_folder(name))
         self._publish()
 
     def reports(self) -> Iterator[Event]:
@@ -58,11 +57,17 @@ class Board:
         for name, tail in self._tails.items():
             if self.states[name] == "running":
                 for line in tail.lines():
-                    self.tracking.epoch(self.prepared.jobs[name], line)
                     yield Reported(name, line)
 
     def jobs_in(self, *states: State) -> list[str]:
         return [name for name, state in self.states.items() if state in states]
+
+    def show(self, status: Status) -> None:
+        """Have MLflow show the plan and its jobs as they are now."""
+        request = self.prepared.request
+        jobs = tuple(self._progress(name, state) for name, state in self.states.items())
+        plan = PlanProgress(request.text, request.plan.digest, status, self.table(), jobs, self.ensemble)
+        self.tracking.show(plan)
 
     def table(self) -> str:
         """All jobs in Markdown, for the description of the plan's run in MLflow."""
@@ -76,6 +81,11 @@ class Board:
             )
         return "\n".join(rows)
 
+    def _progress(self, name: str, state: State) -> JobProgress:
+        facts = {} if state == "reused" else {"host": os.uname().nodename}
+        folder, detail = self.prepared.job_folder(name), self._failures.get(name, "")
+        return JobProgress(self.prepared.jobs[name], folder, state, detail, facts)
+
     def _set(self, name: str, state: State, detail: str = "") -> Changed:
         self.states[name] = state
         record = ledger.finished(self.prepared.places.storage, self.prepared.jobs[name])
@@ -84,7 +94,7 @@ class Board:
     def _publish(self) -> None:
         told = {"host": os.uname().nodename, "pid": os.getpid(), "jobs": self.states}
         commit.write_file(self.prepared.folder / "state.json", json.dumps(told))
-        self.tracking.note(self.table())
+        self.show("RUNNING")
 
 
 class _Tail:

@@ -22,7 +22,8 @@ from aliprod.plan.events import Ended, Event, Said
 from aliprod.plan.open import Request
 from aliprod.store import commit, lineage
 from aliprod.tracking.registry import Choice
-from aliprod.tracking.runs import Tracking
+from aliprod.tracking.runs import EnsembleResult, Status
+from aliprod.tracking.sync import Tracking
 from aliprod.training.job import WEIGHTS, Work
 
 _TICK_SECONDS = 0.5
@@ -97,9 +98,9 @@ def _driven(prepared: Prepared) -> Iterator[Event]:
 
 
 def _tracked(board: Board, session: _Session, said: list[str]) -> Iterator[Event]:
-    text, tracking = board.prepared.request.text, board.tracking
-    tracking.plan_started(text, board.prepared.plan.digest, board.table())
-    status = "FAILED"
+    tracking = board.tracking
+    status: Status = "FAILED"
+    board.show("RUNNING")
     try:
         for event in _stages(board, session):
             yield event
@@ -111,7 +112,7 @@ def _tracked(board: Board, session: _Session, said: list[str]) -> Iterator[Event
         raise
     finally:
         ray.shutdown()  # what runs ends now, not after MLflow has been told
-        tracking.plan_finished(status)
+        board.show(status)
         unsent = tracking.flush(_HURRIED_SECONDS if status == "KILLED" else _FLUSH_SECONDS)
     yield from _drained([*said, *unsent])
     yield Said(f"MLflow: {tracking.page}")
@@ -135,7 +136,8 @@ def _stages(board: Board, session: _Session) -> Iterator[Event]:
         if not gather.is_done(board.prepared.folder, key):
             yield from _gather(board, choices, which, key, session)
         result = _result(board.prepared, choices, which)
-        board.tracking.ensemble(key, choices, result)
+        board.ensemble = EnsembleResult(key, choices, result)
+        board.show("RUNNING")
         if which.main == "test":
             origin = members.origin(board.prepared, choices, key, result)
             lineage.keep(board.prepared.folder / "submission.csv", origin)

@@ -18,7 +18,7 @@ from aliprod.plan.open import Request
 from aliprod.plan.places import resolve
 from aliprod.store import commit
 from aliprod.synth.synth import synthesise
-from aliprod.tracking.runs import Tracking
+from aliprod.tracking.sync import Tracking
 
 PLAN = """\
 format = 1
@@ -56,7 +56,6 @@ def board(prepared: Prepared, migrated: bytes) -> Iterator[Board]:
     places.storage.mkdir()
     (places.storage / "mlflow.db").write_bytes(migrated)
     tracking = Tracking.connect(places.tracking_uri, "shop", places.artifacts, said.append)
-    tracking.plan_started(PLAN, "0" * 64, "")
     yield Board(prepared, tracking)
     assert tracking.flush(60) == said == [], "MLflow was sent all of it"
 

@@ -9,13 +9,14 @@ from mlflow.entities import LoggedModelStatus
 from aliprod.errors import Failed, Refused
 from aliprod.store import commit
 from aliprod.tracking import registry
+from aliprod.tracking.runs import JobProgress
 
 MODEL = "shop.resnet50.full"
 
 
 def send(place, job, folder):
     tracking = place.driver()
-    tracking.job_finished(job, folder)
+    place.show(tracking, JobProgress(job, folder, "finished"))
     assert tracking.flush(60) == []
     return tracking
 
