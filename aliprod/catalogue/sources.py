@@ -18,11 +18,10 @@ import pyarrow.compute as pc
 
 from aliprod.catalogue import annotations, shards, tree
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
-from aliprod.catalogue.identity import class_fault, class_number, name_fault, path_fault, printable
+from aliprod.catalogue.identity import PICTURE_SUFFIXES, class_fault, class_number, name_fault, path_fault, printable
 from aliprod.errors import Refused, listing
 from aliprod.store import commit
 
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _LAYOUTS = (
     "A catalogue has train.json and train/00000/ (AliProducts), or train/NAME/ (ImageFolder), "
     "or train.csv with the columns path and class; or `aliprod data prepare` wrote it."
@@ -160,7 +159,7 @@ def _add_files(rows: _Rows, root: Path, class_id: int, folder: str) -> None:
             continue
         if fault := name_fault(name):
             rows.refuse(path, fault)
-        elif not name.lower().endswith(ENDINGS):
+        elif not name.lower().endswith(PICTURE_SUFFIXES):
             rows.remark(path, "its name is not that of a picture")
         else:
             rows.add(name, class_id, path)

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from aliprod.catalogue.decode import Unreadable, decode
+from aliprod.catalogue.identity import PICTURE_SUFFIXES
 from aliprod.data.augment import square
 from aliprod.errors import Refused
 from aliprod.inference.predict import Ready, look, ready
@@ -18,7 +19,6 @@ from aliprod.orchestration import members
 from aliprod.plan.load import load
 from aliprod.plan.places import resolve
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _PICTURES = 32  # at a time
 _TOP = 5
 
@@ -82,7 +82,7 @@ def _decoded(path: Path) -> Image.Image | str:
 
 def _files(given: Path) -> list[Path]:
     if given.is_dir():
-        return sorted(path for path in given.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+        return sorted(path for path in given.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
     return [given]
 
 

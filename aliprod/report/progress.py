@@ -4,19 +4,19 @@ import sys
 import time
 from collections.abc import Iterable
 
-from aliprod.ingest.prepare import Prepared, PrepareProgress
+from aliprod.ingest.prepare import PreparedCatalogue, PrepareProgress
 
 _LOG_SECONDS = 30.0  # between two lines of a log
 _TERMINAL_SECONDS = 0.2
 
 
-def prepared(events: Iterable[PrepareProgress | Prepared]) -> Prepared:
+def prepared(events: Iterable[PrepareProgress | PreparedCatalogue]) -> PreparedCatalogue:
     """Show each PrepareProgress; what comes at the end."""
     began, terminal = time.monotonic(), sys.stderr.isatty()
     due, renewed = began, False
     for event in events:
         now = time.monotonic()
-        if isinstance(event, Prepared):
+        if isinstance(event, PreparedCatalogue):
             sys.stderr.write("\n" if renewed else "")
             return event
         if now >= due or event.images == event.of:

@@ -33,7 +33,7 @@ from aliprod.data.training_set import training_set
 from aliprod.errors import Failed, Refused
 from aliprod.ingest import stored
 from aliprod.ingest.check import check
-from aliprod.ingest.prepare import Prepared, PrepareProgress, prepare
+from aliprod.ingest.prepare import PreparedCatalogue, PrepareProgress, prepare
 from aliprod.ingest.stored import Settings
 from aliprod.recipe import Stage
 from aliprod.store import commit
@@ -48,9 +48,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def prepared(path: Path, out: Path, settings: Settings = DEFAULTS, **how: Any) -> Prepared:
+def prepared(path: Path, out: Path, settings: Settings = DEFAULTS, **how: Any) -> PreparedCatalogue:
     *_, done = prepare(path, out, settings, **how)
-    assert isinstance(done, Prepared)
+    assert isinstance(done, PreparedCatalogue)
     return done
 
 
@@ -270,7 +270,7 @@ def test_a_killed_call_goes_on_to_the_same_bytes(
     torn = tmp_path / ".out.preparing/train-00000/train-00000.parquet"
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")  # found, but not as it was left
     *progress, done = prepare(packages.root, out, Settings())
-    assert isinstance(done, Prepared)
+    assert isinstance(done, PreparedCatalogue)
     assert isinstance(progress[-1], PrepareProgress)
     assert progress[-1].found == 8 * (shards_done - 1)
     prepared(packages.root, tmp_path / "undisturbed")

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from pyarrow import fs
 
 from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.remote import Remote, place
 from aliprod.catalogue.sources import read
 from aliprod.cli import app
 from aliprod.errors import Refused, Unreachable
-from aliprod.ingest.prepare import Prepared, prepare
-from aliprod.ingest.remote import Remote, place
+from aliprod.ingest.prepare import PreparedCatalogue, prepare
 from aliprod.ingest.stored import Settings
 from aliprod.store.commit import MANIFEST
 
@@ -55,9 +55,9 @@ def bucket(port: int, packages: Catalogue) -> Callable[[str], str]:
     return lambda folder: uri(port, f"shop/{folder}")
 
 
-def prepared(path: str | Path, out: str | Path, processes: int = 1) -> Prepared:
+def prepared(path: str | Path, out: str | Path, processes: int = 1) -> PreparedCatalogue:
     *_, done = prepare(path, out, Settings(), processes=processes)
-    assert isinstance(done, Prepared)
+    assert isinstance(done, PreparedCatalogue)
     return done
 
 
