@@ -28,12 +28,12 @@ class Pool:
     bystanders: frozenset[BaseProcess]
 
     def ordered_map(
-        self, work: Callable[[Task], Result], tasks: Iterable[Task], died: Callable[[Task], Failed]
+        self, work: Callable[[Task], Result], tasks: Iterable[Task], where: Callable[[Task], str], advice: str
     ) -> Iterator[Result]:
         """Results in the order of the tasks; never more tasks in flight than the processes need.
 
         Raises:
-            Failed: a process died; what ``died`` says of the first task without a result. The others are ended.
+            Failed: a process died; ``where`` names the first task without a result. The others are ended.
         """
         if self.executor is None:
             yield from map(work, tasks)
@@ -51,7 +51,8 @@ class Pool:
         except BrokenProcessPool as error:
             for process in set(active_children()) - self.bystanders:
                 process.kill()  # CPython 3.11 else waits for ever for one that was just being started
-            raise died(ahead[0][0] if ahead else task) from error
+            advice = f"Was it out of memory? {advice}"
+            raise Failed("A process died at its work.", where(ahead[0][0] if ahead else task), advice) from error
 
 
 @contextmanager

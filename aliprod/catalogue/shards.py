@@ -81,18 +81,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the rows' fingerprint and the checksums of all shards."""
-        return fingerprint(self.record.content, {name: self.digests[name] for name in self.record.file_names()})
-
-
-def fingerprint(content: str, digests: dict[str, str]) -> str:
-    """The fingerprint of a prepared catalogue: rows that are equal and pictures that are equal, byte for byte.
-
-    Args:
-        content: fingerprint of the rows. digests: sha256 of each shard by name.
-    """
-    lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
-    return hashlib.sha256("".join((f"{content}\n", *lines)).encode()).hexdigest()
+        """sha256 over the rows' fingerprint and the checksums of all shards: of equal rows with equal pictures."""
+        lines = (f"{name} {self.digests[name]}\n" for name in sorted(self.record.file_names()))
+        return hashlib.sha256("".join((f"{self.record.content}\n", *lines)).encode()).hexdigest()
 
 
 def shard_name(split: str, number: int) -> str:
@@ -152,9 +143,10 @@ def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, 
     with _reading(path):
         if commit.sha256(path) != found.digests[path.name]:
             raise _damaged(path)
-        labels = _numbers(_column(path, 0))
-        ids = _column(path, 1)
+        numbers, ids = (_column(path, number) for number in (0, 1))
         ids.validate(full=True)
+        # not by ``to_numpy``, which imports pandas: 34 MB in every process
+        labels = np.frombuffer(numbers.buffers()[1] or b"", np.int32)[: len(numbers)].astype(np.int64)
     count = sum(shard[0] for shard in found.record.shards[split])
     least, most = (-1 if split == "test" else 0), len(found.record.classes) - 1
     if not len(labels) == len(ids) == count or (count and not least <= labels.min() <= labels.max() <= most):
@@ -278,14 +270,8 @@ def _jpegs(path: Path, digest: str, rows: int) -> list[bytes]:
     return jpegs
 
 
-def _numbers(column: pa.Int32Array) -> NDArray[np.int64]:
-    """Not by ``to_numpy``, which imports pandas: 34 MB in every process."""
-    if not len(column):
-        return np.empty(0, np.int64)
-    return np.frombuffer(column.buffers()[1], np.int32)[: len(column)].astype(np.int64)
-
-
 def _column(path: Path, number: int) -> pa.Array:
+    """Alone: the other would stay in memory."""
     with pa.OSFile(str(path)) as file:
         return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[number])).get_batch(0).column(0)
 

@@ -5,17 +5,20 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
+from PIL.Image import Image
 
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
-from aliprod.catalogue.decode import SEEN_ANYWAY, Unreadable, animated, content_of, decode
+from aliprod.catalogue.decode import Unreadable, animated, content_of, decode
 from aliprod.catalogue.identity import PICTURE_SUFFIXES, printable
 from aliprod.catalogue.sources import read
-from aliprod.errors import Failed, listing
+from aliprod.errors import listing
 from aliprod.processes import pool
 
 _CHUNK = 64  # images that a process is handed at once
@@ -36,14 +39,13 @@ class Report:
 
 
 class _Look(NamedTuple):
-    """A row, and what reading its file has shown."""
+    """A row, and what reading its file has shown. ``digest``: of the bytes of a readable file, else empty."""
 
     path: str
     split: str
     label: int
-    fault: str
-    digest: bytes = b""
-    animated: bool = False
+    flaw: Flaw | None
+    digest: bytes
 
 
 def check(path: Path, processes: int) -> Report:
@@ -58,49 +60,49 @@ def check(path: Path, processes: int) -> Report:
     catalogue = read(path)
     chunks = (chunk for images in catalogue.splits for chunk in images.parts(_CHUNK))
     with pool(processes if sum(map(len, catalogue.splits)) > _CHUNK else 1) as readers:
-        looks = [look for chunk in readers.ordered_map(_looks, chunks, _died) for look in chunk]
+        advice = "Try fewer processes, or take out the picture that kills it."
+        looks = list(chain.from_iterable(readers.ordered_map(_looks, chunks, first, advice)))
+    digests = [look.digest for look in looks]
     return Report(
         images=len(looks),
-        readable=sum(not look.fault for look in looks),
+        readable=sum(map(bool, digests)),
         classes=catalogue.num_classes,
         problems=(
             *catalogue.problems,
-            *_faults(looks),
-            *_twins([look for look in looks if not look.fault]),
-            *_empty_classes(catalogue, looks),
+            *filter(None, (look.flaw for look in looks)),
+            *_twins([look for look in looks if look.digest]),
+            *_empty_classes(catalogue, np.array(digests[: len(catalogue.train)], bool)),
             *not_listed(catalogue),
         ),
     )
 
 
-def _died(images: Images) -> Failed:
-    return Failed(
-        "A process died while it read pictures.",
-        f"{images.place}/{images.paths[0].as_py()} and the pictures after it",
-        "Was it out of memory? Try fewer processes, or take out the picture that kills it.",
-    )
+def first(images: Images) -> str:
+    """Where images begin, for a process that died of one of them."""
+    return f"{images.place}/{images.paths[0].as_py()} and the pictures after it"
 
 
 def _looks(images: Images) -> list[_Look]:
-    return [_look(images, row) for row in range(len(images))]
+    looks = []
+    for row in range(len(images)):
+        content, image, flaw = judged(images, row)
+        digest = hashlib.blake2b(content, digest_size=16).digest() if image else b""
+        looks.append(_Look(images.paths[row].as_py(), images.split, int(images.labels[row]), flaw, digest))
+    return looks
 
 
-def _look(images: Images, row: int) -> _Look:
-    which = (images.paths[row].as_py(), images.split, int(images.labels[row]))
+def judged(images: Images, row: int) -> tuple[bytes, Image | None, Flaw | None]:
+    """The file of a row, the picture in it unless it is unreadable, and what is wrong with it."""
+    content, path = b"", images.paths[row].as_py()
     try:
         content = content_of(images.source(row))
-        decode(content)
+        image = decode(content)
     except Unreadable as unreadable:
-        return _Look(*which, str(unreadable))
-    return _Look(*which, "", hashlib.blake2b(content, digest_size=16).digest(), animated(content))
-
-
-def _faults(looks: list[_Look]) -> Iterator[Flaw]:
-    for look in looks:
-        if look.fault:
-            yield Flaw(look.path, printable(f"{look.fault}: {SEEN_ANYWAY if look.split == 'test' else 'skipped'}"))
-        elif look.animated:
-            yield Flaw(look.path, "is animated: its first frame is the picture")
+        skipped = images.split != "test"  # a test row is in the submission whatever its picture
+        instead = "skipped" if skipped else "predicted from what can be seen of it, else from grey"
+        return content, None, Flaw(path, printable(f"{unreadable}: {instead}"), skipped)
+    flaw = Flaw(path, "is animated: its first frame is the picture") if animated(content) else None
+    return content, image, flaw
 
 
 def _twins(looks: list[_Look]) -> Iterator[Flaw]:
@@ -129,8 +131,7 @@ def _twins_among(group: list[_Look]) -> Iterator[Flaw]:
         yield Flaw(look.path, f"has the bytes of {twin.path}{more}: {harm}")
 
 
-def _empty_classes(catalogue: Catalogue, looks: list[_Look]) -> Iterator[Flaw]:
-    readable = np.array([not look.fault for look in looks[: len(catalogue.train)]], bool)
+def _empty_classes(catalogue: Catalogue, readable: NDArray[np.bool_]) -> Iterator[Flaw]:
     counts = np.bincount(catalogue.train.labels[readable], minlength=catalogue.num_classes)
     empty: Integers = catalogue.classes[counts == 0]
     if len(empty):

@@ -21,8 +21,8 @@ from aliprod.catalogue import shards, tree
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
 from aliprod.catalogue.remote import Remote, place
 from aliprod.catalogue.sources import read
-from aliprod.errors import Failed, Refused
-from aliprod.ingest.check import not_listed
+from aliprod.errors import Refused
+from aliprod.ingest.check import first, not_listed
 from aliprod.ingest.stored import SHARD, Settings, ShardRecipe, make
 from aliprod.processes import Pool, pool
 from aliprod.store import commit
@@ -162,7 +162,9 @@ class _Run:
         """Make the shards of a split; the images that are in them."""
         left_out: list[int] = []
         sizes = self.sizes[images.split] = []
-        for number, result in enumerate(self.makers.ordered_map(make, self._recipes(images), _died)):
+        advice = "Take out the picture that kills it; the same command goes on."
+        results = self.makers.ordered_map(make, self._recipes(images), lambda recipe: first(recipe.images), advice)
+        for number, result in enumerate(results):
             left_out += [number * SHARD + row for row in result.left_out]
             sizes.append((result.rows - len(result.left_out), result.jpeg_bytes))
             self.images += result.rows
@@ -235,14 +237,6 @@ class _Run:
         if out.exists():
             out.rmdir()  # it is empty
         commit.write(out, fill, record.model_dump())
-
-
-def _died(recipe: ShardRecipe) -> Failed:
-    return Failed(
-        "A process died while it read pictures.",
-        f"{recipe.images.place}/{recipe.images.paths[0].as_py()} and the pictures after it",
-        "Was it out of memory? Take out the picture that kills it; the same command goes on.",
-    )
 
 
 def _without_empty_classes(catalogue: Catalogue) -> Catalogue:

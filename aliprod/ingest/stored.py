@@ -20,11 +20,10 @@ import pyarrow.parquet as pq
 from PIL import Image, features
 from pydantic import BaseModel
 
-from aliprod.catalogue import decode as decoding
 from aliprod.catalogue.catalogue import Flaw, Images, Integers
-from aliprod.catalogue.decode import Unreadable, decode
-from aliprod.catalogue.identity import printable
+from aliprod.catalogue.decode import LEAST_SIDE, decode_anyway, plain_jpeg
 from aliprod.catalogue.shards import FORMAT
+from aliprod.ingest.check import judged
 from aliprod.store import commit
 
 SHARD = 512  # rows: some 25 MB of photographs, what one process makes in seconds
@@ -121,31 +120,21 @@ def _table(recipe: ShardRecipe, jpegs: dict[int, bytes]) -> pa.Table:
 
 def _jpeg(recipe: ShardRecipe, row: int, result: ShardResult) -> bytes | None:
     """The JPEG of a row, None where it is left out; a test row never is, as the submission needs it."""
-    content, path = b"", recipe.images.paths[row].as_py()
-    try:
-        content = decoding.content_of(recipe.images.source(row))
-        jpeg = stored(content, recipe.settings)
-    except Unreadable as unreadable:
-        if recipe.images.split != "test":
-            result.left_out.append(row)
-            result.problems.append(Flaw(path, printable(f"{unreadable}: skipped"), skipped=True))
-            return None
-        result.shown_anyway += 1
-        result.problems.append(Flaw(path, printable(f"{unreadable}: {decoding.SEEN_ANYWAY}")))
-        return _encoded(decoding.decode_anyway(content)[0], recipe.settings)
-    if decoding.animated(content):
-        result.problems.append(Flaw(path, "is animated: its first frame is the picture"))
-    return jpeg
+    content, image, flaw = judged(recipe.images, row)
+    if flaw:
+        result.problems.append(flaw)
+    if image:
+        return stored(content, image, recipe.settings)
+    if recipe.images.split != "test":
+        result.left_out.append(row)
+        return None
+    result.shown_anyway += 1
+    return _encoded(decode_anyway(content)[0], recipe.settings)
 
 
-def stored(content: bytes, settings: Settings) -> bytes:
-    """A picture as it is stored: upright RGB, never enlarged, as JPEG.
-
-    Raises:
-        Unreadable: as `decode`.
-    """
-    image = decode(content)
-    if min(image.size) <= settings.short_side and len(content) <= MOST_STORED and decoding.plain_jpeg(content):
+def stored(content: bytes, image: Image.Image, settings: Settings) -> bytes:
+    """A picture as it is stored: upright RGB, never enlarged, as JPEG. ``image``: ``content``, decoded."""
+    if min(image.size) <= settings.short_side and len(content) <= MOST_STORED and plain_jpeg(content):
         return content
     return _encoded(image, settings)
 
@@ -153,7 +142,7 @@ def stored(content: bytes, settings: Settings) -> bytes:
 def _encoded(image: Image.Image, settings: Settings) -> bytes:
     scale = min(1.0, settings.short_side / min(image.size), MOST_SIDE / max(image.size))
     if scale < 1:
-        width, height = (max(decoding.LEAST_SIDE, round(side * scale)) for side in image.size)
+        width, height = (max(LEAST_SIDE, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=settings.quality, subsampling="4:4:4", comment=b"")

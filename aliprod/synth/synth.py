@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from aliprod.errors import Failed, Refused
+from aliprod.errors import Refused
 from aliprod.processes import pool
 from aliprod.randomness import seed_of
 from aliprod.store.commit import storage
@@ -158,13 +158,11 @@ def _render_all(folder: Path, ids: Ids, seed: int, processes: int) -> None:
     (folder / "test").mkdir()
     classes = ((number, {split: ids[split][number] for split in ids}) for number in range(len(ids["train"])))
     with pool(processes) as renderers:
-        for _ in renderers.ordered_map(partial(_render, folder, seed), classes, _died):
+        advice = "Try fewer processes."
+        for _ in renderers.ordered_map(
+            partial(_render, folder, seed), classes, lambda task: f"class {task[0]}", advice
+        ):
             pass
-
-
-def _died(task: tuple[int, dict[str, list[int]]]) -> Failed:
-    advice = "Was it out of memory? Try fewer processes, or fewer images."
-    return Failed("A process died while it rendered pictures.", f"class {task[0]}", advice)
 
 
 def _render(folder: Path, seed: int, task: tuple[int, dict[str, list[int]]]) -> None:

@@ -170,7 +170,7 @@ def test_only_a_jpeg_that_is_as_it_shall_be_is_kept_byte_for_byte(
     image = Image.linear_gradient("L").resize(size).convert(options.get("mode", "RGB"))
     image.save(tmp_path / "picture", options.get("format", "JPEG"), exif=exif, comment=b"private")
     before = (tmp_path / "picture").read_bytes()
-    after = stored.stored(before, Settings())
+    after = stored.stored(before, decode(before), Settings())
     assert (after == before) is kept
     if not kept:
         assert b"private" not in after
@@ -181,7 +181,8 @@ def test_only_a_jpeg_that_is_as_it_shall_be_is_kept_byte_for_byte(
 def test_a_picture_is_never_enlarged_and_keeps_its_ratio(width: int, height: int, short_side: int) -> None:
     file = stored.io.BytesIO()
     Image.new("RGB", (width, height)).save(file, "PNG")
-    image = decode(stored.stored(file.getvalue(), Settings(short_side=short_side)))
+    content = file.getvalue()
+    image = decode(stored.stored(content, decode(content), Settings(short_side=short_side)))
     assert min(image.size) == min(width, height, short_side)
     scale = min(image.size) / min(width, height)
     assert abs(max(image.size) - max(width, height) * scale) <= 0.5
@@ -190,7 +191,8 @@ def test_a_picture_is_never_enlarged_and_keeps_its_ratio(width: int, height: int
 def test_a_picture_that_no_jpeg_can_hold_is_made_smaller_still() -> None:
     file = stored.io.BytesIO()
     Image.new("RGB", (70_000, 20)).save(file, "PNG")
-    assert decode(stored.stored(file.getvalue(), Settings())).size == (65_500, 19)
+    content = file.getvalue()
+    assert decode(stored.stored(content, decode(content), Settings())).size == (65_500, 19)
 
 
 def test_a_catalogue_comes_back_as_it_went_in(packages: Catalogue, tmp_path: Path, small_shards: None) -> None:
