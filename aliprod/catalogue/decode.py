@@ -25,6 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 MOST_PIXELS = 50_000_000
 MOST_BYTES = 256 * 2**20  # of a file: 50 M pixels in any of the formats stay below
 LEAST_SIDE = 8  # less is a tracking pixel or a separator line, no photograph
+
 _JPEG = rb"\xff\xd8\xff"
 _FORMATS: dict[re.Pattern[bytes], Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     re.compile(_JPEG): JpegImageFile,

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -61,24 +61,24 @@ def check(path: Path, processes: int) -> Report:
     chunks = (chunk for images in catalogue.splits for chunk in images.parts(_CHUNK))
     with pool(processes if sum(map(len, catalogue.splits)) > _CHUNK else 1) as readers:
         advice = "Try fewer processes, or take out the picture that kills it."
-        looks = list(chain.from_iterable(readers.ordered_map(_looks, chunks, first, advice)))
-    digests = [look.digest for look in looks]
+        looks = list(chain.from_iterable(readers.ordered_map(_looks, chunks, first_picture, advice)))
+    readable = np.array([bool(look.digest) for look in looks], bool)
     return Report(
         images=len(looks),
-        readable=sum(map(bool, digests)),
+        readable=int(readable.sum()),
         classes=catalogue.num_classes,
         problems=(
             *catalogue.problems,
             *filter(None, (look.flaw for look in looks)),
             *_twins([look for look in looks if look.digest]),
-            *_empty_classes(catalogue, np.array(digests[: len(catalogue.train)], bool)),
+            *_empty_classes(catalogue, readable[: len(catalogue.train)]),
             *not_listed(catalogue),
         ),
     )
 
 
-def first(images: Images) -> str:
-    """Where images begin, for a process that died of one of them."""
+def first_picture(images: Images) -> str:
+    """What is named when a process died of one of the images."""
     return f"{images.place}/{images.paths[0].as_py()} and the pictures after it"
 
 
@@ -152,9 +152,8 @@ def not_listed(catalogue: Catalogue) -> Iterator[Flaw]:
             yield Flaw(top, printable(f"{files} not listed and not used: {listing(extra, 5)}"))
 
 
-def _pictures(root: Path, top: str) -> Iterable[str]:
-    if not (root / top).resolve().is_relative_to(root):
-        return
-    for folder, _, names in os.walk(root / top):  # follows no links
-        relative = Path(folder).relative_to(root).as_posix()
-        yield from sorted(f"{relative}/{name}" for name in names if name.lower().endswith(PICTURE_SUFFIXES))
+def _pictures(root: Path, top: str) -> Iterator[str]:
+    if (root / top).resolve().is_relative_to(root):
+        for folder, _, names in os.walk(root / top):  # follows no links
+            relative = Path(folder).relative_to(root).as_posix()
+            yield from sorted(f"{relative}/{name}" for name in names if name.lower().endswith(PICTURE_SUFFIXES))

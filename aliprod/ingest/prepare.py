@@ -22,8 +22,8 @@ from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
 from aliprod.catalogue.remote import Remote, place
 from aliprod.catalogue.sources import read
 from aliprod.errors import Refused
-from aliprod.ingest.check import first, not_listed
-from aliprod.ingest.stored import SHARD, Settings, ShardRecipe, make
+from aliprod.ingest.check import first_picture, not_listed
+from aliprod.ingest.stored import SHARD, Settings, ShardRecipe, make_shard
 from aliprod.processes import Pool, pool
 from aliprod.store import commit
 
@@ -151,7 +151,7 @@ class _Run:
         self.sizes: dict[str, list[tuple[int, int]]] = {}  # of each split: rows and bytes of JPEG in each shard
 
     def write(self, out: Path) -> Iterator[PrepareProgress]:
-        """Make all shards, then ``out`` of them."""
+        """Make all shards, and ``out`` of them."""
         train = yield from self._make(self.catalogue.train)
         val = yield from self._make(self._of_classes(train))
         yield from self._make(self.catalogue.test)
@@ -163,8 +163,9 @@ class _Run:
         left_out: list[int] = []
         sizes = self.sizes[images.split] = []
         advice = "Take out the picture that kills it; the same command goes on."
-        results = self.makers.ordered_map(make, self._recipes(images), lambda recipe: first(recipe.images), advice)
-        for number, result in enumerate(results):
+        recipes = self._recipes(images)
+        made = self.makers.ordered_map(make_shard, recipes, lambda recipe: first_picture(recipe.images), advice)
+        for number, result in enumerate(made):
             left_out += [number * SHARD + row for row in result.left_out]
             sizes.append((result.rows - len(result.left_out), result.jpeg_bytes))
             self.images += result.rows

@@ -78,7 +78,7 @@ class ShardResult(BaseModel):
     found: bool = False
 
 
-def make(recipe: ShardRecipe) -> ShardResult:
+def make_shard(recipe: ShardRecipe) -> ShardResult:
     """Make a shard, or find it: by its commit record, with its bytes verified."""
     folder, record = recipe.folder, {"digest": recipe.digest}
     if commit.read(folder) == record and not commit.verify(folder):

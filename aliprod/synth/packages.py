@@ -43,6 +43,7 @@ FLAVOURS = (
 AMOUNTS = ("100", "150", "200", "250", "330", "400", "500", "750", "900", "1 L", "2x", "4x", "6+1")
 EMBLEMS = ((4, 0.3), (40, 1.0), (3, 0.5), (5, 0.45), (4, 0.71), (9, 0.7), (6, 0.4))  # a star's corners, inner radius
 PATTERNS = ("bars", "plain", "dots", "slants", "checks", "lines", "zigzag")
+_font = cache(ImageFont.load_default)  # of a size
 LAYOUTS: tuple[tuple[Part, ...], ...] = (  # of the label's ground, in shares of its sides
     (("rounded", (0.1, 0.25, 0.9, 0.78, 0.06), "paper"),),
     (("rectangle", (0, 0.26, 1, 0.78), "paper"),),
@@ -174,8 +175,7 @@ def colour(hue: float, saturation: float, value: float) -> Colour:
 def _brand(seed: int, family: int) -> str:
     """Three syllables; 101,159 is prime to 70**3, so each of 343,000 families has its own."""
     index = (family * 101_159 + seed_of(seed, "brands")) % len(SYLLABLES) ** 3
-    index, last = divmod(index, len(SYLLABLES))
-    return "".join(SYLLABLES[i] for i in (*divmod(index, len(SYLLABLES)), last)).title()
+    return "".join(SYLLABLES[i] for i in np.unravel_index(index, (len(SYLLABLES),) * 3)).title()
 
 
 def _mix(one: Colour, other: Colour, share: float) -> Colour:
@@ -248,11 +248,6 @@ def _band(draw: ImageDraw.ImageDraw, look: Look, box: Box) -> None:
             draw.polygon(cells[look.pattern], ink)
         elif look.pattern == "dots":
             draw.ellipse((x + high // 5, top + high // 5, x + 4 * high // 5, bottom - high // 5), ink)
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _text(draw: ImageDraw.ImageDraw, words: str, x: float, y: float, wide: float, high: float, ink: Colour) -> None:
