@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from aliprod.catalogue.decode import Unreadable
-from aliprod.catalogue.remote import Remote
+from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.shards import Store
 
 Integers = NDArray[np.int64]
@@ -48,7 +48,7 @@ class Images:
     root: Path
     store: Store | None = None
     places: Integers | None = None
-    remote: Remote | None = None
+    remote: RemoteFolder | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,7 +66,7 @@ class Images:
         return Path(target)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The folder of the files, for people."""
         return self.remote.shown if self.remote else str(self.root)
 
@@ -74,8 +74,8 @@ class Images:
         """The picture of a row, as `decode` takes it: its file, the content of a remote one, or the JPEG in a shard.
 
         Raises:
-            Unreadable: as `path` and `Remote.content`.
-            Unreachable, Refused: as `Remote.content`.
+            Unreadable: as `path` and `RemoteFolder.content`.
+            Unreachable, Refused: as `RemoteFolder.content`.
             Failed, StorageFull: as `shards.Store.jpeg`.
         """
         if self.remote:

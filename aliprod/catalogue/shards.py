@@ -189,9 +189,8 @@ class Store:
             self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self.cache.stat().st_uid not in (os.getuid(), 0):
                 raise Refused("belongs to another user.", self.cache, "Name a folder of your own in ALIPROD_CACHE.")
+            folder.parent.mkdir(exist_ok=True)
         if commit.read(folder) is None:
-            with commit.storage(folder):
-                folder.parent.mkdir(exist_ok=True)
             with alone(folder.with_suffix(".lock"), wait=True):
                 remove_partials(folder)
                 if commit.read(folder) is None:

@@ -191,13 +191,6 @@ def _lines(file: Path, *columns: str) -> Iterator[tuple[int, str, str]]:
         raise Refused(f"is not CSV: {error}.", where, "Quote it as RFC 4180 says.") from error
 
 
-_LAYOUTS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Iterator[Rows]]], ...] = (
-    ("train.json", Path.is_file, _from_json),  # what holds the training rows, the rows of all splits
-    ("train.csv", Path.is_file, _from_csv),
-    ("train", Path.is_dir, _from_folders),
-)
-
-
 # Shards
 
 
@@ -225,3 +218,11 @@ def _from_shards(root: Path) -> Catalogue:
 def _shard_images(root: Path, split: str, found: shards.Manifest) -> Images:
     ids, labels = shards.read_rows(root, split, found)
     return Images(split, ids, labels, ids, root, shards.Store(root, split, found.fingerprint, shards.cache()))
+
+
+# What holds the training rows, whether it is there, the rows of all splits; the first that is there is read.
+_LAYOUTS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Iterator[Rows]]], ...] = (
+    ("train.json", Path.is_file, _from_json),
+    ("train.csv", Path.is_file, _from_csv),
+    ("train", Path.is_dir, _from_folders),
+)

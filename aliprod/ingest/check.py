@@ -79,7 +79,7 @@ def check(path: Path, processes: int) -> Report:
 
 def first_picture(images: Images) -> str:
     """What is named when a process died of one of the images."""
-    return f"{images.place}/{images.paths[0].as_py()} and the pictures after it"
+    return f"{images.location}/{images.paths[0].as_py()} and the pictures after it"
 
 
 def _looks(images: Images) -> list[_Look]:

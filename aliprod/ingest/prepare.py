@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from aliprod.catalogue import shards, tree
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
-from aliprod.catalogue.remote import Remote, place
+from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
 from aliprod.catalogue.sources import read
 from aliprod.errors import Refused
 from aliprod.ingest.check import first_picture, not_listed
@@ -88,7 +88,7 @@ def prepare(
         Unreachable: of a URI; what is done is kept.
         Failed: a process died of a picture.
     """
-    source, target = place(path), place(out)
+    source, target = folder_at(path), folder_at(out)
     with _catalogue(source) as catalogue:
         if isinstance(target, Path):
             local = target.resolve()
@@ -99,7 +99,7 @@ def prepare(
             local = shards.cache() / "uploads" / hashlib.sha256(target.shown.encode()).hexdigest()
         yield from _prepare(catalogue, local, settings, max_skipped, processes)
         done = _prepared_here(local, catalogue, settings)
-        if isinstance(target, Remote):
+        if isinstance(target, RemoteFolder):
             target.upload(local)
             shutil.rmtree(local)
             done = replace(done, path=target.shown)
@@ -107,7 +107,7 @@ def prepare(
 
 
 @contextmanager
-def _catalogue(source: Path | Remote) -> Iterator[Catalogue]:
+def _catalogue(source: Path | RemoteFolder) -> Iterator[Catalogue]:
     if isinstance(source, Path):
         yield read(source)
         return
@@ -188,7 +188,7 @@ class _Run:
             first = next((f"The first: {p.path} {p.problem}. " for p in self.problems if p.skipped), "")
             raise Refused(
                 f"{self.broken:,} of {self.of:,} images cannot be used, and --max-skipped is {self.max_skipped:g}.",
-                self.catalogue.train.place,
+                self.catalogue.train.location,
                 f"{first}Is all of the catalogue there? `aliprod data check` lists what is wrong. Nothing was written.",
             )
 
@@ -196,7 +196,7 @@ class _Run:
         """The val images of classes of which a training image is left."""
         if not len(train):
             advice = "`aliprod data check` lists them all."
-            raise Refused("has no training image that can be read.", train.place, advice)
+            raise Refused("has no training image that can be read.", train.location, advice)
         val = self.catalogue.val
         lost = np.setdiff1d(np.arange(self.catalogue.num_classes), train.labels)
         self.problems += [
@@ -281,7 +281,9 @@ def _prepared_here(out: Path, catalogue: Catalogue, settings: Settings) -> Prepa
     return _prepared(str(out), found, size, catalogue, settings)
 
 
-def _prepared_there(out: Remote, says: dict[str, Any], catalogue: Catalogue, settings: Settings) -> PreparedCatalogue:
+def _prepared_there(
+    out: RemoteFolder, says: dict[str, Any], catalogue: Catalogue, settings: Settings
+) -> PreparedCatalogue:
     """By its manifest, which was written last."""
     files = says.get("files", {})
     found = shards.parsed(says.get("record"), {name: file["sha256"] for name, file in files.items()}, out.shown)

@@ -61,7 +61,7 @@ class ShardRecipe:
         says = {
             "versions": [FORMAT, SHARD, ROW_GROUP, PIL.__version__, features.version("jpg"), pa.__version__],
             "settings": asdict(self.settings),
-            "source": [images.place, images.store and images.store.fingerprint],
+            "source": [images.location, images.store and images.store.fingerprint],
             "rows": [images.ids.to_pylist(), self.class_ids.tolist(), images.paths.to_pylist()],
         }
         return hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()

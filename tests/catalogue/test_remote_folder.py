@@ -1,4 +1,4 @@
-"""remote: a catalogue is prepared from S3 and to S3 as from a folder to a folder; moto's server speaks S3 here."""
+"""remote_folder: a catalogue is prepared from S3 and to S3 as from folder to folder; moto's server speaks S3 here."""
 
 import logging
 import shutil
@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from pyarrow import fs
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.catalogue.remote import Remote, place
+from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
 from aliprod.catalogue.sources import read
 from aliprod.cli import app
 from aliprod.errors import Refused, Unreachable
@@ -91,8 +91,8 @@ def test_an_upload_that_broke_off_is_no_catalogue_and_the_next_call_makes_it_one
     whole = shutil.copytree(tmp_path / "local", tmp_path / "broken")
     (whole / "val.arrow").unlink()
     (whole / "val.arrow").mkdir()  # it cannot be read, as when the disk fails midway
-    place_there = place(bucket("half"))
-    assert isinstance(place_there, Remote)
+    place_there = folder_at(bucket("half"))
+    assert isinstance(place_there, RemoteFolder)
     with pytest.raises(Unreachable):
         place_there.upload(whole)
     assert files(bucket("half"))
@@ -105,8 +105,8 @@ def test_a_file_that_goes_up_in_parts_arrives_whole(bucket: Callable[[str], str]
     content = np.random.default_rng(0).bytes(25 * 2**20)  # pyarrow sends parts of 10 MiB
     (tmp_path / "train.arrow").write_bytes(content)
     (tmp_path / MANIFEST).write_text("{}")
-    place_there = place(bucket("large"))
-    assert isinstance(place_there, Remote)
+    place_there = folder_at(bucket("large"))
+    assert isinstance(place_there, RemoteFolder)
     place_there.upload(tmp_path)
     assert files(bucket("large")) == {"train.arrow": content, MANIFEST: b"{}"}
     keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
@@ -140,7 +140,7 @@ def test_a_folder_without_annotations_and_a_prepared_one(
 
 
 def test_a_file_uri_is_the_folder(packages: Catalogue, tmp_path: Path) -> None:
-    assert place(tmp_path.as_uri()) == tmp_path
+    assert folder_at(tmp_path.as_uri()) == tmp_path
     assert prepared(packages.root.as_uri(), (tmp_path / "out").as_uri()).path == str(tmp_path / "out")
 
 

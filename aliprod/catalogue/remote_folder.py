@@ -28,7 +28,7 @@ _NOT_THERE = re.compile(r"NO_SUCH_BUCKET|does not exist|HTTP status 404")
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFolder:
     """A folder at a URI; travels to other processes as the text alone."""
 
     uri: str
@@ -128,7 +128,7 @@ class Remote:
             raise Unreachable(f"cannot be reached: {says}", self.shown, advice) from error
 
 
-def place(path: str | Path) -> Path | Remote:
+def folder_at(path: str | Path) -> Path | RemoteFolder:
     """A path of this machine, also where it is written as ``file://``, or a folder elsewhere.
 
     Raises:
@@ -137,7 +137,7 @@ def place(path: str | Path) -> Path | Remote:
     if not _URI.match(str(path)):
         return Path(path)
     system, root = _resolved(str(path))
-    return Path(root) if isinstance(system, fs.LocalFileSystem) else Remote(str(path))
+    return Path(root) if isinstance(system, fs.LocalFileSystem) else RemoteFolder(str(path))
 
 
 @lru_cache
@@ -145,7 +145,7 @@ def _resolved(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         system, root = fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        shown = Remote(uri).shown
+        shown = RemoteFolder(uri).shown
         reason = str(error).splitlines()[0].replace(uri, shown)
         raise Refused(f"is no place that can be read: {reason}.", shown, "s3://BUCKET/FOLDER, for instance.") from error
     return system, root.rstrip("/")
