@@ -143,10 +143,9 @@ def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, 
     with _reading(path):
         if commit.sha256(path) != found.digests[path.name]:
             raise _damaged(path)
-        numbers, ids = (_column(path, number) for number in (0, 1))
+        labels = _numbers(_column(path, 0))
+        ids = _column(path, 1)
         ids.validate(full=True)
-        # not by ``to_numpy``, which imports pandas: 34 MB in every process
-        labels = np.frombuffer(numbers.buffers()[1] or b"", np.int32)[: len(numbers)].astype(np.int64)
     count = sum(shard[0] for shard in found.record.shards[split])
     least, most = (-1 if split == "test" else 0), len(found.record.classes) - 1
     if not len(labels) == len(ids) == count or (count and not least <= labels.min() <= labels.max() <= most):
@@ -267,6 +266,11 @@ def _jpegs(path: Path, digest: str, rows: int) -> list[bytes]:
     if len(jpegs) != rows or not all(isinstance(jpeg, bytes) for jpeg in jpegs):
         raise _damaged(path)
     return jpegs
+
+
+def _numbers(column: pa.Int32Array) -> NDArray[np.int64]:
+    """Not by ``to_numpy``, which imports pandas: 34 MB in every process."""
+    return np.frombuffer(column.buffers()[1] or b"", np.int32)[: len(column)].astype(np.int64)
 
 
 def _column(path: Path, number: int) -> pa.Array:

@@ -209,11 +209,11 @@ def _label(draw: ImageDraw.ImageDraw, front: Box, look: Look) -> None:
     left, top, right, bottom = front
     wide, high, middle = right - left, bottom - top, (left + right) // 2
     _parts(draw, _placed(look.layout, left, top, wide, high), look)
-    _text(draw, look.brand, middle, top + 0.13 * high, 0.9 * wide, 0.2 * high, _ink(look.main))
+    _text(draw, look.brand, (middle, top + 0.13 * high), (0.9 * wide, 0.2 * high), _ink(look.main))
     _emblem(draw, look, middle, top + 0.44 * high, 0.19 * min(wide, high))
-    _text(draw, look.flavour, middle, top + 0.69 * high, 0.72 * wide, 0.15 * high, _ink(look.paper))
+    _text(draw, look.flavour, (middle, top + 0.69 * high), (0.72 * wide, 0.15 * high), _ink(look.paper))
     _band(draw, look, (left, top + round(0.79 * high), right, top + round(0.91 * high)))
-    _text(draw, look.amount, middle, top + 0.95 * high, 0.4 * wide, 0.1 * high, _ink(look.main))
+    _text(draw, look.amount, (middle, top + 0.95 * high), (0.4 * wide, 0.1 * high), _ink(look.main))
 
 
 def _placed(layout: tuple[Part, ...], left: int, top: int, wide: int, high: int) -> Iterator[Part]:
@@ -250,10 +250,12 @@ def _band(draw: ImageDraw.ImageDraw, look: Look, box: Box) -> None:
             draw.ellipse((x + high // 5, top + high // 5, x + 4 * high // 5, bottom - high // 5), ink)
 
 
-def _text(draw: ImageDraw.ImageDraw, words: str, x: float, y: float, wide: float, high: float, ink: Colour) -> None:
-    """Words in the middle of (x, y), as large as ``wide`` and ``high`` allow."""
-    size = min(high, 50 * wide / _font(50).getlength(words))
-    draw.text((x, y), words, ink, _font(round(size)), anchor="mm", stroke_width=1)
+def _text(
+    draw: ImageDraw.ImageDraw, words: str, middle: tuple[float, float], room: tuple[float, float], ink: Colour
+) -> None:
+    """Words around ``middle``, as large as the width and height of ``room`` allow."""
+    size = min(room[1], 50 * room[0] / _font(50).getlength(words))
+    draw.text(middle, words, ink, _font(round(size)), anchor="mm", stroke_width=1)
 
 
 def _shaded(drawing: Image.Image, roundness: float) -> Image.Image:
