@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -84,7 +84,7 @@ class Images:
             return self.path(row)
         return self.store.jpeg(row if self.places is None else int(self.places[row]))
 
-    def parts(self, rows: int) -> "Iterator[Images]":
+    def chunks(self, rows: int) -> "Iterator[Images]":
         """All images in order, so many at a time."""
         for start in range(0, len(self), rows):
             yield self.take(np.arange(start, min(start + rows, len(self))))
@@ -96,7 +96,7 @@ class Images:
         ids = self.ids.take(taken)
         paths = ids if self.paths is self.ids else self.paths.take(taken)
         places = None if self.store is None else chosen if self.places is None else self.places[chosen]
-        return replace(self, ids=ids, labels=self.labels[chosen], paths=paths, places=places)
+        return Images(self.split, ids, self.labels[chosen], paths, self.root, self.store, places, self.remote)
 
 
 @dataclass(frozen=True, eq=False)

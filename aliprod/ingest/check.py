@@ -58,7 +58,7 @@ def check(path: Path, processes: int) -> Report:
         Failed: a process died of a picture; the sentence names those it was reading.
     """
     catalogue = read(path)
-    chunks = (chunk for images in catalogue.splits for chunk in images.parts(_CHUNK))
+    chunks = (chunk for images in catalogue.splits for chunk in images.chunks(_CHUNK))
     with pool(processes if sum(map(len, catalogue.splits)) > _CHUNK else 1) as readers:
         advice = "Try fewer processes, or take out the picture that kills it."
         looks = list(chain.from_iterable(readers.ordered_map(_looks, chunks, first_picture, advice)))

@@ -176,7 +176,7 @@ class _Run:
 
     def _recipes(self, images: Images) -> Iterator[ShardRecipe]:
         class_ids = np.append(self.catalogue.classes, -1)  # the last: of label -1
-        for number, part in enumerate(images.parts(SHARD)):
+        for number, part in enumerate(images.chunks(SHARD)):
             folder = self.work / Path(shards.shard_name(images.split, number)).stem
             yield ShardRecipe(folder, part, class_ids[part.labels], self.settings)
 
