@@ -35,8 +35,10 @@ def join(address: str | None) -> None:
         if address:
             _knock(address)
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # tries, of 40 s: Ray's default are 20
-        else:  # a job is seven processes: on two cores Ray would warn of more than it starts at a time
-            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+        else:
+            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # by default one a core
+            os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # for a dashboard, which is not started
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes our one node away
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own deprecations are none of the user's business
             ray.init(

@@ -1,35 +1,53 @@
-"""A job becomes a TorchTrainer, inside a named actor without CPUs of its own."""
+"""A job goes to the launcher: the one actor of a run, in which every job's trainer has its controller.
 
+Importing this module is cheap: the driver needs no Ray Train, and neither of the two what trains.
+"""
+
+import os
+import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.exceptions
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from aliprod.orchestration.worker import Rank, train_rank
+from aliprod.orchestration.worker import Rank, pack
 from aliprod.plan.schema import Cluster
-from aliprod.training.job import Work
-from aliprod.training.watchdog import longest
+
+if TYPE_CHECKING:
+    from aliprod.training.job import Work
+
+_MOST_JOBS = 256  # side by side: threads of the launcher
 
 
-def launch(work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> Any:
-    """Start a job; the reference resolves to why it failed, or to an empty text.
+def prestart(cluster: Cluster) -> Any:
+    """Start this driver's launcher, unless it is there, and have it import what it needs while the driver goes on.
 
-    The dashboard lists the job's actor under the job's name; as a task it would be lost among the thousands by which
-    Ray Train polls its workers. It runs on this node: the trainer's controller follows its caller, and on another
-    node would die with that node even where its ranks are elsewhere.
+    It runs on this node: on another it would die with that node even where its workers are elsewhere. Where it dies,
+    Ray starts it anew and repeats what it was doing: each job goes on from its checkpoint.
+
+    Returns:
+        Its handle; it ends when nobody holds one any more and no job runs.
     """
     context = ray.get_runtime_context()
-    actor: Any = ray.remote(num_cpus=0, max_restarts=0)(Job).options(
-        name=work.name,
-        namespace=context.get_job_id(),  # another driver may have a job of this name
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=cluster.max_failures)(Launcher)
+    return actor.options(
+        name="launcher",
+        namespace=context.get_job_id(),  # another driver has its own
+        get_if_exists=True,
+        max_concurrency=_MOST_JOBS,
         scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False),
-        runtime_env={"env_vars": environment(cluster)},
-    )
-    return actor.remote().fit.options(name=work.name).remote(work, catalogue, cluster, gpu, ray_storage)
+    ).remote(environment(cluster))
+
+
+def launch(work: "Work", catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> Any:
+    """Start a job, which the dashboard lists by its name.
+
+    Returns:
+        A reference that resolves to why the job failed, or to an empty text.
+    """
+    fit = prestart(cluster).fit.options(name=work.name)
+    return fit.remote(pack(work, catalogue), cluster, gpu, ray_storage)
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
@@ -42,34 +60,38 @@ def environment(cluster: Cluster) -> dict[str, str]:
     }
 
 
-class Job:
-    """What a job is in the Ray dashboard."""
+class Launcher:
+    """The actor: it fits each job's trainer in a thread of its own.
 
-    def fit(self, work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
-        """Train; why it failed, or an empty text."""
-        per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if gpu else {})
-        trainer = TorchTrainer(
-            train_rank,  # type: ignore[arg-type]  # Ray 2.60 passes on what it returns, its types do not say so
-            train_loop_config={"rank": Rank(work, catalogue)},
-            torch_config=TorchConfig("nccl" if gpu else "gloo", timeout_s=int(longest(cluster.watchdog_seconds))),
-            scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=gpu, resources_per_worker=per_worker),
-            run_config=RunConfig(
-                name=f"{work.name.replace('/', '.')}-{work.key[:12]}",  # Ray resumes a name: the key keeps it unique
-                storage_path=str(ray_storage),
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
-            ),
-        )
-        for _ in range(cluster.max_failures + 1):
-            try:
-                return str(trainer.fit().return_value or "")  # type: ignore[attr-defined]
-            except TrainingFailedError as error:
-                return _cause(error)
-            except ray.exceptions.RayError as error:  # its controller died: the same name goes on
-                lost = f"{type(error).__name__}: {error}"
-        return lost
+    Args:
+        variables: of the environment; those that are set already stay.
+    """
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        os.environ |= variables | os.environ
+        _free_places()
+        threading.Thread(target=_import_trainer, daemon=True).start()
+
+    def fit(self, rank: Rank, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
+        """Train a job; why it failed, or an empty text."""
+        from aliprod.orchestration.trainer import fit
+
+        return fit(rank, cluster, gpu, ray_storage)
 
 
-def _cause(error: TrainingFailedError) -> str:
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    first = next(iter(failures.values()))
-    return f"{type(first).__name__}: {first}" if str(first) else type(first).__name__
+def _import_trainer() -> None:
+    import aliprod.orchestration.trainer  # noqa: F401
+
+
+def _free_places() -> None:
+    """Remove the placement groups of a former life of this actor: its workers ended with it, but Ray would keep their
+    resources until the driver ends."""
+    from ray._private.state import state  # the public table does not say who made a group
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    me = ray.get_runtime_context().get_actor_id()
+    for raw in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(raw)
+        if group.creator_actor_id.hex() == me and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

@@ -1,0 +1,66 @@
+"""Fitting a TorchTrainer with its controller in the calling process: imported by the launcher, never by the driver.
+
+Ray Train starts a process for the controller of each trainer, and four more beside it; each imports what the worker
+imports, or waits for that. Here the controller runs in the launcher, which has imported Ray Train once for all jobs.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+
+from aliprod.orchestration.worker import Rank, train_rank
+from aliprod.plan.schema import Cluster
+from aliprod.training.watchdog import longest
+
+
+class LightTrainer(TorchTrainer):
+    """A TorchTrainer whose controller runs in the actor that calls `fit`.
+
+    It overrides what Ray 2.60 and 2.61 call inside ``fit``. Where a later Ray does not call it, jobs start as slowly as
+    Ray has them start, and nothing else changes.
+    """
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        controller = TrainController(**arguments)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without the processes for Ray Data, which is not used, and for placement groups, which the launcher frees."""
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees the trainer of Train V1
+        return [one for one in callbacks if not isinstance(one, DatasetsCallback | PlacementGroupCleanerCallback)]
+
+
+def fit(rank: Rank, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
+    """Train a job; why it failed, or an empty text."""
+    trainer = LightTrainer(
+        train_rank,  # type: ignore[arg-type]  # Ray 2.60 passes on what it returns, its types do not say so
+        train_loop_config={"rank": rank},
+        torch_config=TorchConfig("nccl" if gpu else "gloo", timeout_s=int(longest(cluster.watchdog_seconds))),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=rank.run,
+            storage_path=str(ray_storage),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
+        return str(trainer.fit().return_value or "")  # type: ignore[attr-defined]
+    except TrainingFailedError as error:
+        return _cause(error)
+
+
+def _cause(error: TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    first = next(iter(failures.values()))
+    return f"{type(first).__name__}: {first}" if str(first) else type(first).__name__

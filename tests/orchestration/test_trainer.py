@@ -1,0 +1,19 @@
+import subprocess
+import sys
+
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from aliprod.orchestration.trainer import LightTrainer
+
+
+def test_ray_still_calls_what_the_trainer_overrides() -> None:
+    """Where a later Ray does not, jobs run as before, but start slowly."""
+    overridden = [name for name in vars(LightTrainer) if name in vars(DataParallelTrainer)]
+    assert {"_initialize_and_run_controller", "_create_default_callbacks"} <= set(overridden)
+    assert set(overridden) <= set(DataParallelTrainer.fit.__code__.co_names) | {"__module__", "__doc__"}
+
+
+def test_the_launcher_imports_nothing_of_what_only_a_worker_needs() -> None:
+    code = "import sys, aliprod.orchestration.trainer; print({'timm', 'torchvision'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "set()"
