@@ -156,9 +156,10 @@ def _train(board: Board, session: _Session) -> Iterator[Event]:
     session.join()
     gpu = cluster.uses_gpu(prepared.plan.cluster)
     cluster.check_room(prepared.plan.cluster, steps.ranks(prepared.plan.cluster, gpu))
+    launcher = launch.start_launcher(prepared.plan.cluster, gpu, prepared.places.storage / "ray")
     which = steps.splits(prepared.catalogue, prepared.plan.ensemble.score)
     tasks = [
-        Task(step.name, step.needs, step.share, partial(_start, prepared, step, gpu))
+        Task(step.name, step.needs, step.share, partial(_start, prepared, step, launcher))
         for step in steps.training(prepared.jobs, prepared.todo, which, prepared.plan.cluster, gpu)
     ]
     yield from _execute(board, tasks, session)
@@ -220,17 +221,17 @@ def _failure(handle: Any) -> str:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
-def _start(prepared: Prepared, step: Step, gpu: bool) -> Any:
+def _start(prepared: Prepared, step: Step, launcher: Any) -> Any:
     match step.kind:
         case "train":
-            return _launch(prepared, step.job, gpu)
+            return _launch(prepared, step.job, launcher)
         case "predict":  # with the best, which is what the ensemble takes unless a person says otherwise
             best = members.best_of(prepared, step.job)
             return _predict(prepared, members.prediction(prepared, step.job, best, step.of), step.share)
     return inputs.start(prepared, step)
 
 
-def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
+def _launch(prepared: Prepared, name: str, launcher: Any) -> Any:
     job, settings = prepared.jobs[name], prepared.plan.cluster
     made = inputs.inputs(prepared, name)
     work = Work(
@@ -253,7 +254,7 @@ def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
         exact=settings.exact,
         watchdog_seconds=settings.watchdog_seconds,
     )
-    return launch.launch(work, prepared.catalogue.root, settings, gpu, prepared.places.storage / "ray")
+    return launch.launch(launcher, work, prepared.catalogue.root)
 
 
 def _predict(prepared: Prepared, prediction: Prediction, share: Share) -> Any:

@@ -20,34 +20,28 @@ if TYPE_CHECKING:
 _MOST_JOBS = 256  # side by side: threads of the launcher
 
 
-def prestart(cluster: Cluster) -> Any:
-    """Start this driver's launcher, unless it is there, and have it import what it needs while the driver goes on.
+def start_launcher(cluster: Cluster, gpu: bool, ray_storage: Path) -> Any:
+    """Start the launcher of a run; it imports what it needs while the driver goes on.
 
     It runs on this node: on another it would die with that node even where its workers are elsewhere. Where it dies,
     Ray starts it anew and repeats what it was doing: each job goes on from its checkpoint.
 
     Returns:
-        Its handle; it ends when nobody holds one any more and no job runs.
+        Its handle. Keep it: the launcher ends with the last handle.
     """
-    context = ray.get_runtime_context()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=cluster.max_failures)(Launcher)
-    return actor.options(
-        name="launcher",
-        namespace=context.get_job_id(),  # another driver has its own
-        get_if_exists=True,
-        max_concurrency=_MOST_JOBS,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False),
-    ).remote(environment(cluster))
+    options = actor.options(max_concurrency=_MOST_JOBS, scheduling_strategy=here)
+    return options.remote(cluster, gpu, ray_storage)
 
 
-def launch(work: "Work", catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> Any:
+def launch(launcher: Any, work: "Work", catalogue: Path) -> Any:
     """Start a job, which the dashboard lists by its name.
 
     Returns:
         A reference that resolves to why the job failed, or to an empty text.
     """
-    fit = prestart(cluster).fit.options(name=work.name)
-    return fit.remote(pack(work, catalogue), cluster, gpu, ray_storage)
+    return launcher.fit.options(name=work.name).remote(pack(work, catalogue))
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
@@ -64,19 +58,22 @@ class Launcher:
     """The actor: it fits each job's trainer in a thread of its own.
 
     Args:
-        variables: of the environment; those that are set already stay.
+        cluster: what all jobs have in common.
+        gpu: whether their workers take GPUs.
+        ray_storage: where Ray Train keeps its own files.
     """
 
-    def __init__(self, variables: dict[str, str]) -> None:
-        os.environ |= variables | os.environ
+    def __init__(self, cluster: Cluster, gpu: bool, ray_storage: Path) -> None:
+        self.cluster, self.gpu, self.ray_storage = cluster, gpu, ray_storage
+        os.environ |= environment(cluster) | os.environ  # what is set already stays
         _free_places()
         threading.Thread(target=_import_trainer, daemon=True).start()
 
-    def fit(self, rank: Rank, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
+    def fit(self, rank: Rank) -> str:
         """Train a job; why it failed, or an empty text."""
         from aliprod.orchestration.trainer import fit
 
-        return fit(rank, cluster, gpu, ray_storage)
+        return fit(rank, self.cluster, self.gpu, self.ray_storage)
 
 
 def _import_trainer() -> None:
