@@ -12,7 +12,9 @@ from ray.train import FailureConfig, Result, RunConfig, ScalingConfig, TrainingF
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from aliprod.orchestration.worker import Rank, train_rank
 from aliprod.plan.schema import Cluster
@@ -22,19 +24,31 @@ from aliprod.training.watchdog import longest
 class LightTrainer(TorchTrainer):
     """A TorchTrainer whose controller runs in the actor that calls `fit`.
 
-    It overrides what Ray 2.60 and 2.61 call inside ``fit``. Where a later Ray does not call it, jobs start as slowly as
-    Ray has them start, and nothing else changes.
+    It overrides what ``fit`` calls in Ray 2.60; the range of versions in pyproject.toml and a test of these names keep
+    it true.
     """
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
-        controller = TrainController(**arguments)
+        policy = _FixedSize(self.scaling_config)  # type: ignore[arg-type]  # mypy sees the trainer of Train V1
+        controller = TrainController(**arguments | {"scaling_policy": policy})
         asyncio.run(controller.run())
         return controller.get_result()
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without the processes for Ray Data, which is not used, and for placement groups, which the launcher frees."""
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees the trainer of Train V1
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # likewise
         return [one for one in callbacks if not isinstance(one, DatasetsCallback | PlacementGroupCleanerCallback)]
+
+
+class _FixedSize(FixedScalingPolicy):
+    """As many workers as asked for. Ray's own policy also registers them with an actor that shares a cluster between
+    Ray Train and Ray Data; a placement group that waits makes a cluster grow without it."""
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Register nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Nothing is registered."""
 
 
 def fit(rank: Rank, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
