@@ -102,11 +102,9 @@ def title(words: list[str]) -> str:
     """A short name for a process: Ray's own title, else the program or module."""
     if not words:
         return "ended"
-    return (
-        words[0].split(".")[0][:40]
-        if words[0].startswith("ray::")
-        else Path(next((w for w in words if ".py" in w), words[0])).name
-    )
+    if words[0].startswith("ray::"):
+        return words[0].split(".")[0]
+    return Path(next((word for word in words if ".py" in word), words[0].split()[0])).name
 
 
 def main() -> None:
