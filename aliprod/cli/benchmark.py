@@ -72,15 +72,15 @@ def _benchmark_plan(part: "Part", asked: Asked, steps: int) -> None:
 def _benchmark_catalogue(part: "Part", path: Path, work: Mapping[str, Any], steps: int, as_json: bool) -> None:
     from aliprod.catalogue import sources
     from aliprod.models.classifier import check_network
-    from aliprod.recipe import Stage
+    from aliprod.recipe import Machine, Stage
     from aliprod.training.speed import measure
 
     check_network(work["network"], "--network")
     augmentation = ("random_resized_crop", "flip", "auto_augment", "cutout")
     crop, batch_size = work["crop"], work["batch_size"]
     stage = Stage(resize=max(crop, 256), crop=crop, batch_size=batch_size, augmentation=augmentation)
-    read = sources.read(path)
-    found = asdict(measure(part, stage, work["network"], read, steps, loader_processes=work["loader_processes"]))
+    machine = Machine(loader_processes=work["loader_processes"])
+    found = asdict(measure(part, stage, work["network"], sources.read(path), steps, machine))
     if not as_json:
         click.echo(f"{part}: {_sentence(found)}")
     answer(as_json, found)

@@ -17,9 +17,9 @@ from aliprod.orchestration.steps import Step
 from aliprod.plan.graph import Job
 from aliprod.recipe import PerClass, Stage
 from aliprod.store import commit
+from aliprod.store.layout import RESUME
 from aliprod.training import checkpoint
 from aliprod.training.candidates import STATISTICS_BATCHES
-from aliprod.training.job import RESUME
 
 UNKNOWN = math.nan  # seconds of what nobody has measured; whatever hangs on it is unknown too
 

@@ -39,14 +39,11 @@ def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str,
 
 def _measured(prepared: Prepared, piece: Piece, steps: int) -> dict[str, Any]:
     job, cluster, catalogue = piece.job, prepared.plan.cluster, prepared.catalogue
-    threads, processes = cluster.cpus_per_worker, cluster.loader_processes
     match piece.part:
         case "center" | "ten_crop" as views:
-            size, batches = (job.stage.resize, job.stage.crop), max(1, steps // 4)
-            network = job.network, rates.branches(job)
-            return asdict(measure_prediction(*network, *size, views, catalogue, batches, threads, processes))
+            batches = max(1, steps // 4)
+            return asdict(measure_prediction(job.stage, job.network, views, catalogue, batches, cluster))
         case part:
             stage = rates.bare(job.stage)
             stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // cluster.workers)})
-            how = cluster.compile, cluster.exact
-            return asdict(measure(part, stage, job.network, catalogue, steps, threads, processes, *how))
+            return asdict(measure(part, stage, job.network, catalogue, steps, cluster))

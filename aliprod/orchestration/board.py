@@ -11,8 +11,8 @@ from aliprod.orchestration.scheduler import Change
 from aliprod.plan import ledger
 from aliprod.plan.events import Changed, Event, Reported, State
 from aliprod.store import commit
+from aliprod.store.layout import METRICS
 from aliprod.tracking.runs import Tracking
-from aliprod.training.job import METRICS
 
 
 class Board:

@@ -23,7 +23,7 @@ from aliprod.plan.open import Request
 from aliprod.store import commit, lineage
 from aliprod.tracking.registry import Choice
 from aliprod.tracking.runs import Tracking
-from aliprod.training.job import WEIGHTS, Work
+from aliprod.training.training_job import TrainingJob
 
 _TICK_SECONDS = 0.5
 _FLUSH_SECONDS = 60.0
@@ -232,28 +232,9 @@ def _start(prepared: Prepared, step: Step, gpu: bool) -> Any:
 
 def _launch(prepared: Prepared, name: str, gpu: bool) -> Any:
     job, settings = prepared.jobs[name], prepared.plan.cluster
-    made = inputs.inputs(prepared, name)
-    work = Work(
-        name=name,
-        key=str(job.key),
-        network=job.network,
-        stage=job.stage,
-        folder=prepared.job_folder(name),
-        start=prepared.job_folder(job.start) / WEIGHTS if job.start else None,
-        pretrained=None if job.start or job.soup else prepared.pretrained.get(job.network),
-        soup=tuple(prepared.job_folder(parent) / WEIGHTS for parent in job.soup),
-        teachers=made.teachers,
-        pseudo_labels=made.pseudo_labels,
-        hashes=made.hashes,
-        save_every_steps=settings.save_every_steps,
-        save_seconds=settings.save_seconds,
-        threads=settings.cpus_per_worker,
-        loader_processes=settings.loader_processes,
-        compiles=settings.compile,
-        exact=settings.exact,
-        watchdog_seconds=settings.watchdog_seconds,
-    )
-    return launch.launch(work, prepared.catalogue.root, settings, gpu, prepared.places.storage / "ray")
+    folder, made = prepared.job_folder(name), inputs.inputs(prepared, name)
+    training = TrainingJob(name, str(job.key), job.network, job.stage, folder, made, settings)
+    return launch.launch(training, prepared.catalogue.root, settings, gpu, prepared.places.storage / "ray")
 
 
 def _predict(prepared: Prepared, prediction: Prediction, share: Share) -> Any:

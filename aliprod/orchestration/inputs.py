@@ -5,7 +5,6 @@ Each is a Ray task of its own, named after the job that it is for, and a committ
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,17 @@ from aliprod.orchestration.prepare import Prepared
 from aliprod.orchestration.scheduler import Share
 from aliprod.orchestration.steps import Step
 from aliprod.recipe import PseudoLabels
-from aliprod.training.job import WEIGHTS
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Folders that a job reads, beside its parents' weights; fields as of `aliprod.training.job.Work`."""
-
-    teachers: tuple[Path, ...]
-    pseudo_labels: Path | None
-    hashes: Path | None
+from aliprod.store.layout import WEIGHTS
+from aliprod.training.training_job import Inputs
 
 
 def inputs(prepared: Prepared, name: str) -> Inputs:
     """Where a job finds its inputs. Its parents are finished: their best weights name the folders."""
     job = prepared.jobs[name]
     return Inputs(
+        start=prepared.job_folder(job.start) / WEIGHTS if job.start else None,
+        pretrained=None if job.start or job.soup else prepared.pretrained.get(job.network),
+        soup=tuple(prepared.job_folder(parent) / WEIGHTS for parent in job.soup),
         teachers=tuple(_soft_labels(prepared, name, teacher) for teacher in job.stage.teachers),
         pseudo_labels=prepared.job_folder(name) / "pseudo_labels" if job.stage.pseudo_labels else None,
         hashes=prepared.hashes if job.stage.duplicates != "keep" else None,

@@ -11,11 +11,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aliprod.orchestration.worker import Rank, train_rank
 from aliprod.plan.schema import Cluster
-from aliprod.training.job import Work
+from aliprod.training.training_job import TrainingJob
 from aliprod.training.watchdog import longest
 
 
-def launch(work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> Any:
+def launch(job: TrainingJob, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> Any:
     """Start a job; the reference resolves to why it failed, or to an empty text.
 
     The dashboard lists the job's actor under the job's name; as a task it would be lost among the thousands by which
@@ -24,12 +24,12 @@ def launch(work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage
     """
     context = ray.get_runtime_context()
     actor: Any = ray.remote(num_cpus=0, max_restarts=0)(Job).options(
-        name=work.name,
+        name=job.name,
         namespace=context.get_job_id(),  # another driver may have a job of this name
         scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False),
         runtime_env={"env_vars": environment(cluster)},
     )
-    return actor.remote().fit.options(name=work.name).remote(work, catalogue, cluster, gpu, ray_storage)
+    return actor.remote().fit.options(name=job.name).remote(job, catalogue, cluster, gpu, ray_storage)
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
@@ -45,16 +45,16 @@ def environment(cluster: Cluster) -> dict[str, str]:
 class Job:
     """What a job is in the Ray dashboard."""
 
-    def fit(self, work: Work, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
+    def fit(self, job: TrainingJob, catalogue: Path, cluster: Cluster, gpu: bool, ray_storage: Path) -> str:
         """Train; why it failed, or an empty text."""
         per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if gpu else {})
         trainer = TorchTrainer(
             train_rank,  # type: ignore[arg-type]  # Ray 2.60 passes on what it returns, its types do not say so
-            train_loop_config={"rank": Rank(work, catalogue)},
+            train_loop_config={"rank": Rank(job, catalogue)},
             torch_config=TorchConfig("nccl" if gpu else "gloo", timeout_s=int(longest(cluster.watchdog_seconds))),
             scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=gpu, resources_per_worker=per_worker),
             run_config=RunConfig(
-                name=f"{work.name.replace('/', '.')}-{work.key[:12]}",  # Ray resumes a name: the key keeps it unique
+                name=f"{job.name.replace('/', '.')}-{job.key[:12]}",  # Ray resumes a name: the key keeps it unique
                 storage_path=str(ray_storage),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
             ),

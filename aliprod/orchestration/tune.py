@@ -20,10 +20,11 @@ from aliprod.orchestration.prepare import Prepared, prepare, with_pretrained
 from aliprod.plan.graph import Job
 from aliprod.plan.open import Request
 from aliprod.plan.schema import Tune
-from aliprod.recipe import PerClass, Stage
+from aliprod.recipe import Machine, PerClass, Stage
 from aliprod.store import commit
-from aliprod.training.job import WEIGHTS
+from aliprod.store.layout import WEIGHTS
 from aliprod.training.loop import train
+from aliprod.training.training_job import Inputs
 
 _ERROR = "val/top1_error"
 
@@ -59,10 +60,8 @@ class _Work:
     stage: Stage
     network: str
     catalogue: Path
-    start: Path | None
-    pretrained: Path | None
-    threads: int
-    loader_processes: int
+    inputs: Inputs
+    machine: Machine
 
 
 def search(request: Request, name: str, tell: Callable[[Trial], None]) -> Found:
@@ -83,10 +82,11 @@ def search(request: Request, name: str, tell: Callable[[Trial], None]) -> Found:
         stage=short(job.stage, recipe),
         network=job.network,
         catalogue=prepared.catalogue.root,
-        start=prepared.job_folder(job.start) / WEIGHTS if job.start else None,
-        pretrained=None if job.start else prepared.pretrained.get(job.network),
-        threads=settings.cpus_per_worker,
-        loader_processes=settings.loader_processes,
+        inputs=Inputs(
+            start=prepared.job_folder(job.start) / WEIGHTS if job.start else None,
+            pretrained=None if job.start else prepared.pretrained.get(job.network),
+        ),
+        machine=Machine(cpus_per_worker=settings.cpus_per_worker, loader_processes=settings.loader_processes),
     )
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # it prints tables whatever ``verbose`` says
     try:
@@ -179,17 +179,8 @@ def _trial(rates: dict[str, float], work: _Work) -> None:
     """Train with these rates; an error an epoch, and none where the loss diverged."""
     stage = work.stage.model_copy(update={"lr": work.stage.lr.model_copy(update=rates)})
     try:
-        for progress in train(
-            stage,
-            work.network,
-            sources.read(work.catalogue),
-            start=work.start,
-            pretrained=work.pretrained,
-            threads=work.threads,
-            loader_processes=work.loader_processes,
-        ):
-            if progress.end is not None:
-                tune.report({"top1_error": progress.metrics[_ERROR]})
+        for progress in train(stage, work.network, sources.read(work.catalogue), work.inputs, work.machine):
+            tune.report({"top1_error": progress.metrics[_ERROR]})
     except NonFiniteLoss:
         tune.report({"top1_error": None})
 

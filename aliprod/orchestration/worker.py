@@ -9,7 +9,8 @@ import ray.train
 
 from aliprod.catalogue import sources
 from aliprod.errors import NonFiniteLoss, Refused
-from aliprod.training import job
+from aliprod.training.job import run
+from aliprod.training.training_job import TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 class Rank:
     """What each rank is given."""
 
-    work: job.Work
+    job: TrainingJob
     catalogue: Path
 
 
@@ -33,8 +34,8 @@ def train_rank(config: dict[str, Any]) -> str:
     """
     rank: Rank = config["rank"]
     try:
-        for progress in job.run(rank.work, sources.read(rank.catalogue)):
-            if progress.end is not None:
+        for progress in run(rank.job, sources.read(rank.catalogue)):
+            if progress.last is not None:
                 ray.train.report({"epoch": progress.state.epoch, **progress.metrics})
     except (NonFiniteLoss, Refused) as error:
         return str(error)

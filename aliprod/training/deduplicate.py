@@ -22,36 +22,35 @@ from aliprod.data.augment import normalise
 from aliprod.data.loader import squared_batches
 from aliprod.inference.predict import ready
 from aliprod.store import commit
+from aliprod.training.training_job import Inputs
 
 log = logging.getLogger(__name__)
 _HASH_BITS, _COSINE = 6, 0.95
 _BATCH = 64
 
 
-def kept_rows(
-    folder: Path, rule: duplicates.Rule, catalogue: Catalogue, hashed: Path, start: Path | None, processes: int
-) -> Integers:
+def kept_rows(folder: Path, rule: duplicates.Rule, catalogue: Catalogue, inputs: Inputs, processes: int) -> Integers:
     """Rows of ``catalogue.train`` that stay, ascending; computed once and kept in ``folder``.
 
     Args:
-        hashed: folder of `aliprod.data.hashes`. start: weights folder of the parent.
+        inputs: ``hashes`` and ``start`` are read.
         processes: that read pictures.
     """
     if commit.read(folder) is None:
-        _write(folder, rule, catalogue, hashed, start, processes)
+        _write(folder, rule, catalogue, inputs, processes)
     rows: Integers = np.load(folder / "kept.npy")
     return rows
 
 
-def _write(
-    folder: Path, rule: duplicates.Rule, catalogue: Catalogue, hashed: Path, start: Path | None, processes: int
-) -> None:
+def _write(folder: Path, rule: duplicates.Rule, catalogue: Catalogue, inputs: Inputs, processes: int) -> None:
+    if inputs.hashes is None:
+        raise ValueError("duplicates are found by hashes, and the job has none")
     images = catalogue.train
-    groups = hashes.groups(hashed, len(images), _HASH_BITS)
+    groups = hashes.groups(inputs.hashes, len(images), _HASH_BITS)
     belief = np.zeros(len(images))
-    if start is not None:
+    if inputs.start is not None:
         rows = np.flatnonzero(np.bincount(groups, minlength=len(images))[groups] > 1)
-        embeddings, belief[rows] = _seen_by(start, images.take(rows), processes)
+        embeddings, belief[rows] = _seen_by(inputs.start, images.take(rows), processes)
         groups[rows] = duplicates.confirmed(groups[rows], rows, embeddings, _COSINE)
     by_id = pc.sort_indices(images.ids).to_numpy()
     rank = np.argsort(by_id)  # whose id comes first stays, and names its group, whatever the file's order

@@ -16,11 +16,11 @@ from aliprod.data.training_set import training_set
 from aliprod.forecast.bill import epoch_of, speed_up
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
-from aliprod.recipe import Stage
+from aliprod.recipe import Machine, Stage
 from aliprod.store import commit
 from aliprod.training.candidates import best_candidate
 from aliprod.training.ema import Average
-from aliprod.training.learner import Learner, Place
+from aliprod.training.learner import Learner, Place, Setup, set_up
 from aliprod.training.soup import blended
 
 NETWORK, CPU = "test_resnet.r160_in1k", torch.device("cpu")
@@ -87,8 +87,9 @@ def test_behind_an_epoch_as_many_images_are_seen_as_its_scoring_shows(
     stage = stage_of({"objective": objective, "ema": ema})
     learner = Learner(stage, NETWORK, packages, Place(CPU))
     batches, feed = batches_of(stage, learner, packages)
+    setup = Setup(learner, packages, feed, batches)
     with looked_at() as counts:
-        best_candidate(learner, Average(learner.model, ema) if ema else None, packages, feed, batches, epoch=0)
+        best_candidate(setup, Average(learner.model, ema) if ema else None, epoch=0)
     assert epoch_of(stage, packages).seen == sum(counts)
 
 
@@ -101,8 +102,7 @@ def test_a_soup_sees_as_many_images_as_its_making_shows(packages: Catalogue, tmp
         commit.write(tmp_path / name, partial(weights.save, tensors=tensors, config=config, classes=classes))
     stage = stage_of({"soup": {"of": ("a", "b"), "greedy": greedy}})
     with looked_at() as counts:
-        data = training_set(packages, stage)
-        list(blended(stage, NETWORK, packages, data, [tmp_path / "a", tmp_path / "b"], 1, 0))
+        list(blended(set_up(stage, NETWORK, packages, Machine()), [tmp_path / "a", tmp_path / "b"]))
     found = epoch_of(stage, packages)
     assert (found.steps, found.images, found.seen) == (0, 0, sum(counts))
 

@@ -14,7 +14,7 @@ from test_job import NETWORK, result, work_in
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Batch
 from aliprod.recipe import Stage
-from aliprod.training.job import Work
+from aliprod.training.training_job import TrainingJob
 
 WITHOUT_BATCH_NORM = "test_efficientnet_gn"
 
@@ -32,7 +32,7 @@ def test_the_parts_of_a_batch_are_whole_groups_and_together_the_batch(groups: in
     assert {(part.epoch, part.step) for part in parts} == {(1, 7)}
 
 
-def of_ranks(work: Work, catalogue: Path, ranks: int) -> dict[str, torch.Tensor]:
+def of_ranks(work: TrainingJob, catalogue: Path, ranks: int) -> dict[str, torch.Tensor]:
     processes = [start(work, catalogue, rank=rank, world_size=ranks) for rank in range(ranks)]
     assert [ended(process) for process in processes] == [0] * ranks
     return load_file(work.folder / "weights" / "model.safetensors")

@@ -24,6 +24,7 @@ from aliprod.recipe import LearningRate, Stage
 from aliprod.store import commit
 from aliprod.training.deduplicate import kept_rows
 from aliprod.training.loop import train
+from aliprod.training.training_job import Inputs
 
 NETWORK = "test_efficientnet.r160_in1k"
 
@@ -41,11 +42,11 @@ def parent(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lr = LearningRate(backbone=0.05, heads=0.1, schedule="cosine")
     stage = Stage(resize=64, crop=64, batch_size=16, epochs=8, lr=lr, augmentation=("resize", "flip"))
     *_, last = train(stage, NETWORK, catalogue)
-    assert last.end is not None
+    assert last.last is not None
     config = weights.Config(NETWORK, *normalisation(NETWORK), 64, 64)
     classes = weights.Classes(tuple(catalogue.classes.tolist()), catalogue.names)
     folder = tmp_path_factory.mktemp("parent") / "weights"
-    commit.write(folder, partial(weights.save, tensors=last.end.last.tensors, config=config, classes=classes))
+    commit.write(folder, partial(weights.save, tensors=last.last.tensors, config=config, classes=classes))
     return folder
 
 
@@ -115,7 +116,7 @@ RULES: list[tuple[Rule, set[str], set[int]]] = [
 def test_pictures_under_two_labels_go_as_the_rule_says_and_look_alikes_stay(
     shop: Catalogue, hashed: Path, parent: Path, tmp_path: Path, rule: Rule, copies: set[str], originals: set[int]
 ) -> None:
-    kept = kept_rows(tmp_path / "kept", rule, shop, hashed, parent, 0)
+    kept = kept_rows(tmp_path / "kept", rule, shop, Inputs(start=parent, hashes=hashed), 0)
     assert np.array_equal(kept, np.unique(kept))
     gone = copies | {original(shop, label) for label in originals}
     assert dropped(shop, kept) == gone
@@ -132,7 +133,7 @@ def test_pictures_under_two_labels_go_as_the_rule_says_and_look_alikes_stay(
 def test_without_a_parent_look_alikes_are_taken_for_the_same_picture(
     shop: Catalogue, hashed: Path, tmp_path: Path
 ) -> None:
-    kept = kept_rows(tmp_path / "kept", "drop", shop, hashed, None, 0)
+    kept = kept_rows(tmp_path / "kept", "drop", shop, Inputs(hashes=hashed), 0)
     assert dropped(shop, kept) >= {"d1.jpg", original(shop, 5)}
 
 
@@ -144,8 +145,8 @@ def test_what_stays_and_what_is_told_of_the_rest_does_not_hang_on_the_order_of_t
     assert other.fingerprint == shop.fingerprint
     assert not other.train.ids.equals(shop.train.ids)
     hashes.write(tmp_path / "hashes", other.train, 0)
-    kept = kept_rows(tmp_path / "kept", rule, shop, hashed, parent, 0)
-    again = kept_rows(tmp_path / "again", rule, other, tmp_path / "hashes", parent, 0)
+    kept = kept_rows(tmp_path / "kept", rule, shop, Inputs(start=parent, hashes=hashed), 0)
+    again = kept_rows(tmp_path / "again", rule, other, Inputs(start=parent, hashes=tmp_path / "hashes"), 0)
     assert dropped(shop, kept) == dropped(other, again)
     listed, relisted = (pq.read_table(tmp_path / name / "dropped.parquet") for name in ("kept", "again"))
     assert listed.equals(relisted)
@@ -155,6 +156,6 @@ def test_what_stays_and_what_is_told_of_the_rest_does_not_hang_on_the_order_of_t
 
 
 def test_what_was_found_once_is_read_again(shop: Catalogue, hashed: Path, parent: Path, tmp_path: Path) -> None:
-    first = kept_rows(tmp_path / "kept", "drop", shop, hashed, parent, 0)
-    second = kept_rows(tmp_path / "kept", "drop", shop, tmp_path / "none", tmp_path / "none", 0)
+    first = kept_rows(tmp_path / "kept", "drop", shop, Inputs(start=parent, hashes=hashed), 0)
+    second = kept_rows(tmp_path / "kept", "drop", shop, Inputs(start=tmp_path / "none", hashes=tmp_path / "none"), 0)
     assert np.array_equal(first, second)
