@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from aliprod.catalogue.catalogue import Catalogue, Integers
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.models import weights
 from aliprod.models.classifier import normalisation
@@ -26,7 +26,7 @@ from aliprod.objectives import needs_of
 from aliprod.store import commit, epochs
 from aliprod.store.layout import KEPT, LAST, METRICS, RESUME, WEIGHTS
 from aliprod.training import checkpoint, soup
-from aliprod.training.background import Background
+from aliprod.training.background import Background, background
 from aliprod.training.candidates import Candidate
 from aliprod.training.deduplicate import kept_rows
 from aliprod.training.learner import place, set_up
@@ -50,7 +50,7 @@ def run(job: TrainingJob, catalogue: Catalogue) -> Iterator[Progress]:
         return
     if resume is not None:
         log.info("%s goes on from %s.", job.name, resume)
-    with Background() as writer, closing(Watchdog(job.machine.watchdog_seconds)) as watchdog:
+    with background() as writer, closing(Watchdog(job.machine.watchdog_seconds)) as watchdog:
         results = _Results(job, catalogue, writer, began)
         for event in _events(job, catalogue, resume, watchdog):
             if isinstance(event, Step):
@@ -78,22 +78,16 @@ def _events(
 
 
 def _data(job: TrainingJob, catalogue: Catalogue) -> TrainingSet:
-    kept, inputs = _without_duplicates(job, catalogue), job.inputs
+    """What the job trains on; rank 0 finds the rows that the stage's filter of duplicates leaves, where it has one."""
+    inputs, machine, rule, kept = job.inputs, job.machine, job.stage.duplicates, None
+    if inputs.hashes is not None and rule != "keep":
+        filtered = partial(kept_rows, job.folder / KEPT, rule, catalogue, inputs, machine.loader_processes)
+        if place(without_training(machine)).rank == 0:
+            filtered()
+        if dist.is_initialized():
+            dist.barrier()
+        kept = filtered()
     return training_set(catalogue, job.stage, kept=kept, pseudo_labels=inputs.pseudo_labels, teachers=inputs.teachers)
-
-
-def _without_duplicates(job: TrainingJob, catalogue: Catalogue) -> Integers | None:
-    """The training rows that the stage's filter of duplicates leaves, found by rank 0; None without a filter."""
-    rule = job.stage.duplicates
-    if job.inputs.hashes is None or rule == "keep":
-        return None
-    where = place(without_training(job.machine))
-    kept = partial(kept_rows, job.folder / KEPT, rule, catalogue, job.inputs, job.machine.loader_processes)
-    if where.rank == 0:
-        kept()
-    if dist.is_initialized():
-        dist.barrier()
-    return kept()
 
 
 def _agreed(folder: Path) -> tuple[bool, Path | None]:

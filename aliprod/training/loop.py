@@ -104,7 +104,7 @@ def steps(setup: Setup, inputs: Inputs = NO_INPUTS, resume: Path | None = None) 
         learner.train()
         meter = _Meter(state, optimizer, batches)
         for batch in meter.waits(batches.epoch(state.epoch, skip=state.step_in_epoch)):
-            parts = _gradients(step_of, optimizer, batch, batch.split(stage.accumulate, learner.needs.group))
+            parts = gradients(step_of, optimizer, batch, learner.needs.group)
             optimizer.update(state.step)
             state = replace(state, step=state.step + 1, step_in_epoch=state.step_in_epoch + 1)
             if average is not None:
@@ -136,12 +136,15 @@ def _load(setup: Setup, inputs: Inputs) -> None:
         model.reset_classifier()
 
 
-def _gradients(step_of: nn.Module, optimizer: Optimizer, batch: Batch, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """Forward and backward of a batch, part by part; the loss parts of the whole, detached.
+def gradients(step_of: nn.Module, optimizer: Optimizer, batch: Batch, group: int) -> dict[str, Tensor]:
+    """Forward and backward of a batch, in as many parts of whole groups as the stage accumulates.
 
     Ranks exchange their gradients with the last part.
+
+    Returns:
+        The loss parts of the whole batch by name, detached.
     """
-    sums: dict[str, Tensor] = {}
+    micro_batches, sums = batch.split(optimizer.stage.accumulate, group), dict[str, Tensor]()
     for micro_batch in micro_batches:
         weight = len(micro_batch.rows) / len(batch.rows)
         with _alone(step_of) if micro_batch is not micro_batches[-1] else nullcontext():

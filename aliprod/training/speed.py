@@ -152,9 +152,7 @@ def _steps(learner: Learner, batch: Batch, count: int) -> Iterator[Batch]:
     optimizer = Optimizer(learner, learner.stage, count)
     learner.train()
     for step in range(count):
-        parts = batch.split(learner.stage.accumulate, learner.needs.group)
-        for part in parts:
-            optimizer.backward(torch.stack(list(learner(part).values())).sum() / len(parts))
+        loop.gradients(learner, optimizer, batch, learner.needs.group)
         optimizer.update(step)
         yield batch
 
