@@ -98,7 +98,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step that the newest checkpoint is of; its bytes are not looked at. None where there is none."""
+    """The step of the newest checkpoint, whose bytes are not looked at; None where there is none."""
     return max((int(path.name.removeprefix("step-")) for path in _committed(folder)), default=None)
 
 

@@ -71,7 +71,7 @@ def _write(folder: Path, rule: duplicates.Rule, catalogue: Catalogue, inputs: In
 
 @torch.inference_mode()
 def _seen_by(start: Path, images: Images, processes: int) -> tuple[Tensor, np.ndarray]:
-    """What the parent makes of images: embeddings (n, C) of unit length, and the probability (n,) of each label."""
+    """The parent's view of images: embeddings (n, C) of unit length, and the probability (n,) of each label."""
     parent = ready(start, processes)
     model, feed = parent.model, parent.feed
     embeddings, belief = [torch.empty(0, model.classifier.in_features)], [torch.empty(0)]

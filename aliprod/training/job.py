@@ -1,8 +1,8 @@
-"""A job and its folder: train, keep what must be kept, commit the weights last.
+"""A job and its folder: train, write metrics and checkpoints, commit the weights last.
 
 Checkpoints are written by a thread, one at a time: the step that is due waits for a copy in memory, and for the write
-before where that has not ended. What a write raises is raised after the next step. What lies in the folder is named in
-`aliprod.store.layout`.
+before where that has not ended. An error of a write is raised after the next step. `aliprod.store.layout` names
+the parts of the folder.
 """
 
 import json
@@ -64,7 +64,7 @@ def run(job: TrainingJob, catalogue: Catalogue) -> Iterator[Progress]:
 def _events(
     job: TrainingJob, catalogue: Catalogue, resume: Path | None, watchdog: Watchdog
 ) -> Iterator[Step | Progress]:
-    """What the job's stage asks for: a training, whose steps are watched, or a mean of weights."""
+    """The events of a training, whose steps are watched, or of a mean of weights."""
     data, inputs = _data(job, catalogue), job.inputs
     if inputs.soup:
         machine = without_training(job.machine)
@@ -78,7 +78,7 @@ def _events(
 
 
 def _data(job: TrainingJob, catalogue: Catalogue) -> TrainingSet:
-    """What the job trains on; rank 0 finds the rows that the stage's filter of duplicates leaves, where it has one."""
+    """The images of a job. Where its stage filters duplicates, rank 0 finds the rows that stay."""
     inputs, machine, rule, kept = job.inputs, job.machine, job.stage.duplicates, None
     if inputs.hashes is not None and rule != "keep":
         filtered = partial(kept_rows, job.folder / KEPT, rule, catalogue, inputs, machine.loader_processes)
@@ -108,7 +108,7 @@ def _found(folder: Path) -> tuple[bool, Path | None]:
 
 
 class _Results:
-    """What rank 0 keeps of a job: lines, checkpoints (written beside the training) and, at the end, weights."""
+    """The results that rank 0 writes: lines, checkpoints (beside the training) and, at the end, weights."""
 
     def __init__(self, job: TrainingJob, catalogue: Catalogue, writer: Background, began: float) -> None:
         self.job, self.catalogue, self.writer, self.began = job, catalogue, writer, began

@@ -113,7 +113,7 @@ class Learner(nn.Module):
         return parts
 
     def train(self, mode: bool = True) -> "Learner":
-        """As of any module; a backbone that is not trained stays as it is at inference."""
+        """Set the mode of all modules; a backbone that is not trained stays as it is at inference."""
         super().train(mode)
         if self.stage.trains == "classifier":
             self.model.backbone.eval()
@@ -121,7 +121,7 @@ class Learner(nn.Module):
         return self
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
-        """The classifier's and the objective's own."""
+        """Parameters of the classifier and of the objective."""
         return chain(self.model.classifier.parameters(), self.objective.parameters())
 
     def share_buffers(self) -> None:
@@ -175,7 +175,7 @@ def set_up(
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """As torch.manual_seed, which visits every kind of device there could be."""
+    """Seed one device; torch.manual_seed would visit every kind of device there could be."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -237,7 +237,7 @@ def _of_all_ranks(mine: _Losses) -> list[_Losses]:
 
 
 def peak_memory_bytes() -> int:
-    """The most so far: of the GPU where there is one, else of the process."""
+    """The peak so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

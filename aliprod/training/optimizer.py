@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aliprod.recipe import Stage
 from aliprod.training.learner import Learner
 
-_SCALER = ("scale", "_growth_tracker")  # what changes in a gradient scaler's state
+_SCALER = ("scale", "_growth_tracker")  # the changing part of a gradient scaler's state
 
 
 def lr_at(

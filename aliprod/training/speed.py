@@ -1,6 +1,6 @@
-"""What limits training on this machine: the loader alone, the step alone, or what both make together.
+"""The speed of this machine: of the loader alone, the step alone, the training of both, and of predictions.
 
-And how fast pictures are predicted. A plan's forecast feeds on it.
+A plan's forecast is made of it.
 """
 
 import time
@@ -31,7 +31,7 @@ _STARVED = 0.1  # from this share of waiting on, the loader limits
 
 @dataclass(frozen=True)
 class Measured:
-    """What a part does.
+    """The speed of a part.
 
     Attributes:
         data_wait_share: of the time, spent waiting for pictures; 0 to 1.
@@ -54,7 +54,7 @@ def measure(
     """Measure a part over ``steps`` steps; as many before them are not counted.
 
     A catalogue that has fewer images shows them again and again. Nothing is validated, nothing is kept. Teachers
-    are made up: what they would say costs the same.
+    are made up: their labels would cost the same.
 
     Args:
         stage: without a filter of duplicates and pseudo labels, whose images nobody knows yet.
@@ -90,7 +90,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Predicted:
-    """How fast a network predicts: ``images`` were counted; each is one image, however many views it has."""
+    """The speed of predictions: ``images`` were counted; each is one image, however many views it has."""
 
     device: str
     images: int
@@ -142,7 +142,7 @@ def _taught(data: TrainingSet, stage: Stage, num_classes: int) -> TrainingSet:
 
 
 def _spent(metrics: dict[str, float], images: int) -> tuple[float, float]:
-    """Seconds since the epoch began, and those of them that were waited."""
+    """Seconds since the epoch began, and seconds of them spent waiting."""
     seconds = images / metrics["speed/images_per_second"]
     return seconds, seconds * metrics["speed/data_wait_share"]
 

@@ -81,6 +81,12 @@ def test_a_checkpoint_is_due_every_so_many_steps_and_at_the_ends_of_epochs(packa
     assert due == [(2, False), (4, True), (6, False), (8, True), (10, False), (12, True)]
 
 
+def test_each_step_is_yielded_and_the_last_of_an_epoch_says_so(packages: Catalogue, stage: Stage) -> None:
+    events = steps(learner.set_up(stage, NETWORK, packages, Machine(save_every_steps=4)))
+    seen = [event.last if isinstance(event, Step) else "epoch" for event in events]
+    assert seen == [False, False, False, True, "epoch"] * 3
+
+
 def test_a_mid_epochs_line_is_the_mean_of_the_steps_so_far(packages: Catalogue, stage: Stage) -> None:
     one_by_one = [
         p.metrics["train/loss_cross_entropy"]
