@@ -1,9 +1,9 @@
 """The sum of the members' probabilities, what it predicts, and the submission (methods.md, 8).
 
-Rows are matched by image id and columns by class id, never by position; the sum comes out with ids in the
-order of the submission and class ids ascending. It is exact, so neither the order of members, rows or columns
-nor the size of a block changes a byte: every float16 in 0 to 1 is a multiple of 2**-24, and so float32 is
-exact for sums below one, float64 for all sums of up to 127 such numbers.
+Rows are matched by image id and columns by class id, never by position; the sum has its ids in the order of the
+submission and its class ids ascending. It is exact, so neither the order of members, rows or columns nor the size
+of a block changes a byte: every float16 in 0 to 1 is a multiple of 2**-24, so float32 is exact for sums below one,
+float64 for all sums of up to 127 such numbers. Adding everything in float64, or as int32, takes twice as long.
 """
 
 import csv
@@ -45,7 +45,7 @@ class Sums:
     Attributes:
         rounded: (n, K) float32, the nearest to each sum; below one that is the sum itself.
         columns: (n, 5 or K) the highest sums' columns, ties to the first. values: those sums, exact, float64.
-        rows_above, columns_above, values_above: where a sum is one or more, and the exact one.
+        candidates: (n, k) columns, ascending, with all whose sum is one or more. candidate_sums: exact, float64.
     """
 
     low: int
@@ -53,15 +53,12 @@ class Sums:
     rounded: Tensor
     columns: Tensor
     values: Tensor
-    rows_above: Tensor
-    columns_above: Tensor
-    values_above: Tensor
+    candidates: Tensor
+    candidate_sums: Tensor
 
     def exact(self) -> Tensor:
         """The sums: (n, K) float64."""
-        sums = self.rounded.double()
-        sums[self.rows_above, self.columns_above] = self.values_above
-        return sums
+        return self.rounded.double().scatter_(1, self.candidates, self.candidate_sums)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +88,17 @@ class Ensemble:
         """
         parts = [self._part(member, low, high) for member in range(len(self.members))]
         rounded = torch.empty(high - low, len(self.classes)) if out is None else out[: high - low]
-        totals, values, columns = _add(parts, self.weights, rounded)
+        totals, candidates = _add(parts, self.weights, rounded)
         doubtful = ~((totals - 1).abs() <= tolerance(len(self.classes)) - 2**-14)  # NaN too; float32 sums err by less
         for member in doubtful.any(dim=1).nonzero()[:, 0].tolist():
             store, rows = self.members[member], self.rows[member][low:high]
             check(parts[member], self.ids[low:high], rows.tolist(), store.name, store.split)
-        return _exact(parts, self.weights, low, rounded, values, columns)
+        exact = sum(
+            (part.gather(1, candidates).double() * weight for part, weight in zip(parts, self.weights, strict=True)),
+            torch.zeros(candidates.shape, dtype=torch.float64),
+        )
+        rounded.scatter_(1, candidates, exact.float())
+        return Sums(low, high, rounded, *_top(rounded, candidates, exact), candidates, exact)
 
     def _part(self, member: int, low: int, high: int) -> Tensor:
         part = from_dlpack(self.members[member].take(self.rows[member][low:high]))
@@ -143,22 +145,14 @@ def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None
     )
 
 
-def add(members: Sequence[Probabilities], rows_per_block: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    """The members' exact sum, block by block; ids and classes as in `match`.
+def each_block(ensemble: Ensemble, rows_per_block: int | None = None) -> Iterator[Sums]:
+    """Yield the sums block by block, in one buffer: what a block's ``rounded`` holds is gone with the next block.
 
     Args:
         rows_per_block: memory is bounded by it; default: as many as make 64 MB in float32.
-    Yields:
-        low, high, sums of the rows low to high (exclusive): (high - low, K) float64.
     Raises:
-        Failed, Refused: as in `match` and `Ensemble.sums`.
+        Failed: as in `Ensemble.sums`.
     """
-    for block in each_block(match(members), rows_per_block):
-        yield block.low, block.high, block.exact()
-
-
-def each_block(ensemble: Ensemble, rows_per_block: int | None = None) -> Iterator[Sums]:
-    """The sums block by block, in one buffer: what a block's ``rounded`` holds is gone with the next block."""
     rows, num_classes = len(ensemble.ids), len(ensemble.classes)
     size = rows_per_block or max(1, BLOCK_BYTES // (4 * max(1, num_classes)))
     buffer = torch.empty(min(size, rows), num_classes)
@@ -266,15 +260,15 @@ def submission(ids: Sequence[str] | pa.StringArray, predicted: Tensor | Sequence
     return text.getvalue()
 
 
-def _add(parts: Sequence[Tensor], weights: Sequence[int], sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Write float32 sums (n, K); return each part's row sums (members, n), the k highest and their columns (n, k).
+def _add(parts: Sequence[Tensor], weights: Sequence[int], sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Write float32 sums (n, K); return each part's row sums (members, n) and the columns of the k highest (n, k).
 
     k is such that every sum of one or more is among them: all sums of a row add up to the weights' sum.
     """
     rows, num_classes = parts[0].shape
     k = min(num_classes, max(TOP + 1, int(sum(weights) * (1 + tolerance(num_classes)))))
     step = max(1, TILE // max(1, num_classes))
-    totals, values, columns = torch.empty(len(parts), rows), torch.empty(rows, k), torch.empty(rows, k).long()
+    totals, columns = torch.empty(len(parts), rows), torch.empty(rows, k).long()
     converted = torch.empty(step, num_classes)
     padded = torch.full((step, -(-num_classes // STRIP) * STRIP), -1.0)  # below every sum
     for low in range(0, rows, step):
@@ -285,39 +279,27 @@ def _add(parts: Sequence[Tensor], weights: Sequence[int], sums: Tensor) -> tuple
             torch.sum(added, dim=1, out=totals[member, low:high])
             tile.add_(added, alpha=weight)
         sums[low:high] = tile
-        values[low:high], columns[low:high] = _candidates(padded[: high - low], k)
-    return totals, values, columns
+        columns[low:high] = _candidates(padded[: high - low], k)
+    return totals, columns
 
 
-def _candidates(padded: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of each row and their columns, as topk, but four times as fast: they lie in the k strips with
-    the highest maxima."""
+def _candidates(padded: Tensor, k: int) -> Tensor:
+    """Columns of the k highest of each row, ascending: as topk, but four times as fast, since they lie in the k strips
+    with the highest maxima."""
     strips = padded.view(len(padded), -1, STRIP)
     chosen = strips.amax(dim=2).topk(min(k, strips.shape[1]), dim=1).indices
-    values, places = strips.gather(1, chosen[:, :, None].expand(-1, -1, STRIP)).flatten(1).topk(k, dim=1)
-    return values, chosen.gather(1, places // STRIP) * STRIP + places % STRIP
+    places = strips.gather(1, chosen[:, :, None].expand(-1, -1, STRIP)).flatten(1).topk(k, dim=1).indices
+    return (chosen.gather(1, places // STRIP) * STRIP + places % STRIP).sort(dim=1).values
 
 
-def _exact(
-    parts: Sequence[Tensor], weights: Sequence[int], low: int, rounded: Tensor, values: Tensor, columns: Tensor
-) -> Sums:
-    """Replace what float32 could not hold, the sums of one and more, and order the highest by what they are."""
-    columns, order = columns.sort(dim=1)
-    highest = values.gather(1, order).double()
-    row, place = (highest >= 1).nonzero(as_tuple=True)
-    column = columns[row, place]
-    above = torch.zeros(len(row), dtype=torch.float64)
-    for part, weight in zip(parts, weights, strict=True):
-        above += part[row, column].double() * weight
-    highest[row, place] = above
-    rounded[row, column] = above.float()
-    best = _highest(highest, TOP)
-    sums = Sums(low, low + len(rounded), rounded, columns.gather(1, best), highest.gather(1, best), row, column, above)
-    last = sums.values[:, -1:]
-    tied = ((highest >= last).all(dim=1) & (last[:, 0] < 1)).nonzero()[:, 0]  # may tie with columns that are not here
-    if columns.shape[1] < rounded.shape[1] and len(tied):
-        sums.columns[tied] = _highest(sums.exact()[tied], TOP)
-    return sums
+def _top(rounded: Tensor, candidates: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns and exact values of the TOP highest of each row, from the exact sums of the candidates."""
+    best = _highest(sums, TOP)
+    columns, values = candidates.gather(1, best), sums.gather(1, best)
+    tied = (sums >= values[:, -1:]).all(dim=1)  # columns that are no candidates may have the same sum
+    if candidates.shape[1] < rounded.shape[1] and bool(tied.any()):
+        columns[tied] = _highest(rounded[tied].double().scatter_(1, candidates[tied], sums[tied]), TOP)
+    return columns, values
 
 
 def _highest(values: Tensor, count: int) -> Tensor:
