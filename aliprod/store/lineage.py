@@ -4,6 +4,7 @@ STORAGE/PLAN/submissions/SHA256.json     named after the submission's bytes, so 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from aliprod.errors import Refused
 from aliprod.store import commit
 
 _FOLDER = "submissions"
+_USER = re.compile(r"""(?<=://)[^/\s"]*@""")  # of an address: user and password
 
 
 def keep(submission: Path, origin: Mapping[str, Any]) -> None:
-    """Write down what a submission in a plan's folder was made of.
+    """Write down what a submission in a plan's folder was made of, without the passwords in addresses.
 
     Raises:
         StorageFull: no room, no right to write, or the path is gone.
     """
     record = submission.parent / _FOLDER / f"{commit.sha256(submission)}.json"
-    commit.write_file(record, json.dumps(origin, indent=1))
+    commit.write_file(record, _USER.sub("", json.dumps(origin, indent=1)))
 
 
 def find(submission: Path, storage: Path) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def find(submission: Path, storage: Path) -> dict[str, Any]:
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror or error}.", submission) from None
     for record in sorted(storage.glob(f"*/{_FOLDER}/{digest}.json")):
-        return dict(json.loads(record.read_text(encoding="utf-8")))
+        return dict(json.loads(_USER.sub("", record.read_text(encoding="utf-8"))))
     known = sum(1 for _ in storage.glob(f"*/{_FOLDER}/*.json"))
     advice = f"{known} are known there. Was it changed after it was written? Is it another --storage?"
     raise Refused(f"no plan in {storage} has written these bytes.", submission, advice)
