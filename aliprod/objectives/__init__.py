@@ -1,5 +1,8 @@
 """What is minimised: one method a file, its pure functions on top, its class ``Objective`` at the end.
 
+Logits are (B, K), labels (B,) int64, counts (K,) training images of each class. A loss is the mean over images, (),
+or with ``reduction="none"`` one value an image, (B,).
+
 The file's name is the objective's name in a plan; ``"my_package.margin"`` is a module of the user's own.
 ``Objective(context, *, options)`` is a module that owns the auxiliary heads it trains (initialised from torch's
 global generator); its call ``objective(model, batch)`` returns named scalar parts, weighted, so that their
