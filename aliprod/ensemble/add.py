@@ -175,7 +175,7 @@ def write_ensemble(
         predictions.parquet  image_id, class_id, top_classes (five class ids), shares (their sums over the weights' sum)
 
     Args:
-        record: more to say in the manifest, beside the members' records, weights and digests.
+        record: further facts of the manifest, beside the members' records, weights and digests.
     Returns:
         What these members' ensemble predicts.
     Raises:
@@ -183,10 +183,11 @@ def write_ensemble(
         StorageFull: no room; nothing was written.
     """
     ensemble = match(members, weights)
-    facts = {
-        **(record or {}),
-        "members": [_origin(*pair) for pair in zip(ensemble.members, ensemble.weights, strict=True)],
-    }
+    origins = [
+        {**member.record, "weight": weight, "probabilities": commit.digest(member.folder)}
+        for member, weight in zip(ensemble.members, ensemble.weights, strict=True)
+    ]
+    facts = {**(record or {}), "members": origins}
     if commit.read(folder) == facts:
         return read_predictions(folder)
     fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.fresh")
@@ -198,7 +199,7 @@ def write_ensemble(
 
 
 def read_predictions(folder: Path) -> Predictions:
-    """What a committed ensemble predicts.
+    """Read what a committed ensemble predicts.
 
     Raises:
         Failed: there is none.
@@ -210,7 +211,7 @@ def read_predictions(folder: Path) -> Predictions:
 
 
 def add_members(members: Sequence[tuple[Sequence[str], Tensor, Tensor]]) -> tuple[list[str], Tensor, Tensor]:
-    """The exact sum of members in memory.
+    """Add members in memory, exactly.
 
     Args:
         members: (ids, classes (K,) int64, probabilities (N, K) float16) each, rows and columns in any order.
@@ -251,11 +252,10 @@ def submission(ids: Sequence[str] | pa.StringArray, predicted: Tensor | Sequence
     Args:
         ids: (N,) as the catalogue gives them, in any order. predicted: (N,) class ids.
     """
-    names = [str(name) for name in ids]
+    numbers: dict[str, int] = dict(zip(map(str, ids), map(int, predicted), strict=True))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "predicted"])
-    numbers: dict[str, int] = dict(zip(names, map(int, predicted), strict=True))
     writer.writerows((name, numbers[name]) for name in sorted(numbers, key=submission_order))
     return text.getvalue()
 
@@ -353,7 +353,3 @@ def _fill(staging: Path, ensemble: Ensemble, rows_per_block: int | None) -> None
 def _lists(rows: Tensor) -> pa.ListArray:
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.flatten().numpy()))
-
-
-def _origin(member: Probabilities, weight: int) -> dict[str, Any]:
-    return {**member.record, "weight": weight, "probabilities": commit.digest(member.folder)}

@@ -1,4 +1,4 @@
-"""Which members, and how often: greedy selection on the validation set (Caruana et al. 2004; methods.md, Extras)."""
+"""Greedy selection of members, and their weights, on the validation set (Caruana et al. 2004; methods.md, Extras)."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from aliprod.inference.metrics import mean_class_error
 
 
 def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll") -> tuple[Tensor, Tensor]:
-    """Start with nothing; each round add the member, once more or for the first time, that scores best then.
+    """Select members greedily: each round adds the one, anew or once more, with which the mean scores best.
 
     Scores are compared at 12 decimals, ties go to the lowest member; the best round is the first minimum of the
     scores, and the weights are how often each member was picked until then (`weights`).
@@ -45,6 +45,6 @@ def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll
 
 
 def weights(picks: Tensor, scores: Tensor, members: int) -> list[int]:
-    """How often each member was picked up to the first best round, as `write_ensemble` takes them."""
+    """Count how often each member was picked up to the first best round: the weights of `write_ensemble`."""
     best = int(scores.argmin()) + 1 if len(scores) else 0
     return [int(count) for count in torch.bincount(picks[:best], minlength=members)]

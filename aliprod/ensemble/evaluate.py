@@ -52,9 +52,8 @@ def _predictions(path: Path) -> tuple[pa.StringArray, np.ndarray]:
         return ensemble.ids, ensemble.predicted.numpy()
     if path.is_dir():
         if not (path / f"{STEM}-00000.npy").exists():
-            raise Refused(
-                "holds neither an ensemble nor probabilities.", path, "Give PLAN/ensemble or a member's store."
-            )
+            advice = "Give PLAN/ensemble or a member's store."
+            raise Refused("holds neither an ensemble nor probabilities.", path, advice)
         store = open_store(path)
         return store.ids, predicted_classes(store)
     return _csv(path, "predicted")

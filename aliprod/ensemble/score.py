@@ -1,4 +1,4 @@
-"""Top-1 errors of predictions against labels: of a member, an ensemble, a submission."""
+"""Top-1 errors of a member, an ensemble or a submission, against labels."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ _ROWS_PER_BLOCK = 1024
 
 
 def score(labels: pa.Int64Array, predicted: npt.NDArray[np.int64]) -> dict[str, float | int] | None:
-    """Errors of predicted class ids.
+    """Count the errors of predicted class ids.
 
     Args:
         labels: (N,) class ids, null where unknown: left out. predicted: (N,) class ids.

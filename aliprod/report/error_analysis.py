@@ -57,7 +57,7 @@ class Size:
 
 
 def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) -> Scored:
-    """Predictions of a committed ensemble beside the labels of its split.
+    """Read the predictions of a committed ensemble, with the labels of its split.
 
     Raises:
         Failed: there is no ensemble in the folder.

@@ -42,22 +42,21 @@ def _facts(request: Request) -> dict[str, Any]:
     plan, places = request.plan, request.places
     catalogue, note = open_catalogue(request)
     jobs = jobs_of(plan, catalogue)
-    lines = {name: _epochs(places.storage, job) for name, job in jobs.items()}
+    lines = {
+        name: epochs.read(ledger.folder(places.storage, job) / epochs.FILE) if job.key else []
+        for name, job in jobs.items()
+    }
     result = _ensemble(places.of(plan) / "result.json")
     errors = {name: [line.get("val/top1_error") for line in own] for name, own in lines.items()}
     return {
         "plan": plan,
         "note": note,
         "settings": plan.model_dump_json(indent=1, exclude={"cluster"}, exclude_defaults=True),  # no password of MLflow
-        "rows": [row | _work(lines[row["name"]]) for row in status.states(plan, jobs, places)],
+        "rows": [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(plan, jobs, places)],
         "ensemble": result,
         "figures": list(_figures(jobs, errors, result)),
         **_error_analysis(catalogue, places.of(plan) / "ensemble", result),
     }
-
-
-def _epochs(storage: Path, job: Job) -> list[dict[str, Any]]:
-    return [] if job.key is None else epochs.read(ledger.folder(storage, job) / epochs.FILE)
 
 
 def _ensemble(path: Path) -> dict[str, Any]:
@@ -66,12 +65,6 @@ def _ensemble(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8"))["ensemble"] or {})
     except (OSError, ValueError, TypeError, KeyError):
         return {}
-
-
-def _work(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last epoch's memory and waiting."""
-    last = lines[-1] if lines else {}
-    return {"data_wait_share": last.get("speed/data_wait_share"), "memory_bytes": last.get("speed/memory_bytes")}
 
 
 def _figures(
