@@ -3,18 +3,16 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.forecast.rates import Rate, Rates, predictors
-from aliprod.objectives import Context, Needs, build
 from aliprod.orchestration import steps
 from aliprod.orchestration.prepare import Prepared
 from aliprod.orchestration.steps import Step
 from aliprod.plan.graph import Job
+from aliprod.plan.options import needs
 from aliprod.recipe import PerClass, Stage
 from aliprod.store import commit
 from aliprod.training import checkpoint
@@ -136,17 +134,17 @@ def epoch_of(stage: Stage, catalogue: Catalogue) -> Epoch:
     Raises:
         Refused: the objective does not fit the catalogue.
     """
-    needs = _needs(stage, catalogue)
-    groups = int((-(-_counts(stage, catalogue) // needs.group)).sum())
-    at_once = max(1, min(stage.batch_size // needs.group, groups))
+    asked = needs(stage.objective.name, stage.objective.options)
+    groups = int((-(-_counts(stage, catalogue) // asked.group)).sum())
+    at_once = max(1, min(stage.batch_size // asked.group, groups))
     number = groups // at_once
     kinds = 1 if stage.ema is None else 2
-    restated = min(STATISTICS_BATCHES, number) * at_once * needs.group
-    seen = len(catalogue.val) + (restated + len(catalogue.val) if needs.distorts else 0)
+    restated = min(STATISTICS_BATCHES, number) * at_once * asked.group
+    seen = len(catalogue.val) + (restated + len(catalogue.val) if asked.distorts else 0)
     if stage.soup is not None:
         kinds = len(stage.soup.of) if stage.soup.greedy and len(catalogue.val) else 1
-        return Epoch(0, 0, kinds * (restated + len(catalogue.val)), needs.group)
-    return Epoch(number, number * stage.batch_size, kinds * seen, needs.group)
+        return Epoch(0, 0, kinds * (restated + len(catalogue.val)), asked.group)
+    return Epoch(number, number * stage.batch_size, kinds * seen, asked.group)
 
 
 def _counts(stage: Stage, catalogue: Catalogue) -> np.ndarray:
@@ -157,21 +155,6 @@ def _counts(stage: Stage, catalogue: Catalogue) -> np.ndarray:
     if stage.pseudo_labels is None:
         return counts
     return np.append(counts, min(len(catalogue.test), stage.pseudo_labels.per_class * catalogue.num_classes))
-
-
-def _needs(stage: Stage, catalogue: Catalogue) -> Needs:
-    """What the objective needs with its options; they may change it, so it is made, for a small network."""
-    context = Context(
-        num_classes=catalogue.num_classes,
-        num_features=64,
-        crop=stage.crop,
-        epochs=stage.epochs,
-        class_counts=torch.from_numpy(catalogue.class_counts),
-        ancestor=None if catalogue.ancestor is None else torch.from_numpy(catalogue.ancestor),
-    )
-    built: Any = build(stage.objective.name, stage.objective.options, context)
-    needs: Needs = built.needs
-    return needs
 
 
 def _lasts(images: int, rate: Rate | None, ranks: int) -> float:

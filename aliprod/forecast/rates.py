@@ -90,7 +90,7 @@ def predictors(prepared: Prepared) -> set[str]:
 
 def branches(job: Job) -> int:
     """Of the network that a job's objective trains, each of which predicts."""
-    return int(needs(job.stage.objective.name).get("branches", 1))
+    return needs(job.stage.objective.name).branches
 
 
 def keep(prepared: Prepared, piece: Piece, measured: Mapping[str, Any]) -> None:

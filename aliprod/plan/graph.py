@@ -135,7 +135,7 @@ def _content(stage: Stage, network: str, keys: Mapping[Edge, list[str | None]], 
         "stage": settings,
         "parents": {".".join(edge): of_edge for edge, of_edge in keys.items() if of_edge},
         "catalogue": fingerprint,
-        "tree": tree if needs(stage.objective.name).get("tree") else "",
+        "tree": tree if needs(stage.objective.name).tree else "",
     }
     return json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 

@@ -113,16 +113,10 @@ def _objective(name: str, given: Settings, at: Key) -> Iterator[Problem]:
     if known is None:
         yield unknown(at, f"{dotted(at)}: there is no objective {shown(name)}.", name, options.names(), "Objectives")
         return
-    for key, value in given.items():
-        if key not in known:
-            sentence = f"{dotted(at)}: {name} has no option {dotted((key,))}."
-            yield unknown((*at, key), sentence, key, known, f"Options of {name}")
-        elif not known[key].accepts(value):
-            expected = known[key].expected()
-            yield Problem((*at, key), f"{dotted((*at, key))} = {shown(value)} must be {expected}.")
-    for key, option in known.items():
-        if option.required and key not in given:
-            yield Problem(at, f"{dotted(at)}: {name} needs the option {key}.")
+    try:
+        known.model_validate(given)
+    except ValidationError as error:
+        yield from shape(known, given, error, at)
 
 
 def _make_paths_absolute(source: Source) -> None:

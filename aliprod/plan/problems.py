@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from aliprod.errors import did_you_mean, listing
+from aliprod.plan.options import Options
 from aliprod.plan.source import Key, dotted, shown
 
 _MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
@@ -43,6 +45,11 @@ def unknown(
     known = list(names)[:_MOST_NAMES]
     known_as = f"{listed}: {listing(known)}." if known else f"{listed}: none."
     return Problem(key, sentence, f"{did_you_mean(name[:128], known)} {known_as}".strip(), quoted)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The one of ``names`` that is meant: the nearest, or the name itself where none is near."""
+    return next(iter(get_close_matches(name[:128], list(names)[:_MOST_NAMES], n=1, cutoff=0.5)), name)
 
 
 def shape(model: type[BaseModel], data: Any, error: ValidationError, at: Key = ()) -> Iterator[Problem]:
@@ -81,6 +88,9 @@ def _problem(model: type[BaseModel], data: Any, at: Key, key: Key, several: list
     match first["type"]:
         case "extra_forbidden":
             names = sorted(_fields(model, key[:-1]))
+            if issubclass(model, Options):
+                sentence = f"{table}: {model.__name__} has no option {dotted((name,))}."
+                return unknown(whole, sentence, name, names, f"Options of {model.__name__}")
             sentence = f"{table} has no setting {dotted((name,))}."
             return unknown(whole, sentence, name, names, f"{_kind(at, key)} may say")
         case "missing":
