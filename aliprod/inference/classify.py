@@ -1,6 +1,5 @@
-"""What `aliprod predict` does: pictures of any kind, one model or a plan's whole ensemble. It needs no cluster."""
+"""Classes of pictures of any kind, from one model or from several together. It needs no cluster."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,38 +9,33 @@ from PIL import Image
 from torch import Tensor
 
 from aliprod.catalogue.decode import Unreadable, decode
+from aliprod.catalogue.sources import ENDINGS
 from aliprod.data.augment import square
 from aliprod.errors import Refused
 from aliprod.inference.predict import Ready, look, ready
 from aliprod.models import weights
-from aliprod.orchestration import members
-from aliprod.plan.load import load
-from aliprod.plan.places import resolve
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _PICTURES = 32  # at a time
 _TOP = 5
 
 
-def recognise(
-    model: str, inputs: Sequence[Path], storage: Path | None, tracking_uri: str | None
-) -> Iterator[dict[str, Any]]:
-    """Answer for each picture in files and folders.
+def classify(folders: Sequence[Path], inputs: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Classify each picture in files and folders.
 
     Args:
-        model: a weights folder, ``models:/NAME@ALIAS``, or a plan's file.
+        folders: of weights; their probabilities are averaged.
     Yields:
         path, class_id, name, probability and the top five; or path and error, for what is no picture.
     Raises:
-        Refused: no such model or input.
+        Refused: a folder holds no weights, or they know other classes than the first.
     """
     paths = [path for given in inputs for path in _files(given)]
-    models, classes = _load(_weights(model, storage, tracking_uri))
+    models, classes = _load(folders)
     for low in range(0, len(paths), _PICTURES):
-        yield from _answers(paths[low : low + _PICTURES], models, classes)
+        yield from _classified(paths[low : low + _PICTURES], models, classes)
 
 
-def _answers(paths: Sequence[Path], models: Sequence[Ready], classes: weights.Classes) -> Iterator[dict[str, Any]]:
+def _classified(paths: Sequence[Path], models: Sequence[Ready], classes: weights.Classes) -> Iterator[dict[str, Any]]:
     seen = [_decoded(path) for path in paths]
     pictures = [picture for picture in seen if isinstance(picture, Image.Image)]
     probabilities = iter(_probabilities(pictures, models)) if pictures else iter(())
@@ -82,7 +76,7 @@ def _decoded(path: Path) -> Image.Image | str:
 
 def _files(given: Path) -> list[Path]:
     if given.is_dir():
-        return sorted(path for path in given.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+        return sorted(path for path in given.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     return [given]
 
 
@@ -92,16 +86,3 @@ def _load(folders: Sequence[Path]) -> tuple[list[Ready], weights.Classes]:
         if member.classes.ids != loaded[0].classes.ids:
             raise Refused("knows other classes than the first member.", folder, "Run the plan again.")
     return loaded, loaded[0].classes
-
-
-def _weights(model: str, storage: Path | None, tracking_uri: str | None) -> list[Path]:
-    if model.endswith(".toml"):
-        plan = load(Path(model))
-        return members.chosen_weights(plan, resolve(plan, storage, tracking_uri, None))
-    if model.startswith("models:/"):
-        from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
-
-        folder = (storage or Path(os.environ.get("ALIPROD_STORAGE", "runs"))).absolute()
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
-        return [fetch(model, uri, folder / "models")]
-    return [Path(model)]
