@@ -199,12 +199,13 @@ class Stage(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
         if self.crop > self.resize:
-            raise ValueError(f"crop = {self.crop} is larger than resize = {self.resize}")
+            raise ValueError(f"crop = {self.crop} is larger than resize = {self.resize}: raise resize, or lower crop")
         shapes = [a for a in self.augmentation if a in ("random_resized_crop", "random_crop", "resize")]
         if len(shapes) != 1:
-            raise ValueError("augmentation needs exactly one of random_resized_crop, random_crop, resize")
+            said = ", ".join(shapes) or "none"
+            raise ValueError(f"augmentation needs exactly one of random_resized_crop, random_crop, resize, not {said}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("scale is (smallest, largest) share of the area, 0 < smallest <= largest <= 1")
+            raise ValueError(f"scale = {list(self.scale)}: shares of the area, 0 < smallest <= largest <= 1")
         if self.start is not None and "pretrained" in self.model_fields_set and self.pretrained:
             raise ValueError("a stage with start takes its parent's weights: leave pretrained out")
         _consistent_sources(self)

@@ -1,12 +1,13 @@
 """The commands that try things out: how fast this machine is, which learning rates are best."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from aliprod.cli.flags import Asked, answer, json_flag, path, say, sets_flag, storage_flag, takes, takes_plan
 from aliprod.errors import Refused
@@ -18,19 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured on a catalogue; None: not said, then the default."""
+    """What is measured on a catalogue."""
 
-    network: str | None
-    crop: int | None
-    batch_size: int | None
-    loader_processes: int | None
-
-    def said(self) -> dict[str, Any]:
-        """What was said of it."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-_DEFAULT = Work(network="resnet50", crop=224, batch_size=64, loader_processes=0)
+    network: str
+    crop: int
+    batch_size: int
+    loader_processes: int
 
 
 @click.command("benchmark")
@@ -38,10 +32,10 @@ _DEFAULT = Work(network="resnet50", crop=224, batch_size=64, loader_processes=0)
 @click.argument("file", metavar="PATH", type=path)
 @takes(
     Work,
-    click.option("--network", help="timm's name. [resnet50]"),
-    click.option("--crop", type=click.IntRange(8, 4096), help="Pixels. [224]"),
-    click.option("--batch-size", type=click.IntRange(1), help="Images a step. [64]"),
-    click.option("--loader-processes", type=click.IntRange(0), help="That read images. [0]"),
+    click.option("--network", default="resnet50", show_default=True, help="timm's name."),
+    click.option("--crop", default=224, show_default=True, type=click.IntRange(8, 4096), help="Pixels."),
+    click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images a step."),
+    click.option("--loader-processes", default=0, show_default=True, type=click.IntRange(0), help="That read images."),
 )
 @sets_flag
 @storage_flag
@@ -60,11 +54,13 @@ def benchmark_command(
              aliprod benchmark train jobs/quickstart.toml
     """
     if file.suffix == ".toml":
-        _refuse(work.said(), file, "is a plan, which says that itself", "Override it with --set.")
+        _refuse_flags(
+            [one.name for one in fields(Work)], file, "is a plan, which says that itself", "Say --set instead."
+        )
         _benchmark_plan(part, Asked(file, sets, storage), steps)
     else:
-        _refuse({"set": sets} if sets else {}, file, "is no plan (.toml)", "Give one, or leave it out.")
-        _benchmark_catalogue(part, file, asdict(_DEFAULT) | work.said(), steps)
+        _refuse_flags(["sets"], file, "is no plan (.toml)", "Give one, or leave it out.")
+        _benchmark_catalogue(part, file, work, steps)
 
 
 @click.command("tune")
@@ -103,7 +99,7 @@ def _benchmark_plan(part: "Part", asked: Asked, steps: int) -> None:
     answer({"plan": request.plan.name, "measured": measured}, "")
 
 
-def _benchmark_catalogue(part: "Part", file: Path, work: Mapping[str, Any], steps: int) -> None:
+def _benchmark_catalogue(part: "Part", file: Path, work: Work, steps: int) -> None:
     from aliprod.catalogue import sources
 
     read = sources.read(file)  # first: what is no catalogue is refused at once
@@ -111,18 +107,21 @@ def _benchmark_catalogue(part: "Part", file: Path, work: Mapping[str, Any], step
     from aliprod.recipe import Stage
     from aliprod.training.speed import measure
 
-    check_network(work["network"], "--network")
+    check_network(work.network, "--network")
     augmentation = ("random_resized_crop", "flip", "auto_augment", "cutout")
-    crop, batch_size = work["crop"], work["batch_size"]
-    stage = Stage(resize=max(crop, 256), crop=crop, batch_size=batch_size, augmentation=augmentation)
-    found = asdict(measure(part, stage, work["network"], read, steps, loader_processes=work["loader_processes"]))
+    resize = max(work.crop, 256)
+    stage = Stage(resize=resize, crop=work.crop, batch_size=work.batch_size, augmentation=augmentation)
+    found = asdict(measure(part, stage, work.network, read, steps, loader_processes=work.loader_processes))
     answer(found, f"{part}: {_sentence(found)}")
 
 
-def _refuse(given: Mapping[str, Any], file: Path, what: str, advice: str) -> None:
+def _refuse_flags(names: Sequence[str], file: Path, what: str, advice: str) -> None:
+    """Refuse flags that were given and do not go with what is measured."""
+    context = click.get_current_context()
+    given = [one for one in context.command.params if one.name in names]
+    given = [one for one in given if context.get_parameter_source(str(one.name)) is ParameterSource.COMMANDLINE]
     if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise Refused(f"{what}: {flags} does not go with it.", file, advice)
+        raise Refused(f"{what}: {', '.join(one.opts[0] for one in given)} does not go with it.", file, advice)
 
 
 def _sentence(found: Mapping[str, Any]) -> str:

@@ -102,9 +102,8 @@ def _weights(model: str, storage: Path | None, tracking_uri: str | None) -> list
     Raises:
         Refused: it names none.
     """
-    from aliprod.plan import places
-
     if model.startswith("models:/"):
+        from aliprod.plan import places
         from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
 
         folder = places.default_storage(storage)

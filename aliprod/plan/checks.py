@@ -112,7 +112,9 @@ def _clash(plan: Plan, tables: list[Settings]) -> str:
 def _uneven(plan: Plan, stage: Stage) -> str:
     workers = plan.cluster.workers
     uneven = stage.batch_size % workers
-    return f"batch_size = {stage.batch_size} cannot be dealt evenly to {workers} workers" if uneven else ""
+    return (
+        f"batch_size = {stage.batch_size} cannot be dealt evenly to {workers} workers, a multiple can" if uneven else ""
+    )
 
 
 def _untaught(stage: Stage) -> str:

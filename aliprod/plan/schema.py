@@ -143,8 +143,10 @@ class Plan(Frozen):
 
     @model_validator(mode="after")
     def _of_bounded_size(self) -> "Plan":
-        if sum(map(len, self.jobs.values())) > MOST_JOBS:
-            raise ValueError(f"a plan has at most {MOST_JOBS:,} jobs")
+        if (count := sum(map(len, self.jobs.values()))) > MOST_JOBS:
+            raise ValueError(
+                f"{count:,} jobs; a plan has at most {MOST_JOBS:,}: make several plans, they share results"
+            )
         return self
 
     @property
