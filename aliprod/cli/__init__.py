@@ -35,7 +35,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="aliprod", prog_name="aliprod")
 def app() -> None:
-    """Train an ensemble of image recognisers from one plan, on the Ray cluster you have.
+    """Train an ensemble of image classifiers from one plan, on the Ray cluster you have.
 
     \b
     aliprod plan jobs/quickstart.toml     what would run

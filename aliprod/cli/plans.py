@@ -50,7 +50,7 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
 @click.command("run")
 @takes_plan
 def run_command(asked: Asked) -> None:
-    """Run what is not finished, then gather the ensemble. Run it again to go on after anything.
+    """Run what is not finished, then add up the ensemble. Run it again to go on after anything.
 
     \b
     Example: aliprod run jobs/quickstart.toml --set catalogue.path=photos --storage /shared/aliprod

@@ -78,7 +78,7 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
 @tracking_flag
 @json_flag
 def predict_command(model: str, inputs: tuple[Path, ...], storage: Path | None, tracking_uri: str | None) -> None:
-    """Recognise products in files or folders of images. With --json, one object a line.
+    """Classify products in files or folders of images. With --json, one object a line.
 
     MODEL is a weights folder, an address in MLflow (models:/NAME@ALIAS), or a plan, whose ensemble is then asked.
 

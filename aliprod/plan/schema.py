@@ -76,7 +76,7 @@ class Ensemble(Frozen):
         description="jobs, each BACKBONE/STAGE",
     )
     score: Literal["auto", "val"] = Field(
-        "auto", description="the images whose errors are told: test where its labels are known, else val"
+        "auto", description="the images whose errors are reported: test where its labels are known, else val"
     )
     views: Literal["ten_crop", "center"] = Field(
         "ten_crop", description="of each test image: ten crops, or the centre alone"
