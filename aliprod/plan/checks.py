@@ -66,9 +66,8 @@ def edges(plan: Plan) -> Iterator[Problem]:
         TopologicalSorter(parents).prepare()
     except CycleError as error:
         circle = error.args[1]
-        backbone, _, name = circle[1].partition("/")
-        edge = next(edge for edge, targets in plan.edges(backbone, name).items() if circle[0] in targets)
-        key = _origin(plan, backbone, name, *edge)
+        edges_of = plan.edges(*circle[1].split("/", 1))
+        key = _origin(plan, circle[1], *next(edge for edge, targets in edges_of.items() if circle[0] in targets))
         alone = len({job.partition("/")[0] for job in circle}) == 1
         shown_circle = " > ".join(job.partition("/")[2] if alone else job for job in circle)
         which = "stages" if alone else "jobs"
@@ -111,10 +110,9 @@ def _clash(plan: Plan, tables: list[Settings]) -> str:
 
 def _uneven(plan: Plan, stage: Stage) -> str:
     workers = plan.cluster.workers
-    uneven = stage.batch_size % workers
-    return (
-        f"batch_size = {stage.batch_size} cannot be dealt evenly to {workers} workers, a multiple can" if uneven else ""
-    )
+    if stage.batch_size % workers == 0:
+        return ""
+    return f"batch_size = {stage.batch_size} cannot be dealt evenly to {workers} workers; a multiple of {workers} can"
 
 
 def _untaught(stage: Stage) -> str:
@@ -147,7 +145,7 @@ def _meant(plan: Plan) -> dict[str, None]:
 
 def _missing(plan: Plan, job: str, edge: Edge, target: str, jobs: Iterable[str]) -> Problem:
     backbone, _, name = job.partition("/")
-    key = _origin(plan, backbone, name, *edge)
+    key = _origin(plan, job, *edge)
     if edge[0] not in ("start", "soup"):
         sentence = f"{dotted(key)}: {shown(target)} is not a job of this plan."
         return unknown(key, sentence, target, jobs, "Jobs", quoted=target)
@@ -163,26 +161,25 @@ def _missing(plan: Plan, job: str, edge: Edge, target: str, jobs: Iterable[str])
 
 def _misshapen(plan: Plan, job: str, edge: Edge, targets: Iterable[str]) -> Iterator[Problem]:
     """Weights that do not fit: of a network with more branches (BBN) than the job's."""
-    backbone, _, name = job.partition("/")
     own = _branches(plan, job)
     known = [to for to in targets if to.partition("/")[2] in plan.stages]
     for target in known if edge[0] in ("start", "soup") else ():
         theirs = _branches(plan, target)
         if theirs not in ({own} if edge[0] == "soup" else {1, own}):
-            key = _origin(plan, backbone, name, *edge)
+            key = _origin(plan, job, *edge)
             sentence = f"{dotted(key)}: the network of {shown(target)} has {theirs} branches, not {own}."
             yield Problem(key, sentence, "Start from another job, or give both the same objective.", quoted=None)
 
 
 def _branches(plan: Plan, job: str) -> int:
-    backbone, _, name = job.partition("/")
-    objective = merged(plan.defaults, *plan.layers(backbone, name)).get("objective")
+    objective = merged(plan.defaults, *plan.layers(*job.split("/", 1))).get("objective")
     called = objective.get("name") if isinstance(objective, dict) else objective
     return needs(called).branches if isinstance(called, str) else 1
 
 
-def _origin(plan: Plan, backbone: str, name: str, setting: str, *below: str) -> Key:
+def _origin(plan: Plan, job: str, setting: str, *below: str) -> Key:
     """Key of a setting in the table that has the last word on it."""
+    backbone, _, name = job.partition("/")
     keys: list[Key] = [("stages", name), ("overrides", backbone), ("overrides", f"{backbone}/{name}")]
     said = [key for key, table in zip(keys, plan.layers(backbone, name), strict=True) if setting in table]
     return (*(said[-1] if said else ("defaults",)), setting, *below)

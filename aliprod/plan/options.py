@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, create_model
 
+from aliprod.errors import Refused
 from aliprod.recipe import Frozen, Needs
 
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
@@ -75,6 +76,8 @@ def needs(name: str, given: Mapping[str, Any] | None = None) -> Needs:
 
     Args:
         given: options; None: what it needs whatever its options.
+    Raises:
+        Refused: it is said in another way.
     """
     body = _class(name) or []
     init = _init(body) if given is not None else None
@@ -84,16 +87,20 @@ def needs(name: str, given: Mapping[str, Any] | None = None) -> Needs:
                 targets=[ast.Name(id="needs") | ast.Attribute(attr="needs")], value=ast.Call(keywords=said)
             ):
                 known = complete(name, given or {}) if init else {}
-                values = {word.arg: _evaluated(word.value, known) for word in said}
+                values = {word.arg: _evaluated(name, word.value, known) for word in said}
                 return Needs(**{field.name: values[field.name] for field in fields(Needs) if field.name in values})
     return Needs()
 
 
-def _evaluated(node: ast.expr, known: dict[str, Any]) -> Any:
+def _evaluated(name: str, node: ast.expr, known: dict[str, Any]) -> Any:
     """The value of arithmetic; neither calls nor attributes, so that nothing of a module is run."""
-    if not all(isinstance(part, _ARITHMETIC | _SIGNS) for part in ast.walk(node)):
-        raise ValueError(f"{ast.unparse(node)}: needs are arithmetic of options and literals")
-    return eval(compile(ast.Expression(node), "needs", "eval"), {"__builtins__": {}}, known)  # noqa: S307
+    try:
+        if all(isinstance(part, _ARITHMETIC | _SIGNS) for part in ast.walk(node)):
+            return eval(compile(ast.Expression(node), name, "eval"), {"__builtins__": {}}, known)  # noqa: S307
+    except (NameError, TypeError, ValueError, ArithmeticError):
+        pass
+    advice = "Its needs are literals in the class body, or arithmetic of options and literals in __init__."
+    raise Refused(f"what objective {name} needs cannot be read: {ast.unparse(node)}.", advice=advice)
 
 
 @cache

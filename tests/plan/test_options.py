@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from aliprod.plan.options import complete, names, options
+from aliprod.errors import Refused
+from aliprod.plan.options import complete, names, needs, options
+from aliprod.recipe import Needs
 
 MARGIN = """
 import torch_that_is_not_there
@@ -21,6 +23,15 @@ class Objective:
 """
 
 
+GROUPS = """
+class Objective:
+    needs = Needs(tree=True)
+
+    def __init__(self, context, *, others: int = 3, paired: bool = False) -> None:
+        self.needs = Needs(tree=True, group=2 * others if paired else others + 1)
+"""
+
+
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A user's package whose import would raise."""
@@ -28,6 +39,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "margin.py").write_text(MARGIN)
+    (package / "groups.py").write_text(GROUPS)
     (package / "torn.py").write_text("class Objective(")
     monkeypatch.syspath_prepend(tmp_path)
     options.cache_clear()
@@ -77,6 +89,23 @@ def test_completed_options_hold_the_defaults_and_floats_where_floats_are_meant(m
     assert done == {"blend": 2, "law": "paper", "soft": True, "table": [1.0], "scale": 2.0, "margin": 1.0}
     assert type(done["margin"]) is float
     assert type(done["blend"]) is int
+
+
+@pytest.mark.parametrize(
+    ("given", "group"), [(None, 1), ({}, 4), ({"others": 1}, 2), ({"others": 2, "paired": True}, 4)]
+)
+def test_needs_are_arithmetic_of_options(module: str, given: dict[str, object] | None, group: int) -> None:
+    assert needs("package_of_mine.groups", given) == Needs(tree=True, group=group)
+
+
+@pytest.mark.parametrize("said", ["len(others)", "others.real", "GROUP", "others // 0", "'1' + others"])
+def test_needs_that_are_no_arithmetic_are_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    (tmp_path / "margin.py").write_text(GROUPS.replace("2 * others if paired else others + 1", said))
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    with pytest.raises(Refused, match="needs cannot be read: "):
+        needs(f"{tmp_path.name}.margin", {})
 
 
 @pytest.mark.parametrize(
