@@ -7,8 +7,9 @@ from itertools import islice
 
 from pydantic import ValidationError
 
+from aliprod.errors import nearest
 from aliprod.plan.options import needs
-from aliprod.plan.problems import Problem, nearest, unknown
+from aliprod.plan.problems import MOST_NAMES, Problem, unknown
 from aliprod.plan.schema import Edge, Plan, Settings, effective, merged
 from aliprod.plan.source import Key, dotted, shown
 from aliprod.recipe import Stage
@@ -138,7 +139,10 @@ def _meant(plan: Plan) -> dict[str, None]:
     said: list[tuple[str, Mapping[str, object]]] = [(name, plan.backbones) for name in plan.jobs]
     said += [(name, plan.stages) for stages in plan.jobs.values() for name in stages]
     wrong = {name: known for name, known in said if name not in known}
-    mended = {name: nearest(name, known) for name, known in islice(wrong.items(), _MOST_MENDED)}
+    mended = {
+        name: nearest(name[:128], islice(known, MOST_NAMES)) or name
+        for name, known in islice(wrong.items(), _MOST_MENDED)
+    }
     jobs = ((mended.get(one, one), mended.get(name, name)) for one, names in plan.jobs.items() for name in names)
     return {f"{one}/{name}": None for one, name in jobs if one in plan.backbones and name in plan.stages}
 

@@ -56,7 +56,8 @@ def _refusal(source: Source, problems: list[Problem]) -> Refused:
 
 def _problems(source: Source) -> Iterator[Problem]:
     for key, complaint in odd_values(source.data):
-        yield Problem(key, f"{dotted(key)} is {complaint}.")
+        if key[0] in Plan.model_fields:  # else it is worse than odd
+            yield Problem(key, f"{dotted(key)} is {complaint}.")
     plan, structural = _structure(source.data)
     yield from structural
     wrong: set[Key] = set()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -12,7 +11,7 @@ from aliprod.errors import did_you_mean, listing
 from aliprod.plan.options import Options
 from aliprod.plan.source import Key, dotted, shown
 
-_MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
+MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
 _MOST_ERRORS = 200
 _EXPECTED = {  # pydantic's kinds of errors
     "int_type": "a whole number",
@@ -49,14 +48,9 @@ def unknown(
     key: Key, sentence: str, name: str, names: Iterable[str], listed: str, quoted: str | None = None
 ) -> Problem:
     """A name that is none of ``names``; the advice has the nearest and, after ``listed``, all."""
-    known = list(names)[:_MOST_NAMES]
+    known = list(names)[:MOST_NAMES]
     known_as = f"{listed}: {listing(known)}." if known else f"{listed}: none."
     return Problem(key, sentence, f"{did_you_mean(name[:128], known)} {known_as}".strip(), quoted)
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The one of ``names`` that is meant: the nearest, or the name itself where none is near."""
-    return next(iter(get_close_matches(name[:128], list(names)[:_MOST_NAMES], n=1, cutoff=0.5)), name)
 
 
 def shape(model: type[BaseModel], data: Any, error: ValidationError, at: Key = ()) -> Iterator[Problem]:

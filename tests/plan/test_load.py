@@ -358,6 +358,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=400, deadline=2_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(data={**DATA, "stages": {**DATA["stages"], "full": {"objective": {"name": "antigravity.x"}}}})
 @example(data={**DATA, "jobs": {"/": ["full"]}})
+@example(data={**DATA, "": 2**63})
 @given(mutated())
 def test_a_mutated_plan_is_a_plan_or_refused_by_file_and_key(tmp_path: Path, data: dict[str, Any]) -> None:
     file = tmp_path / "plan.toml"
