@@ -26,7 +26,7 @@ from torch import Tensor
 from aliprod.catalogue.catalogue import Integers
 from aliprod.errors import Refused
 from aliprod.store import commit
-from aliprod.store.resumable import SHARD_STEP, Rows, Unfinished
+from aliprod.store.resumable import SHARD_STEP, ResumableRows, Rows
 
 LARGEST = 64
 SHARD = 32 * SHARD_STEP  # rows that are kept together on the way: 3 MB
@@ -111,7 +111,7 @@ def write(
         StorageFull: no room; finished shards are kept.
     """
     kept = min(LARGEST, len(class_ids))
-    unfinished = Unfinished.of(folder, ids, class_ids, record, rows_per_shard)
+    resumable = ResumableRows(folder, ids, class_ids, record, rows_per_shard)
 
     def largest(missing: Rows) -> Iterator[dict[str, NDArray[Any]]]:
         for block in blocks(missing):
@@ -120,9 +120,9 @@ def write(
 
     def fill(staging: Path) -> None:
         for name in ("classes", "probabilities"):
-            shards = [np.load(file, mmap_mode="r") for file, _ in unfinished.files(name)]
+            shards = [np.load(file, mmap_mode="r") for file, _ in resumable.files(name)]
             np.save(staging / f"{name}.npy", np.concatenate(shards))
         np.save(staging / "class_ids.npy", class_ids)
         pq.write_table(pa.table({"image_id": ids}), staging / "rows.parquet")
 
-    unfinished.finish(folder, largest, fill, record)
+    resumable.finish(largest, fill)
