@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from aliprod.data.selection import Integers
+from aliprod.catalogue.catalogue import Integers
 
 Words = NDArray[np.uint64]
 Rule = Literal["drop", "majority", "teacher"]

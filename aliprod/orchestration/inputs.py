@@ -15,8 +15,8 @@ from torch import Tensor
 
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Integers
-from aliprod.data import hashes, pseudo, soft_labels
-from aliprod.data.training_set import base_rows
+from aliprod.data import hashes, soft_labels
+from aliprod.data.training_set import base_rows, write_pseudo_labels
 from aliprod.ensemble.pseudo_labelling import confident
 from aliprod.inference import probabilities
 from aliprod.inference.predict import predicted, ready
@@ -129,7 +129,7 @@ def _write_soft_labels(
 def _write_pseudo_labels(stores: list[Path], recipe: PseudoLabels, out: Path, record: dict[str, Any]) -> None:
     opened = [probabilities.open_store(store) for store in stores]
     labels = confident(opened, recipe.threshold, recipe.per_class)
-    pseudo.write(out, labels.ids, labels.class_ids, labels.probabilities, record)
+    write_pseudo_labels(out, labels.ids, labels.class_ids, labels.probabilities, record)
 
 
 def _write_hashes(catalogue_path: Path, out: Path, processes: int) -> None:

@@ -11,15 +11,16 @@ import torch
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
-from aliprod.data import pseudo, soft_labels
+from aliprod.data import soft_labels
 from aliprod.data.augment import square
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.selection import balanced
-from aliprod.data.training_set import base_rows, training_set
+from aliprod.data.training_set import base_rows, read_pseudo_labels, training_set, write_pseudo_labels
 from aliprod.errors import Refused
 from aliprod.ingest.prepare import prepare
 from aliprod.ingest.stored import Settings
 from aliprod.recipe import PerClass, PseudoLabels, Stage
+from aliprod.store import commit
 
 FEED = Feed(torch.device("cpu"), (0.5,) * 3, (0.25,) * 3, "bicubic")
 PSEUDO = Stage(resize=40, crop=32, batch_size=7, pseudo_labels=PseudoLabels(by=("net/full",), weight=0.25))
@@ -28,7 +29,7 @@ ADDED, CLASSES = [31, 4, 9], [2, 0, 2]  # test rows, and what they are taken for
 
 @pytest.fixture
 def labels(packages: Catalogue, tmp_path: Path) -> Path:
-    pseudo.write(
+    write_pseudo_labels(
         tmp_path / "labels", packages.test.ids.take(pa.array(ADDED)), packages.classes[CLASSES], np.full(3, 0.9), {}
     )
     return tmp_path / "labels"
@@ -114,3 +115,41 @@ def test_teachers_are_asked_about_the_images_of_the_stage(packages: Catalogue, t
     soft_labels.write(tmp_path / "part", part, packages.classes, lambda rows: [table[1:]], {})
     with pytest.raises(Refused, match="are soft labels of other images"):
         training_set(packages, Stage(), teachers=(tmp_path / "part",))
+
+
+def labelled(folder: Path, ids: list[str], class_ids: list[int]) -> Path:
+    count = len(ids)
+    write_pseudo_labels(
+        folder, pa.array(ids, pa.string()), np.array(class_ids, np.int64), np.full(count, 0.95), {"by": ["a"]}
+    )
+    return folder
+
+
+def test_labels_come_back_as_rows_in_the_order_in_which_they_were_written(packages: Catalogue, tmp_path: Path) -> None:
+    ids = packages.test.ids.to_pylist()
+    chosen = [ids[30], ids[2], ids[17]]
+    rows, labels = read_pseudo_labels(labelled(tmp_path / "a", chosen, packages.classes[[3, 0, 3]].tolist()), packages)
+    assert rows.tolist() == [30, 2, 17]
+    assert labels.tolist() == [3, 0, 3]
+    assert commit.read(tmp_path / "a") == {"by": ["a"]}
+
+
+def test_that_nobody_was_sure_of_any_image_is_no_fault(packages: Catalogue, tmp_path: Path) -> None:
+    rows, labels = read_pseudo_labels(labelled(tmp_path / "a", [], []), packages)
+    assert (len(rows), len(labels)) == (0, 0)
+
+
+@pytest.mark.parametrize(("image", "class_id"), [("gone.jpg", None), (None, 10**6), (None, -1)])
+def test_labels_of_other_images_or_classes_are_refused(
+    packages: Catalogue, tmp_path: Path, image: str | None, class_id: int | None
+) -> None:
+    ids = [packages.test.ids[0].as_py(), image or packages.test.ids[1].as_py()]
+    first = int(packages.classes[0])
+    folder = labelled(tmp_path / "a", ids, [first, first if class_id is None else class_id])
+    with pytest.raises(Refused, match="a: are pseudo labels of another catalogue"):
+        read_pseudo_labels(folder, packages)
+
+
+def test_a_folder_without_pseudo_labels_is_refused(packages: Catalogue, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="none: holds no pseudo labels"):
+        read_pseudo_labels(tmp_path / "none", packages)

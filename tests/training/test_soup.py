@@ -14,9 +14,9 @@ from torch import Tensor
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
-from aliprod.data import hashes, pseudo
+from aliprod.data import hashes
 from aliprod.data.augment import normalise, square
-from aliprod.data.training_set import training_set
+from aliprod.data.training_set import training_set, write_pseudo_labels
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.recipe import LearningRate, PseudoLabels, Soup, Stage
@@ -108,7 +108,7 @@ def test_norm_statistics_are_of_the_images_that_the_stage_adds_and_of_none_that_
     shutil.copyfile(catalogue.train.path(3), catalogue.train.path(20))  # of another class
     hashes.write(tmp_path / "hashes", catalogue.train, 0)
     surest = catalogue.test.ids.take([5, 17, 30])
-    pseudo.write(tmp_path / "pseudo", surest, catalogue.classes[[0, 1, 3]], np.array([0.9, 0.9, 0.9]), {})
+    write_pseudo_labels(tmp_path / "pseudo", surest, catalogue.classes[[0, 1, 3]], np.array([0.9, 0.9, 0.9]), {})
     stage = STAGE.model_copy(
         update={
             "resize": 32,
