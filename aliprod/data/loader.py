@@ -118,7 +118,8 @@ class TrainBatches:
         self._steps.batches = self._steps_of(epoch, skip)
         for offset, (pixels, labels, centres, rows) in enumerate(self._loader):
             batch = self._batch(pixels, labels, centres, rows, epoch, first_step + skip + offset)
-            yield _halved(batch) if self.second else batch
+            half = len(rows) // 2
+            yield replace(batch[:half], second=batch[half:]) if self.second else batch
 
     def _batch(self, pixels: Tensor, labels: Tensor, centres: Tensor, rows: Tensor, epoch: int, step: int) -> Batch:
         sent = partial(Tensor.to, device=self.feed.device, non_blocking=True)
@@ -177,12 +178,6 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
     loader = data_loader(read, batches, feed.processes, feed.device)
     for chunk, pixels in zip(batches, loader, strict=True):
         yield np.asarray(chunk, dtype=np.int64), pixels.to(feed.device, non_blocking=True)
-
-
-def _halved(batch: Batch) -> Batch:
-    """The first half of a batch, with the other as its second."""
-    half = len(batch.rows) // 2
-    return replace(batch[:half], second=batch[half:])
 
 
 def _repeats(rows: np.ndarray) -> np.ndarray:

@@ -9,8 +9,6 @@ At 250,000 images and 50,030 classes this is 25 GB, and hours of work: it is rea
 shard by shard (`aliprod.store.resumable`).
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,11 +106,7 @@ def write(
     record: Mapping[str, Any] | None = None,
     rows_per_shard: int | None = None,
 ) -> dict[str, Any]:
-    """Write probabilities as they come, checked, and commit them.
-
-    Of a writer of the same that was killed, the finished shards whose checksums hold are kept. Several writers at once
-    share them; the first to commit wins, and the others stop at their next shard. What was left of other weights,
-    images or classes of the same split and views is removed. Where ``folder`` is committed already, it stays.
+    """Write probabilities as they come, checked, and commit them; resumed as `ResumableRows.finish` says.
 
     Args:
         ids: (N,) image ids, each once, in row order.
@@ -126,7 +120,7 @@ def write(
         The record that now stands in the folder.
     Raises:
         Failed: a row holds NaN or does not sum to one; nothing is left behind.
-        StorageFull: no room; finished shards are kept.
+        StorageFull: as `ResumableRows.finish`.
         ValueError: ids, classes and blocks do not fit each other.
     """
     record = dict(record or {})
@@ -140,7 +134,8 @@ def write(
     def checked(missing: Rows) -> Iterator[dict[str, Half]]:
         done = 0
         for block in blocks(missing):
-            rows = _half(block)
+            on_device = block if isinstance(block, Tensor) else from_dlpack(block)
+            rows = on_device.detach().half().cpu().contiguous()
             places = missing[done : done + len(rows)]
             if rows.shape != (len(places), len(numbers)):
                 wanted = f"{len(places)} rows and {len(numbers)} classes"
@@ -154,7 +149,7 @@ def write(
         metadata = {"rows_per_shard": str(resumable.per_shard)}
         pq.write_table(table.replace_schema_metadata(metadata), staging / "rows.parquet")
         pq.write_table(pa.table({"class_id": numbers}), staging / "classes.parquet")
-        return _link(resumable.files(STEM), staging)
+        return resumable.link(STEM, staging)
 
     return resumable.finish(checked, fill)
 
@@ -182,11 +177,11 @@ def open_store(folder: Path) -> Probabilities:
             record,
             int(rows.schema.metadata[b"rows_per_shard"]),
         )
-        for low in range(0, len(store), store.rows_per_shard):
+        for number, low in enumerate(range(0, len(store), store.rows_per_shard)):
             expected = (min(store.rows_per_shard, len(store) - low), len(store.classes))
-            shard = np.load(shard_file(folder / STEM, low // store.rows_per_shard), mmap_mode="r")
+            shard = np.load(shard_file(folder / STEM, number), mmap_mode="r")
             if shard.shape != expected or shard.dtype != np.float16:
-                raise ValueError(f"shard {low // store.rows_per_shard} is {shard.shape} {shard.dtype}, not {expected}")
+                raise ValueError(f"shard {number} is {shard.shape} {shard.dtype}, not {expected}")
     except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors and KeyErrors
         raise Failed(
             f"the probabilities are damaged: {error}.",
@@ -228,23 +223,6 @@ def check(rows: Tensor, ids: pa.StringArray, numbers: Sequence[int], member: str
 def _rows_per_shard(num_classes: int) -> int:
     rows = min(8192, SHARD_BYTES // (2 * max(1, num_classes)))
     return max(SHARD_STEP, rows - rows % SHARD_STEP)
-
-
-def _link(files: Iterable[tuple[Path, str]], target: Path) -> dict[str, str]:
-    """Give the files a second name in ``target``, or copy them where there are no links. Returns their sha256."""
-    digests = {}
-    for file, digest in files:
-        try:
-            os.link(file, target / file.name)
-        except OSError:
-            shutil.copyfile(file, target / file.name)
-        digests[file.name] = digest
-    return digests
-
-
-def _half(block: Block) -> Tensor:
-    rows = block if isinstance(block, Tensor) else from_dlpack(block)
-    return rows.detach().half().cpu().contiguous()
 
 
 def _fault(row: Tensor, total: float) -> str:

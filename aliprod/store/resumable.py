@@ -84,11 +84,22 @@ class ResumableRows:
         shutil.rmtree(self._room, ignore_errors=True)
         return written
 
-    def files(self, name: str) -> Iterator[tuple[Path, str]]:
-        """Of each shard the file of an array, and its sha256."""
-        for shard, path in enumerate(self._shards):
-            file = shard_file(path / name, shard)
-            yield file, commit.file_digest(path, file.name)
+    def files(self, name: str) -> list[Path]:
+        """The file of an array in each shard."""
+        return [shard_file(path / name, shard) for shard, path in enumerate(self._shards)]
+
+    def link(self, name: str, target: Path) -> dict[str, str]:
+        """Give the files of an array a second name in ``target``, or copy them where there are no links.
+
+        Returns:
+            The sha256 of each by its name.
+        """
+        for file in self.files(name):
+            try:
+                os.link(file, target / file.name)
+            except OSError:
+                shutil.copyfile(file, target / file.name)
+        return {file.name: commit.file_digest(file.parent, file.name) for file in self.files(name)}
 
     @cached_property
     def _room(self) -> Path:
