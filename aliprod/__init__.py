@@ -1,3 +1,3 @@
-"""aliprod: a build system for ensembles of image recognisers on a Ray cluster."""
+"""aliprod: a build system for ensembles of image classifiers on a Ray cluster."""
 
 __version__ = "0.1.0"

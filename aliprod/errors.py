@@ -52,10 +52,15 @@ class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the weights are as they were before it."""
 
 
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The one of ``names`` that is nearest to a misspelt one, or '' where none is near."""
+    return next(iter(get_close_matches(name, list(names), n=1, cutoff=0.5)), "")
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """'Did you mean X?' with the nearest of ``names``, or '' where none is near."""
-    near = get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"Did you mean {near[0]}?" if near else ""
+    near = nearest(name, names)
+    return f"Did you mean {near}?" if near else ""
 
 
 def listing(names: Iterable[str], most: int = 12) -> str:

@@ -5,6 +5,8 @@ choices of its field, stated beside each.
 """
 
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -22,7 +24,11 @@ ADDED = (  # since version 1: part of a key only where they say other than their
     "resizing",
 )
 
+STATISTICS_BATCHES = 200  # that norm statistics are taken anew from, where an objective distorts images
+NO_COST = ("start", "pretrained", "images", "duplicates", "pseudo_labels", "sampler", "epochs", "seed")  # of a step
 Augmentation = Literal["random_resized_crop", "random_crop", "resize", "rotation", "flip", "auto_augment", "cutout"]
+Views = Literal["ten_crop", "center"]  # of test-time augmentation
+Part = Literal["loader", "step", "train"]  # of a training, that is measured
 
 
 def _named(value: Any) -> Any:
@@ -46,25 +52,25 @@ class LearningRate(Frozen):
     half a cosine down to zero at the last step.
     """
 
-    backbone: float = Field(default=0.01, gt=0, le=100, description="of the backbone's weights")
-    heads: float = Field(default=0.1, gt=0, le=100, description="of the classifier and the objective's own layers")
+    backbone: float = Field(0.01, gt=0, le=100, description="of the backbone's weights")
+    heads: float = Field(0.1, gt=0, le=100, description="of the classifier and the objective's own layers")
     schedule: Literal["steps", "cosine"] = Field(
-        default="steps", description="after the warm-up: drops at milestones, or half a cosine down to zero"
+        "steps", description="after the warm-up: drops at milestones, or half a cosine down to zero"
     )
-    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up; may be a fraction")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up; may be a fraction")
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(), strict=False, description="epochs (from 0) at whose start lr is multiplied by gamma; steps only"
+        (), strict=False, description="epochs (from 0) at whose start lr is multiplied by gamma; steps only"
     )
-    gamma: float = Field(default=0.1, gt=0, le=1, description="factor at each milestone")
+    gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
 
 
 class OptimizerRecipe(Frozen):
     """SGD without Nesterov; weight decay on weights only, not on norm parameters and biases."""
 
-    name: Literal["sgd"] = Field(default="sgd", description="SGD without Nesterov")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(default=1e-4, ge=0, description="on weights; none on norm parameters and biases")
-    clip_norm: float | None = Field(default=5.0, gt=0, description="largest norm of the gradient")
+    name: Literal["sgd"] = Field("sgd", description="SGD without Nesterov")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(1e-4, ge=0, description="on weights; none on norm parameters and biases")
+    clip_norm: float | None = Field(5.0, gt=0, description="largest norm of the gradient")
 
 
 class ObjectiveRecipe(BaseModel):
@@ -78,15 +84,38 @@ class ObjectiveRecipe(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What the loader, the network and the scoring of an epoch must give an objective (`aliprod.objectives`).
+
+    Args:
+        group: images of one class that stand together in a batch.
+        second: a second batch beside the first, from the reversed sampler (the rare classes often): ``Batch.second``.
+        teacher: the teachers' probabilities of each image: ``Batch.teacher``. The plan names the teachers.
+        tree: the product tree, which then is part of the job's key.
+        branches: copies of the backbone's last block, side by side, whose features the classifier sees in a row.
+        unit_weights: the classifier's rows are scaled to unit length, at inference too.
+        distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
+    """
+
+    group: int = 1
+    second: bool = False
+    teacher: bool = False
+    tree: bool = False
+    branches: int = 1
+    unit_weights: bool = False
+    distorts: bool = False
+
+
 class PseudoLabels(Frozen):
     """Test images that a stage also trains on, as what other jobs together take them for (methods.md, 6.1)."""
 
     by: tuple[str, ...] = Field(
         strict=False, min_length=1, description="jobs, each BACKBONE/STAGE, whose ten-crop probabilities are averaged"
     )
-    threshold: float = Field(default=0.9, gt=0, le=1, description="least probability of the predicted class")
-    per_class: int = Field(default=30, ge=1, description="at most this many images of a class, the surest")
-    weight: float = Field(default=0.5, gt=0, le=1, description="of such an image in the loss; a labelled one has 1")
+    threshold: float = Field(0.9, gt=0, le=1, description="least probability of the predicted class")
+    per_class: int = Field(30, ge=1, description="at most this many images of a class, the surest")
+    weight: float = Field(0.5, gt=0, le=1, description="of such an image in the loss; a labelled one has 1")
 
 
 class Soup(Frozen):
@@ -94,94 +123,94 @@ class Soup(Frozen):
 
     of: tuple[str, ...] = Field(strict=False, min_length=2, description="stages of the same backbone")
     greedy: bool = Field(
-        default=False, description="add them from the best on, and keep one only if the error on val does not rise"
+        False, description="add them from the best on, and keep one only if the error on val does not rise"
     )
 
 
 class Stage(Frozen):
     """A training recipe: which images, how they are shown, what is minimised, how, for how long."""
 
-    start: str | None = Field(default=None, description="the stage of the same backbone whose weights it starts from")
+    start: str | None = Field(None, description="the stage of the same backbone whose weights it starts from")
     pretrained: bool | str = Field(
-        default=False,
+        False,
         description="where there is no start: ImageNet weights (true), none (false), a safetensors file, or a folder "
         "that holds NETWORK.safetensors",
     )
     images: Annotated[Literal["all"] | PerClass, Field(union_mode="left_to_right")] = Field(
-        default="all", description="every training image, or the balanced view { per_class = 30 }"
+        "all", description="every training image, or the balanced view { per_class = 30 }"
     )
     duplicates: Literal["keep", "drop", "majority", "teacher"] = Field(
-        default="keep",
+        "keep",
         description="the same picture under several labels: keep it as it is; drop all of them; keep the majority's; "
         "keep the label that the stage it starts from ranks highest. Under one label, one of them stays",
     )
     pseudo_labels: PseudoLabels | None = Field(
-        default=None, description='test images that are added: { by = ["resnet50/dcl"], threshold = 0.9 }'
+        None, description='test images that are added: { by = ["resnet50/dcl"], threshold = 0.9 }'
     )
     sampler: Literal["shuffled", "class_balanced"] = Field(
-        default="shuffled", description="each image once an epoch, or every class equally often, with replacement"
+        "shuffled", description="each image once an epoch, or every class equally often, with replacement"
     )
     trains: Literal["all", "classifier"] = Field(
-        default="all", description="all weights, or the classifier alone, drawn anew (cRT)"
+        "all", description="all weights, or the classifier alone, drawn anew (cRT)"
     )
     teachers: tuple[str, ...] = Field(
-        default=(),
+        (),
         strict=False,
         description="jobs, each BACKBONE/STAGE, whose mean probabilities objective = distillation learns from",
     )
-    soup: Soup | None = Field(default=None, description='no training: a mean of weights, { of = ["balanced", "dcl"] }')
-    resize: int = Field(default=256, ge=8, le=4096, description="pixels: side of the square that is cropped from")
-    crop: int = Field(default=224, ge=8, le=4096, description="pixels: side of what the network sees")
+    soup: Soup | None = Field(None, description='no training: a mean of weights, { of = ["balanced", "dcl"] }')
+    resize: int = Field(256, ge=8, le=4096, description="pixels: side of the square that is cropped from")
+    crop: int = Field(224, ge=8, le=4096, description="pixels: side of what the network sees")
     augmentation: tuple[Augmentation, ...] = Field(
-        default=("random_resized_crop", "flip"),
+        ("random_resized_crop", "flip"),
         strict=False,
         description="exactly one of random_resized_crop, random_crop, resize; beside it any of the others",
     )
     resizing: Literal["pillow", "torch"] = Field(
-        default="pillow",
+        "pillow",
         description="torch resizes in a quarter of the time, two grey levels apart at most; pillow leaves it the views "
         "in which AutoAugment makes no more of a level (posterize, solarize and equalize do, of single pixels)",
     )
     scale: tuple[float, float] = Field(
-        default=(0.08, 1.0), strict=False, description="least and largest share of the area, random_resized_crop only"
+        (0.08, 1.0), strict=False, description="least and largest share of the area, random_resized_crop only"
     )
     objective: Annotated[ObjectiveRecipe, BeforeValidator(_named)] = Field(
-        default=ObjectiveRecipe(name="cross_entropy"),
+        ObjectiveRecipe(name="cross_entropy"),
         description='what is minimised: a name, or { name = "dcl", parts = 7 } with options',
     )
-    optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="how the weights move")
-    lr: LearningRate = Field(default=LearningRate(), description="learning rates and their schedule")
-    epochs: int = Field(default=1, ge=1, le=100_000, description="passes over the images of the stage")
-    batch_size: int = Field(default=256, ge=1, description="images a step, over all devices of a job")
+    optimizer: OptimizerRecipe = Field(OptimizerRecipe(), description="how the weights move")
+    lr: LearningRate = Field(LearningRate(), description="learning rates and their schedule")
+    epochs: int = Field(1, ge=1, le=100_000, description="passes over the images of the stage")
+    batch_size: int = Field(256, ge=1, description="images a step, over all devices of a job")
     accumulate: int = Field(
-        default=1, ge=1, le=4096, description="forward passes of a step, where its images do not fit in memory at once"
+        1, ge=1, le=4096, description="forward passes of a step, where its images do not fit in memory at once"
     )
-    drop_rate: float = Field(default=0.0, ge=0, lt=1, description="dropout before the classifier")
-    drop_path_rate: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth of the backbone")
+    drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
+    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the backbone")
     zero_init_last: bool = Field(
-        default=False,
-        description="zero the last norm scale of each residual block, where training starts from scratch",
+        False, description="zero the last norm scale of each residual block, where training starts from scratch"
     )
     ema: float | None = Field(
-        default=None, gt=0, lt=1, description="decay of the averaged weights, scored beside the raw; without it none"
+        None, gt=0, lt=1, description="decay of the averaged weights, scored beside the raw; without it none"
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of the forward pass; auto: bfloat16 where the device has it"
+        "auto", description="of the forward pass; auto: bfloat16 where the device has it"
     )
     gradients: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="what ranks send each other: bfloat16 halves the traffic, and rounds"
+        "float32", description="what ranks send each other: bfloat16 halves the traffic, and rounds"
     )
-    seed: int = Field(default=0, ge=0, description="of all randomness of the job; without it the plan's seed")
+    seed: int = Field(0, ge=0, description="of all randomness of the job; without it the plan's seed")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
         if self.crop > self.resize:
-            raise ValueError(f"crop = {self.crop} is larger than resize = {self.resize}")
+            raise ValueError(f"crop = {self.crop} is larger than resize = {self.resize}: raise resize, or lower crop")
         shapes = [a for a in self.augmentation if a in ("random_resized_crop", "random_crop", "resize")]
         if len(shapes) != 1:
-            raise ValueError("augmentation needs exactly one of random_resized_crop, random_crop, resize")
+            said = ", ".join(shapes) or "none"
+            raise ValueError(f"augmentation needs exactly one of random_resized_crop, random_crop, resize, not {said}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("scale is (smallest, largest) share of the area, 0 < smallest <= largest <= 1")
+            raise ValueError(f"scale = {list(self.scale)}: shares of the area, 0 < smallest <= largest <= 1")
         if self.start is not None and "pretrained" in self.model_fields_set and self.pretrained:
             raise ValueError("a stage with start takes its parent's weights: leave pretrained out")
         _consistent_sources(self)
@@ -202,24 +231,22 @@ def _consistent_sources(stage: Stage) -> None:
 class Machine(Frozen):
     """How a rank of a job works, whatever it trains. None of it is part of a key."""
 
-    cpus_per_worker: int = Field(default=1, ge=1, le=1024, description="CPUs of a rank; also its number of threads")
+    cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPUs of a rank; also its number of threads")
     loader_processes: int = Field(
-        default=0, ge=0, le=1024, description="processes of a rank that read images; 0: the rank reads them itself"
+        0, ge=0, le=1024, description="processes of a rank that read images; 0: the rank reads them itself"
     )
     save_every_steps: int | None = Field(
-        default=None, ge=1, description="steps between resume checkpoints; without it one an epoch"
+        None, ge=1, description="steps between resume checkpoints; without it one an epoch"
     )
     save_seconds: float = Field(
-        default=0.0, ge=0, description="an epoch that ends sooner than this after the last checkpoint goes without one"
+        0.0, ge=0, description="an epoch that ends sooner than this after the last checkpoint goes without one"
     )
-    exact: bool = Field(
-        default=True, description="kernels that give the same bytes each time; false may be faster on GPUs"
-    )
+    exact: bool = Field(True, description="kernels that give the same bytes each time; false may be faster on GPUs")
     compile: bool = Field(
-        default=False, description="compile the backbone (torch.compile): minutes at a job's start, then faster steps"
+        False, description="compile the backbone (torch.compile): minutes at a job's start, then faster steps"
     )
     watchdog_seconds: float = Field(
-        default=1800.0,
+        1800.0,
         ge=1,
         le=86_400,
         description="a step that takes longer is ended with all stacks in the log, and the job resumed; "
@@ -228,3 +255,27 @@ class Machine(Frozen):
 
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of plans, stages and backbones: they become paths
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads beside the catalogue.
+
+    Attributes:
+        start: weights folder of the parent job.
+        pretrained: safetensors file of the backbone, in a stage without parent.
+        soup: weights folders of the stages that it is a mean of.
+        teachers: soft labels of its images, a folder a teacher.
+        pseudo_labels: folder of labels of test images.
+        kept: folder of the rows that are left where duplicates are filtered.
+    """
+
+    start: Path | None = None
+    pretrained: Path | None = None
+    soup: tuple[Path, ...] = ()
+    teachers: tuple[Path, ...] = ()
+    pseudo_labels: Path | None = None
+    kept: Path | None = None
+
+
+NO_INPUTS = Inputs()

@@ -22,10 +22,11 @@ from ratio import Side, cpu, header, show
 
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.recipe import Stage
+from aliprod.recipe import Machine, Stage
 from aliprod.store import commit
 from aliprod.synth.synth import synthesise
 from aliprod.training import job
+from aliprod.training.training_job import TrainingJob
 
 NEVER = 1e9
 
@@ -58,10 +59,10 @@ def compare(folder: Path, catalogue: Catalogue, network: str, epochs: int, seed:
     walls: dict[str, list[float]] = {"with": [], "without": []}
     cpus: dict[str, list[float]] = {"with": [], "without": []}
     digests = set[str]()
-    megabytes = size(job.Work("net/stage", "size", network, stage, folder / "size"), catalogue)
+    megabytes = size(TrainingJob("net/stage", "size", network, stage, folder / "size"), catalogue)
     for _ in range(rounds):
         for side, seconds in (("with", 0.0), ("without", NEVER)):
-            work = job.Work("net/stage", side, network, stage, folder / side, save_seconds=seconds)
+            work = TrainingJob("net/stage", side, network, stage, folder / side, machine=Machine(save_seconds=seconds))
             wall, cpu_before = time.perf_counter(), cpu()
             for _ in job.run(work, catalogue):
                 pass
@@ -79,7 +80,7 @@ def compare(folder: Path, catalogue: Catalogue, network: str, epochs: int, seed:
         print(f"  {cost:.2f} s a checkpoint: 2 % of an epoch of {50 * max(0.0, cost):.0f} s")
 
 
-def size(work: job.Work, catalogue: Catalogue) -> float:
+def size(work: TrainingJob, catalogue: Catalogue) -> float:
     """Megabytes of the checkpoint that the first epoch leaves; a run that is not timed."""
     training = job.run(work, catalogue)
     next(training)

@@ -41,10 +41,10 @@ from torch import Tensor, nn
 
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue, Images
-from aliprod.data.loader import Batch, Feed
+from aliprod.data.loader import Feed, TrainBatch
 from aliprod.inference.predict import look
 from aliprod.models.classifier import Classifier, normalisation
-from aliprod.recipe import Stage
+from aliprod.recipe import Machine, Stage
 from aliprod.synth.synth import synthesise
 from aliprod.training.learner import Learner, Place, autocast, place
 from aliprod.training.loop import train
@@ -80,7 +80,7 @@ class Loop:
         self.seconds, self.peak = 0.0, 0
 
     def __call__(self) -> None:
-        place(exact=self.exact)
+        place(Machine(exact=self.exact))
         before = start_of_peak()
         for number in range(self.extent.warm_up):
             self.step(number)
@@ -155,11 +155,11 @@ def clocks() -> str:
     return " | ".join(answer.stdout.splitlines())
 
 
-def synthetic(batch_size: int, crop: int, here: Place) -> Batch:
+def synthetic(batch_size: int, crop: int, here: Place) -> TrainBatch:
     """Noise on the device."""
     images = torch.randn(batch_size, 3, crop, crop, device=here.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch_size,), device=here.device)
-    return Batch(images, labels, torch.arange(batch_size), epoch=0, step=0, seed=0)
+    return TrainBatch(images, labels, torch.arange(batch_size), epoch=0, step=0, seed=0)
 
 
 def stage_of(crop: int, extent: Extent) -> Stage:
@@ -169,7 +169,7 @@ def stage_of(crop: int, extent: Extent) -> Stage:
     return Stage(resize=max(crop, 256), crop=crop, batch_size=batch_size, precision="bfloat16", lr=low)  # type: ignore[arg-type]
 
 
-def our_step(step_of: nn.Module, learner: Learner, batch: Batch) -> Step:
+def our_step(step_of: nn.Module, learner: Learner, batch: TrainBatch) -> Step:
     """Forward, backward and update as `aliprod.training.loop` makes them."""
     optimizer = Optimizer(learner, learner.stage, steps_per_epoch=10**6)
     learner.train()
@@ -182,7 +182,7 @@ def our_step(step_of: nn.Module, learner: Learner, batch: Batch) -> Step:
     return step
 
 
-def their_step(learner: Learner, batch: Batch) -> Step:
+def their_step(learner: Learner, batch: TrainBatch) -> Step:
     """Timm's loop, from the learner's weights on."""
     device = learner.place.device
     model = timm.create_model(learner.model.network, num_classes=CLASSES).to(device, memory_format=torch.channels_last)
@@ -207,7 +207,7 @@ def their_step(learner: Learner, batch: Batch) -> Step:
 
 def training(network: str, crop: int, extent: Extent) -> None:
     """Ours, exact and not, against timm's loop."""
-    here, stage = place(), stage_of(crop, extent)
+    here, stage = place(Machine()), stage_of(crop, extent)
     batch = synthetic(stage.batch_size, crop, here)
     learner = Learner(stage, network, nothing(), here)
     theirs = their_step(learner, batch)
@@ -235,7 +235,7 @@ def ranks(network: str, extent: Extent) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
-            here, stage = place(), stage_of(extent.crops[0], extent)
+            here, stage = place(Machine()), stage_of(extent.crops[0], extent)
             batch = synthetic(stage.batch_size, stage.crop, here)
             loops = {}
             for gradients in ("float32", "bfloat16"):
@@ -254,13 +254,13 @@ def ranks(network: str, extent: Extent) -> None:
 
 def ten_crop(network: str, extent: Extent) -> None:
     """Ten views cut on the device against as many single views."""
-    here, images = place(), max(1, extent.batch // 4)
+    here, images = place(Machine()), max(1, extent.batch // 4)
     model = Classifier(network, CLASSES).to(here.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    feed = Feed(here.device, *normalisation(network))
+    feed = Feed(here.device, *normalisation(network), dtype=torch.bfloat16)
     pixels = torch.randint(256, (10 * images, 3, 256, 256), dtype=torch.uint8, device=here.device)
 
     def views(kind: str, some: Tensor) -> Step:
-        return lambda _: look(model, some, 224, kind, feed, torch.bfloat16)  # type: ignore[arg-type]
+        return lambda _: look(model, some, 224, kind, feed)  # type: ignore[arg-type]
 
     loops = {
         "ten crops": Loop(views("ten_crop", pixels[:images]), True, extent),
@@ -285,8 +285,8 @@ def equal_bytes(network: str, extent: Extent) -> None:
 def weights_of(stage: Stage, network: str, catalogue: Path) -> str:
     """The sha256 of all weights after an epoch."""
     (progress,) = train(stage, network, sources.read(catalogue))
-    assert progress.end is not None
-    tensors = progress.end.last.tensors
+    assert progress.last is not None
+    tensors = progress.last.tensors
     return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
 
 
@@ -298,7 +298,7 @@ def starvation(network: str, path: Path, extent: Extent, processes: int) -> None
     shares = []
     for _ in range(extent.rounds):
         real, alone = (
-            measure(part, stage, network, catalogue, extent.counted, loader_processes=processes)  # type: ignore[arg-type]
+            measure(part, stage, network, catalogue, extent.counted, Machine(loader_processes=processes))  # type: ignore[arg-type]
             for part in ("train", "step")
         )
         shares.append(1 - real.images_per_second / alone.images_per_second)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aliprod.objectives import Context
 from aliprod.objectives.cross_entropy import Objective
-from aliprod.recipe import Stage
+from aliprod.recipe import Machine, Stage
 from aliprod.training.learner import autocast, place, precision
 from aliprod.training.optimizer import Optimizer
 
@@ -39,7 +39,7 @@ class Features:
 
 
 class Pooled(nn.Module):
-    """A recogniser without a backbone: its classifier computes in float32, as `Classifier.classify`."""
+    """A classifier without a backbone: its classifier computes in float32, as `Classifier.classify`."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     asked = parser.parse_args()
     print(header(("torch",)))
-    here = place()
+    here = place(Machine())
     stage = Stage(precision=asked.precision, batch_size=asked.batch)
     images = torch.randn(asked.batch, asked.features, device=here.device)
     labels = torch.arange(asked.batch, device=here.device) % asked.classes

@@ -1,11 +1,11 @@
 """What the same training costs inside a Ray TorchTrainer, against bare: a step, an epoch, and what is paid beside.
 
-Three processes iterate `aliprod.training.loop.train` on the same pictures: a worker of a TorchTrainer, a bare one, and
+Three processes iterate `aliprod.training.loop.steps` on the same pictures: a worker of a TorchTrainer, a bare one, and
 a second bare one that tells what the method itself is worth. All live at once and train in strict turns, a block of
 steps at a time, in a new order each round; whoever waits sleeps on a socket. A block is timed while its process has
 the turn (CPU of the process with all threads, Ray's too; CPU of the thread that trains; wall) and compared with the
 other blocks of its round. The weights must be equal to the bit. Ray is told once an epoch, as
-`aliprod.orchestration.worker` does, with the settings that `aliprod.orchestration.launch` gives it. Two processes that
+`aliprod.orchestration.worker` does, with the settings that `aliprod.cluster.launch` gives it. Two processes that
 do the same differ by where their memory lies: a median is worth what it is over many starts.
 
 Ray's threads and processes burn by the second, whatever is trained, so that the CPU of all threads a step grows with
@@ -47,7 +47,7 @@ def main() -> None:
     """Compare over two sets of pictures."""
     import ray
 
-    from aliprod.orchestration.launch import environment
+    from aliprod.cluster.launch import environment
     from aliprod.plan.schema import Cluster
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,7 +249,9 @@ def trained(config: dict[str, Any]) -> None:
 
     from aliprod.catalogue import sources
     from aliprod.recipe import Stage
-    from aliprod.training.loop import train
+    from aliprod.training.learner import set_up
+    from aliprod.training.loop import Step, steps
+    from aliprod.training.training_job import DEFAULT_MACHINE
 
     logging.disable(logging.WARNING)
     catalogue = sources.read(config["photos"])
@@ -263,15 +265,18 @@ def trained(config: dict[str, Any]) -> None:
         ema=0.99,
     )
     turns, reports = Turns(config["address"], config["side"]), list[Sequence[float]]()
-    for progress in train(stage, NETWORK, catalogue, after_step=turns.after_step):
+    for event in steps(set_up(stage, NETWORK, catalogue, DEFAULT_MACHINE)):
+        if isinstance(event, Step):
+            turns.after_step()
+            continue
         if config.get("report"):
             import ray.train
 
             spent, began = cpu(), time.perf_counter()
-            ray.train.report({"epoch": progress.state.epoch, **progress.metrics})
+            ray.train.report({"epoch": event.state.epoch, **event.metrics})
             reports.append((cpu() - spent, time.perf_counter() - began))
-        assert progress.end is not None
-        weights = progress.end.last.tensors
+        assert event.last is not None
+        weights = event.last.tensors
     digest = hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
     turns.line.send({"sha256": digest, "reports": reports, "idle": turns.idle_cpu / turns.idle_seconds})
 

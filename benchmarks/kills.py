@@ -24,10 +24,11 @@ from aliprod.catalogue import sources
 from aliprod.data.loader import Feed
 from aliprod.inference.predict import predict
 from aliprod.models import weights
-from aliprod.recipe import Stage
+from aliprod.recipe import Machine, Stage
 from aliprod.store import commit
 from aliprod.synth.synth import synthesise
 from aliprod.training import job
+from aliprod.training.training_job import TrainingJob
 
 CLOCK = ("time_ms", "speed/")
 
@@ -113,7 +114,7 @@ def train(place: Path, network: str, seed: int) -> None:
         ema=0.95,
     )
     print("ready", flush=True)
-    work = job.Work("net/stage", "0123", network, stage, place, save_every_steps=3)
+    work = TrainingJob("net/stage", "0123", network, stage, place, machine=Machine(save_every_steps=3))
     for _ in job.run(work, sources.read(place.parent / "photos")):
         pass
 
@@ -127,7 +128,7 @@ def outcome(place: Path) -> dict[str, str]:
     model, config, _ = weights.load(place / "weights")
     feed = Feed(torch.device("cpu"), config.mean, config.std, config.interpolation)
     images = sources.read(place.parent / "photos").test
-    rows = torch.cat([p for _, p in predict(model.eval(), images, 72, 64, "ten_crop", feed, torch.float32)])
+    rows = torch.cat([p for _, p in predict(model.eval(), images, 72, 64, "ten_crop", feed)])
     return found | {"metrics": json.dumps(told), "probabilities": str(rows.numpy().tobytes().hex())}
 
 

@@ -28,13 +28,14 @@ from torch.nn import functional
 
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.data.loader import Batch, Feed, TrainBatches
+from aliprod.data.loader import Feed, TrainBatch, TrainBatches
 from aliprod.data.training_set import training_set
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.recipe import LearningRate, Stage
-from aliprod.training.learner import Learner, place
-from aliprod.training.loop import train
+from aliprod.training.learner import Learner, place, set_up
+from aliprod.training.loop import Progress, Step, steps
 from aliprod.training.optimizer import cosine_lr_at
+from aliprod.training.training_job import DEFAULT_MACHINE
 
 NETWORK = "test_resnet"
 WARM_UP = 20  # steps at the beginning of a round that are not counted
@@ -53,7 +54,7 @@ def main() -> None:
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    place()
+    place(DEFAULT_MACHINE)
     print(header())
     step_seconds = real_step(asked.real, asked.real_batch)
     print(f"a real step ({asked.real}, {asked.real_batch} images of 224 pixels): {step_seconds * 1000:.0f} ms CPU")
@@ -96,10 +97,13 @@ def compare(catalogue: Catalogue, seed: int, rounds: int, real_seconds: float) -
 
 
 def ours(stage: Stage, catalogue: Catalogue, stamps: Stamps) -> Weights:
-    """`aliprod.training.loop.train`, whose checkpoints nobody asks for."""
-    (progress,) = train(stage, NETWORK, catalogue, after_step=lambda: stamps.append(cpu()))
-    assert progress.end is not None
-    return progress.end.best.tensors
+    """`aliprod.training.loop.steps`, whose checkpoints nobody asks for."""
+    for event in steps(set_up(stage, NETWORK, catalogue, DEFAULT_MACHINE)):
+        if isinstance(event, Step):
+            stamps.append(cpu())
+    assert isinstance(event, Progress)
+    assert event.last is not None
+    return event.last.tensors
 
 
 def bare(stage: Stage, catalogue: Catalogue, stamps: Stamps) -> Weights:
@@ -135,7 +139,7 @@ def move(average: list[Tensor], model: nn.Module, step: int) -> None:
 
 def parts(stage: Stage, catalogue: Catalogue) -> tuple[Classifier, torch.optim.SGD, TrainBatches]:
     """A network that begins as ours does, its optimizer, and the same batches."""
-    here = place()
+    here = place(DEFAULT_MACHINE)
     model = Learner(stage, NETWORK, catalogue, here).model
     backbone = list(model.backbone.parameters())
     groups = [
@@ -213,7 +217,7 @@ def with_lightning(stage: Stage, catalogue: Catalogue, stamps: Stamps) -> Weight
             self.model = model
             self.total = torch.zeros(())
 
-        def training_step(self, batch: Batch, number: int) -> Tensor:  # noqa: ARG002
+        def training_step(self, batch: TrainBatch, number: int) -> Tensor:  # noqa: ARG002
             torch.manual_seed(batch.seed)
             loss = functional.cross_entropy(self.model(batch.images), batch.labels)
             self.total += loss.detach()
@@ -226,10 +230,10 @@ def with_lightning(stage: Stage, catalogue: Catalogue, stamps: Stamps) -> Weight
                 group["lr"] = cosine_lr_at(number, base, steps, 0.1, 1)
             super().optimizer_step(epoch, number, optimizer, closure)  # type: ignore[arg-type]
 
-        def transfer_batch_to_device(self, batch: Batch, device: object, number: int) -> Batch:  # noqa: ARG002
+        def transfer_batch_to_device(self, batch: TrainBatch, device: object, number: int) -> TrainBatch:  # noqa: ARG002
             return batch
 
-        def on_train_batch_end(self, outputs: object, batch: Batch, number: int) -> None:  # noqa: ARG002
+        def on_train_batch_end(self, outputs: object, batch: TrainBatch, number: int) -> None:  # noqa: ARG002
             move(average, self.model, number)
             stamps.append(cpu())
 

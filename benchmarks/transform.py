@@ -186,7 +186,8 @@ def measure_store(
     """Ours from a prepared picture of short side 320, theirs from the leaf."""
     small = {path: folder / f"320-{path.name}" for path in paths}
     for path, to in small.items():
-        to.write_bytes(stored(path.read_bytes(), Settings(short_side=320)))
+        content = path.read_bytes()
+        to.write_bytes(stored(content, decode(content), Settings(short_side=320)))
     places = {path: 1000 * number for number, path in enumerate(paths)}
     sides: list[Side] = interleave(
         {

@@ -24,7 +24,7 @@ def test_an_objective_has_a_section_with_equation_source_cost_and_when(name: str
     (block,) = BLOCKS[name]
     stage = Stage.model_validate(tomllib.loads(block))
     assert stage.objective.name == name
-    assert set(stage.objective.options) <= set(options.options(name))
+    assert set(stage.objective.options) <= set(options.options(name).model_fields)
     assert f"[{name}](#{name})" in TEXT
 
 

@@ -1,6 +1,7 @@
 """JSON files of a catalogue: what is wrong with a whole file is said with its line; nothing is repaired in silence."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ def rows(file: Path) -> list[Any]:
     Raises:
         Refused: not UTF-8, not JSON, no list ``images``, or a key twice at the top.
     """
-    text = _text(file)
-    top = _parsed(text, file)
+    top = document(file)
     if not isinstance(top, dict):
         raise Refused(f"has {_kind(top)} at the top, so there is no key images.", file, _LAYOUT)
     if isinstance(top, Repeated):
-        second = text.find(f'"{top.twice}"', text.find(f'"{top.twice}"') + 1)
-        line = text.count("\n", 0, max(second, 0)) + 1
+        text, key = utf8(file), f'"{top.twice}"'
+        line = text.count("\n", 0, max(text.find(key, text.find(key) + 1), 0)) + 1
         raise Refused(f"has the key {top.twice} twice.", f"{file}, line {line}", "Keep one of them.")
     if "images" not in top:
         near = did_you_mean("images", top)
@@ -38,12 +38,24 @@ def rows(file: Path) -> list[Any]:
 
 
 def document(file: Path) -> Any:
-    """Any JSON file.
+    """Any JSON file; an object that says a key twice is `Repeated`.
 
     Raises:
-        Refused: not UTF-8 or not JSON; the line is named.
+        Refused: empty, not UTF-8 or not JSON; the line is named.
     """
-    return _parsed(_text(file), file)
+    text = utf8(file)
+    if not text.strip():
+        raise Refused("is empty.", file, _LAYOUT)
+    advice = "Was its download or its writing cut short? Write or fetch it again."
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        where = f"{file}, line {error.lineno}"
+        raise Refused(f"is not JSON: {error.msg} at column {error.colno}.", where, advice) from error
+    except RecursionError as error:
+        raise Refused("is nested too deeply to be read.", file, _LAYOUT) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise Refused(f"is not JSON that can be read: {error}.", file, advice) from error
 
 
 def utf8(file: Path) -> str:
@@ -64,33 +76,12 @@ def utf8(file: Path) -> str:
         raise Refused(what, f"{file}, line {line}", "Save it as UTF-8.") from error
 
 
-def _text(file: Path) -> str:
-    text = utf8(file)
-    if not text.strip():
-        raise Refused("is empty.", file, _LAYOUT)
-    return text
-
-
-def _parsed(text: str, file: Path) -> Any:
-    advice = "Was its download or its writing cut short? Write or fetch it again."
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        where = f"{file}, line {error.lineno}"
-        raise Refused(f"is not JSON: {error.msg} at column {error.colno}.", where, advice) from error
-    except RecursionError as error:
-        raise Refused("is nested too deeply to be read.", file, _LAYOUT) from error
-    except ValueError as error:  # a number of thousands of digits
-        raise Refused(f"is not JSON that can be read: {error}.", file, advice) from error
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     plain = dict(pairs)
     if len(plain) == len(pairs):
         return plain
-    keys = [key for key, _ in pairs]
     repeated = Repeated(plain)
-    repeated.twice = next(key for key in plain if keys.count(key) > 1)
+    repeated.twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
     return repeated
 
 

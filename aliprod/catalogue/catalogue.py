@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from aliprod.catalogue.decode import Unreadable
+from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.shards import Store
 
 Integers = NDArray[np.int64]
@@ -36,6 +38,7 @@ class Images:
     ``ids``: unique in the split: the image id, or ``CLASS/IMAGE_ID`` where it occurs under two classes.
     ``labels``: (N,) int64 rows of the catalogue's class list, -1 unknown. ``paths``: below ``root``, with ``/``.
     ``store``: of a prepared catalogue, whose ``paths`` are its ids, and ``places`` the rows there; None: row by row.
+    ``remote``: where the files are, if not on this machine.
     """
 
     split: str
@@ -45,6 +48,7 @@ class Images:
     root: Path
     store: Store | None = None
     places: Integers | None = None
+    remote: RemoteFolder | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,18 +59,35 @@ class Images:
         Raises:
             Unreadable: a link on the way leads out of the catalogue's folder.
         """
-        return inside(self.root, self.paths[row].as_py())
+        base = os.path.realpath(self.root)
+        target = os.path.realpath(os.path.join(base, self.paths[row].as_py()))  # noqa: PTH118 - half the time, a row
+        if os.path.commonpath((base, target)) != base:
+            raise Unreadable("is a link that leads out of the catalogue's folder")
+        return Path(target)
+
+    @property
+    def location(self) -> str:
+        """The folder of the files, for people."""
+        return self.remote.shown if self.remote else str(self.root)
 
     def source(self, row: int) -> Path | bytes:
-        """The picture of a row, as `decode` takes it: its file or, of a prepared catalogue, its JPEG.
+        """The picture of a row, as `decode` takes it: its file, the content of a remote one, or the JPEG in a shard.
 
         Raises:
-            Unreadable: as `path`.
+            Unreadable: as `path` and `RemoteFolder.content`.
+            Unreachable, Refused: as `RemoteFolder.content`.
             Failed, StorageFull: as `shards.Store.jpeg`.
         """
+        if self.remote:
+            return self.remote.content(self.paths[row].as_py())
         if self.store is None:
             return self.path(row)
         return self.store.jpeg(row if self.places is None else int(self.places[row]))
+
+    def chunks(self, rows: int) -> "Iterator[Images]":
+        """All images in order, so many at a time."""
+        for start in range(0, len(self), rows):
+            yield self.take(np.arange(start, min(start + rows, len(self))))
 
     def take(self, rows: NDArray[np.integer]) -> "Images":
         """The images of these rows, in this order."""
@@ -75,7 +96,7 @@ class Images:
         ids = self.ids.take(taken)
         paths = ids if self.paths is self.ids else self.paths.take(taken)
         places = None if self.store is None else chosen if self.places is None else self.places[chosen]
-        return Images(self.split, ids, self.labels[chosen], paths, self.root, self.store, places)
+        return Images(self.split, ids, self.labels[chosen], paths, self.root, self.store, places, self.remote)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +121,11 @@ class Catalogue:
     prepared: str = ""  # the fingerprint of a prepared catalogue, which covers the checksums of its shards
 
     @property
+    def splits(self) -> tuple[Images, Images, Images]:
+        """Train, val and test."""
+        return self.train, self.val, self.test
+
+    @property
     def num_classes(self) -> int:
         return len(self.classes)
 
@@ -114,7 +140,7 @@ class Catalogue:
         if self.prepared:
             return self.prepared
         digest = hashlib.sha256(_little(self.classes))
-        for images in (self.train, self.val, self.test):
+        for images in self.splits:
             order = pc.sort_indices(images.ids)
             ids = images.ids.take(order)
             known = np.append(self.classes, -1)[images.labels]  # label -1 is class -1
@@ -126,23 +152,10 @@ class Catalogue:
 
     @cached_property
     def tree_fingerprint(self) -> str:
-        """sha256 over the ancestors of the classes, for what hangs on them (the hierarchy objective); '' without."""
+        """sha256 over the ancestors of the classes, for what depends on them (the hierarchy objective); '' without."""
         if self.ancestor is None:
             return ""
         return hashlib.sha256(_little(self.classes) + _little(self.ancestor)).hexdigest()
-
-
-def inside(root: Path, path: str) -> Path:
-    """A path below ``root``, with the links on the way followed.
-
-    Raises:
-        Unreadable: they lead out of ``root``.
-    """
-    base = os.path.realpath(root)
-    target = os.path.realpath(os.path.join(base, path))  # noqa: PTH118 - for every image: half the time
-    if os.path.commonpath((base, target)) != base:
-        raise Unreadable("is a link that leads out of the catalogue's folder")
-    return Path(target)
 
 
 def _little(numbers: NDArray[np.integer]) -> bytes:

@@ -40,15 +40,11 @@ _DAMAGE = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError, EOFError,
     RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Warning,
 )  # fmt: skip
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = Image.Transpose
+_UPRIGHT = {  # by EXIF orientation; 1 is upright
+    2: _TURNS.FLIP_LEFT_RIGHT, 3: _TURNS.ROTATE_180, 4: _TURNS.FLIP_TOP_BOTTOM, 5: _TURNS.TRANSPOSE,
+    6: _TURNS.ROTATE_270, 7: _TURNS.TRANSVERSE, 8: _TURNS.ROTATE_90,
+}  # fmt: skip
 
 # A damaged EXIF block does not make a picture unreadable. Set once, here: filters are not safe to change in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
@@ -72,8 +68,8 @@ def decode(source: Path | bytes) -> Image.Image:
     try:
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
-        rgb = image if image.mode == "RGB" and "transparency" not in image.info else _as_rgb(image)
-        return _plain(rgb) if turn is None else rgb.transpose(turn)
+        rgb = _as_rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
     except _DAMAGE as error:
         raise Unreadable(f"is damaged: {_reason(error)}") from error
 
@@ -130,19 +126,26 @@ def animated(content: bytes) -> bool:
         return False
 
 
-def plain_jpeg(content: bytes) -> bool:
-    """Whether a readable picture is a JPEG of upright RGB, so that its pixels are what `decode` shows."""
-    return _is_plain_jpeg(opened(content))
+def plain_jpeg(content: bytes) -> JpegImageFile | None:
+    """A picture, unread, where it is a JPEG of upright RGB, so that its pixels are what `decode` shows.
+
+    Raises:
+        Unreadable: as `decode`, where its header is reason enough.
+    """
+    image = opened(content)
+    if isinstance(image, JpegImageFile) and image.mode == "RGB" and _orientation(image) not in _UPRIGHT:
+        return image
+    return None
 
 
 def baseline_jpeg(content: bytes) -> bool:
     """Whether a picture is a plain JPEG of the kinds that every build of libjpeg-turbo decodes to the same pixels.
 
     Raises:
-        Unreadable: as `decode`, where its header is reason enough.
+        Unreadable: as `plain_jpeg`.
     """
-    image = opened(content)
-    return _is_plain_jpeg(image) and "progressive" not in image.info and get_sampling(image) >= 0  # 4:4:4, 4:2:2, 4:2:0
+    image = plain_jpeg(content)
+    return image is not None and "progressive" not in image.info and get_sampling(image) >= 0  # 4:4:4, 4:2:2, 4:2:0
 
 
 def content_of(source: Path | bytes) -> bytes:
@@ -166,10 +169,6 @@ def content_of(source: Path | bytes) -> bytes:
         raise Unreadable(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _is_plain_jpeg(image: ImageFile.ImageFile) -> bool:
-    return isinstance(image, JpegImageFile) and image.mode == "RGB" and _orientation(image) not in _UPRIGHT
-
-
 def _orientation(image: ImageFile.ImageFile) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -178,6 +177,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    """A picture without the file's bytes and headers, which an opened one would keep alive."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -187,12 +187,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGB", seen.size, "white")
         white.paste(seen, mask=seen.getchannel("A"))
         return white
-    return image.convert("RGB")
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    """Without the file's bytes and headers, which an opened picture would keep alive."""
-    return image.copy() if isinstance(image, ImageFile.ImageFile) else image
+    return image.convert("RGB")  # a copy, where it is RGB already
 
 
 def _reason(error: BaseException) -> str:

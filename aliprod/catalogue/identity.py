@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
 # One name on any system: no separator, no control character (NUL among them), no half of a surrogate pair.
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,255}")
 _CLASS = re.compile(r"[0-9]{1,18}")  # fits int64

@@ -81,18 +81,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the rows' fingerprint and the checksums of all shards."""
-        return fingerprint(self.record.content, {name: self.digests[name] for name in self.record.file_names()})
-
-
-def fingerprint(content: str, digests: dict[str, str]) -> str:
-    """The fingerprint of a prepared catalogue: rows that are equal and pictures that are equal, byte for byte.
-
-    Args:
-        content: fingerprint of the rows. digests: sha256 of each shard by name.
-    """
-    lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
-    return hashlib.sha256("".join((f"{content}\n", *lines)).encode()).hexdigest()
+        """sha256 over the rows' fingerprint and the checksums of all shards: of equal rows with equal pictures."""
+        lines = (f"{name} {self.digests[name]}\n" for name in sorted(self.record.file_names()))
+        return hashlib.sha256("".join((f"{self.record.content}\n", *lines)).encode()).hexdigest()
 
 
 def shard_name(split: str, number: int) -> str:
@@ -197,9 +188,8 @@ class Store:
             self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self.cache.stat().st_uid not in (os.getuid(), 0):
                 raise Refused("belongs to another user.", self.cache, "Name a folder of your own in ALIPROD_CACHE.")
+            folder.parent.mkdir(exist_ok=True)
         if commit.read(folder) is None:
-            with commit.storage(folder):
-                folder.parent.mkdir(exist_ok=True)
             with alone(folder.with_suffix(".lock"), wait=True):
                 remove_partials(folder)
                 if commit.read(folder) is None:
@@ -280,12 +270,11 @@ def _jpegs(path: Path, digest: str, rows: int) -> list[bytes]:
 
 def _numbers(column: pa.Int32Array) -> NDArray[np.int64]:
     """Not by ``to_numpy``, which imports pandas: 34 MB in every process."""
-    if not len(column):
-        return np.empty(0, np.int64)
-    return np.frombuffer(column.buffers()[1], np.int32)[: len(column)].astype(np.int64)
+    return np.frombuffer(column.buffers()[1] or b"", np.int32)[: len(column)].astype(np.int64)
 
 
 def _column(path: Path, number: int) -> pa.Array:
+    """Alone: the other would stay in memory."""
     with pa.OSFile(str(path)) as file:
         return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[number])).get_batch(0).column(0)
 

@@ -8,22 +8,19 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from aliprod.catalogue import annotations, shards, tree
-from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
-from aliprod.catalogue.identity import class_fault, class_number, name_fault, path_fault, printable
+from aliprod.catalogue import annotations, shards
+from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
+from aliprod.catalogue.identity import PICTURE_SUFFIXES, class_fault, class_number, name_fault, path_fault
+from aliprod.catalogue.rows import Rows, assemble
 from aliprod.errors import Refused, listing
 from aliprod.store import commit
 
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_LAYOUTS = (
+_ADVICE = (
     "A catalogue has train.json and train/00000/ (AliProducts), or train/NAME/ (ImageFolder), "
     "or train.csv with the columns path and class; or `aliprod data prepare` wrote it."
 )
@@ -37,62 +34,37 @@ def read(path: Path) -> Catalogue:
             training row that can be used.
     """
     if not path.is_dir():
-        raise Refused("is a file, not the folder of a catalogue." if path.exists() else "is not there.", path, _LAYOUTS)
+        raise Refused("is a file, not the folder of a catalogue." if path.exists() else "is not there.", path, _ADVICE)
     root = path.resolve()
     try:
-        if (root / "train.json").is_file():
-            return _assemble(root, "train.json", _from_json(root), _test_labels(root))
-        if (root / "train.csv").is_file():
-            return _assemble(root, "train.csv", _from_csv(root))
-        if (root / "train").is_dir():
-            return _assemble(root, "train", _from_folders(root))
+        for train, is_there, layout in _LAYOUTS:
+            if is_there(root / train):
+                return assemble(root, root / train, layout(root), _ADVICE)
         if (root / commit.MANIFEST).is_file():
             return _from_shards(root)
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror}.", error.filename or path, "Check its permissions.") from error
-    raise Refused("holds no catalogue.", path, _LAYOUTS)
-
-
-@dataclass
-class _Rows:
-    """Rows of one split as they are collected; class id -1: unknown."""
-
-    split: str
-    ids: list[str] = field(default_factory=list)
-    class_ids: list[int] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-    problems: list[Flaw] = field(default_factory=list)
-    words: dict[int, str] = field(default_factory=dict)  # class ids that were given, since the source has names
-
-    def add(self, image_id: str, class_id: int, path: str) -> None:
-        self.ids.append(image_id)
-        self.class_ids.append(class_id)
-        self.paths.append(path)
-
-    def refuse(self, path: str, problem: str) -> None:
-        self.problems.append(Flaw(printable(path), problem, skipped=True))
-
-    def remark(self, path: str, problem: str) -> None:
-        self.problems.append(Flaw(printable(path), problem))
+    raise Refused("holds no catalogue.", path, _ADVICE)
 
 
 # AliProducts
 
 
-def _from_json(root: Path) -> Iterator[_Rows]:
-    for split in ("train", "val", "test"):
-        rows = _Rows(split)
+def _from_json(root: Path) -> Iterator[Rows]:
+    for split in ("train", "val", "test", "test_labels"):
         file = root / f"{split}.json"
-        if split == "train" or file.is_file():
-            _read_json(file, rows, _class_folders(root, split))
-        yield rows
+        if file.is_file():
+            yield _rows_of(file, Rows(split), _class_folders(root, split))
 
 
-def _read_json(file: Path, rows: _Rows, folders: dict[int, str]) -> None:
+def _rows_of(file: Path, rows: Rows, folders: dict[int, str]) -> Rows:
     split, labelled = rows.split, rows.split != "test"
     for number, row in enumerate(annotations.rows(file), 1):
-        if not isinstance(row, dict) or isinstance(row, annotations.Repeated):
-            rows.refuse(file.name, f"row {number} {_row_fault(row)}")
+        if not isinstance(row, dict):
+            rows.refuse(file.name, f"row {number} is no object with an image_id and a class_id")
+            continue
+        if isinstance(row, annotations.Repeated):
+            rows.refuse(file.name, f"row {number} has the key {row.twice} twice")
             continue
         image_id = row["image_id"] if "image_id" in row else row.get("id")
         class_id = row["class_id"] if "class_id" in row else row.get("category_id")
@@ -105,107 +77,92 @@ def _read_json(file: Path, rows: _Rows, folders: dict[int, str]) -> None:
             rows.refuse(f"{folder}/{image_id}", f"row {number} of {file.name}: {fault}")
         else:
             rows.add(image_id, known, f"{folder}/{image_id}")
-
-
-def _row_fault(row: object) -> str:
-    if isinstance(row, annotations.Repeated):
-        return f"has the key {row.twice} twice"
-    return "is no object with an image_id and a class_id"
+    return rows
 
 
 def _class_folders(root: Path, split: str) -> dict[int, str]:
     """The folder of each class: five digits, else the number as it is, else padded in another way."""
     folders: dict[int, str] = {}
-    names = [entry.name for entry in _folders(root, root / split)]
-    for name in sorted(names, key=lambda name: (len(name) != 5, len(name))):
+    for name in sorted(_folders(root, split), key=lambda name: (len(name) != 5, len(name))):
         class_id = class_number(name)
         if class_id is not None:
             folders.setdefault(class_id, name)
     return folders
 
 
-def _test_labels(root: Path) -> _Rows | None:
-    file = root / "test_labels.json"
-    if not file.is_file():
-        return None
-    rows = _Rows("test_labels")
-    _read_json(file, rows, {})
-    return rows
-
-
 # ImageFolder
 
 
-def _from_folders(root: Path) -> Iterator[_Rows]:
-    classes = _Classes([entry.name for entry in _folders(root, root / "train")])
+def _from_folders(root: Path) -> Iterator[Rows]:
+    number, words = _numbering(_folders(root, "train"))
     for split in ("train", "val"):
-        rows = _Rows(split, words=classes.words)
-        for folder in _folders(root, root / split):
-            class_id = classes.number(folder.name)
+        rows = Rows(split, words)
+        for folder in _folders(root, split):
+            class_id = number(folder)
             if class_id is None:
-                rows.refuse(f"{split}/{folder.name}", "the class has no folder in train: left out")
-                continue
-            _add_files(rows, root, class_id, f"{split}/{folder.name}")
+                rows.refuse(f"{split}/{folder}", "the class has no folder in train: left out")
+            else:
+                _add_files(rows, root, class_id, f"{split}/{folder}")
         yield rows
-    test = _Rows("test")
+    test = Rows("test")
     if (root / "test").is_dir():
         _add_files(test, root, -1, "test")
     yield test
 
 
-def _add_files(rows: _Rows, root: Path, class_id: int, folder: str) -> None:
+def _add_files(rows: Rows, root: Path, class_id: int, folder: str) -> None:
     for name in sorted(entry.name for entry in os.scandir(root / folder)):
         path = f"{folder}/{name}"
         if name.startswith("."):
             continue
         if fault := name_fault(name):
             rows.refuse(path, fault)
-        elif not name.lower().endswith(ENDINGS):
+        elif not name.lower().endswith(PICTURE_SUFFIXES):
             rows.remark(path, "its name is not that of a picture")
         else:
             rows.add(name, class_id, path)
 
 
-def _folders(root: Path, folder: Path) -> list["os.DirEntry[str]"]:
-    """The folders in a folder, by name; those that are links out of the catalogue are not followed."""
-    if not folder.is_dir():
+def _folders(root: Path, folder: str) -> list[str]:
+    """The names of the folders in a folder; those that are links out of the catalogue are not followed."""
+    if not (root / folder).is_dir():
         return []
-    entries = [entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
-    inside = [entry for entry in entries if not entry.is_symlink() or Path(entry).resolve().is_relative_to(root)]
-    return sorted(inside, key=lambda entry: entry.name)
+    entries = [entry for entry in os.scandir(root / folder) if entry.is_dir() and not entry.name.startswith(".")]
+    inside = (entry for entry in entries if not entry.is_symlink() or Path(entry).resolve().is_relative_to(root))
+    return sorted(entry.name for entry in inside)
 
 
-class _Classes:
-    """Class ids for the classes of a source: their numbers where all are numbers, else their place by name."""
+def _numbering(written: Iterable[str]) -> tuple[Callable[[str], int | None], dict[int, str]]:
+    """Class ids for classes as a source writes them, and the words among them.
 
-    def __init__(self, written: list[str]) -> None:
-        names = sorted(set(written))
-        numbered = all(class_number(name) is not None for name in names)
-        self.words = {} if numbered else dict(enumerate(names))
-        places = {name: place for place, name in self.words.items()}
-        self.number: Callable[[str], int | None] = class_number if numbered else places.get
+    They are their numbers where all are numbers, else their places by name.
+    """
+    names = sorted(set(written))
+    if all(class_number(name) is not None for name in names):
+        return class_number, {}
+    return {name: place for place, name in enumerate(names)}.get, dict(enumerate(names))
 
 
 # CSV
 
 
-def _from_csv(root: Path) -> Iterator[_Rows]:
+def _from_csv(root: Path) -> Iterator[Rows]:
     train = list(_lines(root / "train.csv", "path", "class"))
-    classes = _Classes([class_id for _, _, class_id in train if class_id])
-    yield _of_lines(_Rows("train", words=classes.words), train, classes)
+    number, words = _numbering(class_id for _, _, class_id in train if class_id)
+    yield _of_lines(Rows("train", words), train, number)
     for split, columns in (("val", ("path", "class")), ("test", ("path",))):
         file = root / f"{split}.csv"
-        lines = _lines(file, *columns) if file.is_file() else iter(())
-        yield _of_lines(_Rows(split, words=classes.words), lines, classes)
+        if file.is_file():
+            yield _of_lines(Rows(split, words), _lines(file, *columns), number)
 
 
-def _of_lines(rows: _Rows, lines: Iterable[tuple[int, str, str]], classes: _Classes) -> _Rows:
+def _of_lines(rows: Rows, lines: Iterable[tuple[int, str, str]], number: Callable[[str], int | None]) -> Rows:
     class_of: dict[str, int] = {}
     for line, path, written in lines:
-        class_id = classes.number(written) if rows.split != "test" else -1
+        class_id = number(written) if rows.split != "test" else -1
         fault = path_fault(path)
         if not fault and class_id is None:
-            fault = f"the class {written!r} is not in train.csv" if written and classes.words else class_fault(written)
+            fault = f"the class {written!r} is not in train.csv" if written and rows.words else class_fault(written)
         if not fault and class_of.setdefault(path, class_id or 0) != (class_id or 0):
             fault = "an earlier row gives it another class, which counts"
         if fault or class_id is None:
@@ -230,9 +187,8 @@ def _lines(file: Path, *columns: str) -> Iterator[tuple[int, str, str]]:
                 path, *class_id = (row[place] if place < len(row) else "" for place in places)
                 yield reader.line_num, path, class_id[0].strip() if class_id else ""
     except csv.Error as error:
-        raise Refused(
-            f"is not CSV: {error}.", f"{file}, line {reader.line_num}", "Quote it as RFC 4180 says."
-        ) from error
+        where = f"{file}, line {reader.line_num}"
+        raise Refused(f"is not CSV: {error}.", where, "Quote it as RFC 4180 says.") from error
 
 
 # Shards
@@ -241,28 +197,15 @@ def _lines(file: Path, *columns: str) -> Iterator[tuple[int, str, str]]:
 def _from_shards(root: Path) -> Catalogue:
     found = shards.manifest(root)
     record = found.record
-    rows = {split: shards.read_rows(root, split, found) for split in shards.SPLITS}
-    labels = {split: labels for split, (_, labels) in rows.items()}
-    unknown = np.full(len(labels["test"]), -1, np.int64)
-    train, val, test = (
-        Images(
-            split,
-            ids,
-            unknown if split == "test" else labels[split],
-            ids,
-            root,
-            shards.Store(root, split, found.fingerprint, shards.cache()),
-        )
-        for split, (ids, _) in rows.items()
-    )
+    train, val, test = (_shard_images(root, split, found) for split in shards.SPLITS)
     return Catalogue(
         root=root,
         classes=np.array(record.classes, np.int64),
         names=tuple(record.names),
         train=train,
         val=val,
-        test=test,
-        test_labels=labels["test"] if record.test_labels else None,
+        test=replace(test, labels=np.full(len(test), -1, np.int64)),
+        test_labels=test.labels if record.test_labels else None,
         ancestor=None if record.ancestor is None else np.array(record.ancestor, np.int64),
         problems=(
             *(Flaw(path, reason, skipped=True) for path, reason in record.skipped),
@@ -272,75 +215,14 @@ def _from_shards(root: Path) -> Catalogue:
     )
 
 
-# The first three
+def _shard_images(root: Path, split: str, found: shards.Manifest) -> Images:
+    ids, labels = shards.read_rows(root, split, found)
+    return Images(split, ids, labels, ids, root, shards.Store(root, split, found.fingerprint, shards.cache()))
 
 
-def _assemble(root: Path, source: str, splits: Iterable[_Rows], test_labels: _Rows | None = None) -> Catalogue:
-    train, val, test = splits
-    classes = np.unique(np.array(train.class_ids, np.int64))
-    if not len(classes):
-        first = f" The first, {train.problems[0].path!r}: {train.problems[0].problem}." if train.problems else ""
-        raise Refused(f"has no row that can be trained on.{first}", root / source, _LAYOUTS)
-    leaves, faults = tree.leaves(root)
-    missing = tree.without_pictures(leaves, classes)
-    images = [_images(rows, classes, root) for rows in (train, val, test)]
-    labels = None if test_labels is None else _matched(test_labels, images[2], classes)
-    splits = [train, val, test, *([] if test_labels is None else [test_labels])]
-    named = {class_id: leaf.name for class_id, leaf in leaves.items()} | train.words
-    return Catalogue(
-        root=root,
-        classes=classes,
-        names=tuple(named.get(class_id, "") for class_id in classes.tolist()),
-        train=images[0],
-        val=images[1],
-        test=images[2],
-        test_labels=labels,
-        ancestor=tree.ancestors(leaves, classes) if leaves else None,
-        problems=(
-            *(problem for rows in splits for problem in rows.problems),
-            *(Flaw(tree.FILE, printable(fault)) for fault in (*faults, missing) if fault),
-        ),
-    )
-
-
-def _images(rows: _Rows, classes: Integers, root: Path) -> Images:
-    """Each (class, id) once, in the file's order; without the classes that have no training image."""
-    ids, paths = pa.array(rows.ids, pa.string()), pa.array(rows.paths, pa.string())
-    class_ids = np.array(rows.class_ids, np.int64)
-    codes = np.asarray(ids.dictionary_encode().indices).astype(np.int64)  # equal ids, equal codes
-    listed, dense = np.unique(class_ids, return_inverse=True)
-    once = np.zeros(len(ids), bool)
-    once[np.unique(codes * len(listed) + dense, return_index=True)[1]] = True
-    labels = _labels(class_ids, classes)
-    known = (labels >= 0) | (class_ids < 0)
-    kept = np.flatnonzero(once & known)
-    shared = np.bincount(codes[kept])[codes[kept]] > 1
-    for row in np.flatnonzero(~once):
-        rows.remark(rows.paths[row], "is listed more than once: it counts once")
-    for row in np.flatnonzero(once & ~known):
-        rows.refuse(rows.paths[row], f"class {class_ids[row]} has no training image: left out")
-    for row in kept[shared]:
-        rows.remark(rows.paths[row], f"its id occurs under several classes: kept as {class_ids[row]}/{rows.ids[row]}")
-    names = ids.take(pa.array(kept))
-    qualified = pc.binary_join_element_wise(pa.array(class_ids[kept]).cast(pa.string()), names, "/")
-    unique = pc.if_else(pa.array(shared), qualified, names)
-    return Images(rows.split, unique, labels[kept], paths.take(pa.array(kept)), root)
-
-
-def _labels(class_ids: Integers, classes: Integers) -> Integers:
-    """Rows of the class list, -1 where a class is not in it."""
-    place = np.minimum(np.searchsorted(classes, class_ids), len(classes) - 1)
-    return np.where(classes[place] == class_ids, place, -1)
-
-
-def _matched(labelled: _Rows, test: Images, classes: Integers) -> Integers:
-    """The labels of the test images in their order."""
-    of_id = dict(zip(labelled.ids, _labels(np.array(labelled.class_ids, np.int64), classes).tolist(), strict=True))
-    rows = dict(zip(test.ids.to_pylist(), count(), strict=False))
-    labels = np.full(len(test), -1, np.int64)
-    for image_id, label in of_id.items():
-        if image_id in rows:
-            labels[rows[image_id]] = label
-        else:
-            labelled.remark("test_labels.json", f"image {image_id} is not in test.json: left out")
-    return labels
+# What holds the training rows, whether it is there, the rows of all splits; the first that is there is read.
+_LAYOUTS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Iterator[Rows]]], ...] = (
+    ("train.json", Path.is_file, _from_json),
+    ("train.csv", Path.is_file, _from_csv),
+    ("train", Path.is_dir, _from_folders),
+)

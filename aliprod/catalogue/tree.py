@@ -30,22 +30,21 @@ class Leaf:
 
 
 def leaves(root: Path) -> tuple[dict[int, Leaf], list[str]]:
-    """The leaves of a catalogue's tree by class id, and what is wrong with it; two times nothing without the file."""
+    """The leaves of a catalogue's tree by class id, and what is wrong with it; nothing of both without the file."""
     if not (root / FILE).is_file():
         return {}, []
     try:
         found = list(_walk(document(root / FILE)))
     except Refused as refused:
         return {}, [f"{refused.what} Names and levels of the classes are left out"]
+    if not found:
+        return {}, ["no node has a class_id: names and levels of the classes are left out"]
     first = {leaf.class_id: leaf for leaf in reversed(found)}
-    problems = [
+    return first, [
         f"class {leaf.class_id} is twice in the tree ({first[leaf.class_id].name}, {leaf.name}): the first counts"
         for leaf in found
         if leaf is not first[leaf.class_id]
     ]
-    if not found:
-        problems.append("no node has a class_id: names and levels of the classes are left out")
-    return first, problems
 
 
 def ancestors(leaves: dict[int, Leaf], classes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -57,20 +56,26 @@ def ancestors(leaves: dict[int, Leaf], classes: NDArray[np.int64]) -> NDArray[np
         (L, K) int64; the last level is 0 to K - 1, the classes themselves.
     """
     paths = [leaves[class_id].nodes if class_id in leaves else () for class_id in classes.tolist()]
-    depth = max(1, *map(len, paths))
-    levels = np.empty((depth, len(paths)), np.int64)
-    for level in range(depth):
-        # the last node of a path is the class: written as itself, negative, so that it is no inner node's number
-        keys = [path[level] if level < len(path) - 1 else -1 - label for label, path in enumerate(paths)]
-        numbers: dict[int, int] = {}
-        levels[level] = [numbers.setdefault(key, len(numbers)) for key in keys]
-    return levels
+    # the last node of a path is the class: written as itself, negative, so that it is no inner node's number
+    levels = [
+        [path[level] if level < len(path) - 1 else -1 - label for label, path in enumerate(paths)]
+        for level in range(max(1, *map(len, paths)))
+    ]
+    return renumbered(np.array(levels, np.int64))
+
+
+def renumbered(levels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number the nodes of every level, (L, K) int64, by first appearance."""
+    numbered = np.empty_like(levels)
+    for level, nodes in enumerate(levels):
+        _, first, inverse = np.unique(nodes, return_index=True, return_inverse=True)
+        numbered[level] = np.argsort(np.argsort(first))[inverse]
+    return numbered
 
 
 def without_pictures(leaves: dict[int, Leaf], classes: NDArray[np.int64]) -> str:
     """One sentence about the classes of the tree that have no training image, or ''."""
-    known = set(classes.tolist())
-    missing = sorted(class_id for class_id in leaves if class_id not in known)
+    missing = sorted(leaves.keys() - set(classes.tolist()))
     if not missing:
         return ""
     return f"{len(missing):,} of its classes have no training image and are left out: {listing(map(str, missing))}"

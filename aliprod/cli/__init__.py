@@ -9,12 +9,10 @@ from typing import Any, NoReturn
 
 import click
 
-from aliprod.cli.benchmark import benchmark_command
 from aliprod.cli.data import data_group
-from aliprod.cli.pictures import evaluate_command, predict_command
+from aliprod.cli.experiments import benchmark_command, tune_command
 from aliprod.cli.plans import ensemble_command, plan_command, run_command, status_command
-from aliprod.cli.results import report_command, trace_command
-from aliprod.cli.tune import tune_command
+from aliprod.cli.results import evaluate_command, predict_command, report_command, trace_command
 from aliprod.errors import AliprodError
 
 INTERRUPTED = 130
@@ -37,7 +35,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="aliprod", prog_name="aliprod")
 def app() -> None:
-    """Train an ensemble of image recognisers from one plan, on the Ray cluster you have.
+    """Train an ensemble of image classifiers from one plan, on the Ray cluster you have.
 
     \b
     aliprod plan jobs/quickstart.toml     what would run
@@ -45,19 +43,11 @@ def app() -> None:
     """
 
 
-for _command in (
-    plan_command,
-    run_command,
-    ensemble_command,
-    status_command,
-    evaluate_command,
-    tune_command,
-    report_command,
-    trace_command,
-    predict_command,
-    benchmark_command,
-    data_group,
-):
+for _command in (plan_command, run_command, ensemble_command, status_command):
+    app.add_command(_command)
+for _command in (report_command, trace_command, evaluate_command, predict_command):
+    app.add_command(_command)
+for _command in (benchmark_command, tune_command, data_group):
     app.add_command(_command)
 
 

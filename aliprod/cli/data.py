@@ -1,10 +1,17 @@
 """The commands that make, check and prepare catalogues."""
 
+import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from aliprod.cli.answers import answer, cores
+from aliprod.cli.flags import answer, cores, json_flag, path
+
+if TYPE_CHECKING:
+    from aliprod.ingest.prepare import PreparedCatalogue, PrepareProgress
 
 
 @click.group("data")
@@ -13,12 +20,12 @@ def data_group() -> None:
 
 
 @data_group.command("synth")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=path)
 @click.option("--classes", default=8, show_default=True, type=click.IntRange(2), help="Classes.")
 @click.option("--images", default=212, show_default=True, type=click.IntRange(1), help="Training images.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Same seed, same pictures.")
-@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON, as the last line.")
-def synth_command(out: Path, classes: int, images: int, seed: int, as_json: bool) -> None:
+@json_flag
+def synth_command(out: Path, classes: int, images: int, seed: int) -> None:
     """Render a long-tailed catalogue of product packages in AliProducts layout.
 
     \b
@@ -29,15 +36,13 @@ def synth_command(out: Path, classes: int, images: int, seed: int, as_json: bool
     from aliprod.synth.synth import synthesise
 
     counts = asdict(synthesise(out, classes, images, seed, processes=cores()))
-    if not as_json:
-        click.echo("{path}: {classes} classes, {train} train, {val} val, {test} test images".format(**counts))
-    answer(as_json, counts)
+    answer(counts, "{path}: {classes} classes, {train} train, {val} val, {test} test images".format(**counts))
 
 
 @data_group.command("check")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON, as the last line.")
-def check_command(path: Path, as_json: bool) -> None:
+@click.argument("catalogue", metavar="PATH", type=path)
+@json_flag
+def check_command(catalogue: Path) -> None:
     """Read every image of a catalogue and list what is wrong with it.
 
     \b
@@ -45,27 +50,22 @@ def check_command(path: Path, as_json: bool) -> None:
     """
     from aliprod.ingest.check import check
 
-    report = check(path, cores()).as_json()
-    if not as_json:
-        for problem in report["problems"]:
-            click.echo(f"{problem['path']}: {problem['problem']}")
-        click.echo(
-            f"{report['readable']} of {report['images']} images are readable, {report['classes']} classes, "
-            f"{len(report['problems'])} problems."
-        )
-    answer(as_json, report)
+    report = check(catalogue, cores()).as_json()
+    lines = [f"{problem['path']}: {problem['problem']}" for problem in report["problems"]]
+    readable = f"{report['readable']} of {report['images']} images are readable"
+    answer(report, "\n".join([*lines, f"{readable}, {report['classes']} classes, {len(lines)} problems."]))
 
 
 @data_group.command("prepare")
-@click.argument("path", metavar="CATALOGUE")
+@click.argument("catalogue")
 @click.argument("out")
 @click.option("--short-side", default=512, show_default=True, type=click.IntRange(8), help="Pixels, at most.")
 @click.option("--quality", default=90, show_default=True, type=click.IntRange(50, 100), help="Of JPEGs made anew.")
 @click.option(
     "--max-skipped", default=0.5, show_default=True, type=click.FloatRange(0, 1), help="Share that may be unreadable."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON, as the last line.")
-def prepare_command(path: str, out: str, short_side: int, quality: int, max_skipped: float, as_json: bool) -> None:
+@json_flag
+def prepare_command(catalogue: str, out: str, short_side: int, quality: int, max_skipped: float) -> None:
     """Read every image once and write it, upright RGB of a bounded size, into Parquet shards to train from.
 
     What cannot be read is skipped and listed. A call that was killed goes on where it was: start it again.
@@ -76,9 +76,24 @@ def prepare_command(path: str, out: str, short_side: int, quality: int, max_skip
     """
     from aliprod.ingest.prepare import prepare
     from aliprod.ingest.stored import Settings
-    from aliprod.report import progress
 
-    done = progress.prepared(prepare(path, out, Settings(short_side, quality), max_skipped, cores()))
-    if not as_json:
-        click.echo(done.text())
-    answer(as_json, done.as_json())
+    done = _watched(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores()))
+    answer(done.as_json(), done.text())
+
+
+def _watched(events: "Iterable[PrepareProgress | PreparedCatalogue]") -> "PreparedCatalogue":
+    """Show on stderr how far it is: one line that is renewed on a terminal, a line now and then in a log."""
+    from aliprod.ingest.prepare import PreparedCatalogue
+
+    terminal = sys.stderr.isatty()
+    before, after, seconds = ("\r", "\033[K", 0.2) if terminal else ("", "\n", 30.0)
+    began = due = time.monotonic()
+    for event in events:
+        now = time.monotonic()
+        if isinstance(event, PreparedCatalogue):
+            click.echo("", err=True, nl=terminal and due > began)
+            return event
+        if now >= due or event.images == event.of:
+            click.echo(f"{before}{event.line(now - began)}{after}", err=True, nl=False)
+            due = now + seconds
+    raise ValueError("nothing was prepared")

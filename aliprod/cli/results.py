@@ -1,14 +1,15 @@
-"""The commands that show what came of a plan."""
+"""The commands that use and explain what a plan has made."""
 
-import os
+import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from aliprod.cli.answers import answer
-from aliprod.cli.plans import Asked, takes_plan
+from aliprod.cli.flags import Asked, answer, as_json, json_flag, path, storage_flag, takes_plan, tracking_flag
+from aliprod.errors import Refused
 
 
 @click.command("report")
@@ -21,19 +22,18 @@ def report_command(asked: Asked) -> None:
     \b
     Example: aliprod report jobs/quickstart.toml
     """
+    request = asked.request()
     from aliprod.report import page
 
-    path = page.write(asked.request())
-    if not asked.as_json:
-        click.echo(f"Report: {path}")
-    answer(asked.as_json, {"path": str(path)})
+    written = page.write(request)
+    answer({"path": str(written)}, f"Report: {written}")
 
 
 @click.command("trace")
-@click.argument("submission", type=click.Path(path_type=Path))
-@click.option("--storage", type=click.Path(path_type=Path), help="Folder of all results. [runs]")
-@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON, as the last line.")
-def trace_command(submission: Path, storage: Path | None, as_json: bool) -> None:
+@click.argument("submission", type=path)
+@storage_flag
+@json_flag
+def trace_command(submission: Path, storage: Path | None) -> None:
     """Show what a submission was made of: members, versions, weights, keys, plan and catalogue.
 
     A copy, or one that was overwritten since, is found by its bytes.
@@ -41,27 +41,103 @@ def trace_command(submission: Path, storage: Path | None, as_json: bool) -> None
     \b
     Example: aliprod trace ~/Downloads/submission.csv --storage /shared/aliprod
     """
+    from aliprod.plan.places import default_storage
     from aliprod.store import lineage
 
-    found = lineage.find(submission, storage or Path(os.environ.get("ALIPROD_STORAGE", "runs")))
-    if not as_json:
-        click.echo(_told(found))
-    answer(as_json, {"submission": str(submission), **found})
+    found = lineage.find(submission, default_storage(storage))
+    answer({"submission": str(submission), **found}, _origin(found))
 
 
-def _told(origin: Mapping[str, Any]) -> str:
+@click.command("evaluate")
+@click.argument("predictions", metavar="SUBMISSION", type=path)
+@click.argument("labels", type=path)
+@json_flag
+def evaluate_command(predictions: Path, labels: Path) -> None:
+    """Top-1 error of a submission, or of a folder of probabilities, against labels.
+
+    LABELS is test_labels.json of a catalogue, or a CSV with the columns id and class_id; every image in it must
+    have a prediction.
+
+    \b
+    Example: aliprod evaluate runs/quickstart/submission.csv photos/test_labels.json
+    """
+    for given in (predictions, labels):
+        if not given.exists():
+            raise Refused("there is no such file or folder.", given, "Give what `run` wrote, then the labels.")
+    from aliprod.ensemble import evaluate
+
+    found = evaluate.evaluate(predictions, labels)
+    over_classes = f"top-1 error {found['top1_error']:.2%} (mean over {found['classes']} classes)"
+    answer(found, f"{over_classes}, {found['top1_error_per_image']:.2%} per image of {found['images']}")
+
+
+@click.command("predict")
+@click.argument("model")
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=path)
+@storage_flag
+@tracking_flag
+@json_flag
+def predict_command(model: str, inputs: tuple[Path, ...], storage: Path | None, tracking_uri: str | None) -> None:
+    """Classify products in files or folders of images. With --json, one object a line.
+
+    MODEL is a weights folder, an address in MLflow (models:/NAME@ALIAS), or a plan, whose ensemble is then asked.
+
+    \b
+    Example: aliprod predict models:/quickstart.resnet50.dcl@member photos/
+    """
+    folders = _weights(model, storage, tracking_uri)
+    from aliprod.inference.classify import classify
+
+    failed = False
+    for found in classify(folders, inputs):
+        failed |= "error" in found
+        click.echo(json.dumps(found, ensure_ascii=False) if as_json() else _prediction(found))
+    if failed:
+        sys.exit(1)
+
+
+def _weights(model: str, storage: Path | None, tracking_uri: str | None) -> list[Path]:
+    """The weights folders that MODEL names.
+
+    Raises:
+        Refused: it names none.
+    """
+    if model.startswith("models:/"):
+        from aliprod.plan import places
+        from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
+
+        folder = places.default_storage(storage)
+        return [fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models")]
+    if model.endswith(".toml"):
+        asked = Asked(Path(model), (), storage, tracking_uri).request()
+        from aliprod.store.lineage import weights_of
+
+        if not (found := weights_of(asked.places.storage, asked.plan.name)):
+            raise Refused("has no ensemble in this storage path yet.", f"plan {asked.plan.name}", "Run the plan first.")
+        return found
+    if not Path(model).is_dir():
+        advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
+        raise Refused("is no weights folder: there is no such folder.", model, advice)
+    return [Path(model)]
+
+
+def _prediction(found: Mapping[str, Any]) -> str:
+    if "error" in found:
+        return f"{found['path']}: {found['error']}"
+    return f"{found['path']}: {found['name'] or found['class_id']} ({found['probability']:.1%})"
+
+
+def _origin(found: Mapping[str, Any]) -> str:
     from aliprod.report.status import table
 
     rows = [
         [name, member["version"], member["epoch"] + 1, member["weights"][:16], member["key"][:16]]
-        for name, member in origin["members"].items()
+        for name, member in found["members"].items()
     ]
-    plan, catalogue = origin["plan"], origin["catalogue"]
-    error = "" if origin["top1_error"] is None else f", top-1 error {origin['top1_error']:.2%} on {origin['split']}"
-    return "\n".join(
-        [
-            table(rows, ["member", "version", "epoch", "weights", "key"]),
-            f"Plan {plan['name']}, {plan['sha256'][:16]}{error}.",
-            f"Catalogue {catalogue['path']}, {catalogue['fingerprint'][:16]}.",
-        ]
+    plan, catalogue = found["plan"], found["catalogue"]
+    error = "" if found["top1_error"] is None else f", top-1 error {found['top1_error']:.2%} on {found['split']}"
+    return (
+        f"{table(rows, ['member', 'version', 'epoch', 'weights', 'key'])}\n"
+        f"Plan {plan['name']}, {plan['sha256'][:16]}{error}.\n"
+        f"Catalogue {catalogue['path']}, {catalogue['fingerprint'][:16]}."
     )

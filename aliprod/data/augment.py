@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from aliprod.data import auto_augment
 from aliprod.data.auto_augment import GREY
-from aliprod.data.pixels import Picture, as_image, as_pixels, cropped, size_of
+from aliprod.data.pixels import Picture, as_image, as_pixels, cropped
 from aliprod.recipe import Stage
 
 _RATIO = (3 / 4, 4 / 3)
@@ -37,24 +37,27 @@ def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) ->
         Pixels (crop, crop, 3) uint8, and the centre (row, column) of the cutout square, (-1, -1) without one.
     """
     torch.default_generator.manual_seed(seed)
-    steps = list(_drawn(stage, *size_of(picture)))
+    height, width = picture.shape[:2] if isinstance(picture, Tensor) else picture.size[::-1]
+    steps = list(_drawn(stage, height, width))
     operations = [step for _, step in steps if isinstance(step, auto_augment.Operation)]
-    resized = _resized if stage.resizing == "torch" or all(step.even for step in operations) else _pillows
+    by_torch = stage.resizing == "torch" or all(step.even for step in operations)
+    resized = _resized_by_torch if by_torch else _resized_by_pillow
     centre = torch.full((2,), -1, dtype=torch.int64)
     seen = picture
     for name, drawn in steps:
-        if name == "resize":
-            seen = resized(seen, drawn, interpolation)
-        elif name == "crop":
-            seen = cropped(seen, *drawn)
-        elif name == "rotation":
-            seen = F.rotate(as_image(seen), drawn, InterpolationMode.BILINEAR, fill=GREY)
-        elif name == "flip":
-            seen = F.horizontal_flip(seen) if isinstance(seen, Image.Image) else seen.flip(1)
-        elif name == "auto_augment":
-            seen = auto_augment.applied(drawn, seen)
-        else:  # cutout, on the device after normalising
-            centre = drawn
+        match name:
+            case "crop":
+                seen = cropped(seen, *drawn)
+            case "resize":
+                seen = resized(seen, drawn, interpolation)
+            case "rotation":
+                seen = F.rotate(as_image(seen), drawn, InterpolationMode.BILINEAR, fill=GREY)
+            case "flip":
+                seen = F.horizontal_flip(seen) if isinstance(seen, Image.Image) else seen.flip(1)
+            case "auto_augment":
+                seen = auto_augment.applied(drawn, seen)
+            case "cutout":  # on the device after normalising
+                centre = drawn
     return as_pixels(seen).contiguous(), centre
 
 
@@ -89,7 +92,7 @@ def _drawn_crop(name: str, stage: Stage, like: Tensor) -> Iterator[tuple[str, An
 
 def square(image: Image.Image, side: int, interpolation: str) -> Tensor:
     """A picture squared to ``side``, its ratio not kept (the report): (3, side, side) uint8."""
-    return _channels_first(as_pixels(_pillows(image, side, interpolation)))
+    return _channels_first(as_pixels(_resized_by_pillow(image, side, interpolation)))
 
 
 def eval_view(image: Tensor, resize: int, crop: int, interpolation: str = "bicubic") -> Tensor:
@@ -136,17 +139,17 @@ def on_device(pixels: Tensor, centre: Tensor, mean: tuple[float, ...], std: tupl
     return images.masked_fill_(cutout_mask(size, size // _CUTOUT_SHARE, centre)[:, None], 0.0)
 
 
-def _resized(picture: Picture, side: int, interpolation: str) -> Tensor:
+def _resized_by_torch(picture: Picture, side: int, interpolation: str) -> Tensor:
     """Pixels squared to ``side``, antialiased, as Pillow 13 does it: what a bicubic filter overshoots is lost
     between the two passes, and the rows go first where they shrink by more than twice what the columns do."""
-    height, width = size_of(picture)
     batch = _channels_first(as_pixels(picture)[None])
+    height, width = batch.shape[-2:]
     if height - side > max(0, 2 * (width - side)):
         batch = interpolate(batch, (side, width), mode=interpolation, antialias=True)
     return interpolate(batch, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
 
 
-def _pillows(picture: Picture, side: int, interpolation: str) -> Image.Image:
+def _resized_by_pillow(picture: Picture, side: int, interpolation: str) -> Image.Image:
     return as_image(picture).resize((side, side), Image.Resampling[interpolation.upper()])
 
 

@@ -1,6 +1,6 @@
 """AutoAugment (Cubuk et al., CVPR 2019) with ImageNet's policy: torchvision's, pixel for pixel.
 
-What is done is drawn before any pixel is there: how exactly a picture must be resized hangs on it.
+What is done is drawn before any pixel is there: how exactly a picture must be resized depends on it.
 """
 
 import math
@@ -55,7 +55,7 @@ def drawn() -> list[Operation]:
 
 
 def applied(operation: Operation, picture: Picture) -> Picture:
-    """The same size and kind of pixels, in whichever of the two forms is cheaper."""
+    """The result of an operation, of the same size: pixels or an image, whichever is cheaper to make."""
     name, magnitude = operation.name, operation.magnitude
     if name == "Invert":
         return as_pixels(picture).bitwise_not()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from aliprod.data.selection import Integers
+from aliprod.catalogue.catalogue import Integers
 
 Words = NDArray[np.uint64]
 Rule = Literal["drop", "majority", "teacher"]
@@ -42,7 +42,7 @@ def gray32(image: Image.Image) -> Tensor:
 
 
 def dct_hash(gray32: Tensor) -> Tensor:
-    """The signs of the low frequencies: the top left 8 x 8 of the DCT-II, above their median or not.
+    """Which low frequencies, the top left 8 x 8 of the DCT-II, lie above their median.
 
     Args:
         gray32: (n, 32, 32) uint8.
@@ -72,7 +72,8 @@ def groups(hashes: Tensor, threshold: int) -> Tensor:
     Returns:
         (n,) int64: the lowest row of each one's group.
     """
-    words, first, inverse = np.unique(_words(hashes), return_index=True, return_inverse=True)
+    packed = np.packbits(torch.as_tensor(hashes).cpu().numpy(), axis=1).view(">u8")[:, 0]
+    words, first, inverse = np.unique(packed.astype(np.uint64), return_index=True, return_inverse=True)
     components = _Components(words, threshold)
     rows = np.arange(len(words))
     _connect_crowd(components, rows, (1 << _BITS) - 1)
@@ -92,6 +93,8 @@ def confirmed(groups: Integers, rows: Integers, embeddings: Tensor, cosine: floa
         (n,) the lowest of ``rows`` in each one's group.
     """
     found = rows.copy()
+    if not len(rows):
+        return found
     order = np.argsort(groups, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
         near = embeddings[members]
@@ -129,8 +132,8 @@ def kept(
 
     Args:
         groups: (N,) a number for each group. labels: (N,) from 0.
-        rank: (N,) distinct: which of equals stays, the lowest first. Without it the row, which hangs on the file's
-            order; the order of the image ids does not.
+        rank: (N,) distinct: which of equals stays, the lowest first. Without it the row, which depends on the
+            file's order; the order of the image ids does not.
         belief: (N,) probability that a model gives each image's label, for ``teacher``.
     Returns:
         Rows, ascending.
@@ -163,11 +166,6 @@ def _above_median(coefficients: Tensor) -> Tensor:
     return (flat > middle.mean(dim=1, keepdim=True)).to(torch.uint8)
 
 
-def _words(hashes: Tensor) -> Words:
-    packed = np.packbits(torch.as_tensor(hashes).cpu().numpy(), axis=1)
-    return packed.view(">u8")[:, 0].astype(np.uint64)
-
-
 class _Components:
     """What is known to be connected: a forest over distinct hashes whose roots are their trees' lowest rows."""
 
@@ -178,11 +176,9 @@ class _Components:
 
     def of(self, rows: Integers) -> Integers:
         """The root of each row."""
-        while True:
-            above = self.parent[rows]
-            if np.array_equal(above, rows):
-                return rows
+        while not np.array_equal(above := self.parent[rows], rows):
             rows = above
+        return rows
 
     def flatten(self, rows: Integers) -> None:
         """Let each row point to its root, so that the next way there is short."""
@@ -203,12 +199,10 @@ class _Components:
 
     def sweep(self, rows: Integers, start: Integers, stop: Integers, at: Integers) -> None:
         """Compare ``rows[i]`` with ``rows[start]`` to ``rows[stop - 1]`` for each i of ``at``; memory as ``at``."""
-        alive = start < stop
-        while alive.any():
+        while (alive := start < stop).any():
             at, start, stop = at[alive], start[alive], stop[alive]
             self.compare(rows[at], rows[start])
             start = start + 1
-            alive = start < stop
 
 
 def _connect_crowd(components: _Components, rows: Integers, free: int) -> None:
@@ -224,10 +218,13 @@ def _connect_crowd(components: _Components, rows: Integers, free: int) -> None:
     bits = np.uint64(1) << np.array([place for place in range(_BITS) if free >> place & 1], np.uint64)
     entropy = _entropy(components.words[rows], bits)
     num_bands = _cheapest_bands(len(rows), pairs, entropy, components.threshold)
-    if num_bands == components.threshold:
-        _connect_pairs(components, rows)
+    if num_bands == components.threshold:  # compare all pairs that are not known to be connected
+        known = components.of(rows)
+        order = np.argsort(known)
+        others = np.searchsorted(known[order], known[order], side="right")
+        components.sweep(rows[order], others, np.full(len(rows), len(rows)), np.arange(len(rows)))
     else:
-        bits = bits[np.argsort(-entropy)]  # so that no band gets all the bits that tell little
+        bits = bits[np.argsort(-entropy)]  # so that no band gets all the bits that are nearly constant
         _connect_tables(components, rows, [sum(bits[band::num_bands].tolist()) for band in range(num_bands)])
 
 
@@ -245,15 +242,6 @@ def _connect_tables(components: _Components, rows: Integers, bands: list[int]) -
         for start, size in zip(starts[sizes > _CROWD], sizes[sizes > _CROWD], strict=True):
             _connect_crowd(components, rows[start : start + size], sum(bands) - mask)
         components.flatten(rows)
-
-
-def _connect_pairs(components: _Components, rows: Integers) -> None:
-    """Compare all pairs that are not known to be connected."""
-    known = components.of(rows)
-    order = np.argsort(known)
-    known = known[order]
-    others = np.searchsorted(known, known, side="right")
-    components.sweep(rows[order], others, np.full(len(rows), len(rows)), np.arange(len(rows)))
 
 
 def _entropy(words: Words, bits: Words) -> NDArray[np.float64]:

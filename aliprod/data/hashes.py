@@ -4,12 +4,12 @@ A committed folder with ``bits.npy`` (N, 8) uint8, the 64 bits of `aliprod.data.
 ``readable.npy`` (N,) bool. Reading every picture is all of the cost, so it is done once for a catalogue.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from aliprod.catalogue.catalogue import Images, Integers
 from aliprod.catalogue.decode import Unreadable, decode
@@ -24,7 +24,7 @@ _BATCH = 256
 def write(folder: Path, images: Images, processes: int) -> None:
     """Hash all images of a split with this many processes beside this one (0: this one alone)."""
     rows = [range(low, min(low + _BATCH, len(images))) for low in range(0, len(images), _BATCH)]
-    loader = data_loader(_Greys(images), rows, processes)
+    loader = data_loader(partial(_grey, images), rows, processes)
 
     def fill(staging: Path) -> None:
         bits, readable = zip(*((duplicates.dct_hash(grey), known) for grey, known in loader), strict=True)
@@ -52,15 +52,8 @@ def groups(folder: Path, count: int, threshold: int) -> Integers:
     return found
 
 
-class _Greys(Dataset[tuple[Tensor, bool]]):
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, bool]:
-        try:
-            return duplicates.gray32(decode(self.images.source(row))), True
-        except Unreadable:
-            return torch.zeros(32, 32, dtype=torch.uint8), False
+def _grey(images: Images, row: int) -> tuple[Tensor, bool]:
+    try:
+        return duplicates.gray32(decode(images.source(row))), True
+    except Unreadable:
+        return torch.zeros(32, 32, dtype=torch.uint8), False

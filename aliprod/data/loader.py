@@ -6,9 +6,10 @@ loader processes or ranks, or a restart, changes nothing of what a step sees.
 
 import logging
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from aliprod.catalogue.catalogue import Images
 from aliprod.catalogue.decode import LEAST_SIDE, Unreadable, decode_anyway
 from aliprod.data import augment, selection, soft_labels
 from aliprod.data.auto_augment import GREY
+from aliprod.data.epoch_size import epoch_size
 from aliprod.data.pixels import Picture, picture_of
 from aliprod.data.training_set import TrainingSet
 from aliprod.errors import Refused
@@ -35,7 +37,7 @@ _SUBSTITUTES = 20  # pictures of the same class that are tried for an unreadable
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainBatch:
     """What a step sees on one rank.
 
     Attributes:
@@ -56,36 +58,31 @@ class Batch:
     step: int
     seed: int
     weights: Tensor | None = None
-    second: "Batch | None" = None
+    second: "TrainBatch | None" = None
     teacher: Tensor | None = None
 
-    def rows_of(self, some: slice) -> "Batch":
+    def __getitem__(self, some: slice) -> "TrainBatch":
         """The images of a slice, with all that is known of each."""
-        return replace(
-            self,
-            images=self.images[some],
-            labels=self.labels[some],
-            rows=self.rows[some],
-            weights=None if self.weights is None else self.weights[some],
-            second=None if self.second is None else self.second.rows_of(some),
-            teacher=None if self.teacher is None else self.teacher[some],
-        )
+        named = {name: getattr(self, name) for name in ("images", "labels", "rows", "weights", "second", "teacher")}
+        return replace(self, **{name: value[some] for name, value in named.items() if value is not None})
 
-    def split(self, count: int, group: int) -> list["Batch"]:
+    def split(self, count: int, group: int) -> list["TrainBatch"]:
         """At most ``count`` parts of whole groups, in order, each with a seed of its own."""
         if count == 1:
             return [self]
         size = group * -(-len(self.rows) // (group * count))
         starts = enumerate(range(0, len(self.rows), size))
         return [
-            replace(self.rows_of(slice(start, start + size)), seed=seed_of(self.seed, "part", number))
-            for number, start in starts
+            replace(self[start : start + size], seed=seed_of(self.seed, "part", number)) for number, start in starts
         ]
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Where and how pictures are read: which rank of how many, loader processes, device, a network's input."""
+    """Where and how pictures are read: which rank of how many, loader processes, device, a network's input.
+
+    ``dtype``: of a forward pass that predicts; softmax and means are float32.
+    """
 
     device: torch.device
     mean: tuple[float, ...]
@@ -94,6 +91,7 @@ class Feed:
     rank: int = 0
     world_size: int = 1
     processes: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 class TrainBatches:
@@ -102,11 +100,8 @@ class TrainBatches:
     Args:
         group: this many images of one class stand together in a batch.
         second: each batch has a second one beside it, from the reversed sampler.
-    Attributes:
-        steps_per_epoch: whole batches only, since a partial one disturbs the norm layers. Where the images make no
-            whole batch, all of them are the only one.
     Raises:
-        Refused: a batch cannot be dealt to the ranks in equal parts of whole groups; groups from another sampler.
+        Refused: as `epoch_size`; groups from another sampler.
     """
 
     def __init__(self, data: TrainingSet, stage: Stage, feed: Feed, group: int = 1, second: bool = False) -> None:
@@ -115,37 +110,31 @@ class TrainBatches:
             raise Refused(what, advice="The objective asks for them: leave sampler out.")
         self.data, self.stage, self.feed, self.group, self.second = data, stage, feed, group, second
         self.images = data.images
-        groups = len(self._units(0))
-        self.groups_per_batch = _groups_per_batch(stage.batch_size, group, groups, feed.world_size)
-        self.steps_per_epoch = groups // self.groups_per_batch
+        size = epoch_size(np.bincount(self.images.labels), stage.batch_size, group, feed.world_size)
+        self.groups_per_batch, self.steps_per_epoch = size.groups_per_batch, size.steps
         self._steps = _Steps()
-        self._loader = data_loader(
-            _TrainViews(self.images, stage, feed.interpolation), self._steps, feed.processes, feed.device
-        )
+        read = partial(_train_view, self.images, stage, feed.interpolation)
+        self._loader = data_loader(read, self._steps, feed.processes, feed.device)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
         """The batches of one epoch from step ``skip`` on, on the device."""
         first_step = epoch * self.steps_per_epoch
         self._steps.batches = self._steps_of(epoch, skip)
         for offset, (pixels, labels, centres, rows) in enumerate(self._loader):
             batch = self._batch(pixels, labels, centres, rows, epoch, first_step + skip + offset)
-            yield _halved(batch) if self.second else batch
+            half = len(rows) // 2
+            yield replace(batch[:half], second=batch[half:]) if self.second else batch
 
-    def _batch(self, pixels: Tensor, labels: Tensor, centres: Tensor, rows: Tensor, epoch: int, step: int) -> Batch:
+    def _batch(
+        self, pixels: Tensor, labels: Tensor, centres: Tensor, rows: Tensor, epoch: int, step: int
+    ) -> TrainBatch:
         sent = partial(Tensor.to, device=self.feed.device, non_blocking=True)
         images = augment.on_device(sent(pixels), sent(centres), self.feed.mean, self.feed.std)
         seed = seed_of(self.stage.seed, "step", step, self.feed.rank)
         weights, teacher = self.data.weights, self.data.teacher
-        return Batch(
-            images,
-            sent(labels),
-            rows,
-            epoch,
-            step,
-            seed,
-            weights=None if weights is None else sent(torch.from_numpy(weights[rows.numpy()])),
-            teacher=None if teacher is None else self._taught(teacher, rows),
-        )
+        weighed = None if weights is None else sent(torch.from_numpy(weights[rows.numpy()]))
+        taught = None if teacher is None else self._taught(teacher, rows)
+        return TrainBatch(images, sent(labels), rows, epoch, step, seed, weights=weighed, teacher=taught)
 
     def _taught(self, teacher: soft_labels.SoftLabels, rows: Tensor) -> Tensor:
         classes, probabilities = (part.to(self.feed.device, non_blocking=True) for part in teacher.rows(rows.numpy()))
@@ -191,27 +180,10 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
     """
     rows = np.arange(feed.rank, len(images), feed.world_size)
     batches = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
-    loader = data_loader(_Squares(images, side, feed.interpolation), batches, feed.processes, feed.device)
+    read = partial(_square, images, side, feed.interpolation)
+    loader = data_loader(read, batches, feed.processes, feed.device)
     for chunk, pixels in zip(batches, loader, strict=True):
         yield np.asarray(chunk, dtype=np.int64), pixels.to(feed.device, non_blocking=True)
-
-
-def _halved(batch: Batch) -> Batch:
-    """The first half of a batch, with the other as its second."""
-    half = len(batch.rows) // 2
-    return replace(batch.rows_of(slice(0, half)), second=batch.rows_of(slice(half, None)))
-
-
-def _groups_per_batch(batch_size: int, group: int, groups: int, world_size: int) -> int:
-    whole = batch_size // group
-    if whole < 1 or whole % world_size:
-        raise Refused(
-            f"batch_size = {batch_size} cannot be dealt to {world_size} ranks in groups of {group} of one class.",
-            advice=f"Make it a multiple of {group * world_size}.",
-        )
-    if groups < world_size:
-        raise Refused(f"{groups * group} training images are too few for {world_size} ranks.", advice="Ask for fewer.")
-    return min(whole, groups - groups % world_size)
 
 
 def _repeats(rows: np.ndarray) -> np.ndarray:
@@ -234,34 +206,26 @@ class _Steps(Sampler[list[View]]):
         return iter(self.batches)
 
 
-class _TrainViews(Dataset[tuple[Tensor, int, Tensor, int]]):
-    def __init__(self, images: Images, stage: Stage, interpolation: str) -> None:
-        self.images, self.stage, self.interpolation = images, stage, interpolation
-
-    def __getitem__(self, view: View) -> tuple[Tensor, int, Tensor, int]:
-        row, epoch, repeat = view
-        seed = seed_of(self.stage.seed, epoch, self.images.ids[row].as_py(), repeat)
-        pixels, centre = augment.train_view(self._picture(row), self.stage, seed, self.interpolation)
-        return pixels, int(self.images.labels[row]), centre, row
-
-    def _picture(self, row: int) -> Picture:
-        picture = _readable(self.images, row)
-        return self._substitute(row) if picture is None else picture
-
-    def _substitute(self, row: int) -> Picture:
-        """The next readable picture of the class of an unreadable one."""
-        same = np.flatnonzero(self.images.labels == self.images.labels[row])
-        after = np.roll(same, -int(np.searchsorted(same, row)) - 1)[:_SUBSTITUTES]
-        pictures = (_readable(self.images, int(other)) for other in after)
-        return next((picture for picture in pictures if picture is not None), _grey(self.stage.crop))
+def _train_view(images: Images, stage: Stage, interpolation: str, view: View) -> tuple[Tensor, int, Tensor, int]:
+    """Pixels, label, centre of the cutout square, and row of a view."""
+    row, epoch, repeat = view
+    seed = seed_of(stage.seed, epoch, images.ids[row].as_py(), repeat)
+    pixels, centre = augment.train_view(_picture(images, row, stage.crop), stage, seed, interpolation)
+    return pixels, int(images.labels[row]), centre, row
 
 
-class _Squares(Dataset[Tensor]):
-    def __init__(self, images: Images, side: int, interpolation: str) -> None:
-        self.images, self.side, self.interpolation = images, side, interpolation
+def _picture(images: Images, row: int, side: int) -> Picture:
+    """A picture; of an unreadable one the next readable one of its class, or grey."""
+    if (picture := _readable(images, row)) is not None:
+        return picture
+    same = np.flatnonzero(images.labels == images.labels[row])
+    after = np.roll(same, -int(np.searchsorted(same, row)) - 1)[:_SUBSTITUTES]
+    pictures = (_readable(images, int(other)) for other in after)
+    return next((picture for picture in pictures if picture is not None), _grey(side))
 
-    def __getitem__(self, row: int) -> Tensor:
-        return augment.square(_visible(self.images, row), self.side, self.interpolation)
+
+def _square(images: Images, side: int, interpolation: str, row: int) -> Tensor:
+    return augment.square(_visible(images, row), side, interpolation)
 
 
 def _readable(images: Images, row: int) -> Picture | None:
@@ -291,25 +255,31 @@ def _grey(side: int) -> Image.Image:
     return Image.new("RGB", (side, side), GREY)
 
 
-def data_loader(
-    dataset: Dataset,  # type: ignore[type-arg]
-    batches: Sampler | Sequence,  # type: ignore[type-arg]
-    processes: int,
-    device: torch.device = _CPU,
-) -> DataLoader:  # type: ignore[type-arg]
-    """A PyTorch loader for a device. It waits an hour for a batch of its processes, then raises.
+class _Mapped(Dataset[Any]):
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self.read = read
 
-    They are forked from a clean server, since forking a training process can hang. The server has imported this module:
-    else every process would, for seconds, and again at each validation.
+    def __getitem__(self, key: Any) -> Any:
+        return self.read(key)
+
+
+def data_loader(
+    read: Callable[[Any], Any], batches: Sampler[Any] | Sequence[Any], processes: int, device: torch.device = _CPU
+) -> DataLoader[Any]:
+    """A PyTorch loader of what ``read`` makes of each entry of a batch, for a device.
+
+    It waits an hour for a batch of its processes, then raises. They are forked from a clean server, since forking a
+    training process can hang. The server has imported this module: else every process would, for seconds, and again at
+    each validation.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    workers = {"persistent_workers": True, "multiprocessing_context": context} if processes else {}
+    workers: dict[str, Any] = {"persistent_workers": True, "multiprocessing_context": context} if processes else {}
     return DataLoader(
-        dataset,
+        _Mapped(read),
         batch_sampler=batches,
         num_workers=processes,
         timeout=_PATIENCE_SECONDS if processes else 0,
         pin_memory=device.type == "cuda",
-        **workers,  # type: ignore[arg-type]
+        **workers,
     )

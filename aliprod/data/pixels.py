@@ -1,4 +1,4 @@
-"""The bytes of a picture become a picture as training takes it: pixels or an image, whichever the decoder makes.
+"""The bytes of a picture become pixels or a Pillow image, whichever the decoder makes.
 
 To turn one into the other costs a large picture a tenth of its decoding: whoever needs it does so, of a crop.
 """
@@ -35,13 +35,8 @@ def picture_of(source: Path | bytes) -> Picture:
     return decode(content)
 
 
-def size_of(picture: Picture) -> tuple[int, int]:
-    """Height and width."""
-    return (picture.height, picture.width) if isinstance(picture, Image.Image) else (picture.shape[0], picture.shape[1])
-
-
 def cropped(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
-    """A part of it; of pixels a view."""
+    """A part of a picture, on the side it is on; of pixels a view."""
     if isinstance(picture, Image.Image):
         return picture.crop((left, top, left + width, top + height))
     return picture[top : top + height, left : left + width]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-Integers = NDArray[np.int64]
+from aliprod.catalogue.catalogue import Integers
 
 
 def balanced(labels: Integers, ids: pa.StringArray, class_ids: Integers, per_class: int, seed: int) -> Integers:

@@ -26,9 +26,10 @@ from torch import Tensor
 from aliprod.catalogue.catalogue import Integers
 from aliprod.errors import Refused
 from aliprod.store import commit
-from aliprod.store.resumable import SHARD_STEP, Rows, Unfinished
+from aliprod.store.resumable import SHARD_STEP, ResumableRows, Rows
 
 LARGEST = 64
+_ARRAYS = ("classes", "probabilities")
 SHARD = 32 * SHARD_STEP  # rows that are kept together on the way: 3 MB
 
 
@@ -63,9 +64,7 @@ class SoftLabels:
                 advice = "Delete the folder and run the plan again."
                 raise Refused("are soft labels of other images or classes.", folder, advice)
             places.append(found.to_numpy().astype(np.int64))
-            stores.append(
-                tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("classes", "probabilities"))
-            )
+            stores.append(tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
         return cls(len(class_ids), tuple(stores), tuple(places))
 
     def rows(self, rows: Integers) -> tuple[Tensor, Tensor]:
@@ -111,7 +110,7 @@ def write(
         StorageFull: no room; finished shards are kept.
     """
     kept = min(LARGEST, len(class_ids))
-    unfinished = Unfinished.of(folder, ids, class_ids, record, rows_per_shard)
+    resumable = ResumableRows(folder, ids, class_ids, record, rows_per_shard)
 
     def largest(missing: Rows) -> Iterator[dict[str, NDArray[Any]]]:
         for block in blocks(missing):
@@ -119,10 +118,10 @@ def write(
             yield {"classes": top.indices.int().cpu().numpy(), "probabilities": top.values.half().cpu().numpy()}
 
     def fill(staging: Path) -> None:
-        for name in ("classes", "probabilities"):
-            shards = [np.load(file, mmap_mode="r") for file, _ in unfinished.files(name)]
+        for name in _ARRAYS:
+            shards = [np.load(file, mmap_mode="r") for file in resumable.files(name)]
             np.save(staging / f"{name}.npy", np.concatenate(shards))
         np.save(staging / "class_ids.npy", class_ids)
         pq.write_table(pa.table({"image_id": ids}), staging / "rows.parquet")
 
-    unfinished.finish(folder, largest, fill, record)
+    resumable.finish(largest, fill)

@@ -2,15 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
-from aliprod.data import pseudo, selection
+from aliprod.data import selection
 from aliprod.data.soft_labels import SoftLabels
-from aliprod.recipe import PerClass, PseudoLabels, Stage
+from aliprod.errors import Refused
+from aliprod.recipe import NO_INPUTS, Inputs, PerClass, PseudoLabels, Stage
+from aliprod.store import commit
+
+_PSEUDO_LABELS = "pseudo_labels.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,29 +45,20 @@ class _Joined(Images):
         return first.source(row) if row < len(first) else second.source(row - len(first))
 
 
-def training_set(
-    catalogue: Catalogue,
-    stage: Stage,
-    *,
-    kept: Integers | None = None,
-    pseudo_labels: Path | None = None,
-    teachers: tuple[Path, ...] = (),
-) -> TrainingSet:
+def training_set(catalogue: Catalogue, stage: Stage, inputs: Inputs = NO_INPUTS) -> TrainingSet:
     """The images that a stage trains on.
 
     Args:
-        kept: rows of ``catalogue.train`` that the stage's filter of duplicates leaves; None: all.
-        pseudo_labels: committed folder of the labels that a stage with ``pseudo_labels`` adds to its images.
-        teachers: committed soft labels of the stage's base images, one folder a teacher.
+        inputs: ``kept``, ``pseudo_labels`` and ``teachers`` are read.
     Raises:
         Refused: the soft labels are of other images.
     """
-    rows = base_rows(catalogue, stage, kept)
+    rows = base_rows(catalogue, stage, None if inputs.kept is None else np.load(inputs.kept / "kept.npy"))
     images = catalogue.train.take(rows)
     weights = None
-    if pseudo_labels is not None and stage.pseudo_labels is not None:
-        images, weights = _with_pseudo_labels(images, catalogue, stage.pseudo_labels, pseudo_labels)
-    teacher = SoftLabels.open(teachers, images.ids, catalogue.classes) if teachers else None
+    if inputs.pseudo_labels is not None and stage.pseudo_labels is not None:
+        images, weights = _with_pseudo_labels(images, catalogue, stage.pseudo_labels, inputs.pseudo_labels)
+    teacher = SoftLabels.open(inputs.teachers, images.ids, catalogue.classes) if inputs.teachers else None
     return TrainingSet(images, weights, teacher)
 
 
@@ -76,7 +74,7 @@ def base_rows(catalogue: Catalogue, stage: Stage, kept: Integers | None = None) 
 def _with_pseudo_labels(
     images: Images, catalogue: Catalogue, recipe: PseudoLabels, folder: Path
 ) -> tuple[Images, NDArray[np.float32]]:
-    rows, labels = pseudo.read(folder, catalogue)
+    rows, labels = read_pseudo_labels(folder, catalogue)
     added = catalogue.test.take(rows)
     ids = pa.concat_arrays([images.ids, pa.array([f"test/{name}" for name in added.ids.to_pylist()], pa.string())])
     joined = _Joined(
@@ -90,3 +88,40 @@ def _with_pseudo_labels(
     weights = np.ones(len(joined), np.float32)
     weights[len(images) :] = recipe.weight
     return joined, weights
+
+
+def write_pseudo_labels(
+    folder: Path,
+    ids: pa.StringArray,
+    class_ids: Integers,
+    probabilities: NDArray[np.floating[Any]],
+    record: dict[str, Any],
+) -> None:
+    """Commit a folder with ``pseudo_labels.parquet``: a row for each test image that a stage also trains on, with what
+    it is taken for and how surely.
+
+    Args:
+        ids, class_ids, probabilities: (n,), kept as string, int64, float32. record: the labellers' jobs and keys.
+    """
+    table = pa.table(
+        {"image_id": ids, "class_id": class_ids, "probability": np.asarray(probabilities, dtype=np.float32)}
+    )
+    commit.write(folder, lambda staging: pq.write_table(table, staging / _PSEUDO_LABELS), record)
+
+
+def read_pseudo_labels(folder: Path, catalogue: Catalogue) -> tuple[Integers, Integers]:
+    """Rows of ``catalogue.test`` and their labels (rows of ``catalogue.classes``), both (n,).
+
+    Raises:
+        Refused: there are none, or they are of another catalogue.
+    """
+    if commit.read(folder) is None:
+        raise Refused("holds no pseudo labels.", folder, "Run the plan again: they are made anew.")
+    table = pq.read_table(folder / _PSEUDO_LABELS)
+    ids = table["image_id"].combine_chunks()
+    rows = pc.index_in(ids, value_set=catalogue.test.ids)
+    class_ids = table["class_id"].to_numpy()
+    labels = np.searchsorted(catalogue.classes, class_ids).clip(max=max(0, catalogue.num_classes - 1))
+    if rows.null_count or not np.array_equal(catalogue.classes[labels], class_ids):
+        raise Refused("are pseudo labels of another catalogue.", folder, "Delete the folder and run the plan again.")
+    return rows.to_numpy().astype(np.int64), labels.astype(np.int64)

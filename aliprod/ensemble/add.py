@@ -1,18 +1,15 @@
 """The sum of the members' probabilities, what it predicts, and the submission (methods.md, 8).
 
-Rows are matched by image id and columns by class id, never by position; the sum comes out with ids in the
-order of the submission and class ids ascending. It is exact, so neither the order of members, rows or columns
-nor the size of a block changes a byte: every float16 in 0 to 1 is a multiple of 2**-24, and so float32 is
-exact for sums below one, float64 for all sums of up to 127 such numbers.
+Rows are matched by image id and columns by class id, never by position; the sum has its ids in the order of the
+submission and its class ids ascending. It is exact, so neither the order of members, rows or columns nor the size
+of a block changes a byte: every float16 in 0 to 1 is a multiple of 2**-24, so float32 is exact for sums below one,
+float64 for all sums of up to 127 such numbers. Adding everything in float64, or as int32, takes twice as long.
 """
 
 import csv
 import io
-import os
-import shutil
-import uuid
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from aliprod.ensemble.match import Places, match_columns, match_rows, submission_order
+from aliprod.ensemble.score import predicted_classes, top1_error
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import Probabilities, check, tolerance
 from aliprod.store import commit
@@ -45,7 +43,7 @@ class Sums:
     Attributes:
         rounded: (n, K) float32, the nearest to each sum; below one that is the sum itself.
         columns: (n, 5 or K) the highest sums' columns, ties to the first. values: those sums, exact, float64.
-        rows_above, columns_above, values_above: where a sum is one or more, and the exact one.
+        candidates: (n, k) columns, ascending, with all whose sum is one or more. candidate_sums: exact, float64.
     """
 
     low: int
@@ -53,19 +51,16 @@ class Sums:
     rounded: Tensor
     columns: Tensor
     values: Tensor
-    rows_above: Tensor
-    columns_above: Tensor
-    values_above: Tensor
+    candidates: Tensor
+    candidate_sums: Tensor
 
     def exact(self) -> Tensor:
         """The sums: (n, K) float64."""
-        sums = self.rounded.double()
-        sums[self.rows_above, self.columns_above] = self.values_above
-        return sums
+        return self.rounded.double().scatter_(1, self.candidates, self.candidate_sums)
 
 
 @dataclass(frozen=True, eq=False)
-class Ensemble:
+class MatchedMembers:
     """Members whose rows and columns have been matched.
 
     Attributes:
@@ -91,12 +86,17 @@ class Ensemble:
         """
         parts = [self._part(member, low, high) for member in range(len(self.members))]
         rounded = torch.empty(high - low, len(self.classes)) if out is None else out[: high - low]
-        totals, values, columns = _add(parts, self.weights, rounded)
+        totals, candidates = _add(parts, self.weights, rounded)
         doubtful = ~((totals - 1).abs() <= tolerance(len(self.classes)) - 2**-14)  # NaN too; float32 sums err by less
         for member in doubtful.any(dim=1).nonzero()[:, 0].tolist():
             store, rows = self.members[member], self.rows[member][low:high]
             check(parts[member], self.ids[low:high], rows.tolist(), store.name, store.split)
-        return _exact(parts, self.weights, low, rounded, values, columns)
+        exact = sum(
+            (part.gather(1, candidates).double() * weight for part, weight in zip(parts, self.weights, strict=True)),
+            torch.zeros(candidates.shape, dtype=torch.float64),
+        )
+        rounded.scatter_(1, candidates, exact.float())
+        return Sums(low, high, rounded, *_top(rounded, candidates, exact), candidates, exact)
 
     def _part(self, member: int, low: int, high: int) -> Tensor:
         part = from_dlpack(self.members[member].take(self.rows[member][low:high]))
@@ -112,7 +112,7 @@ class Predictions:
     predicted: Tensor
 
 
-def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None) -> Ensemble:
+def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None) -> MatchedMembers:
     """Find each image's row and each class's column in every member.
 
     Args:
@@ -133,7 +133,7 @@ def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None
     ids, rows = match_rows(names, [member.ids for member in members])
     classes, columns = match_columns(names, [member.classes for member in members])
     in_order = np.arange(len(classes))
-    return Ensemble(
+    return MatchedMembers(
         tuple(members),
         tuple(int(weight) for weight in weights if weight),
         ids,
@@ -143,22 +143,14 @@ def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None
     )
 
 
-def add(members: Sequence[Probabilities], rows_per_block: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    """The members' exact sum, block by block; ids and classes as in `match`.
+def each_block(ensemble: MatchedMembers, rows_per_block: int | None = None) -> Iterator[Sums]:
+    """Yield the sums block by block, in one buffer: what a block's ``rounded`` holds is gone with the next block.
 
     Args:
         rows_per_block: memory is bounded by it; default: as many as make 64 MB in float32.
-    Yields:
-        low, high, sums of the rows low to high (exclusive): (high - low, K) float64.
     Raises:
-        Failed, Refused: as in `match` and `Ensemble.sums`.
+        Failed: as in `MatchedMembers.sums`.
     """
-    for block in each_block(match(members), rows_per_block):
-        yield block.low, block.high, block.exact()
-
-
-def each_block(ensemble: Ensemble, rows_per_block: int | None = None) -> Iterator[Sums]:
-    """The sums block by block, in one buffer: what a block's ``rounded`` holds is gone with the next block."""
     rows, num_classes = len(ensemble.ids), len(ensemble.classes)
     size = rows_per_block or max(1, BLOCK_BYTES // (4 * max(1, num_classes)))
     buffer = torch.empty(min(size, rows), num_classes)
@@ -179,32 +171,32 @@ def write_ensemble(
         rows.parquet         image_id, label (class id, null where unknown), in the order of the submission
         classes.parquet      class_id, ascending
         predictions.parquet  image_id, class_id, top_classes (five class ids), shares (their sums over the weights' sum)
+        submission.csv       id, predicted
+        scores.json          top-1 errors (means over classes) of ensemble and members, null without labels
 
     Args:
-        record: more to say in the manifest, beside the members' records, weights and digests.
+        record: further facts of the manifest, beside the members' records, weights and digests.
     Returns:
         What these members' ensemble predicts.
     Raises:
-        Failed, Refused: as in `match` and `Ensemble.sums`; nothing was written.
+        Failed, Refused: as in `match` and `MatchedMembers.sums`; nothing was written.
         StorageFull: no room; nothing was written.
     """
     ensemble = match(members, weights)
-    facts = {
-        **(record or {}),
-        "members": [_origin(*pair) for pair in zip(ensemble.members, ensemble.weights, strict=True)],
-    }
+    origins = [
+        {**member.record, "weight": weight, "probabilities": commit.digest(member.folder)}
+        for member, weight in zip(ensemble.members, ensemble.weights, strict=True)
+    ]
+    facts = {**(record or {}), "members": origins}
     if commit.read(folder) == facts:
         return read_predictions(folder)
-    fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.fresh")
-    commit.write(fresh, lambda staging: _fill(staging, ensemble, rows_per_block), facts)
-    predictions = read_predictions(fresh)  # now: another driver may replace what stands in the folder at any time
-    with commit.storage(folder):
-        _replace(folder, fresh)
-    return predictions
+    written: list[Predictions] = []  # another driver may replace what stands in the folder at any time
+    commit.replace(folder, lambda staging: written.append(_fill(staging, ensemble, rows_per_block)), facts)
+    return written[-1]
 
 
 def read_predictions(folder: Path) -> Predictions:
-    """What a committed ensemble predicts.
+    """Read what a committed ensemble predicts.
 
     Raises:
         Failed: there is none.
@@ -216,7 +208,7 @@ def read_predictions(folder: Path) -> Predictions:
 
 
 def add_members(members: Sequence[tuple[Sequence[str], Tensor, Tensor]]) -> tuple[list[str], Tensor, Tensor]:
-    """The exact sum of members in memory.
+    """Add members in memory, exactly.
 
     Args:
         members: (ids, classes (K,) int64, probabilities (N, K) float16) each, rows and columns in any order.
@@ -257,24 +249,23 @@ def submission(ids: Sequence[str] | pa.StringArray, predicted: Tensor | Sequence
     Args:
         ids: (N,) as the catalogue gives them, in any order. predicted: (N,) class ids.
     """
-    names = [str(name) for name in ids]
+    numbers: dict[str, int] = dict(zip(map(str, ids), map(int, predicted), strict=True))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "predicted"])
-    numbers: dict[str, int] = dict(zip(names, map(int, predicted), strict=True))
     writer.writerows((name, numbers[name]) for name in sorted(numbers, key=submission_order))
     return text.getvalue()
 
 
-def _add(parts: Sequence[Tensor], weights: Sequence[int], sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Write float32 sums (n, K); return each part's row sums (members, n), the k highest and their columns (n, k).
+def _add(parts: Sequence[Tensor], weights: Sequence[int], sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Write float32 sums (n, K); return each part's row sums (members, n) and the columns of the k highest (n, k).
 
     k is such that every sum of one or more is among them: all sums of a row add up to the weights' sum.
     """
     rows, num_classes = parts[0].shape
     k = min(num_classes, max(TOP + 1, int(sum(weights) * (1 + tolerance(num_classes)))))
     step = max(1, TILE // max(1, num_classes))
-    totals, values, columns = torch.empty(len(parts), rows), torch.empty(rows, k), torch.empty(rows, k).long()
+    totals, columns = torch.empty(len(parts), rows), torch.empty(rows, k).long()
     converted = torch.empty(step, num_classes)
     padded = torch.full((step, -(-num_classes // STRIP) * STRIP), -1.0)  # below every sum
     for low in range(0, rows, step):
@@ -285,39 +276,27 @@ def _add(parts: Sequence[Tensor], weights: Sequence[int], sums: Tensor) -> tuple
             torch.sum(added, dim=1, out=totals[member, low:high])
             tile.add_(added, alpha=weight)
         sums[low:high] = tile
-        values[low:high], columns[low:high] = _candidates(padded[: high - low], k)
-    return totals, values, columns
+        columns[low:high] = _candidates(padded[: high - low], k)
+    return totals, columns
 
 
-def _candidates(padded: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of each row and their columns, as topk, but four times as fast: they lie in the k strips with
-    the highest maxima."""
+def _candidates(padded: Tensor, k: int) -> Tensor:
+    """Columns of the k highest of each row, ascending: as topk, but four times as fast, since they lie in the k strips
+    with the highest maxima."""
     strips = padded.view(len(padded), -1, STRIP)
     chosen = strips.amax(dim=2).topk(min(k, strips.shape[1]), dim=1).indices
-    values, places = strips.gather(1, chosen[:, :, None].expand(-1, -1, STRIP)).flatten(1).topk(k, dim=1)
-    return values, chosen.gather(1, places // STRIP) * STRIP + places % STRIP
+    places = strips.gather(1, chosen[:, :, None].expand(-1, -1, STRIP)).flatten(1).topk(k, dim=1).indices
+    return (chosen.gather(1, places // STRIP) * STRIP + places % STRIP).sort(dim=1).values
 
 
-def _exact(
-    parts: Sequence[Tensor], weights: Sequence[int], low: int, rounded: Tensor, values: Tensor, columns: Tensor
-) -> Sums:
-    """Replace what float32 could not hold, the sums of one and more, and order the highest by what they are."""
-    columns, order = columns.sort(dim=1)
-    highest = values.gather(1, order).double()
-    row, place = (highest >= 1).nonzero(as_tuple=True)
-    column = columns[row, place]
-    above = torch.zeros(len(row), dtype=torch.float64)
-    for part, weight in zip(parts, weights, strict=True):
-        above += part[row, column].double() * weight
-    highest[row, place] = above
-    rounded[row, column] = above.float()
-    best = _highest(highest, TOP)
-    sums = Sums(low, low + len(rounded), rounded, columns.gather(1, best), highest.gather(1, best), row, column, above)
-    last = sums.values[:, -1:]
-    tied = ((highest >= last).all(dim=1) & (last[:, 0] < 1)).nonzero()[:, 0]  # may tie with columns that are not here
-    if columns.shape[1] < rounded.shape[1] and len(tied):
-        sums.columns[tied] = _highest(sums.exact()[tied], TOP)
-    return sums
+def _top(rounded: Tensor, candidates: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns and exact values of the TOP highest of each row, from the exact sums of the candidates."""
+    best = _highest(sums, TOP)
+    columns, values = candidates.gather(1, best), sums.gather(1, best)
+    tied = (sums >= values[:, -1:]).all(dim=1)  # columns that are no candidates may have the same sum
+    if candidates.shape[1] < rounded.shape[1] and bool(tied.any()):
+        columns[tied] = _highest(rounded[tied].double().scatter_(1, candidates[tied], sums[tied]), TOP)
+    return columns, values
 
 
 def _highest(values: Tensor, count: int) -> Tensor:
@@ -334,21 +313,12 @@ def _highest(values: Tensor, count: int) -> Tensor:
     return columns
 
 
-def _replace(folder: Path, fresh: Path) -> None:
-    old = fresh.with_suffix(".old")
-    try:
-        with suppress(FileNotFoundError):
-            os.replace(folder, old)
-        os.replace(fresh, folder)
-    except OSError:
-        if commit.read(folder) is None:
-            raise  # else another driver has just published its own: that stays
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+def scores(folder: Path) -> dict[str, Any]:
+    """Top-1 errors of a committed ensemble: of ``ensemble``, and of each of the ``members`` by job."""
+    return dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
 
 
-def _fill(staging: Path, ensemble: Ensemble, rows_per_block: int | None) -> None:
+def _fill(staging: Path, ensemble: MatchedMembers, rows_per_block: int | None) -> Predictions:
     classes, total = torch.from_numpy(ensemble.classes), sum(ensemble.weights)
     per_shard = min(8192, max(1, 2**28 // (4 * max(1, len(classes)))))
     best = torch.empty(len(ensemble.ids), min(TOP, len(classes)), dtype=torch.int64)
@@ -357,6 +327,10 @@ def _fill(staging: Path, ensemble: Ensemble, rows_per_block: int | None) -> None
         append(staging / "sums", sums.rounded.numpy(), sums.low, len(ensemble.ids), per_shard)
         best[sums.low : sums.high], shares[sums.low : sums.high] = classes[sums.columns], sums.values / total
     labels = ensemble.members[0].labels.take(pa.array(ensemble.rows[0]))
+    found = Predictions(ensemble.ids, best[:, 0])
+    errors = _scores(labels, found, ensemble.members)
+    (staging / "scores.json").write_text(json.dumps(errors, indent=1), encoding="utf-8")
+    (staging / "submission.csv").write_text(submission(found.ids, found.predicted), encoding="utf-8")
     pq.write_table(pa.table({"image_id": ensemble.ids, "label": labels}), staging / "rows.parquet")
     pq.write_table(pa.table({"class_id": ensemble.classes}), staging / "classes.parquet")
     predictions = {
@@ -366,12 +340,18 @@ def _fill(staging: Path, ensemble: Ensemble, rows_per_block: int | None) -> None
         "shares": _lists(shares),
     }
     pq.write_table(pa.table(predictions), staging / "predictions.parquet")
+    return found
+
+
+def _scores(labels: pa.Int64Array, found: Predictions, members: Sequence[Probabilities]) -> dict[str, Any]:
+    if labels.null_count == len(labels):
+        return {"ensemble": None, "members": {member.name: None for member in members}}
+    return {
+        "ensemble": top1_error(labels, found.predicted.numpy()),
+        "members": {member.name: top1_error(member.labels, predicted_classes(member)) for member in members},
+    }
 
 
 def _lists(rows: Tensor) -> pa.ListArray:
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.flatten().numpy()))
-
-
-def _origin(member: Probabilities, weight: int) -> dict[str, Any]:
-    return {**member.record, "weight": weight, "probabilities": commit.digest(member.folder)}

@@ -1,4 +1,4 @@
-"""How sure to be: one temperature for all logits, and how far confidence is from accuracy (methods.md, Extras)."""
+"""Calibration: one temperature for all logits, and the expected calibration error (methods.md, Extras)."""
 
 import math
 

@@ -1,19 +1,13 @@
-"""Which members, and how often: greedy selection on the validation set (Caruana et al. 2004; methods.md, Extras)."""
+"""Greedy selection of members, and their weights, on the validation set (Caruana et al. 2004; methods.md, Extras)."""
 
-from collections.abc import Sequence
-
-import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from aliprod.ensemble.add import match
 from aliprod.inference.metrics import mean_class_error
-from aliprod.inference.probabilities import Probabilities
 
 
 def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll") -> tuple[Tensor, Tensor]:
-    """Start with nothing; each round add the member, once more or for the first time, that scores best then.
+    """Select members greedily: each round adds the one, anew or once more, with which the mean scores best.
 
     Scores are compared at 12 decimals, ties go to the lowest member; the best round is the first minimum of the
     scores, and the weights are how often each member was picked until then (`weights`).
@@ -51,29 +45,6 @@ def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll
 
 
 def weights(picks: Tensor, scores: Tensor, members: int) -> list[int]:
-    """How often each member was picked up to the first best round, as `write_ensemble` takes them."""
+    """Count how often each member was picked up to the first best round: the weights of `write_ensemble`."""
     best = int(scores.argmin()) + 1 if len(scores) else 0
     return [int(count) for count in torch.bincount(picks[:best], minlength=members)]
-
-
-def at_labels(members: Sequence[Probabilities], rows_per_block: int = 256) -> tuple[Tensor, Tensor]:
-    """All that `greedy` needs to score stores by "nll", since whole they do not fit in memory.
-
-    Returns:
-        (M, N, 1) float16, each image's probability at its label; (N,) int64: 0, or -1 where no label is known.
-    Raises:
-        Failed, Refused: as in `match`.
-    """
-    matched = match(members)
-    labels = matched.members[0].labels.take(pa.array(matched.rows[0]))
-    known = labels.is_valid().to_numpy(zero_copy_only=False)
-    ids = labels.fill_null(int(matched.classes[0])).to_numpy()
-    column = np.searchsorted(matched.classes, ids).clip(max=len(matched.classes) - 1)
-    known &= matched.classes[column] == ids
-    found = np.empty((len(members), len(ids), 1), np.float16)
-    for number, (member, rows) in enumerate(zip(matched.members, matched.rows, strict=True)):
-        own = np.argsort(member.classes)[column]
-        for low in range(0, len(ids), rows_per_block):
-            block = slice(low, min(low + rows_per_block, len(ids)))
-            found[number, block] = np.take_along_axis(member.take(rows[block]), own[block, None], axis=1)
-    return torch.from_numpy(found), torch.from_numpy(known.astype(np.int64) - 1)

@@ -1,8 +1,7 @@
-"""A submission, or a folder of probabilities, against labels."""
+"""The errors of a submission, or of a folder of probabilities, against labels."""
 
 import csv
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +44,16 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
 
 def _predictions(path: Path) -> tuple[pa.StringArray, np.ndarray]:
     if not path.exists():
-        raise Refused("there is no such file or folder.", path)
+        raise Refused(
+            "there is no such file or folder.", path, "Give submission.csv, PLAN/ensemble or a member's store."
+        )
     if path.is_dir() and (path / "predictions.parquet").exists():
         ensemble = read_predictions(path)
         return ensemble.ids, ensemble.predicted.numpy()
     if path.is_dir():
         if not (path / f"{STEM}-00000.npy").exists():
-            raise Refused(
-                "holds neither an ensemble nor probabilities.", path, "Give PLAN/ensemble or a member's store."
-            )
+            advice = "Give PLAN/ensemble or a member's store."
+            raise Refused("holds neither an ensemble nor probabilities.", path, advice)
         store = open_store(path)
         return store.ids, predicted_classes(store)
     return _csv(path, "predicted")
@@ -73,27 +73,21 @@ def _labels(path: Path) -> tuple[pa.StringArray, pa.Int64Array]:
 
 
 def _csv(path: Path, column: str) -> tuple[pa.StringArray, np.ndarray]:
+    """The images of a table with the columns id and ``column``, and the class id of each."""
     numbers: dict[str, int] = {}
-    for line, name, written in _lines(path, column):
-        number = class_number(written)
-        if number is None:
-            raise Refused(f'{column} "{written}" is no class id.', f"{path}, line {line}")
-        if name in numbers:
-            raise Refused(f"has the image {name} twice.", f"{path}, line {line}", "Keep one line for each image.")
-        numbers[name] = number
-    return pa.array(numbers.keys(), pa.string()), np.array(list(numbers.values()), np.int64)
-
-
-def _lines(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
-    """Number, id and ``column`` of each line."""
     lines = csv.DictReader(io.StringIO(utf8(path), newline=""), restval="", strict=True)
     try:
         if not {"id", column} <= set(lines.fieldnames or ()):
             header = listing(lines.fieldnames or ["empty"])
             raise Refused(f"has no columns id and {column}.", path, f"Its first line is {header}.")
         for row in lines:
-            yield lines.line_num, row["id"], row[column]
+            where, name, number = f"{path}, line {lines.line_num}", row["id"], class_number(row[column])
+            if number is None:
+                raise Refused(f'{column} "{row[column]}" is no class id.', where, "Class ids are whole numbers from 0.")
+            if name in numbers:
+                raise Refused(f"has the image {name} twice.", where, "Keep one line for each image.")
+            numbers[name] = number
     except csv.Error as error:
-        raise Refused(
-            f"is not CSV: {error}.", f"{path}, line {lines.reader.line_num}", "Quote it as RFC 4180 says."
-        ) from error
+        where = f"{path}, line {lines.reader.line_num}"
+        raise Refused(f"is not CSV: {error}.", where, "Quote it as RFC 4180 says.") from error
+    return pa.array(numbers.keys(), pa.string()), np.array(list(numbers.values()), np.int64)

@@ -1,4 +1,4 @@
-"""Which row of a member is which image, which column is which class: by id, never by position."""
+"""Match members' rows by image id and columns by class id, never by position."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -14,7 +14,7 @@ Places: TypeAlias = npt.NDArray[np.int64]
 
 
 def submission_order(name: str) -> tuple[int, int, str, str]:
-    """Stems that are all digits first, by that number; then the rest as strings."""
+    """Sort key of image ids: stems that are all digits first, by that number; then the rest as strings."""
     stem = name.rsplit(".", 1)[0]
     if not (stem.isascii() and stem.isdigit()):
         return (1, 0, "", name)

@@ -1,4 +1,4 @@
-"""Top-1 errors of predictions against labels: of a member, an ensemble, a submission."""
+"""Top-1 errors of a member, an ensemble or a submission, against labels."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ _ROWS_PER_BLOCK = 1024
 
 
 def score(labels: pa.Int64Array, predicted: npt.NDArray[np.int64]) -> dict[str, float | int] | None:
-    """Errors of predicted class ids.
+    """Count the errors of predicted class ids.
 
     Args:
         labels: (N,) class ids, null where unknown: left out. predicted: (N,) class ids.
@@ -26,14 +26,10 @@ def score(labels: pa.Int64Array, predicted: npt.NDArray[np.int64]) -> dict[str, 
     if not known.any():
         return None
     truth, guess = labels.drop_null().to_numpy(), predicted[known]
-    classes = np.union1d(truth, guess)
-    error = mean_class_error(
-        torch.from_numpy(np.searchsorted(classes, truth)),
-        torch.from_numpy(np.searchsorted(classes, guess)),
-        len(classes),
-    )
+    classes, rows = np.unique(np.concatenate([truth, guess]), return_inverse=True)
+    places, guessed = torch.from_numpy(rows).split(len(truth))
     return {
-        "top1_error": float(error),
+        "top1_error": float(mean_class_error(places, guessed, len(classes))),
         "top1_error_per_image": float(np.mean(truth != guess)),
         "images": len(truth),
         "classes": len(np.unique(truth)),
@@ -41,13 +37,13 @@ def score(labels: pa.Int64Array, predicted: npt.NDArray[np.int64]) -> dict[str, 
 
 
 def top1_error(labels: pa.Int64Array, predicted: npt.NDArray[np.int64]) -> float | None:
-    """The mean over classes alone, 0 to 1; None without any label."""
+    """Top-1 error, mean over classes, 0 to 1; None without any label."""
     found = score(labels, predicted)
     return None if found is None else found["top1_error"]
 
 
 def predicted_classes(member: Probabilities) -> npt.NDArray[np.int64]:
-    """(N,) class ids of the highest probability of each row, ties to the first class; a few rows in memory at once."""
+    """Class ids (N,) of each row's highest probability, ties to the first class; a few rows in memory at once."""
     order = np.argsort(member.classes)
     blocks = [
         member.rows(low, min(low + _ROWS_PER_BLOCK, len(member)))[:, order].argmax(axis=1)
@@ -58,11 +54,10 @@ def predicted_classes(member: Probabilities) -> npt.NDArray[np.int64]:
 
 def aligned(ids: pa.StringArray, others: pa.StringArray, labels: pa.Int64Array) -> pa.Int64Array:
     """The labels of ``others`` in the order of ``ids``, null where an id is not among them."""
-    places = pc.index_in(ids, value_set=others)
-    return labels.take(places)
+    return labels.take(pc.index_in(ids, value_set=others))
 
 
 def as_labels(labels: Sequence[int] | npt.NDArray[np.int64], classes: npt.NDArray[np.int64]) -> pa.Int64Array:
-    """Rows of a class list become class ids, null where negative."""
+    """Turn rows of a class list into class ids, null where negative."""
     rows = np.asarray(labels, dtype=np.int64)
     return pa.array(classes[np.maximum(rows, 0)], pa.int64(), mask=rows < 0)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from aliprod.build.preflight import check_backbones, prepare
 from aliprod.errors import Failed
 from aliprod.forecast import rates
 from aliprod.forecast.rates import Piece
-from aliprod.orchestration.prepare import Prepared, check_backbones, prepare
-from aliprod.plan.open import Request
-from aliprod.training.speed import Part, measure, measure_prediction
+from aliprod.plan.open import Opened, Request
+from aliprod.recipe import Part
+from aliprod.training.speed import measure, measure_prediction
 
 
 def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str, Any]]:
@@ -24,29 +25,26 @@ def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str,
         Refused: there is no catalogue, or timm knows no such network.
         Failed: a step does not fit in the GPU's memory. What was measured before is kept.
     """
-    prepared = prepare(request)
+    opened = prepare(request)
     check_backbones(request.plan)
-    for piece in rates.pieces(prepared, part):
+    for piece in rates.pieces(opened, part):
         try:
-            measured = _measured(prepared, piece, steps)
+            measured = _measured(opened, piece, steps)
         except torch.OutOfMemoryError as error:
             advice = "Lower batch_size or crop, raise accumulate, or spread a job over more cluster.workers."
             raise Failed("does not fit in the GPU's memory.", piece.job.name, advice) from error
         measured |= {"cpus": len(os.sched_getaffinity(0))}
-        rates.keep(prepared, piece, measured)
+        rates.keep(opened, piece, measured)
         yield {"part": piece.part, "jobs": list(piece.jobs), **measured}
 
 
-def _measured(prepared: Prepared, piece: Piece, steps: int) -> dict[str, Any]:
-    job, cluster, catalogue = piece.job, prepared.plan.cluster, prepared.catalogue
-    threads, processes = cluster.cpus_per_worker, cluster.loader_processes
+def _measured(opened: Opened, piece: Piece, steps: int) -> dict[str, Any]:
+    job, cluster, catalogue = piece.job, opened.plan.cluster, opened.read_catalogue()
     match piece.part:
         case "center" | "ten_crop" as views:
-            size, batches = (job.stage.resize, job.stage.crop), max(1, steps // 4)
-            network = job.network, rates.branches(job)
-            return asdict(measure_prediction(*network, *size, views, catalogue, batches, threads, processes))
+            batches = max(1, steps // 4)
+            return asdict(measure_prediction(job.stage, job.network, views, catalogue, batches, cluster))
         case part:
             stage = rates.bare(job.stage)
             stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // cluster.workers)})
-            how = cluster.compile, cluster.exact
-            return asdict(measure(part, stage, job.network, catalogue, steps, threads, processes, *how))
+            return asdict(measure(part, stage, job.network, catalogue, steps, cluster))

@@ -1,39 +1,28 @@
-"""How fast a plan's work goes: what its jobs have told of themselves, else what `aliprod benchmark` has measured.
+"""How fast a plan's work goes: what its jobs have reported, else what `aliprod benchmark` has measured.
 
 Never a count of operations: measured training throughput of these backbones differs by five at equal GMACs
 (timm's published training benchmarks).
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, get_args
 
-from aliprod.inference.predict import Views
-from aliprod.orchestration.prepare import Prepared
-from aliprod.plan import ledger
-from aliprod.plan.graph import Job
+from aliprod.plan.jobs import Job
+from aliprod.plan.open import Opened
 from aliprod.plan.options import needs
-from aliprod.recipe import LearningRate, Stage
-from aliprod.store import commit, epochs
-from aliprod.training.speed import Part
+from aliprod.recipe import NO_COST, LearningRate, Part, Stage, Views
+from aliprod.store import commit
+from aliprod.store.keys import key_of
 
 FILE = "benchmark.json"
 
-# A step's cost hangs on none of these. What is not listed stays in a digest: a setting too many there costs a second
-# measurement, one too few a wrong forecast. Rates so low that no measurement diverges.
-_SAME_COST: dict[str, Any] = {
-    "start": None,
-    "pretrained": False,
-    "images": "all",
-    "duplicates": "keep",
-    "pseudo_labels": None,
-    "sampler": "shuffled",
-    "lr": LearningRate(backbone=1e-6, heads=1e-6),
-    "epochs": 1,
-    "seed": 0,
+# The cost of a step depends on none of these. What is not listed stays in a digest: a setting too many there costs a
+# second measurement, one too few a wrong forecast. Rates so low that no measurement diverges.
+_SAME_COST: dict[str, Any] = {name: Stage.model_fields[name].default for name in NO_COST} | {
+    "lr": LearningRate(backbone=1e-6, heads=1e-6)
 }
 
 
@@ -70,58 +59,58 @@ def bare(stage: Stage) -> Stage:
     return stage.model_copy(update=_SAME_COST)
 
 
-def pieces(prepared: Prepared, part: Part) -> Iterator[Piece]:
+def pieces(opened: Opened, part: Part) -> Iterator[Piece]:
     """The distinct work of a plan's jobs, finished or not; the predictions too, where whole trainings are asked for."""
-    trained = [job for job in prepared.jobs.values() if not job.soup]
-    yield from _distinct(prepared, part, trained)
+    trained = [job for job in opened.jobs.values() if not job.soup]
+    yield from _distinct(opened, part, trained)
     if part == "train":
-        yield from _distinct(prepared, "center", prepared.jobs.values())
-        if prepared.plan.ensemble.views != "center":
-            predicting = predictors(prepared)
-            jobs = (job for job in prepared.jobs.values() if job.name in predicting)
-            yield from _distinct(prepared, prepared.plan.ensemble.views, jobs)
+        yield from _distinct(opened, "center", opened.jobs.values())
+        if opened.plan.ensemble.views != "center":
+            predicting = predictors(opened)
+            jobs = (job for job in opened.jobs.values() if job.name in predicting)
+            yield from _distinct(opened, opened.plan.ensemble.views, jobs)
 
 
-def predictors(prepared: Prepared) -> set[str]:
+def predictors(opened: Opened) -> set[str]:
     """Names of the jobs that predict whole splits: members, and those who label test images."""
-    labels = (job.stage.pseudo_labels for job in prepared.jobs.values())
-    return {*prepared.plan.ensemble.members, *(name for recipe in labels if recipe for name in recipe.by)}
+    labellers = (name for job in opened.jobs.values() for name in job.labellers)
+    return {*opened.plan.ensemble.members, *labellers}
 
 
 def branches(job: Job) -> int:
     """Of the network that a job's objective trains, each of which predicts."""
-    return int(needs(job.stage.objective.name).get("branches", 1))
+    return needs(job.stage.objective.name).branches
 
 
-def keep(prepared: Prepared, piece: Piece, measured: Mapping[str, Any]) -> None:
+def keep(opened: Opened, piece: Piece, measured: Mapping[str, Any]) -> None:
     """Keep what a piece was measured at, in place of what was known of it.
 
     Args:
         measured: JSON: ``images_per_second`` of one rank, ``device``, and whatever else a person may want to know.
     """
-    known = _known(prepared)
+    known = _known(opened)
     known[piece.digest] = {"part": piece.part, "jobs": piece.jobs, **measured}
-    commit.write_file(prepared.folder / FILE, json.dumps(known, indent=1))
+    commit.write_file(opened.folder / FILE, json.dumps(known, indent=1))
 
 
 class Rates:
     """The rates that are known of a plan's work."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self._prepared, self._known = prepared, _known(prepared)
-        self._told = {name: rate for name, job in prepared.jobs.items() if (rate := _told(prepared, job))}
-        self._alike = {_digest(prepared, "train", prepared.jobs[name]): rate for name, rate in self._told.items()}
+    def __init__(self, opened: Opened) -> None:
+        self._opened, self._known = opened, _known(opened)
+        self._reported = {name: rate for name, job in opened.jobs.items() if (rate := _reported(opened, job))}
+        self._alike = {_digest(opened, "train", opened.jobs[name]): rate for name, rate in self._reported.items()}
 
     def training(self, job: Job) -> Rate | None:
-        """What the job itself has told, else one of the plan with the same digest, else the benchmark."""
-        if job.name in self._told:
-            return self._told[job.name]
-        digest = _digest(self._prepared, "train", job)
+        """Find what the job itself has reported, else one of the plan with the same digest, else the benchmark."""
+        if job.name in self._reported:
+            return self._reported[job.name]
+        digest = _digest(self._opened, "train", job)
         return self._alike.get(digest) or self._measured(digest)
 
     def predicting(self, job: Job, views: Views) -> Rate | None:
         """The benchmark; of the centre view, else, what training does: it is no slower to look at an image alone."""
-        rate = self._measured(_digest(self._prepared, views, job))
+        rate = self._measured(_digest(self._opened, views, job))
         return self.training(job) if rate is None and views == "center" and not job.soup else rate
 
     def _measured(self, digest: str) -> Rate | None:
@@ -129,20 +118,20 @@ class Rates:
         return None if entry is None else Rate(entry["images_per_second"], 1, entry["device"], "benchmark")
 
 
-def _distinct(prepared: Prepared, part: Part | Views, jobs: Iterable[Job]) -> Iterator[Piece]:
+def _distinct(opened: Opened, part: Part | Views, jobs: Iterable[Job]) -> Iterator[Piece]:
     by_digest: dict[str, list[Job]] = {}
     for job in jobs:
-        by_digest.setdefault(_digest(prepared, part, job), []).append(job)
+        by_digest.setdefault(_digest(opened, part, job), []).append(job)
     for digest, same in by_digest.items():
         yield Piece(part, digest, same[0], tuple(job.name for job in same))
 
 
-def _digest(prepared: Prepared, part: Part | Views, job: Job) -> str:
-    cluster = prepared.plan.cluster
+def _digest(opened: Opened, part: Part | Views, job: Job) -> str:
+    cluster = opened.plan.cluster
     facts: dict[str, Any] = {
         "part": part,
         "network": job.network,
-        "classes": prepared.catalogue.num_classes,
+        "classes": opened.read_catalogue().num_classes,
         "threads": cluster.cpus_per_worker,
         "loader_processes": cluster.loader_processes,
     }
@@ -151,28 +140,25 @@ def _digest(prepared: Prepared, part: Part | Views, job: Job) -> str:
     else:
         stage = bare(job.stage).model_dump(mode="json")
         facts |= {"stage": stage, "compile": cluster.compile, "exact": cluster.exact}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return key_of(facts)
 
 
-def _told(prepared: Prepared, job: Job) -> Rate | None:
+def _reported(opened: Opened, job: Job) -> Rate | None:
     """What a job's metrics say; the median, since the first epoch warms up and a disturbed one is slow."""
-    folder = prepared.job_folder(job.name)
-    lines = [line for line in epochs.read(folder / epochs.FILE) if line.get("speed/images_per_second")]
+    lines = [line for line in opened.metrics(job.name) if line.get("speed/images_per_second")]
     if not lines:
         return None
-    record = ledger.finished(prepared.places.storage, job)
-    place = (record or {}).get("environment", {})
     return Rate(
         images_per_second=median(line["speed/images_per_second"] for line in lines),
-        ranks=int(lines[-1].get("speed/ranks") or place.get("world_size") or prepared.plan.cluster.workers),
-        device=lines[-1].get("device") or place.get("device") or "a device not told",
+        ranks=int(lines[-1].get("speed/ranks", 1)),
+        device=lines[-1].get("device", "an unknown device"),
         source=job.name,
     )
 
 
-def _known(prepared: Prepared) -> dict[str, Any]:
+def _known(opened: Opened) -> dict[str, Any]:
     try:
-        known = json.loads((prepared.folder / FILE).read_text(encoding="utf-8"))
+        known = json.loads((opened.folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}

@@ -1,4 +1,4 @@
-"""Top-1 error per image and per class, and top-k error: what a recogniser is judged by (methods.md, 8)."""
+"""Top-1 error per image and per class, and top-k error: the metrics of a classifier (methods.md, 8)."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ def class_errors(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """Top-1 error of each class.
 
     Args:
-        labels: (N,) int64, row in the class list; images with a label below 0 (unknown) are left out.
+        labels: (N,) int64, rows of the class list; images with a label below 0 (unknown) are left out.
         predicted: (N,) int64; anything but the label is an error, a number outside the class list too.
     Returns:
         (num_classes,) float64 in 0 to 1, NaN for a class without images.

@@ -1,9 +1,8 @@
-"""Weights and images become probabilities: one forward path for validation, ten-crop and strangers' files."""
+"""Probabilities of images: one forward path for validation, test-time augmentation and files of any kind."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,10 +14,10 @@ from aliprod.data.loader import Feed, squared_batches
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
+from aliprod.recipe import Views
 from aliprod.store.resumable import SHARD_STEP
 
-Views = Literal["ten_crop", "center"]
-# Pictures in one forward pass, 256 or 320 views: they bound the memory of activations, and divide a shard's rows. The
+# Pictures in one forward pass, 256 or 320 crops: they bound the memory of activations, and divide a shard's rows. The
 # last batch of a split may be smaller: no padding, since nothing here compiles or tunes itself for a shape.
 BATCH = {"center": SHARD_STEP, "ten_crop": SHARD_STEP // 8}
 
@@ -37,14 +36,14 @@ def ready(folder: Path, processes: int = 0) -> Ready:
     """Load a weights folder onto this process's GPU where it has one.
 
     Args:
-        processes: that read pictures.
+        processes: number of them that read pictures.
     Raises:
         Refused: it is no weights folder, or one that is damaged.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, classes = weights.load(folder)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes)
+    feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes, dtype=precision(device))
     return Ready(model, config, classes, feed)
 
 
@@ -66,49 +65,39 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @torch.inference_mode()
 def predict(
-    model: Classifier, images: Images, resize: int, crop: int, views: Views, feed: Feed, dtype: torch.dtype
+    model: Classifier, images: Images, resize: int, crop: int, views: Views, feed: Feed
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Probabilities of a split in order, this rank's share of it.
 
-    Each picture is decoded and squared once and sent as 8-bit pixels; its views are cut on the device. The
-    probabilities of ten crops are averaged after the softmax.
+    Each picture is decoded and squared once and sent as 8-bit pixels; it is cropped on the device. The probabilities
+    of ten crops (test-time augmentation) are averaged after the softmax.
 
     Args:
         model: in eval mode, on ``feed.device``.
         resize, crop: pixels.
-        dtype: of the forward pass; softmax and mean are float32.
     Yields:
         Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
     """
     for rows, pixels in squared_batches(images, resize, feed, BATCH[views]):
-        yield rows, look(model, pixels, crop, views, feed, dtype).cpu()
+        yield rows, look(model, pixels, crop, views, feed).cpu()
 
 
 def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
     """The probabilities (n, K) alone of `predict`, block after block, at the device's precision."""
     config, feed = member.config, member.feed
-    for _, block in predict(member.model, images, config.resize, config.crop, views, feed, precision(feed.device)):
+    for _, block in predict(member.model, images, config.resize, config.crop, views, feed):
         yield block
 
 
 @torch.inference_mode()
-def look(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed, dtype: torch.dtype) -> Tensor:
+def look(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
     """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8 on the device of ``feed``."""
-    return mean_probabilities(_logits(model, _views(pixels, crop, views), feed, dtype))
-
-
-def _views(pixels: Tensor, crop: int, views: Views) -> Tensor:
-    """(n, 3, side, side) -> (n, V, 3, crop, crop), uint8."""
     if views == "ten_crop":
-        return crops(pixels, crop)
-    offset = round((pixels.shape[-1] - crop) / 2)
-    return pixels[:, None, :, offset : offset + crop, offset : offset + crop]
-
-
-def _logits(model: Classifier, views: Tensor, feed: Feed, dtype: torch.dtype) -> Tensor:
-    """(n, V, 3, crop, crop) uint8 -> (n, V, K) float32."""
-    images = normalise(views.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
-    with autocast(feed.device, dtype):
+        cut = crops(pixels, crop)
+    else:
+        offset = round((pixels.shape[-1] - crop) / 2)
+        cut = pixels[:, None, :, offset : offset + crop, offset : offset + crop]
+    images = normalise(cut.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
+    with autocast(feed.device, feed.dtype):
         logits: Tensor = model(images)
-    n, views_per_image = views.shape[:2]
-    return logits.float().view(n, views_per_image, -1)
+    return mean_probabilities(logits.float().view(*cut.shape[:2], -1))

@@ -9,8 +9,6 @@ At 250,000 images and 50,030 classes this is 25 GB, and hours of work: it is rea
 shard by shard (`aliprod.store.resumable`).
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +24,11 @@ from torch.utils.dlpack import from_dlpack
 
 from aliprod.errors import Failed
 from aliprod.store import commit
-from aliprod.store.resumable import SHARD_STEP, Rows, Unfinished, shard_file
+from aliprod.store.resumable import SHARD_STEP, ResumableRows, Rows, shard_file
 
 STEM = "probabilities"
 SHARD_BYTES = 256 * 2**20
+_ADVICE = "Delete the folder and submit jobs/ensemble.py: only this member is predicted again."
 ROWS_PER_CHECK = 16  # rows summed in float64 at once: 6 MB at 50,030 classes
 
 Half = npt.NDArray[np.float16]
@@ -63,41 +62,39 @@ class Probabilities:
         return str(self.record.get("split", ""))
 
     def rows(self, low: int, high: int) -> Half:
-        """Rows low to high (exclusive): (high - low, K), a read-only view of the file where one shard holds them all.
+        """Rows low to high (exclusive): (high - low, K), as `take`.
 
         Raises:
             IndexError: there are no such rows.
         """
         if not 0 <= low <= high <= len(self):
             raise IndexError(f"rows {low} to {high} of {len(self)}")
-        parts = [part for _, part in self._parts(np.arange(low, high))]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, len(self.classes)), np.float16), *parts])
+        return self.take(np.arange(low, high))
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Half:
-        """The given rows in the given order: (len(rows), K), a view where they follow each other in one shard.
+    def take(self, rows: Rows) -> Half:
+        """The given rows in the given order: (len(rows), K); where they follow each other in one shard, a read-only
+        view of the file.
 
         Raises:
             IndexError: there is no such row.
         """
-        if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
-            return self.rows(int(rows[0]), int(rows[-1]) + 1)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        shards = rows // self.rows_per_shard
+        if len(rows) and (shards == shards[0]).all():
+            return self._of_shard(shards[0], rows)
         taken = np.empty((len(rows), len(self.classes)), np.float16)
-        for places, part in self._parts(rows):
-            taken[places] = part
+        for shard in np.unique(shards):
+            places = shards == shard
+            taken[places] = self._of_shard(shard, rows[places])
         return taken
 
-    def _parts(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Half]]:
-        """For each shard in turn: places in ``rows`` that it holds, and those rows of it."""
-        shards = rows // self.rows_per_shard
-        for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard)
-            inside = rows[places] - shard * self.rows_per_shard
-            # Opened anew each time: every map holds a file open, and eleven members have a thousand shards.
-            file = np.load(shard_file(self.folder / STEM, shard), mmap_mode="r")
-            ordered = inside[-1] - inside[0] == len(inside) - 1 and bool((np.diff(inside) == 1).all())
-            yield places, file[inside[0] : inside[-1] + 1] if ordered else file[inside]
+    def _of_shard(self, shard: int, rows: Rows) -> Half:
+        inside = rows - shard * self.rows_per_shard
+        # Opened anew each time: every map holds a file open, and eleven members have a thousand shards.
+        file = np.load(shard_file(self.folder / STEM, shard), mmap_mode="r")
+        part: Half = file[inside[0] : inside[-1] + 1] if (np.diff(inside) == 1).all() else file[inside]
+        return part
 
 
 def write(
@@ -109,11 +106,7 @@ def write(
     record: Mapping[str, Any] | None = None,
     rows_per_shard: int | None = None,
 ) -> dict[str, Any]:
-    """Write probabilities as they come, checked, and commit them.
-
-    Of a writer of the same that was killed, the finished shards whose checksums hold are kept. Several writers at once
-    share them; the first to commit wins, and the others stop at their next shard. What was left of other weights,
-    images or classes of the same split and views is removed. Where ``folder`` is committed already, it stays.
+    """Write probabilities as they come, checked, and commit them; resumed as `ResumableRows.finish` says.
 
     Args:
         ids: (N,) image ids, each once, in row order.
@@ -127,29 +120,38 @@ def write(
         The record that now stands in the folder.
     Raises:
         Failed: a row holds NaN or does not sum to one; nothing is left behind.
-        StorageFull: no room; finished shards are kept.
+        StorageFull: as `ResumableRows.finish`.
         ValueError: ids, classes and blocks do not fit each other.
     """
     record = dict(record or {})
-    names = _strings(ids)
-    numbers = np.asarray(classes, dtype=np.int64)
-    per_shard = rows_per_shard or _rows_per_shard(len(numbers))
+    names, numbers = pa.array(ids, pa.string()), np.asarray(classes, dtype=np.int64)
     known = pa.nulls(len(names), pa.int64()) if labels is None else pa.array(labels, pa.int64())
     if names.null_count or len(names.unique()) != len(names) or len(np.unique(numbers)) != len(numbers):
         raise ValueError("an image id or a class id occurs twice")
-    unfinished = Unfinished.of(folder, names, numbers, record, per_shard)
+    resumable = ResumableRows(folder, names, numbers, record, rows_per_shard or _rows_per_shard(len(numbers)))
+    member, split = str(record.get("job", folder)), record.get("split", "")
 
     def checked(missing: Rows) -> Iterator[dict[str, Half]]:
-        member, split = str(record.get("job", folder)), record.get("split", "")
-        return _checked(blocks(missing), missing, names, len(numbers), member, split)
+        done = 0
+        for block in blocks(missing):
+            on_device = block if isinstance(block, Tensor) else from_dlpack(block)
+            rows = on_device.detach().half().cpu().contiguous()
+            places = missing[done : done + len(rows)]
+            if rows.shape != (len(places), len(numbers)):
+                wanted = f"{len(places)} rows and {len(numbers)} classes"
+                raise ValueError(f"a block of shape {tuple(rows.shape)} for {wanted}")
+            check(rows, names.take(places), places.tolist(), member, split)
+            done += len(rows)
+            yield {STEM: rows.numpy()}
 
     def fill(staging: Path) -> dict[str, str]:
         table = pa.table({"image_id": names, "label": known})
-        pq.write_table(table.replace_schema_metadata({"rows_per_shard": str(per_shard)}), staging / "rows.parquet")
+        metadata = {"rows_per_shard": str(resumable.per_shard)}
+        pq.write_table(table.replace_schema_metadata(metadata), staging / "rows.parquet")
         pq.write_table(pa.table({"class_id": numbers}), staging / "classes.parquet")
-        return _link(unfinished, staging)
+        return resumable.link(STEM, staging)
 
-    return unfinished.finish(folder, checked, fill, record)
+    return resumable.finish(checked, fill)
 
 
 def open_store(folder: Path) -> Probabilities:
@@ -163,7 +165,7 @@ def open_store(folder: Path) -> Probabilities:
         raise Failed(
             "holds no finished probabilities: there is no manifest, or a file has another size than it says.",
             folder,
-            "Delete the folder and submit jobs/ensemble.py: only this member is predicted again.",
+            _ADVICE,
         )
     try:
         rows, classes = pq.read_table(folder / "rows.parquet"), pq.read_table(folder / "classes.parquet")
@@ -175,16 +177,16 @@ def open_store(folder: Path) -> Probabilities:
             record,
             int(rows.schema.metadata[b"rows_per_shard"]),
         )
-        for low in range(0, len(store), store.rows_per_shard):
+        for number, low in enumerate(range(0, len(store), store.rows_per_shard)):
             expected = (min(store.rows_per_shard, len(store) - low), len(store.classes))
-            shard = np.load(shard_file(folder / STEM, low // store.rows_per_shard), mmap_mode="r")
+            shard = np.load(shard_file(folder / STEM, number), mmap_mode="r")
             if shard.shape != expected or shard.dtype != np.float16:
-                raise ValueError(f"shard {low // store.rows_per_shard} is {shard.shape} {shard.dtype}, not {expected}")
+                raise ValueError(f"shard {number} is {shard.shape} {shard.dtype}, not {expected}")
     except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors and KeyErrors
         raise Failed(
             f"the probabilities are damaged: {error}.",
             folder,
-            "Delete the folder and submit jobs/ensemble.py: only this member is predicted again.",
+            _ADVICE,
         ) from error
     return store
 
@@ -221,42 +223,6 @@ def check(rows: Tensor, ids: pa.StringArray, numbers: Sequence[int], member: str
 def _rows_per_shard(num_classes: int) -> int:
     rows = min(8192, SHARD_BYTES // (2 * max(1, num_classes)))
     return max(SHARD_STEP, rows - rows % SHARD_STEP)
-
-
-def _checked(
-    blocks: Iterable[Block], missing: Rows, ids: pa.StringArray, num_classes: int, member: str, split: str
-) -> Iterator[dict[str, Half]]:
-    """Blocks of the missing rows as they are kept."""
-    done = 0
-    for block in blocks:
-        rows = _half(block)
-        numbers = missing[done : done + len(rows)]
-        if rows.shape != (len(numbers), num_classes):
-            raise ValueError(f"a block of shape {tuple(rows.shape)} for {len(numbers)} rows and {num_classes} classes")
-        check(rows, ids.take(numbers), numbers.tolist(), member, split)
-        done += len(rows)
-        yield {STEM: rows.numpy()}
-
-
-def _link(unfinished: Unfinished, target: Path) -> dict[str, str]:
-    """Give the files of all shards a second name in ``target``, or copy them where there are no links: their sha256."""
-    digests = {}
-    for file, digest in unfinished.files(STEM):
-        try:
-            os.link(file, target / file.name)
-        except OSError:
-            shutil.copyfile(file, target / file.name)
-        digests[file.name] = digest
-    return digests
-
-
-def _strings(ids: Ids) -> pa.StringArray:
-    return ids if isinstance(ids, pa.StringArray) else pa.array(ids, pa.string())
-
-
-def _half(block: Block) -> Tensor:
-    rows = block if isinstance(block, Tensor) else from_dlpack(block)
-    return rows.detach().half().cpu().contiguous()
 
 
 def _fault(row: Tensor, total: float) -> str:

@@ -1,4 +1,4 @@
-"""Ten crops of an image, and the mean of their softmaxes (methods.md, 7)."""
+"""Test-time augmentation: ten crops of an image, and the mean of their softmaxes (methods.md, 7)."""
 
 import torch
 from torch import Tensor
@@ -37,15 +37,15 @@ def crops(image: Tensor, crop: int) -> Tensor:
     Returns:
         (..., 10, C, crop, crop), in the order of `boxes`.
     """
-    views = [
+    found = [
         image[..., top : top + crop, left : left + crop].flip(-1 if flipped else ())
         for top, left, flipped in boxes(image.shape[-2], image.shape[-1], crop).tolist()
     ]
-    return torch.stack(views, dim=-4)
+    return torch.stack(found, dim=-4)
 
 
 def mean_probabilities(logits: Tensor) -> Tensor:
-    """Mean over views of their softmaxes, not softmax of their mean: a member's row stays a distribution.
+    """Mean over crops of their softmaxes, not softmax of their mean: a member's row stays a distribution.
 
     Args:
         logits: (B, V, K) of any float dtype; V = 10 for ten crops.

@@ -1,4 +1,4 @@
-"""A recogniser: a timm backbone and a linear classifier without bias on its pooled features."""
+"""An image classifier: a timm backbone and a linear classifier without bias on its pooled features."""
 
 import copy
 import warnings
@@ -184,7 +184,7 @@ def _last_names(network: str, backbone: nn.Module) -> list[str]:
 
 
 def branched(tensors: Mapping[str, Tensor], model: Classifier) -> dict[str, Tensor]:
-    """The tensors of a plain recogniser for one with branches: each branch begins as the block that it is a copy of,
+    """The tensors of a plain classifier for one with branches: each branch begins as the block that it is a copy of,
     and the classifier's shares make the same logits as before.
     """
     wide = dict(tensors)

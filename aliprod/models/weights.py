@@ -12,7 +12,7 @@ from pathlib import Path
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from aliprod.errors import Refused, did_you_mean
@@ -31,7 +31,7 @@ class Config:
         mean, std: of pixels in 0 to 1.
         resize, crop: pixels; images are squared to ``resize``, views of ``crop`` are cut from that.
         job, key, epoch, top1_error, kind: where the weights come from; kind as in training/candidates.py.
-        branches, unit_weights: of the recogniser.
+        branches, unit_weights: of the classifier.
     """
 
     network: str
@@ -65,14 +65,14 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: C
 
 
 def load(folder: Path) -> tuple[Classifier, Config, Classes]:
-    """The recogniser of a weights folder, in eval mode.
+    """The classifier of a weights folder, in eval mode.
 
     Raises:
         Refused: it is no weights folder, or one that is damaged.
     """
     config, classes = describe(folder)
     model = Classifier(config.network, len(classes.ids), branches=config.branches, unit_weights=config.unit_weights)
-    load_into(model, folder)
+    _fill(model, model.state_dict(), read(folder), folder / MODEL)
     return model.eval(), config, classes
 
 
@@ -111,16 +111,7 @@ def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> No
         tensors["classifier.weight"] = functional.normalize(tensors["classifier.weight"], dim=1)
     if config.branches == 1 < len(model.branches):
         tensors = branched(tensors, model)
-    _load(model, tensors, folder / MODEL)
-
-
-def load_into(model: Classifier, folder: Path) -> None:
-    """Load the weights of a folder into a model of the same shape.
-
-    Raises:
-        Refused: the folder is damaged, or of another network or number of classes.
-    """
-    _load(model, read(folder), folder / MODEL)
+    _fill(model, model.state_dict(), tensors, folder / MODEL)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -135,11 +126,6 @@ def read(folder: Path) -> dict[str, Tensor]:
         return load_file(folder / MODEL)
     except (OSError, SafetensorError) as error:
         raise Refused(f"cannot be loaded: {error}", folder / MODEL) from error
-
-
-def _load(model: Classifier, tensors: Mapping[str, Tensor], file: Path) -> None:
-    _check_shapes(model.network, model.state_dict(), tensors, file)
-    model.load_state_dict({name: tensors[name] for name in model.state_dict()})
 
 
 def pretrained_file(network: str, source: str) -> Path:
@@ -173,7 +159,8 @@ def fetch_pretrained(network: str, folder: Path) -> None:
             "Without internet, put its safetensors file where every node reads it and set pretrained = "
             f'"PATH" in the plan: a file, or a folder with {network}.safetensors.',
         ) from error
-    commit.write(folder, lambda staging: _save_backbone(staging, network, backbone), {"network": network})
+    tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
+    commit.write(folder, lambda new: save_file(tensors, new / f"{network}.safetensors"), {"network": network})
 
 
 def load_pretrained(model: Classifier, file: Path) -> None:
@@ -195,21 +182,17 @@ def load_pretrained(model: Classifier, file: Path) -> None:
     tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
     if model.branches:
         tensors = branched(tensors, model)
-    tensors = counters | tensors  # weights from before PyTorch 0.4.1 have no counters
-    _check_shapes(model.network, own, tensors, file)
-    model.load_state_dict({name: tensors[name] for name in own}, strict=False)
+    _fill(model, own, counters | tensors, file)  # weights from before PyTorch 0.4.1 have no counters
 
 
-def _check_shapes(network: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+def _fill(model: Classifier, own: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    """Load what is found for a model's ``own`` tensors, all or none of them."""
     wrong = [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]
     if wrong:
         raise Refused(
-            f"is not of {network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
+            f"is not of {model.network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
             f"the first {wrong[0]}.",
             file,
+            "Give weights of this network, with as many classes and branches.",
         )
-
-
-def _save_backbone(folder: Path, network: str, backbone: nn.Module) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
-    save_file(tensors, folder / f"{network}.safetensors")
+    model.load_state_dict({name: found[name] for name in own}, strict=False)

@@ -1,13 +1,17 @@
 """What is minimised: one method a file, its pure functions on top, its class ``Objective`` at the end.
 
+Logits are (B, K), labels (B,) int64, counts (K,) training images of each class. A loss is the mean over images, (),
+or with ``reduction="none"`` one value an image, (B,).
+
 The file's name is the objective's name in a plan; ``"my_package.margin"`` is a module of the user's own.
 ``Objective(context, *, options)`` is a module that owns the auxiliary heads it trains (initialised from torch's
 global generator); its call ``objective(model, batch)`` returns named scalar parts, weighted, so that their
 sum is the loss. Options are keyword-only with literal defaults. Every loss is computed in float32 (float64
 stays float64), whatever the autocast dtype. At inference nothing of an objective remains.
 
-What it needs beyond images and labels stands in its attribute ``needs``, with literal values: a plan is checked
-without importing torch. An option may change it (LIO's groups); the instance's own then counts.
+What it needs beyond images and labels stands in the class body, ``needs = Needs(...)``; where options change it
+(LIO's groups), in ``__init__``: ``self.needs = Needs(...)``. A plan is checked without importing torch, so all that it
+may hold are literals and, in ``__init__``, arithmetic of options.
 """
 
 import importlib
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from aliprod.errors import Refused, did_you_mean, listing
+from aliprod.recipe import Needs as Needs
 
 Reduction = Literal["mean", "none"]
 
@@ -43,29 +48,6 @@ class Context:
     epochs: int
     class_counts: Tensor | None = None
     ancestor: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the loader, the network and the scoring of an epoch must give an objective.
-
-    Args:
-        group: images of one class that stand together in a batch.
-        second: a second batch beside the first, from the reversed sampler (the rare classes often): ``Batch.second``.
-        teacher: the teachers' probabilities of each image: ``Batch.teacher``. The plan names the teachers.
-        tree: the product tree, which then is part of the job's key.
-        branches: copies of the backbone's last block, side by side, whose features the classifier sees in a row.
-        unit_weights: the classifier's rows are scaled to unit length, at inference too.
-        distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
-    """
-
-    group: int = 1
-    second: bool = False
-    teacher: bool = False
-    tree: bool = False
-    branches: int = 1
-    unit_weights: bool = False
-    distorts: bool = False
 
 
 class Model(Protocol):

@@ -13,11 +13,11 @@ def logits(features: Tensor, weight: Tensor, labels: Tensor, margin: int, blend:
     """Logits |x| cos theta_j, at the true class blended with the margin's |x| phi(theta_t); for cross entropy.
 
     phi(theta) = (-1)^k cos(m theta) - 2k on [k pi/m, (k+1) pi/m] falls m times as fast as the cosine, so an image
-    must lie m times nearer to its class than to others. Made for recognising faces never seen in training; the
+    must lie m times nearer to its class than to others. Made to identify faces never seen in training; the
     report's authors gained nothing by it. Costs two normalisations and one more column than cross entropy.
 
     Args:
-        features: (B, F). weight: (F, K), its columns are scaled to unit length here. labels: (B,) int64.
+        features: (B, F). weight: (F, K), its columns are scaled to unit length here.
         margin: m, 1 (none) and up. blend: lambda, the share of the plain cosine; see `blend`.
     Returns:
         (B, K). No gradient is NaN, at angles 0 and pi and features of length 0 neither.

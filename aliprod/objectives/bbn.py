@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.objectives import Batch, Context, Model, Needs, Reduction, full_precision, precise, reduced
+from aliprod.objectives import Batch, Context, Model, Needs, Reduction, full_precision, mean_over, precise, reduced
 
 
 def alpha(epoch: int, epochs: int) -> float:
@@ -41,9 +41,7 @@ def loss(
     """alpha CE(z, uniform labels) + (1 - alpha) CE(z, reversed labels), equation 3.
 
     Args:
-        logits: (B, K) of `logits`. labels, reversed_labels: (B,) int64 of the two branches' images.
-    Returns:
-        () or, with reduction="none", (B,).
+        logits: of `logits`. labels, reversed_labels: of the two branches' images.
     """
     logits = precise(logits)
     uniform = functional.cross_entropy(logits, labels, reduction="none")
@@ -52,11 +50,7 @@ def loss(
 
 
 def reversed_probability(counts: Tensor) -> Tensor:
-    """(K,) float64, P(class i) proportional to n_max/n_i (section 4.2); 0 for a class without images.
-
-    Args:
-        counts: (K,) training images of each class.
-    """
+    """(K,) float64, P(class i) proportional to n_max/n_i (section 4.2); 0 for a class without images."""
     inverse = torch.where(counts > 0, 1 / counts.double(), 0.0)
     return inverse / inverse.sum()
 
@@ -64,8 +58,7 @@ def reversed_probability(counts: Tensor) -> Tensor:
 class Objective(nn.Module):
     """Two branches, one fed with images as they come, the other from the reversed sampler; alpha moves between them.
 
-    A step reads two images for one of cross entropy's. Where an image of the first batch has a weight, its share of
-    the loss has it.
+    A step reads two images for one of cross entropy's. Weights of images count in the first batch.
     """
 
     needs = Needs(second=True, branches=2)
@@ -80,8 +73,6 @@ class Objective(nn.Module):
         rebalancing = model.pool(model.branch(model.trunk(batch.second.images), 1))
         share = alpha(batch.epoch + 1, self.epochs)
         mixed = logits(uniform, rebalancing, model.classifier.weight, None, share)
-        first = functional.cross_entropy(mixed, batch.labels, reduction="none")
-        if batch.weights is not None:
-            first = first * batch.weights.to(first)
+        first = mean_over(functional.cross_entropy(mixed, batch.labels, reduction="none"), batch)
         second = functional.cross_entropy(mixed, batch.second.labels)
-        return {"uniform": share * first.mean(), "reversed": (1 - share) * second}
+        return {"uniform": share * first, "reversed": (1 - share) * second}

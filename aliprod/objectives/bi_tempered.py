@@ -17,7 +17,7 @@ def probabilities(logits: Tensor, t2: float, iterations: int | None = None) -> T
     """The tempered softmax p = exp_t2(z - lambda), with lambda such that the sum is 1 (equation 5).
 
     Args:
-        logits: (B, K). t2: 1 is the softmax, above 1 the tail is heavier.
+        t2: 1 is the softmax, above 1 the tail is heavier.
         iterations: None solves for lambda by Newton; a number takes that many of the paper's fixed-point steps
             (Algorithm 1), whose 5 leave the sum up to 22 % off at 50,030 classes.
     Returns:
@@ -43,11 +43,9 @@ def loss(
     moving it. For noisy labels; costs about 40 times cross entropy (64 x 50,030 logits, one CPU core).
 
     Args:
-        logits: (B, K). labels: (B,) int64. t1: at most 1. t2: at least 1. smoothing: share of the target that
-            the other K-1 classes have. iterations: as in `probabilities`.
-    Returns:
-        () or, with reduction="none", (B,). The gradient is the formula at these probabilities, not that of the
-        iterations; it has no second derivative.
+        t1: at most 1. t2: at least 1. smoothing: share of the target that the other K-1 classes have.
+        iterations: as in `probabilities`. The gradient is the formula's at these probabilities, not that of the
+            iterations; it has no second derivative.
     Raises:
         Refused: t1 above 1, or t2 as in `probabilities`.
     """

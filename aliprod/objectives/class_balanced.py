@@ -11,7 +11,7 @@ def weights(counts: Tensor, beta: float) -> Tensor:
     """(K,) float64, proportional to (1 - beta) / (1 - beta^n), mean 1 over the classes that have images (equation 6).
 
     Args:
-        counts: (K,) training images of each class; a class without any has weight 0. beta: in 0 to 1, 1 excluded.
+        counts: a class without images has weight 0. beta: in 0 to 1, 1 excluded.
     """
     n = counts.double()
     inverse = torch.where(n > 0, (1 - beta) / -torch.expm1(n * torch.tensor(beta, dtype=torch.float64).log()), 0.0)
@@ -23,11 +23,6 @@ def loss(logits: Tensor, labels: Tensor, counts: Tensor, beta: float = 0.9999, r
 
     The next image of a class adds the less the more there are, so that rare classes count more, yet not in full
     proportion. Where a long tail is trained in one go; costs what cross entropy costs.
-
-    Args:
-        logits: (B, K). labels: (B,) int64. counts: (K,).
-    Returns:
-        () or, with reduction="none", (B,).
     """
     logits = precise(logits)
     values = functional.cross_entropy(logits, labels, reduction="none")

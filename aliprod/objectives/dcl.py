@@ -1,7 +1,7 @@
 """DCL, destruction and construction learning (Chen et al., CVPR 2019).
 
-Each image is also shown cut into a grid and shuffled. The classifier must recognise it all the same (so it looks
-at details), a swap head tells originals from destructed images, a location head says where each cell came from
+Each image is also shown cut into a grid and shuffled. The classifier must classify it all the same (so it looks at
+details), a swap head separates originals from destructed images, a location head says where each cell came from
 (so it learns how a product is put together). The heads are left out at inference.
 """
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.errors import Refused
 from aliprod.objectives import Batch, Context, Model, Needs, full_precision, mean_over, precise, require
 
 STRIDE = 32  # pixels of a cell of the backbones' feature map
@@ -124,8 +123,7 @@ def _jigsaws(images: Tensor, sources: Tensor) -> Tensor:
     """`jigsaw` of each image (B, C, H, W) by its own source (B, N, N), in one gather."""
     parts = sources.shape[-1]
     height, width = images.shape[-2:]
-    if height % parts or width % parts:
-        raise Refused(f"an image of {height}x{width} cannot be cut into {parts}x{parts} cells.", advice=_works(parts))
+    _fits(height % parts == width % parts == 0, f"an image of {height}x{width}", parts)
     cells: Tensor = images.unflatten(3, (parts, -1)).unflatten(2, (parts, -1))  # (B, C, N, h, N, w)
     image = torch.arange(len(images), device=images.device)[:, None, None]
     sources = sources.long()
@@ -150,18 +148,18 @@ def _linear(pooled: Tensor, weight: Tensor) -> Tensor:
 def _locations(features: Tensor, weight: Tensor, bias: Tensor, parts: int) -> Tensor:
     """tanh of a 1x1 convolution, averaged over each of N x N windows (which come first, being linear too)."""
     side = features.shape[-1]
-    if side % parts:
-        what = f"a feature map of {side}x{side} does not fit a grid of {parts}x{parts} cells."
-        raise Refused(what, advice=_works(parts))
+    _fits(side % parts == 0, f"a feature map of {side}x{side}", parts)
     windows = precise(functional.avg_pool2d(features, side // parts))
     with full_precision(windows):
         located = functional.conv2d(windows, precise(weight), precise(bias))
     return located.flatten(1).tanh()
 
 
-def _works(parts: int) -> str:
+def _fits(holds: bool, what: str, parts: int) -> None:
+    """Refuse what cannot be cut into so many cells a side."""
     sizes = ", ".join(str(parts * STRIDE * multiple) for multiple in (1, 2, 3))
-    return f"With parts = {parts}, a crop of {sizes}, ... works."
+    advice = f"With parts = {parts}, a crop of {sizes}, ... works."
+    require(holds, f"{what} cannot be cut into {parts}x{parts} cells.", advice)
 
 
 class Objective(nn.Module):
@@ -170,7 +168,7 @@ class Objective(nn.Module):
     Args:
         parts: cells a side; the crop must be a multiple of parts * 32.
         reach: how far cells move, in cells. beta, gamma: weights of the swap and of the location loss.
-        swap: what the swap head tells apart: a "pair" of original and destructed, or "classes", each in both forms,
+        swap: what the swap head separates: a "pair" of original and destructed, or "classes", each in both forms,
             2K rows (JDAI-CV/DCL, cls_mul: its recipe for birds; at 50,030 classes 205 million parameters).
     """
 
@@ -190,9 +188,8 @@ class Objective(nn.Module):
         require(parts >= 2, f"parts = {parts} leaves nothing to shuffle.", "7 is the paper's.")
         require(reach > 0, f"reach = {reach} is not positive.", "2 is the paper's.")
         require(beta >= 0 and gamma >= 0, f"beta = {beta}, gamma = {gamma}: one is negative.", "1 is the default.")
-        what = f"dcl cannot cut a crop of {context.crop} into {parts}x{parts} cells."
         require(swap in ("pair", "classes"), f'swap = "{swap}" is unknown.', 'Say "pair" or "classes".')
-        require(context.crop % (parts * STRIDE) == 0, what, _works(parts))
+        _fits(context.crop % (parts * STRIDE) == 0, f"dcl's crop of {context.crop}", parts)
         self.parts, self.reach, self.beta, self.gamma = parts, reach, beta, gamma
         channels = context.num_features
         self.classes = context.num_classes if swap == "classes" else 0

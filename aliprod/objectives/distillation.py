@@ -16,14 +16,12 @@ def loss(
 ) -> Tensor:
     """a T^2 KL(softmax(q/T) || softmax(s/T)) + (1 - a) CE(s, t), section 2 of the paper.
 
-    The teacher's wrong classes tell which products look alike, and at a temperature above 1 they weigh more. To
+    The teacher's wrong classes say which products look alike, and at a temperature above 1 they weigh more. To
     put an ensemble into one network; costs the teacher's forward pass or its stored probabilities.
 
     Args:
         student, teacher: (B, K) logits s and q; log-probabilities serve, -inf (a probability of 0) included.
-        labels: (B,) int64. temperature: T. weight: a; 1 leaves KL T^2 alone.
-    Returns:
-        () or, with reduction="none", (B,): KL is a mean over images, not over B K.
+        temperature: T. weight: a; 1 leaves KL T^2 alone, a mean over images, not over B K.
     """
     student = precise(student)
     softened = (student / temperature).log_softmax(dim=1)

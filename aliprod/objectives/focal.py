@@ -13,9 +13,7 @@ def loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, reduction: Reductio
     The report's authors gained nothing by it. Costs what cross entropy costs.
 
     Args:
-        logits: (B, K). labels: (B,) int64. gamma: 0 is cross entropy.
-    Returns:
-        () or, with reduction="none", (B,).
+        gamma: 0 is cross entropy.
     """
     log_p = precise(logits).log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
     miss = -torch.expm1(log_p)

@@ -11,7 +11,6 @@ def level_probabilities(logits: Tensor, labels: Tensor, ancestor: Tensor) -> Ten
     """P_l: what the softmax gives to all classes under the true class's ancestor at level l.
 
     Args:
-        logits: (B, K). labels: (B,) int64.
         ancestor: (L, K) int64, node of each class per level, from the root's side; the last is the class itself.
     Returns:
         (L, B), in 0 to 1.
@@ -28,9 +27,7 @@ def marginal_loss(
     follows looks; costs about 20 times cross entropy at four levels (64 x 50,030 logits, one CPU core).
 
     Args:
-        logits: (B, K). labels: (B,) int64. ancestor: (L, K), as in `level_probabilities`.
-    Returns:
-        () or, with reduction="none", (B,).
+        ancestor: (L, K), as in `level_probabilities`.
     """
     nll = -_level_log_probabilities(logits, labels, ancestor)
     upper = nll[:-1].sum(dim=0) / max(len(nll) - 1, 1)
@@ -40,15 +37,13 @@ def marginal_loss(
 def win_loss(
     logits: Tensor, labels: Tensor, ancestor: Tensor, weights: Tensor, reduction: Reduction = "mean"
 ) -> Tensor:
-    """1 - sum_l w_l P_l, after Wu, Tygert, LeCun 2017: the expected share of the path that is missed.
+    """1 - sum_l w_l P_l, after Wu, Tygert, LeCun 2017: the expected share of the path that is missed, in 0 to 1.
 
     Like the accuracy loss, it gives up on hopeless images; its authors find it poor to train with from scratch.
     For a finetune, or to score with; costs what `marginal_loss` costs.
 
     Args:
-        logits: (B, K). labels: (B,) int64. ancestor: (L, K), as in `level_probabilities`. weights: (L,), sum 1.
-    Returns:
-        () or, with reduction="none", (B,); in 0 to 1.
+        ancestor: (L, K), as in `level_probabilities`. weights: (L,), sum 1.
     """
     levels = level_probabilities(logits, labels, ancestor)
     return reduced(1 - (weights.to(levels)[:, None] * levels).sum(dim=0), reduction)
@@ -79,9 +74,8 @@ class Objective(nn.Module):
 
     def __init__(self, context: Context, *, kind: str = "marginal", beta: float = 0.5) -> None:
         super().__init__()
-        if kind not in ("marginal", "win"):
-            advice = f"{did_you_mean(kind, ['marginal', 'win'])} Say marginal or win.".strip()
-            raise Refused(f'hierarchy has no kind "{kind}".', advice=advice)
+        advice = f"{did_you_mean(kind, ['marginal', 'win'])} Say marginal or win.".strip()
+        require(kind in ("marginal", "win"), f'hierarchy has no kind "{kind}".', advice)
         if context.ancestor is None:
             raise Refused("hierarchy needs a product tree.", advice="Put product_tree.json beside train.json.")
         require(beta >= 0, f"beta = {beta} is negative.", "0.5 is the default, 0 is cross entropy.")

@@ -97,34 +97,30 @@ def losses(
     with full_precision(maps):
         logits = functional.linear(maps.mean(dim=(3, 4)), weight, bias if bias is None else precise(bias))
     labels = labels[:, None].expand(maps.shape[:2])
-    parts = _losses(maps, logits, labels, heads, published, detach_target, None)
+    parts = _losses(maps, _class_losses(logits, labels), heads, published, detach_target)
     return parts | {"total": parts["class"] + WEIGHT * parts["context"] + WEIGHT * parts["extent"]}
 
 
 def _losses(
-    maps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    heads: Mapping[str, Tensor],
-    published: bool,
-    detach_target: bool,
-    weights: Tensor | None,
+    maps: Tensor, classes: Tensor, heads: Mapping[str, Tensor], published: bool, detach_target: bool
 ) -> dict[str, Tensor]:
-    """Maps (G, P+1, C, S, S) after pooling; logits (G, P+1, K); labels (G, P+1); weights (G (P+1),) of the classes."""
+    """Maps (G, P+1, C, S, S) after pooling; class losses (G, P+1)."""
     rectified = maps.flatten(0, 1).relu()
     with full_precision(maps):
         predicted = functional.conv2d(rectified, precise(heads["w_mask"]), precise(heads["b_mask"]))[:, 0]
         structure = functional.conv2d(rectified, precise(heads["w_structure"]), precise(heads["b_structure"])).relu()
     target = pseudo_mask(maps.detach() if detach_target else maps)
-    classes = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    if weights is not None:
-        classes = classes * weights.to(classes)
     contexts = _context_losses(structure, predicted, precise(heads["w_polar"]), precise(heads["b_polar"]))
     return {
-        "class": _over_images(classes.view(labels.shape), published),
-        "context": _over_images(contexts.view(labels.shape), published),
+        "class": _over_images(classes, published),
+        "context": _over_images(contexts.view(classes.shape), published),
         "extent": extent_loss(predicted, target.flatten(0, 1)),
     }
+
+
+def _class_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (G, P+1, K) and labels (G, P+1) to (G, P+1)."""
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
 
 
 def _over_images(values: Tensor, published: bool) -> Tensor:
@@ -177,15 +173,12 @@ class Objective(nn.Module):
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         features = model.features(batch.images)
         groups = (-1, self.needs.group)
-        parts = _losses(
-            _pooled(features).unflatten(0, groups),
-            precise(model.classify(features)).unflatten(0, groups),
-            batch.labels.unflatten(0, groups),
-            dict(self.heads.items()),
-            self.published,
-            self.detach_target,
-            batch.weights,
-        )
+        logits = precise(model.classify(features)).unflatten(0, groups)
+        classes = _class_losses(logits, batch.labels.unflatten(0, groups))
+        if batch.weights is not None:
+            classes = classes * batch.weights.to(classes).unflatten(0, groups)
+        maps, heads = _pooled(features).unflatten(0, groups), dict(self.heads.items())
+        parts = _losses(maps, classes, heads, self.published, self.detach_target)
         return {"class": parts["class"], "context": WEIGHT * parts["context"], "extent": WEIGHT * parts["extent"]}
 
 

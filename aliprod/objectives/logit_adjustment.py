@@ -13,10 +13,7 @@ def loss(logits: Tensor, labels: Tensor, counts: Tensor, tau: float = 1.0, reduc
     principled competitor of a balanced finetune, for training on all images; costs what cross entropy costs.
 
     Args:
-        logits: (B, K). labels: (B,) int64. counts: (K,) training images of each class; an empty one counts as 1.
-        tau: 0 is cross entropy, 1 aims at the balanced error.
-    Returns:
-        () or, with reduction="none", (B,).
+        counts: 0 counts as 1. tau: 0 is cross entropy, 1 aims at the balanced error.
     """
     logits = precise(logits)
     adjusted = logits + tau * _log_prior(counts, logits)

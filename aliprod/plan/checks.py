@@ -1,16 +1,20 @@
 """What one table of a plan says about another: jobs, starts, members, settings that do not go together."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
+from itertools import islice
 
 from pydantic import ValidationError
 
+from aliprod.errors import nearest
 from aliprod.plan.options import needs
-from aliprod.plan.problems import Problem, unknown
+from aliprod.plan.problems import MOST_NAMES, Problem, unknown
 from aliprod.plan.schema import Edge, Plan, Settings, effective, merged
 from aliprod.plan.source import Key, dotted, shown
 from aliprod.recipe import Stage
+
+_MOST_MENDED = 20  # misspelt names, so that a hostile plan takes no minutes
 
 
 def names(plan: Plan) -> Iterator[Problem]:
@@ -25,9 +29,9 @@ def names(plan: Plan) -> Iterator[Problem]:
                 yield unknown(key, sentence, name, plan.stages, "Stages", quoted=name)
             elif count > 1:
                 yield Problem(key, f"{dotted(key)} says {shown(name)} {count} times.", quoted=name)
-    targets = dict.fromkeys([*plan.backbones, *plan.job_names()])
+    targets, written = [*plan.backbones, *_meant(plan)], set(plan.job_names())
     for target in plan.overrides:
-        if target not in targets:
+        if target not in targets and target not in written:
             sentence = f"overrides: {shown(target)} is neither a backbone nor a job of this plan."
             yield unknown(("overrides", target), sentence, target, targets, "Backbones and jobs")
 
@@ -35,11 +39,11 @@ def names(plan: Plan) -> Iterator[Problem]:
 def members(plan: Plan) -> Iterator[Problem]:
     """Members that are no jobs, or stand there twice."""
     key: Key = ("ensemble", "members")
-    jobs = dict.fromkeys(plan.job_names())
+    jobs, written = _meant(plan), set(plan.job_names())
     for member, count in Counter(plan.ensemble.members).items():
-        if member not in jobs:
+        if member not in jobs and member not in written:
             backbone = member.partition("/")[0]
-            its = [f"{backbone}/{name}" for name in plan.jobs.get(backbone, ())]
+            its = [job for job in jobs if job.startswith(f"{backbone}/")]
             sentence = f"member {shown(member)} is not a job of this plan."
             listed = f"Jobs of {backbone}" if its else "Jobs"
             yield unknown(key, sentence, member, its or jobs, listed, quoted=member)
@@ -50,25 +54,25 @@ def members(plan: Plan) -> Iterator[Problem]:
 def edges(plan: Plan) -> Iterator[Problem]:
     """Jobs that start from, learn from or are made of one that is not there, or of each other in a circle."""
     parents: dict[str, list[str]] = {}
+    meant = _meant(plan)
+    jobs = meant | dict.fromkeys(plan.job_names())
     for backbone, stages in plan.jobs.items():
         for name in (name for name in stages if name in plan.stages):
             parents[f"{backbone}/{name}"] = []
             for edge, targets in plan.edges(backbone, name).items():
-                yield from (_missing(plan, backbone, name, edge, to) for to in targets if to not in _jobs(plan))
-                yield from _misshapen(plan, backbone, name, edge, targets)
+                yield from (_missing(plan, f"{backbone}/{name}", edge, to, meant) for to in targets if to not in jobs)
+                yield from _misshapen(plan, f"{backbone}/{name}", edge, [to for to in targets if to in jobs])
                 parents[f"{backbone}/{name}"] += targets
     try:
         TopologicalSorter(parents).prepare()
     except CycleError as error:
         circle = error.args[1]
-        backbone, _, name = circle[1].partition("/")
-        edge = next(edge for edge, targets in plan.edges(backbone, name).items() if circle[0] in targets)
-        key = _origin(plan, backbone, name, *edge)
+        edges_of = plan.edges(*circle[1].split("/", 1))
+        key = _origin(plan, circle[1], *next(edge for edge, targets in edges_of.items() if circle[0] in targets))
         alone = len({job.partition("/")[0] for job in circle}) == 1
         shown_circle = " > ".join(job.partition("/")[2] if alone else job for job in circle)
-        yield Problem(
-            key, f"{dotted(key)}: {'stages' if alone else 'jobs'} need each other in a circle: {shown_circle}."
-        )
+        which = "stages" if alone else "jobs"
+        yield Problem(key, f"{dotted(key)}: {which} need each other in a circle: {shown_circle}.")
 
 
 def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
@@ -107,13 +111,14 @@ def _clash(plan: Plan, tables: list[Settings]) -> str:
 
 def _uneven(plan: Plan, stage: Stage) -> str:
     workers = plan.cluster.workers
-    uneven = stage.batch_size % workers
-    return f"batch_size = {stage.batch_size} cannot be dealt evenly to {workers} workers" if uneven else ""
+    if stage.batch_size % workers == 0:
+        return ""
+    return f"batch_size = {stage.batch_size} cannot be dealt evenly to {workers} workers; a multiple of {workers} can"
 
 
 def _untaught(stage: Stage) -> str:
     name = stage.objective.name
-    taught = bool(needs(name).get("teacher"))
+    taught = needs(name).teacher
     if taught and not stage.teachers:
         return f'objective {name} learns from other jobs: say which, teachers = ["BACKBONE/STAGE"]'
     return f"objective {name} learns from no teachers: leave them out" if stage.teachers and not taught else ""
@@ -129,46 +134,56 @@ def _off_grid(stage: Stage) -> str:
     return f"crop = {stage.crop} gives {cells} cells a side, no multiple of parts = {parts}; {fitting} would fit"
 
 
-def _jobs(plan: Plan) -> dict[str, None]:
-    return dict.fromkeys(plan.job_names())
+def _meant(plan: Plan) -> dict[str, None]:
+    """Names of the jobs, as they are once misspelt ones of [jobs] are mended: `names` reports those."""
+    said: list[tuple[str, Mapping[str, object]]] = [(name, plan.backbones) for name in plan.jobs]
+    said += [(name, plan.stages) for stages in plan.jobs.values() for name in stages]
+    wrong = {name: known for name, known in said if name not in known}
+    mended = {
+        name: nearest(name[:128], islice(known, MOST_NAMES)) or name
+        for name, known in islice(wrong.items(), _MOST_MENDED)
+    }
+    jobs = ((mended.get(one, one), mended.get(name, name)) for one, names in plan.jobs.items() for name in names)
+    return {f"{one}/{name}": None for one, name in jobs if one in plan.backbones and name in plan.stages}
 
 
-def _missing(plan: Plan, backbone: str, name: str, edge: Edge, target: str) -> Problem:
-    key, own = _origin(plan, backbone, name, *edge), f"{backbone}/"
+def _missing(plan: Plan, job: str, edge: Edge, target: str, jobs: Iterable[str]) -> Problem:
+    backbone, _, name = job.partition("/")
+    key = _origin(plan, job, *edge)
     if edge[0] not in ("start", "soup"):
         sentence = f"{dotted(key)}: {shown(target)} is not a job of this plan."
-        return unknown(key, sentence, target, _jobs(plan), "Jobs", quoted=target)
-    stage = target.removeprefix(own)
+        return unknown(key, sentence, target, jobs, "Jobs", quoted=target)
+    stage = target.removeprefix(f"{backbone}/")
     if stage not in plan.stages:
         sentence = f"{dotted(key)}: there is no stage {shown(stage)}."
         return unknown(key, sentence, stage, plan.stages, "Stages", quoted=None if edge == ("start",) else stage)
-    jobs: Key = ("jobs", backbone)
+    listed: Key = ("jobs", backbone)
     verb = "starts from" if edge == ("start",) else "is made of"
-    sentence = f"{dotted(jobs)}: {shown(name)} {verb} {shown(stage)}, which is not in the list."
-    return Problem(jobs, sentence, f"Add {shown(stage)}: it is trained once, whoever needs it.")
+    sentence = f"{dotted(listed)}: {shown(name)} {verb} {shown(stage)}, which is not in the list."
+    return Problem(listed, sentence, f"Add {shown(stage)}: it is trained once, whoever needs it.")
 
 
-def _misshapen(plan: Plan, backbone: str, name: str, edge: Edge, targets: Sequence[str]) -> Iterator[Problem]:
+def _misshapen(plan: Plan, job: str, edge: Edge, targets: Iterable[str]) -> Iterator[Problem]:
     """Weights that do not fit: of a network with more branches (BBN) than the job's."""
-    own = _branches(plan, f"{backbone}/{name}")
-    known = [to for to in targets if to in _jobs(plan) and to.partition("/")[2] in plan.stages]
+    own = _branches(plan, job)
+    known = [to for to in targets if to.partition("/")[2] in plan.stages]
     for target in known if edge[0] in ("start", "soup") else ():
         theirs = _branches(plan, target)
         if theirs not in ({own} if edge[0] == "soup" else {1, own}):
-            key = _origin(plan, backbone, name, *edge)
+            key = _origin(plan, job, *edge)
             sentence = f"{dotted(key)}: the network of {shown(target)} has {theirs} branches, not {own}."
             yield Problem(key, sentence, "Start from another job, or give both the same objective.", quoted=None)
 
 
 def _branches(plan: Plan, job: str) -> int:
-    backbone, _, name = job.partition("/")
-    objective = merged(plan.defaults, *plan.layers(backbone, name)).get("objective")
+    objective = merged(plan.defaults, *plan.layers(*job.split("/", 1))).get("objective")
     called = objective.get("name") if isinstance(objective, dict) else objective
-    return int(needs(called).get("branches", 1)) if isinstance(called, str) else 1
+    return needs(called).branches if isinstance(called, str) else 1
 
 
-def _origin(plan: Plan, backbone: str, name: str, setting: str, *below: str) -> Key:
+def _origin(plan: Plan, job: str, setting: str, *below: str) -> Key:
     """Key of a setting in the table that has the last word on it."""
+    backbone, _, name = job.partition("/")
     keys: list[Key] = [("stages", name), ("overrides", backbone), ("overrides", f"{backbone}/{name}")]
     said = [key for key, table in zip(keys, plan.layers(backbone, name), strict=True) if setting in table]
     return (*(said[-1] if said else ("defaults",)), setting, *below)

@@ -56,7 +56,8 @@ def _refusal(source: Source, problems: list[Problem]) -> Refused:
 
 def _problems(source: Source) -> Iterator[Problem]:
     for key, complaint in odd_values(source.data):
-        yield Problem(key, f"{dotted(key)} is {complaint}.")
+        if key[0] in Plan.model_fields:  # else it is worse than odd
+            yield Problem(key, f"{dotted(key)} is {complaint}.")
     plan, structural = _structure(source.data)
     yield from structural
     wrong: set[Key] = set()
@@ -113,16 +114,10 @@ def _objective(name: str, given: Settings, at: Key) -> Iterator[Problem]:
     if known is None:
         yield unknown(at, f"{dotted(at)}: there is no objective {shown(name)}.", name, options.names(), "Objectives")
         return
-    for key, value in given.items():
-        if key not in known:
-            sentence = f"{dotted(at)}: {name} has no option {dotted((key,))}."
-            yield unknown((*at, key), sentence, key, known, f"Options of {name}")
-        elif not known[key].accepts(value):
-            expected = known[key].expected()
-            yield Problem((*at, key), f"{dotted((*at, key))} = {shown(value)} must be {expected}.")
-    for key, option in known.items():
-        if option.required and key not in given:
-            yield Problem(at, f"{dotted(at)}: {name} needs the option {key}.")
+    try:
+        known.model_validate(given)
+    except ValidationError as error:
+        yield from shape(known, given, error, at)
 
 
 def _make_paths_absolute(source: Source) -> None:

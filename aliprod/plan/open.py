@@ -1,13 +1,18 @@
-"""A checked plan where it runs: its catalogue's fingerprint, its jobs and their keys."""
+"""A checked plan where it runs: its catalogue, its jobs and their keys."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.plan import graph
-from aliprod.plan.graph import Job
+from aliprod.errors import Refused
+from aliprod.plan.jobs import Job, jobs_of
 from aliprod.plan.places import Places, catalogue_path
-from aliprod.plan.schema import Plan
+from aliprod.plan.schema import Cluster, Plan
+from aliprod.store import commit, epochs
+from aliprod.store.layout import METRICS, WEIGHTS, job_folder
 
 
 @dataclass(frozen=True)
@@ -19,31 +24,67 @@ class Request:
     places: Places
 
 
-def open_jobs(request: Request) -> tuple[dict[str, Job], str]:
-    """The jobs of a plan; without keys, and with a note that says so, where the catalogue is not there yet.
+@dataclass(frozen=True)
+class Opened(Request):
+    """A request with its jobs; without a catalogue where that is not there yet, and then without keys."""
+
+    catalogue: Catalogue | None
+    jobs: Mapping[str, Job]
+
+    @property
+    def folder(self) -> Path:
+        """The plan's own, for what people open."""
+        return self.places.of(self.plan)
+
+    @property
+    def note(self) -> str:
+        """What a person should know about a catalogue that is not there; may be empty."""
+        if self.catalogue is not None:
+            return ""
+        cure = "`run` would refuse" if self.plan.catalogue.path else "the first run renders it"
+        path = catalogue_path(self.plan, self.places)
+        return f"There is no catalogue at {path}, so the jobs have no keys: {cure}."
+
+    def with_cluster(self, cluster: Cluster) -> "Opened":
+        """The same with another [cluster]; no key depends on it."""
+        return replace(self, plan=self.plan.model_copy(update={"cluster": cluster}))
+
+    def read_catalogue(self) -> Catalogue:
+        """The catalogue.
+
+        Raises:
+            Refused: it is not there.
+        """
+        if self.catalogue is None:
+            raise Refused(self.note, self.plan.name)
+        return self.catalogue
+
+    def job_folder(self, name: str) -> Path:
+        """Where a job keeps all it has.
+
+        Raises:
+            ValueError: it has no key, since its catalogue is not there.
+        """
+        if (key := self.jobs[name].key) is None:
+            raise ValueError(f"{name} has no key: its catalogue is not there")
+        return job_folder(self.places.storage, name, key)
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """The record of a job's committed weights, the last thing that it writes; None where it is not finished."""
+        return None if self.jobs[name].key is None else commit.read(self.job_folder(name) / WEIGHTS)
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a job's metrics.jsonl, one an epoch; none before it has begun."""
+        return [] if self.jobs[name].key is None else epochs.read(self.job_folder(name) / METRICS)
+
+
+def open_plan(request: Request) -> Opened:
+    """Read a plan's catalogue, where it is there, and find its jobs.
 
     Raises:
         Refused: what is there is no catalogue.
     """
-    catalogue, note = open_catalogue(request)
-    return jobs_of(request.plan, catalogue), note
-
-
-def open_catalogue(request: Request) -> tuple[Catalogue | None, str]:
-    """The catalogue of a plan; None, and a note that says what follows, where it is not there yet.
-
-    Raises:
-        Refused: what is there is no catalogue.
-    """
-    path = catalogue_path(request.plan, request.places)
-    if path.exists():
-        return sources.read(path), ""
-    cure = "`run` would refuse" if request.plan.catalogue.path else "the first run renders it"
-    return None, f"There is no catalogue at {path}, so the jobs have no keys: {cure}."
-
-
-def jobs_of(plan: Plan, catalogue: Catalogue | None) -> dict[str, Job]:
-    """The jobs of a plan on a catalogue; without keys where there is none."""
-    if catalogue is None:
-        return graph.jobs(plan, None)
-    return graph.jobs(plan, catalogue.fingerprint, catalogue.tree_fingerprint)
+    path, plan = catalogue_path(request.plan, request.places), request.plan
+    catalogue = sources.read(path) if path.exists() else None
+    prints = (catalogue.fingerprint, catalogue.tree_fingerprint) if catalogue else (None, "")
+    return Opened(plan, request.text, request.places, catalogue, jobs_of(plan, *prints))

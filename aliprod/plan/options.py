@@ -1,45 +1,32 @@
-"""What options an objective takes, read from its source: nothing is imported, least of all torch."""
+"""Options and needs of an objective, read from its source: nothing is imported, least of all torch."""
 
 import ast
 import importlib.machinery
 import importlib.util
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
+from pydantic import ConfigDict, create_model
+
+from aliprod.errors import Refused
+from aliprod.recipe import Frozen, Needs
+
+_SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
+_ARITHMETIC = ast.Constant | ast.Name | ast.BinOp | ast.UnaryOp | ast.BoolOp | ast.Compare | ast.IfExp
+_SIGNS = ast.expr_context | ast.operator | ast.unaryop | ast.boolop | ast.cmpop
 # Not by way of the package, which has no file where the current folder holds one named aliprod (a clone, results).
 _FOLDER = Path(__file__).parents[1] / "objectives"
 
 
-@dataclass(frozen=True)
-class Option:
-    """One keyword-only argument of an objective."""
+class Options(Frozen):
+    """Options of an objective. A whole number stands for a float, true for no number."""
 
-    types: tuple[str, ...]  # of int, float, bool, str; empty: anything goes
-    choices: tuple[Any, ...]  # of a Literal; empty: any value of the types
-    required: bool
-    default: Any  # None also where there is none or it is no literal
-
-    def accepts(self, value: Any) -> bool:
-        """Whether the annotation allows the value; a whole number stands for a float, true stands for no number."""
-        if value in self.choices:
-            return True
-        if not self.types:
-            return not self.choices
-        return any(type(value) in ((int, float) if name == "float" else (SCALARS[name],)) for name in self.types)
-
-    def canonical(self, value: Any) -> Any:
-        """The value as the objective means it: 1 becomes 1.0 where a float is asked for, so that keys agree."""
-        return float(value) if type(value) is int and "float" in self.types and "int" not in self.types else value
-
-    def expected(self) -> str:
-        """What a person may write."""
-        words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
-        return " or ".join([*(words[name] for name in self.types), *map(repr, self.choices)])
+    model_config = ConfigDict(protected_namespaces=())
 
 
 def names() -> list[str]:
@@ -48,44 +35,92 @@ def names() -> list[str]:
 
 
 @cache
-def options(name: str) -> dict[str, Option] | None:
-    """The options of an objective by name; None where there is no such file, or no class Objective in it.
+def options(name: str) -> type[Options] | None:
+    """The options of an objective, keyword-only arguments of its class, as a model of the objective's name.
 
     Args:
         name: "dcl" is objectives/dcl.py; a dotted name is a module of the user's, looked up on the Python path.
+    Returns:
+        None where there is no such file, or no class Objective in it. An option whose annotation is no scalar, no
+        Literal and no union of them takes anything; one whose default is no literal has the default None.
     """
     body = _class(name)
-    return None if body is None else _signature(body)
+    if body is None:
+        return None
+    init = _init(body)
+    pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True) if init else ()
+    found: dict[str, Any] = {
+        argument.arg: (_type(argument.annotation), ... if default is None else _literal(default))
+        for argument, default in pairs
+        if not argument.arg.startswith("_")
+    }
+    with warnings.catch_warnings(action="ignore"):  # pydantic warns of options that are named as its own methods
+        return create_model(name, __base__=Options, **found)
+
+
+def complete(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of an objective, defaults included, in canonical form: 1 becomes 1.0 where a float is asked for.
+
+    Raises:
+        pydantic.ValidationError: an option that the objective has not, or of another type.
+    """
+    known = options(name)
+    return dict(given) if known is None else known.model_validate(given).model_dump()
+
+
+def needs(name: str, given: Mapping[str, Any] | None = None) -> Needs:
+    """What an objective needs beyond images and labels, as `aliprod.objectives.build` would set it.
+
+    It stands in the class body as ``needs = Needs(...)``, or in ``__init__`` as ``self.needs = Needs(...)`` where it
+    depends on options: arithmetic of options and literals alone.
+
+    Args:
+        given: options; None: what it needs whatever its options.
+    Raises:
+        Refused: it is said in another way.
+    """
+    body = _class(name) or []
+    init = _init(body) if given is not None else None
+    for node in [*reversed(init.body if init else []), *body]:
+        match node:
+            case ast.Assign(
+                targets=[ast.Name(id="needs") | ast.Attribute(attr="needs")], value=ast.Call(keywords=said)
+            ):
+                known = complete(name, given or {}) if init else {}
+                values = {word.arg: _evaluated(name, word.value, known) for word in said}
+                return Needs(**{field.name: values[field.name] for field in fields(Needs) if field.name in values})
+    return Needs()
+
+
+def _evaluated(name: str, node: ast.expr, known: dict[str, Any]) -> Any:
+    """The value of arithmetic; neither calls nor attributes, so that nothing of a module is run."""
+    try:
+        if all(isinstance(part, _ARITHMETIC | _SIGNS) for part in ast.walk(node)):
+            return eval(compile(ast.Expression(node), name, "eval"), {"__builtins__": {}}, known)  # noqa: S307
+    except (NameError, TypeError, ValueError, ArithmeticError):
+        pass
+    advice = "Its needs are literals in the class body, or arithmetic of options and literals in __init__."
+    raise Refused(f"what objective {name} needs cannot be read: {ast.unparse(node)}.", advice=advice)
 
 
 @cache
-def needs(name: str) -> dict[str, Any]:
-    """What the class of an objective says that it needs beyond images and labels: `aliprod.objectives.Needs`."""
-    for node in _class(name) or ():
-        match node:
-            case ast.Assign(targets=[ast.Name(id="needs")], value=ast.Call(keywords=keywords)):
-                return {str(keyword.arg): _literal(keyword.value) for keyword in keywords}
-    return {}
-
-
-def complete(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """All options of an objective, defaults included, in canonical form."""
-    known = options(name) or {}
-    defaults = {key: option.default for key, option in known.items() if not option.required}
-    return {key: known[key].canonical(value) if key in known else value for key, value in (defaults | given).items()}
+def _class(name: str) -> list[ast.stmt] | None:
+    """The body of an objective's class; None where there is none."""
+    path = _source(name)
+    try:
+        tree = ast.parse(path.read_bytes() if path else b"")
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return None
+    return next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Objective"), None)
 
 
 def _source(name: str) -> Path | None:
+    """Where an objective's source lies, found without importing the packages around it."""
     first, *rest = name.split(".")
     if not all(part.isidentifier() for part in (first, *rest)):
         return None
     if not rest:
         return _FOLDER / f"{name}.py"
-    return _module(first, rest)
-
-
-def _module(first: str, rest: Sequence[str]) -> Path | None:
-    """Where a module's source lies, found without importing the packages around it."""
     spec = importlib.util.find_spec(first)
     for part in rest:
         if spec is None or spec.submodule_search_locations is None:
@@ -94,56 +129,30 @@ def _module(first: str, rest: Sequence[str]) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.has_location else None
 
 
-def _class(name: str) -> list[ast.stmt] | None:
-    """The body of an objective's class; None where there is none."""
-    path = _source(name)
-    try:
-        tree = ast.parse(path.read_bytes()) if path else None
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return None
-    for node in tree.body if tree else []:
-        if isinstance(node, ast.ClassDef) and node.name == "Objective":
-            return node.body
-    return None
+def _init(body: list[ast.stmt]) -> ast.FunctionDef | None:
+    return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
 
 
-def _signature(objective: list[ast.stmt]) -> dict[str, Option]:
-    for node in objective:
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-            return {argument.arg: _option(argument.annotation, default) for argument, default in pairs}
-    return {}
-
-
-def _option(annotation: ast.expr | None, default: ast.expr | None) -> Option:
-    types, choices, known = _annotation(annotation)
-    return Option(
-        types=tuple(types) if known else (),
-        choices=tuple(choices) if known else (),
-        required=default is None,
-        default=_literal(default),
-    )
-
-
-def _annotation(node: ast.expr | None) -> tuple[list[str], list[Any], bool]:
-    """Scalar types and literal choices of an annotation, and whether all of it was understood."""
+def _type(node: ast.expr | None) -> Any:
+    """The type that an annotation says; Any where it is not understood."""
     match node:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            first, second = _annotation(left), _annotation(right)
-            return first[0] + second[0], first[1] + second[1], first[2] and second[2]
-        case ast.Name(id=name) if name in SCALARS:
-            return [name], [], True
+            either, other = _type(left), _type(right)
+            return Any if Any in (either, other) else either | other
+        case ast.Name(id=name) if name in _SCALARS:
+            return _SCALARS[name]
         case ast.Constant(value=None):
-            return [], [], True
+            return None
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             values = _literal(choices)
-            return [], list(values) if isinstance(values, tuple) else [values], True
-    return [], [], False
+            values = values if isinstance(values, tuple) else (values,)
+            return Literal[values] if all(isinstance(value, int | str) for value in values) else Any
+    return Any
 
 
-def _literal(node: ast.expr | None) -> Any:
+def _literal(node: ast.expr) -> Any:
     try:
-        value = ast.literal_eval(node) if node else None
+        value = ast.literal_eval(node)
     except ValueError:
         return None
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -37,15 +37,24 @@ class Places:
 
 def resolve(plan: Plan, storage: Path | None, tracking_uri: str | None, address: str | None) -> Places:
     """Places from flags (any of them may be None), plan and environment."""
-    chosen = storage or plan.cluster.storage or os.environ.get("ALIPROD_STORAGE")
+    stated = storage or plan.cluster.storage
     note = ""
-    if chosen is None and SUBMITTED in os.environ:
-        chosen = Path.home() / "aliprod"
-        note = f"No --storage given: results go to {chosen}, since a submitted job's own folder is thrown away."
-    folder = Path(chosen or "runs").expanduser().absolute()
-    default_uri = f"sqlite:///{folder / 'mlflow.db'}"
-    uri = tracking_uri or plan.cluster.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri
+    if stated is None and not os.environ.get("ALIPROD_STORAGE") and SUBMITTED in os.environ:
+        stated = Path.home() / "aliprod"
+        note = f"No --storage given: results go to {stated}, since a submitted job's own folder is thrown away."
+    folder = default_storage(stated)
+    uri = default_tracking_uri(folder, tracking_uri or plan.cluster.tracking_uri)
     return Places(folder, uri, address or os.environ.get("RAY_ADDRESS"), note)
+
+
+def default_storage(stated: Path | str | None = None) -> Path:
+    """The absolute folder of all results: the stated one, that of the environment, or ``runs``."""
+    return Path(stated or os.environ.get("ALIPROD_STORAGE") or "runs").expanduser().absolute()
+
+
+def default_tracking_uri(storage: Path, stated: str | None = None) -> str:
+    """Address of MLflow: the stated one, that of the environment, or SQLite in the storage folder."""
+    return stated or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
 
 
 def catalogue_path(plan: Plan, places: Places) -> Path:

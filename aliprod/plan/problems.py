@@ -8,11 +8,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from aliprod.errors import did_you_mean, listing
+from aliprod.plan.options import Options
 from aliprod.plan.source import Key, dotted, shown
 
-_MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
+MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
 _MOST_ERRORS = 200
-_EXPECTED = {
+_EXPECTED = {  # pydantic's kinds of errors
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -23,6 +24,13 @@ _EXPECTED = {
     "model_type": "a table",
     "finite_number": "a finite number",
     "string_too_short": "a string that is not empty",
+    "literal_error": "{expected}",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
 }
 
 
@@ -40,7 +48,7 @@ def unknown(
     key: Key, sentence: str, name: str, names: Iterable[str], listed: str, quoted: str | None = None
 ) -> Problem:
     """A name that is none of ``names``; the advice has the nearest and, after ``listed``, all."""
-    known = list(names)[:_MOST_NAMES]
+    known = list(names)[:MOST_NAMES]
     known_as = f"{listed}: {listing(known)}." if known else f"{listed}: none."
     return Problem(key, sentence, f"{did_you_mean(name[:128], known)} {known_as}".strip(), quoted)
 
@@ -81,8 +89,11 @@ def _problem(model: type[BaseModel], data: Any, at: Key, key: Key, several: list
     match first["type"]:
         case "extra_forbidden":
             names = sorted(_fields(model, key[:-1]))
-            sentence = f"{table} has no setting {dotted((name,))}."
-            return unknown(whole, sentence, name, names, f"{_kind(at, key)} may say")
+            sentence, listed = f"{table} has no setting {dotted((name,))}.", f"{_kind(at, key)} may say"
+            if issubclass(model, Options):
+                of = model.__name__
+                sentence, listed = f"{table}: {of} has no option {dotted((name,))}.", f"Options of {of}"
+            return unknown(whole, sentence, name, names, listed)
         case "missing":
             too_few = isinstance(_at(data, key[:-1]), list)
             return Problem(whole, f"{table} has too few values." if too_few else f"{table} lacks {dotted((name,))}.")
@@ -94,23 +105,8 @@ def _problem(model: type[BaseModel], data: Any, at: Key, key: Key, several: list
 
 
 def _expected(details: ErrorDetails) -> str:
-    limits: dict[str, Any] = details.get("ctx") or {}
-    match details["type"]:
-        case "literal_error":
-            return str(limits["expected"]).replace("'", '"')
-        case "greater_than":
-            return f"greater than {limits['gt']:g}"
-        case "greater_than_equal":
-            return f"at least {limits['ge']:g}"
-        case "less_than":
-            return f"less than {limits['lt']:g}"
-        case "less_than_equal":
-            return f"at most {limits['le']:g}"
-        case "too_short":
-            return f"a list of at least {limits['min_length']}"
-        case "too_long":
-            return f"a list of at most {limits['max_length']}"
-    return _EXPECTED.get(details["type"], details["msg"])
+    known = _EXPECTED.get(details["type"])
+    return details["msg"] if known is None else known.format(**details.get("ctx", {})).replace("'", '"')
 
 
 def _kind(at: Key, key: Key) -> str:

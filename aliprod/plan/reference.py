@@ -1,137 +1,145 @@
-"""The reference of a plan in Markdown, made from the types that check it."""
+"""The reference of a plan, made from the types that check it: a JSON Schema for editors, Markdown for people."""
 
 import json
-import types
+import sys
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from pathlib import Path
+from typing import Any
 
-import annotated_types
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
 
 from aliprod.plan import options
-from aliprod.plan.schema import CatalogueSource, Cluster, Ensemble, Plan, Synth, Tune
-from aliprod.recipe import LearningRate, OptimizerRecipe, PerClass, PseudoLabels, Soup, Stage
+from aliprod.plan.schema import Plan
+from aliprod.recipe import Stage
 
-_MERGING = """\
-`[stages.NAME]`, `[defaults]`, `[overrides.BACKBONE]` and `[overrides."BACKBONE/STAGE"]` say any of these. The weakest
-first: the plan's `seed`, defaults, stage, override of the backbone, override of the job. `lr`, `optimizer` and
-`pseudo_labels` are merged key by key, `objective`, `images` and `soup` are replaced as a whole; a stage with `start`
-ignores a `pretrained` of the defaults."""
-_TABLES: dict[str, tuple[str, type[BaseModel]]] = {
-    "The plan": ("", Plan),
-    "`[catalogue]`": ("", CatalogueSource),
-    "`catalogue.synth`": ("", Synth),
-    "A stage": (_MERGING, Stage),
-    "`images`": ("", PerClass),
-    "`pseudo_labels`": ("", PseudoLabels),
-    "`soup`": ("", Soup),
-    "`lr`": ("Used as written, never rescaled with the batch.", LearningRate),
-    "`optimizer`": ("", OptimizerRecipe),
-    "`[ensemble]`": ("", Ensemble),
-    "`[cluster]`": ("None of it is part of a key: changing it trains nothing again.", Cluster),
-    "`[tune]`": ("What `aliprod tune` tries; none of it is part of a key.", Tune),
-}
+Schema = dict[str, Any]
+
 _HEAD = """# The plan, key by key
 
-Made by `python -m aliprod.plan.reference`; change the descriptions in `aliprod/plan/schema.py` and
-in `aliprod/recipe.py`, not this file.
+Made by `python -m aliprod.plan.reference docs`, and `plan.schema.json` with it; change the descriptions in
+`aliprod/plan/schema.py` and in `aliprod/recipe.py`, not these files.
 Any value can be given on the command line: `--set stages.dcl.epochs=4`. Paths in a plan count from the plan's
 file, those of `--set` from the current folder. Names of plans, stages and backbones become folders: letters,
 digits, dots, hyphens and underscores.
+
+Editors complete and check a plan as it is typed: with [Taplo](https://taplo.tamasfe.dev), in VS Code as Even Better
+TOML, a first line `#:schema PATH/plan.schema.json` says where the schema lies. What it cannot say (a member that is no
+job, stages in a circle), `aliprod plan` checks.
+
+`[stages.NAME]`, `[defaults]`, `[overrides.BACKBONE]` and `[overrides."BACKBONE/STAGE"]` say what a stage may say. The
+weakest first: the plan's `seed`, defaults, stage, override of the backbone, override of the job. `lr`, `optimizer` and
+`pseudo_labels` are merged key by key, `objective`, `images` and `soup` are replaced as a whole; a stage with `start`
+ignores a `pretrained` of the defaults.
 """
+_TABLE = "| key | type | default | meaning |\n|---|---|---|---|\n"
 _OBJECTIVES = """
 ## `objective`
 
 A name alone, or a table with `name` and options. `package.module` is a module of your own.
 
+| name | options and their defaults |
+|---|---|
 """
-_WORDS = {int: "whole number", float: "number", str: "string", bool: "true or false"}
+_WORDS = {"integer": "whole number", "number": "number", "string": "string", "boolean": "true or false"}
+_LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+_OBJECTIVE = {"$ref": "#/$defs/ObjectiveRecipe"}
+_OWN_MODULE = {"type": "string", "pattern": r"\."}
 
 
-def reference() -> str:
-    """All of docs/plan.md."""
-    sections = [f"\n## {title}\n{_paragraph(text)}\n{_table(model)}" for title, (text, model) in _TABLES.items()]
-    return _HEAD + "".join(sections) + _objectives()
+class _Untitled(GenerateJsonSchema):
+    """Leaves out titles of settings, which only repeat their names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        return False
 
 
-def _paragraph(text: str) -> str:
-    return f"\n{text}\n" if text else ""
+def plan_schema() -> Schema:
+    """The JSON Schema of a plan: what each table may say; not what tables say about each other."""
+    schema, stage = (model.model_json_schema(schema_generator=_Untitled) for model in (Plan, Stage))
+    schema["$defs"] |= stage.pop("$defs") | {"Stage": stage}  # all its settings may be left out, as in every table
+    said, properties = {"$ref": "#/$defs/Stage"}, schema["properties"]
+    properties["defaults"] |= said
+    properties["overrides"]["additionalProperties"] = said
+    properties["stages"]["patternProperties"] = dict.fromkeys(properties["stages"]["patternProperties"], said)
+    own = {"type": "object", "properties": {"name": _OWN_MODULE}, "required": ["name"]}
+    alone, tables = {"enum": options.names()}, [_objective(name) for name in options.names()]
+    schema["$defs"]["ObjectiveRecipe"] = {"anyOf": [alone, _OWN_MODULE, *tables, own]}
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
 
 
-def _table(model: type[BaseModel]) -> str:
-    rows = [
-        f"| `{name}` | {_type(field)} | {_default(field)} | {_escaped(field.description or '')} |\n"
-        for name, field in model.model_fields.items()
-    ]
-    return "| key | type | default | meaning |\n|---|---|---|---|\n" + "".join(rows)
+def files() -> dict[str, str]:
+    """The files of docs/ that are made from the types, by name."""
+    schema = plan_schema()
+    rows = [f"| `{name}` | {', '.join(_options(_objective(name)))} |\n" for name in options.names()]
+    return {
+        "plan.md": "".join([_HEAD, *_sections("The plan", schema, schema["$defs"]), _OBJECTIVES, *rows]),
+        "plan.schema.json": json.dumps(schema, indent=1) + "\n",
+    }
 
 
-def _objectives() -> str:
-    rows = [
-        f"| `{name}` | {', '.join(_option(key, option) for key, option in known.items())} |\n"
-        for name in options.names()
-        if (known := options.options(name)) is not None
-    ]
-    return _OBJECTIVES + "| name | options and their defaults |\n|---|---|\n" + "".join(rows)
+def _objective(name: str) -> Schema:
+    """An objective's table: its name and its options."""
+    known = options.options(name)
+    schema = known.model_json_schema(schema_generator=_Untitled) if known else {}
+    properties = {"name": {"const": name}, **schema.get("properties", {})}
+    return schema | {"properties": properties, "required": ["name", *schema.get("required", [])]}
 
 
-def _option(key: str, option: options.Option) -> str:
-    return f"`{key}` (required)" if option.required else f"`{key} = {_literal(option.default)}`"
+def _options(objective: Schema) -> Iterator[str]:
+    for name, option in list(objective["properties"].items())[1:]:
+        yield f"`{name}` (required)" if name in objective["required"] else f"`{name} = {_literal(option['default'])}`"
 
 
-def _type(field: FieldInfo) -> str:
-    words = " or ".join(dict.fromkeys(_words(field.annotation)))
-    limits = ", ".join(_limits(field.metadata))
-    return _escaped(f"{words}, {limits}" if limits else words)
+def _sections(title: str, schema: Schema, definitions: Schema) -> Iterator[str]:
+    """A section for a table, and after it those of the tables in it."""
+    yield f"\n## {title}\n\n{schema['description']}\n\n{_TABLE}"
+    for name, field in schema["properties"].items():
+        text = field["description"].replace("|", "\\|")
+        yield f"| `{name}` | {_type(field)} | {_default(field, name in schema.get('required', []))} | {text} |\n"
+    for name, field in schema["properties"].items():
+        for branch in [field, *field.get("anyOf", [])]:
+            if "$ref" in branch and branch["$ref"] != _OBJECTIVE["$ref"]:
+                below = "A stage" if name == "defaults" else f"`[{name}]`" if title == "The plan" else f"`{name}`"
+                yield from _sections(below, definitions[branch["$ref"].rpartition("/")[2]], definitions)
 
 
-def _words(annotation: Any) -> Iterator[str]:
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        yield from (f"`{_literal(value)}`" for value in inner)
-    elif origin is Annotated:
-        yield from _words(inner[0])
-    elif origin in (Union, types.UnionType):
-        for branch in inner:
-            yield from _words(branch)
-    elif origin is tuple:
-        yield f"list of {' or '.join(_words(inner[0]))}" + ("" if inner[-1] is ... else f" ({len(inner)})")
-    elif origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        yield "table"
-    elif annotation in _WORDS:
-        yield _WORDS[annotation]
+def _type(schema: Schema) -> str:
+    match schema:
+        case {"$ref": name}:
+            return "string or table" if name == _OBJECTIVE["$ref"] else "table"
+        case {"const": value}:
+            return f"`{_literal(value)}`"
+        case {"enum": values}:
+            return " or ".join(f"`{_literal(value)}`" for value in values)
+        case {"anyOf": branches}:
+            return " or ".join(_type(branch) for branch in branches if branch != {"type": "null"})
+        case {"type": "array", "prefixItems": [first, *rest]}:
+            return f"list of {_type(first)} ({1 + len(rest)})"
+        case {"type": "array", "items": items}:
+            return f"list of {_type(items)}"
+        case {"type": "object"}:
+            return "table"
+    limits = [f"{words} {schema[limit]:,}" for limit, words in _LIMITS.items() if limit in schema]
+    return ", ".join([_WORDS[schema["type"]], *limits])
 
 
-def _limits(metadata: list[Any]) -> Iterator[str]:
-    for limit in metadata:
-        match limit:
-            case annotated_types.Ge(ge=bound):
-                yield f"at least {bound:,}"
-            case annotated_types.Gt(gt=bound):
-                yield f"above {bound:,}"
-            case annotated_types.Le(le=bound):
-                yield f"at most {bound:,}"
-            case annotated_types.Lt(lt=bound):
-                yield f"below {bound:,}"
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    if isinstance(field.default, BaseModel):
-        name = getattr(field.default, "name", "")
-        return f"`{_literal(name)}`" if field.default.model_extra is not None else "the table's own"
-    return "none" if field.default in (None, {}) else f"`{_literal(field.default)}`"
+def _default(field: Schema, required: bool) -> str:
+    match field.get("default"):
+        case None:
+            return "required" if required else "none"
+        case {"name": name} if _OBJECTIVE.items() <= field.items():
+            return f"`{_literal(name)}`"
+        case dict() as table:
+            return "the table's own" if table else "none"
+        case value:
+            return f"`{_literal(value)}`"
 
 
 def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 if __name__ == "__main__":
-    print(reference(), end="")
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    for file, content in files().items():
+        (folder / file).write_text(content, encoding="utf-8")

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from aliprod.plan.options import complete
 from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
@@ -34,9 +34,11 @@ def _plain(name: str) -> str:
     return name
 
 
-PlainName = Annotated[str, AfterValidator(_plain)]
+PlainName = Annotated[
+    str, AfterValidator(_plain), WithJsonSchema({"type": "string", "pattern": f"^{PLAIN_NAME.pattern}$"})
+]
 Text = Annotated[str, Field(min_length=1)]
-Settings = dict[str, Any]
+Settings = dict[str, Any]  # of a stage: some of what `Stage` may say
 
 
 class Synth(Frozen):
@@ -44,18 +46,17 @@ class Synth(Frozen):
 
     classes: int = Field(ge=2, le=1_000_000, description="classes")
     images: int = Field(ge=1, description="training images")
-    seed: int = Field(default=0, ge=0, description="of the rendering")
+    seed: int = Field(0, ge=0, description="of the rendering")
 
 
 class CatalogueSource(Frozen):
     """The annotated images: where they lie, or how to render them."""
 
     path: Text | None = Field(
-        default=None, description="AliProducts layout, ImageFolder, CSV or prepared; relative to the plan's file"
+        None, description="AliProducts layout, ImageFolder, CSV or prepared; relative to the plan's file"
     )
     synth: Synth | None = Field(
-        default=None,
-        description="without a path: { classes, images, seed }, rendered in the storage folder at the first run",
+        None, description="without a path: { classes, images, seed }, rendered in the storage folder at the first run"
     )
 
     @model_validator(mode="after")
@@ -75,10 +76,10 @@ class Ensemble(Frozen):
         description="jobs, each BACKBONE/STAGE",
     )
     score: Literal["auto", "val"] = Field(
-        default="auto", description="the images whose errors are told: test where its labels are known, else val"
+        "auto", description="the images whose errors are reported: test where its labels are known, else val"
     )
     views: Literal["ten_crop", "center"] = Field(
-        default="ten_crop", description="of each test image: ten crops, or the centre alone"
+        "ten_crop", description="of each test image: ten crops, or the centre alone"
     )
 
 
@@ -86,63 +87,66 @@ class Cluster(Machine):
     """Where and how the jobs run. None of it is part of a key: changing it trains nothing again."""
 
     storage: Text | None = Field(
-        default=None,
+        None,
         description="folder that keeps all results, relative to the plan's file; without it --storage, "
         "ALIPROD_STORAGE or `runs` in the current folder",
     )
     tracking_uri: Text | None = Field(
-        default=None,
+        None,
         description="MLflow server; without it --tracking-uri, MLFLOW_TRACKING_URI or SQLite in the storage folder",
     )
-    workers: int = Field(default=1, ge=1, le=4096, description="ranks of a job: GPUs where it trains on them")
+    workers: int = Field(1, ge=1, le=4096, description="ranks of a job: GPUs where it trains on them")
     max_parallel_jobs: int | None = Field(
-        default=None, ge=1, description="jobs side by side; without it as many as the cluster has room for"
+        None, ge=1, description="jobs side by side; without it as many as the cluster has room for"
     )
-    max_failures: int = Field(default=3, ge=0, description="how often a job is resumed after it failed")
-    use_gpu: Literal["auto"] | bool = Field(default="auto", description="auto: where the cluster has any")
-    max_cpus: int | None = Field(default=None, ge=1, description="CPUs that a cluster that grows on demand can reach")
-    max_gpus: int | None = Field(default=None, ge=1, description="GPUs that a cluster that grows on demand can reach")
+    max_failures: int = Field(3, ge=0, description="how often a job is resumed after it failed")
+    use_gpu: Literal["auto"] | bool = Field("auto", description="auto: where the cluster has any")
+    max_cpus: int | None = Field(None, ge=1, description="CPUs that a cluster that grows on demand can reach")
+    max_gpus: int | None = Field(None, ge=1, description="GPUs that a cluster that grows on demand can reach")
     poll_seconds: float = Field(
-        default=2.0, gt=0, le=60, description="how often Ray Train looks after its workers; short jobs want 0.2"
+        2.0, gt=0, le=60, description="how often Ray Train looks after its workers; short jobs want 0.2"
     )
 
 
 class Tune(Frozen):
     """What `aliprod tune` tries. None of it is part of a key."""
 
-    trials: int = Field(default=8, ge=1, le=10_000, description="pairs of learning rates; the first is the stage's own")
+    trials: int = Field(8, ge=1, le=10_000, description="pairs of learning rates; the first is the stage's own")
     span: float = Field(
-        default=10.0, gt=1, le=1e6, description="rates are drawn from the stage's own over this to those times this"
+        10.0, gt=1, le=1e6, description="rates are drawn from the stage's own over this to those times this"
     )
-    epochs: int = Field(default=2, ge=1, le=1_000, description="of a trial, its schedule drawn together in proportion")
-    per_class: int = Field(default=10, ge=1, description="training images a class of a trial, at most")
+    epochs: int = Field(2, ge=1, le=1_000, description="of a trial, its schedule drawn together in proportion")
+    per_class: int = Field(10, ge=1, description="training images a class of a trial, at most")
 
 
 class Plan(Frozen):
-    """A checked plan. Only `aliprod.plan.load.load` makes one: it checks what one table says about another."""
+    """An ensemble and all that it is made of."""
+
+    # Made by `aliprod.plan.load.load` alone, which checks what one table says about another.
 
     format: Literal[1] = Field(description="of this file: 1")
     name: PlainName = Field(description="of the plan: its folder, its MLflow experiment, its models' first name")
-    seed: int = Field(default=0, ge=0, description="of every stage that states none")
+    seed: int = Field(0, ge=0, description="of every stage that states none")
     catalogue: CatalogueSource = Field(description="the images")
     backbones: dict[PlainName, Text] = Field(description="our name = timm's name, with the tag of its weights")
-    defaults: Settings = Field(default={}, description="settings of every stage that does not say otherwise")
+    defaults: Settings = Field({}, description="settings of every stage that does not say otherwise")
     stages: dict[PlainName, Settings] = Field(description="a table of settings each: [stages.NAME]")
     overrides: dict[str, Settings] = Field(
-        default={},
-        description='settings of one backbone, [overrides.BACKBONE], or of one job, [overrides."BACKBONE/STAGE"]',
+        {}, description='settings of one backbone, [overrides.BACKBONE], or of one job, [overrides."BACKBONE/STAGE"]'
     )
     jobs: dict[PlainName, Annotated[tuple[str, ...], Field(strict=False, min_length=1)]] = Field(
         min_length=1, description="backbone = the list of its stages"
     )
     ensemble: Ensemble = Field(description="what is added up")
-    cluster: Cluster = Field(default=Cluster(), description="where it runs; no part of any key")
-    tune: Tune = Field(default=Tune(), description="how learning rates are searched for; no part of any key")
+    cluster: Cluster = Field(Cluster(), description="where it runs; no part of any key")
+    tune: Tune = Field(Tune(), description="how learning rates are searched for; no part of any key")
 
     @model_validator(mode="after")
     def _of_bounded_size(self) -> "Plan":
-        if sum(map(len, self.jobs.values())) > MOST_JOBS:
-            raise ValueError(f"a plan has at most {MOST_JOBS:,} jobs")
+        if (count := sum(map(len, self.jobs.values()))) > MOST_JOBS:
+            raise ValueError(
+                f"{count:,} jobs; a plan has at most {MOST_JOBS:,}: make several plans, they share results"
+            )
         return self
 
     @property

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def read(path: Path, sets: Sequence[str] = ()) -> Source:
     lines = tuple(text.split("\n"))
     source = Source(path, data, _index(lines), lines, flags)
     if deep := next((key for key, _ in _values(data) if len(key) > MOST_DEPTH), None):
-        raise Refused(f"{dotted(deep[:3])}... is nested too deep.", source.where(deep))
+        raise Refused(
+            f"{dotted(deep[:3])}... is nested too deep.", source.where(deep), f"{MOST_DEPTH} levels are enough."
+        )
     return source
 
 
@@ -121,12 +124,14 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise Refused(f"a plan has at most {MOST_BYTES:,} bytes; this file is larger.", path)
+            raise Refused(f"a plan has at most {MOST_BYTES:,} bytes; this file is larger.", path, "Is it a plan?")
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise Refused(f"the plan cannot be read: {error.strerror or error}.", path) from None
+        advice = did_you_mean(path.name, (found.name for found in islice(path.parent.glob("*.toml"), 100)))
+        raise Refused(f"the plan cannot be read: {error.strerror or error}.", path, advice) from None
     except UnicodeDecodeError as error:
-        raise Refused(f"the plan is not UTF-8: byte {error.start + 1:,} fits in no character.", path) from None
+        what = f"the plan is not UTF-8: byte {error.start + 1:,} fits in no character."
+        raise Refused(what, path, "Save it as UTF-8.") from None
     except ValueError as error:  # a NUL in the path
         raise Refused(f"the plan cannot be read: {error}.", str(path).replace("\0", "\\0")) from None
 
@@ -142,7 +147,7 @@ def _parse(text: str, where: Path | str) -> dict[str, Any]:
         found = re.match(r"line \d+", place)
         raise Refused(f"this is no TOML: {sentence}.", f"{where}, {found[0]}" if found else where) from None
     except RecursionError:
-        raise Refused("lists or tables are nested too deep.", where) from None
+        raise Refused("lists or tables are nested too deep.", where, f"{MOST_DEPTH} levels are enough.") from None
     except ValueError as error:  # an integer of more than 4,300 digits
         raise Refused(f"this is no TOML: {error}.", where) from None
 

@@ -1,16 +1,17 @@
-"""What an ensemble gets wrong: which classes it takes for which, and how the error hangs on a class's size."""
+"""Error analysis of an ensemble: which classes are confused, and how the error depends on a class's size."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.ensemble.add import read_predictions
 from aliprod.ensemble.score import aligned
+from aliprod.inference.metrics import class_errors
 
 _SIZES = 6  # groups of classes by their number of training images
 
@@ -30,11 +31,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A class that is taken for another.
+    """A class that is predicted for images of another.
 
     Attributes:
         truth, predicted: rows of the class list.
-        count, of: images that are taken so, of those of the class.
+        count, of: images so predicted, of those of the class.
         row: of one of them, in the split.
     """
 
@@ -56,7 +57,7 @@ class Size:
 
 
 def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) -> Scored:
-    """Predictions of a committed ensemble beside the labels of its split.
+    """Read the predictions of a committed ensemble, with the labels of its split.
 
     Raises:
         Failed: there is no ensemble in the folder.
@@ -74,7 +75,7 @@ def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) ->
 
 
 def confusions(found: Scored, most: int) -> list[Confusion]:
-    """The pairs of classes with the most images taken so, then with the largest share of their class."""
+    """The most frequent confusions, ties by the share of their class."""
     wrong = np.flatnonzero(found.truth != found.predicted)
     pairs, first, counts = np.unique(
         np.stack([found.truth[wrong], found.predicted[wrong]], axis=1), axis=0, return_index=True, return_counts=True
@@ -89,16 +90,14 @@ def confusions(found: Scored, most: int) -> list[Confusion]:
 
 def by_size(found: Scored, class_counts: Integers) -> list[Size]:
     """Classes in groups of about as many, from few training images to many; those of one size stay together."""
-    return list(_groups(found, class_counts)) if len(found.truth) else []
-
-
-def _groups(found: Scored, class_counts: Integers) -> Iterator[Size]:
-    scored_classes = np.unique(found.truth)
-    wrong = np.bincount(found.truth, found.truth != found.predicted)[scored_classes]
-    errors = wrong / np.bincount(found.truth)[scored_classes]
-    sizes = class_counts[scored_classes]
+    if not len(found.truth):
+        return []
+    by_class = class_errors(torch.from_numpy(found.truth), torch.from_numpy(found.predicted), len(class_counts)).numpy()
+    known = ~np.isnan(by_class)  # classes with a scored image
+    errors, sizes = by_class[known], class_counts[known]
     edges = np.unique(np.quantile(sizes, np.linspace(0, 1, _SIZES + 1)[1:], method="lower"))
-    group = np.searchsorted(edges, sizes)
-    for number in np.unique(group):
-        inside = group == number
-        yield Size(int(sizes[inside].min()), int(sizes[inside].max()), int(inside.sum()), float(errors[inside].mean()))
+    groups = np.searchsorted(edges, sizes)
+    return [
+        Size(int(sizes[one].min()), int(sizes[one].max()), int(one.sum()), float(errors[one].mean()))
+        for one in (groups == number for number in np.unique(groups))
+    ]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from aliprod.plan.graph import Job
+from aliprod.plan.jobs import Job
 from aliprod.report.error_analysis import Size
 
 _STYLE: dict[Any, Any] = {

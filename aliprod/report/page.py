@@ -12,11 +12,10 @@ import jinja2
 from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.catalogue.decode import Unreadable, decode_anyway
 from aliprod.errors import AliprodError
-from aliprod.plan import ledger
-from aliprod.plan.graph import Job
-from aliprod.plan.open import Request, jobs_of, open_catalogue
+from aliprod.plan.jobs import Job
+from aliprod.plan.open import Request, open_plan
 from aliprod.report import error_analysis, figures, status
-from aliprod.store import commit, epochs
+from aliprod.store import commit
 
 FILE = "report.html"
 _CONFUSIONS = 12
@@ -39,25 +38,19 @@ def write(request: Request) -> Path:
 
 
 def _facts(request: Request) -> dict[str, Any]:
-    plan, places = request.plan, request.places
-    catalogue, note = open_catalogue(request)
-    jobs = jobs_of(plan, catalogue)
-    told = {name: _epochs(places.storage, job) for name, job in jobs.items()}
-    result = _ensemble(places.of(plan) / "result.json")
-    errors = {name: [line.get("val/top1_error") for line in lines] for name, lines in told.items()}
+    plan, opened = request.plan, open_plan(request)
+    lines = {name: opened.metrics(name) for name in opened.jobs}
+    result = _ensemble(opened.folder / "result.json")
+    errors = {name: [line.get("val/top1_error") for line in own] for name, own in lines.items()}
     return {
         "plan": plan,
-        "note": note,
+        "note": opened.note,
         "settings": plan.model_dump_json(indent=1, exclude={"cluster"}, exclude_defaults=True),  # no password of MLflow
-        "rows": [row | _work(told[row["name"]]) for row in status.states(plan, jobs, places)],
+        "rows": [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(opened)],
         "ensemble": result,
-        "figures": list(_figures(jobs, errors, result)),
-        **_mistakes(catalogue, places.of(plan) / "ensemble", result),
+        "figures": list(_figures(opened.jobs, errors, result)),
+        **_error_analysis(opened.catalogue, opened.folder / "ensemble", result),
     }
-
-
-def _epochs(storage: Path, job: Job) -> list[dict[str, Any]]:
-    return [] if job.key is None else epochs.read(ledger.folder(storage, job) / epochs.FILE)
 
 
 def _ensemble(path: Path) -> dict[str, Any]:
@@ -66,12 +59,6 @@ def _ensemble(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8"))["ensemble"] or {})
     except (OSError, ValueError, TypeError, KeyError):
         return {}
-
-
-def _work(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last epoch's memory and waiting."""
-    last = lines[-1] if lines else {}
-    return {"data_wait_share": last.get("speed/data_wait_share"), "memory_bytes": last.get("speed/memory_bytes")}
 
 
 def _figures(
@@ -84,22 +71,22 @@ def _figures(
         yield f"Members and ensemble on {result['split']}", figures.members(known, result["top1_error"])
 
 
-def _mistakes(catalogue: Catalogue | None, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+def _error_analysis(catalogue: Catalogue | None, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Confusions with pictures and errors by class size, of the images that the ensemble's error is counted on."""
-    nothing: dict[str, Any] = {"confusions": [], "by_size": "", "scored": 0}
+    nothing = {"confusions": [], "by_size": "", "scored": 0}
     if catalogue is None or not result or result["split"] is None:
         return nothing
     split, record = result["split"], commit.read(folder) or {}
     own = folder if record.get("split") == split else folder.with_name(f"ensemble-{split}")
     try:
         found = error_analysis.scored(own, catalogue, split)
-    except AliprodError:  # removed by hand: the rest can still be told
+    except AliprodError:  # removed by hand: the rest can still be shown
         return nothing
+    confusions = error_analysis.confusions(found, _CONFUSIONS)
+    sizes = error_analysis.by_size(found, catalogue.class_counts)
     return {
-        "confusions": [
-            _pictured(confusion, found, catalogue) for confusion in error_analysis.confusions(found, _CONFUSIONS)
-        ],
-        "by_size": figures.by_size(error_analysis.by_size(found, catalogue.class_counts)) if len(found.rows) else "",
+        "confusions": [_pictured(confusion, found, catalogue) for confusion in confusions],
+        "by_size": figures.by_size(sizes) if sizes else "",
         "scored": len(found.rows),
     }
 
@@ -118,12 +105,10 @@ def _pictured(
 
 def _class(catalogue: Catalogue, row: int) -> dict[str, Any]:
     """A class with its first training image."""
-    first = int((catalogue.train.labels == row).argmax())
-    name = catalogue.names[row]
     return {
-        "name": f"{catalogue.classes[row]} {name}".strip(),
-        "images": int((catalogue.train.labels == row).sum()),
-        "picture": _thumbnail(catalogue.train, first),
+        "name": f"{catalogue.classes[row]} {catalogue.names[row]}".strip(),
+        "images": int(catalogue.class_counts[row]),
+        "picture": _thumbnail(catalogue.train, int((catalogue.train.labels == row).argmax())),
     }
 
 

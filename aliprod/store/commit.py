@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,28 @@ def write(
             return _publish(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace(folder: Path, fill: Callable[[Path], Mapping[str, str] | None], record: dict[str, Any]) -> None:
+    """Commit what ``fill`` writes in place of what ``folder`` held; until then that stays.
+
+    Raises:
+        StorageFull: as in `write`.
+    """
+    fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.fresh")
+    write(fresh, fill, record)
+    old = fresh.with_suffix(".old")
+    with storage(folder):
+        try:
+            with suppress(FileNotFoundError):
+                os.replace(folder, old)
+            os.replace(fresh, folder)
+        except OSError:
+            if read(folder) is None:
+                raise  # else another driver has just published its own: that stays
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -196,8 +218,8 @@ def _publish(staging: Path, folder: Path) -> dict[str, Any]:
 def _manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        seal = manifest.pop("sha256", None)  # those of earlier versions have none
-        return manifest if manifest.keys() == {"files", "record"} and seal in (None, _seal(manifest)) else None
+        seal = manifest.pop("sha256", None)
+        return manifest if manifest.keys() == {"files", "record"} and seal == _seal(manifest) else None
     except (OSError, ValueError, AttributeError, TypeError):
         return None
 

@@ -10,7 +10,7 @@ FILE = "metrics.jsonl"
 def read(path: Path) -> list[dict[str, Any]]:
     """The records in the order of their epochs, each once: after a resume the first one counts.
 
-    Half a line, as a killed worker leaves it, is skipped; a file that is not there tells nothing.
+    Half a line, as a killed worker leaves it, is skipped; a file that is not there has none.
     """
     try:
         lines = path.read_bytes().splitlines()

@@ -4,24 +4,52 @@ STORAGE/PLAN/submissions/SHA256.json     named after the submission's bytes, so 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aliprod.errors import Refused
 from aliprod.store import commit
+from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
 
 _FOLDER = "submissions"
+_USER = re.compile(r"""(?<=://)[^/\s"]*@""")  # of an address: user and password
+MEMBERS = "members.json"  # in a plan's folder: the checkpoints that its ensemble was last made of
+
+
+def members(folder: Path) -> dict[str, dict[str, Any]]:
+    """The checkpoints that a plan's ensemble was last made of, by job; {} where there is none."""
+    try:
+        return {name: dict(choice) for name, choice in json.loads((folder / MEMBERS).read_text("utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def weights_of(storage: Path, plan: str) -> list[Path]:
+    """Weights folders of the checkpoints that a plan's ensemble was last made of; [] where any of them is missing."""
+    chosen = members(storage / plan)
+    found = [weights_folder(storage, plan, name, choice["key"], choice["sha256"]) for name, choice in chosen.items()]
+    return found if all(commit.read(folder) is not None for folder in found) else []
+
+
+def weights_folder(storage: Path, plan: str, job: str, key: str, sha256: str) -> Path:
+    """Where weights of a job lie or, where MLflow alone has them, where they are to be brought."""
+    for kind in (WEIGHTS, LAST):
+        folder = job_folder(storage, job, key) / kind
+        if commit.read(folder) is not None and commit.file_digest(folder, MODEL) == sha256:
+            return folder
+    return storage / plan / "chosen" / sha256[:16]
 
 
 def keep(submission: Path, origin: Mapping[str, Any]) -> None:
-    """Write down what a submission in a plan's folder was made of.
+    """Write down what a submission in a plan's folder was made of, without the passwords in addresses.
 
     Raises:
         StorageFull: no room, no right to write, or the path is gone.
     """
     record = submission.parent / _FOLDER / f"{commit.sha256(submission)}.json"
-    commit.write_file(record, json.dumps(origin, indent=1))
+    commit.write_file(record, _USER.sub("", json.dumps(origin, indent=1)))
 
 
 def find(submission: Path, storage: Path) -> dict[str, Any]:
@@ -35,7 +63,7 @@ def find(submission: Path, storage: Path) -> dict[str, Any]:
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror or error}.", submission) from None
     for record in sorted(storage.glob(f"*/{_FOLDER}/{digest}.json")):
-        return dict(json.loads(record.read_text(encoding="utf-8")))
+        return dict(json.loads(_USER.sub("", record.read_text(encoding="utf-8"))))
     known = sum(1 for _ in storage.glob(f"*/{_FOLDER}/*.json"))
     advice = f"{known} are known there. Was it changed after it was written? Is it another --storage?"
     raise Refused(f"no plan in {storage} has written these bytes.", submission, advice)

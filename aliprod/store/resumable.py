@@ -1,6 +1,6 @@
-"""Rows that take hours to compute are kept shard by shard until all are there.
+"""Rows that take hours to compute: written shard by shard, and what a killed writer finished is not computed again.
 
-A writer that was killed leaves its finished shards to the next one, beside the folder that they are for:
+Finished shards lie beside the folder that they are for, until all are there:
 
     .test-ten_crop.0123456789abcdef.unfinished/00000/...   a committed folder, a file NAME-00000.npy an array
 
@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,40 +35,26 @@ Block = Mapping[str, npt.NDArray[Any]]  # arrays by name: the same rows of each
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Unfinished:
-    """The finished shards of ``total`` rows that are not all there yet."""
+@dataclass(frozen=True, eq=False)
+class ResumableRows:
+    """Rows for ``folder``, and the shards of them that are finished: of just these images, classes and facts.
+
+    Attributes:
+        ids: (N,). classes: (K,). record: what is committed with the rows.
+    """
 
     folder: Path
-    total: int
+    ids: pa.StringArray
+    classes: npt.NDArray[np.int64]
+    record: Mapping[str, Any]
     per_shard: int
 
-    @classmethod
-    def of(
-        cls,
-        folder: Path,
-        ids: pa.StringArray,
-        classes: npt.NDArray[np.int64],
-        record: Mapping[str, Any],
-        per_shard: int,
-    ) -> "Unfinished":
-        """Those of just these rows and columns, for ``folder``."""
-        digest = hashlib.sha256(json.dumps([folder.name, record, per_shard], sort_keys=True).encode())
-        digest.update("\0".join(ids.to_pylist()).encode())
-        digest.update(classes.tobytes())
-        kind = "-".join(str(record[fact]) for fact in ("split", "views") if fact in record) or folder.name
-        return cls(folder.parent / f".{kind}.{digest.hexdigest()[:16]}.unfinished", len(ids), per_shard)
-
     def finish(
-        self,
-        folder: Path,
-        blocks: Callable[[Rows], Iterable[Block]],
-        fill: Callable[[Path], Mapping[str, str] | None],
-        record: Mapping[str, Any],
+        self, blocks: Callable[[Rows], Iterable[Block]], fill: Callable[[Path], Mapping[str, str] | None]
     ) -> dict[str, Any]:
-        """Write the shards that are missing, then commit ``folder``, and remove the shards.
+        """Write the shards that are missing, then commit the folder, and remove the shards.
 
-        Where ``folder`` is committed already, it stays. What was left of other weights, images or classes of the same
+        Where the folder is committed already, it stays. What was left of other weights, images or classes of the same
         split and views is removed. Several writers at once share the shards; the first to commit wins, and the others
         stop at their next shard.
 
@@ -81,75 +68,99 @@ class Unfinished:
             StorageFull: no room; finished shards are kept.
             ValueError: the blocks have more or fewer rows than are missing.
         """
-        if (there := commit.read(folder)) is not None:
+        if (there := commit.read(self.folder)) is not None:
             return there
         self._sweep()
         try:
-            self._write(blocks, lambda: commit.read(folder) is not None)
-            written = commit.read(folder) or commit.write(folder, fill, dict(record), room=self.folder)
+            self._write(blocks)
+            written = commit.read(self.folder) or commit.write(self.folder, fill, dict(self.record), room=self._room)
         except StorageFull:
-            if (there := commit.read(folder)) is None:
+            if (there := commit.read(self.folder)) is None:
                 raise
             written = there  # another writer was faster, and has removed the shards
         except Failed:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self._room, ignore_errors=True)
             raise
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._room, ignore_errors=True)
         return written
 
-    def files(self, name: str) -> Iterator[tuple[Path, str]]:
-        """Of each shard the file of an array, and its sha256."""
-        for shard, path in enumerate(self._paths()):
-            file = shard_file(path / name, shard)
-            yield file, commit.file_digest(file.parent, file.name)
+    def files(self, name: str) -> list[Path]:
+        """The file of an array in each shard."""
+        return [shard_file(path / name, shard) for shard, path in enumerate(self._shards)]
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}"
+    def link(self, name: str, target: Path) -> dict[str, str]:
+        """Give the files of an array a second name in ``target``, or copy them where there are no links.
 
-    def _paths(self) -> list[Path]:
-        return [self._path(shard) for shard in range(-(-self.total // self.per_shard))]
+        Returns:
+            The sha256 of each by its name.
+        """
+        for file in self.files(name):
+            try:
+                os.link(file, target / file.name)
+            except OSError:
+                shutil.copyfile(file, target / file.name)
+        return {file.name: commit.file_digest(file.parent, file.name) for file in self.files(name)}
+
+    @cached_property
+    def _room(self) -> Path:
+        """The folder of the finished shards."""
+        facts = [self.folder.name, self.record, self.per_shard]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        digest.update("\0".join(self.ids.to_pylist()).encode())
+        digest.update(self.classes.tobytes())
+        return self.folder.parent / f".{self._kind}.{digest.hexdigest()[:16]}.unfinished"
+
+    @property
+    def _kind(self) -> str:
+        """The split and views of predictions, else the folder's name: what is left of others of it is obsolete."""
+        return (
+            "-".join(str(self.record[fact]) for fact in ("split", "views") if fact in self.record) or self.folder.name
+        )
+
+    @cached_property
+    def _shards(self) -> list[Path]:
+        return [self._room / f"{shard:05d}" for shard in range(-(-len(self.ids) // self.per_shard))]
 
     def _end(self, shard: int) -> int:
-        return min(self.total, (shard + 1) * self.per_shard)
+        return min(len(self.ids), (shard + 1) * self.per_shard)
 
     def _sweep(self) -> None:
-        kind, _, _ = self.folder.name.rsplit(".", 2)
-        for other in self.folder.parent.glob(f"{kind}.*.unfinished"):
-            if other != self.folder:
+        for other in self.folder.parent.glob(f".{self._kind}.*.unfinished"):
+            if other != self._room:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def _write(self, blocks: Callable[[Rows], Iterable[Block]], enough: Callable[[], bool]) -> None:
+    def _write(self, blocks: Callable[[Rows], Iterable[Block]]) -> None:
         missing = self._missing()
         if not len(missing):
             return
-        if len(missing) < self.total:
-            log.info("%s: %d of %d rows are left to predict.", self.folder, len(missing), self.total)
-        room = self.folder / f".{uuid.uuid4().hex[:8]}.partial"
+        if len(missing) < len(self.ids):
+            log.info("%s: %d of %d rows are left to predict.", self._room, len(missing), len(self.ids))
+        growing = self._room / f".{uuid.uuid4().hex[:8]}.partial"
         try:
             for rows, pieces in self._by_shard(missing, blocks(missing)):
-                with commit.storage(self.folder):
-                    commit.make_folder(room)
+                with commit.storage(self._room):
+                    commit.make_folder(growing)
                     for name, piece in pieces.items():
-                        append(room / name, piece, int(rows[0]), self.total, self.per_shard)
+                        append(growing / name, piece, int(rows[0]), len(self.ids), self.per_shard)
                 shard = int(rows[-1]) // self.per_shard
                 if rows[-1] + 1 < self._end(shard):
                     continue
-                if enough():
+                if commit.read(self.folder) is not None:
                     break
-                commit.write(self._path(shard), lambda staging: _move(room, staging))
+                commit.write(self._shards[shard], lambda staging: _move(growing, staging))
         finally:
-            shutil.rmtree(room, ignore_errors=True)
+            shutil.rmtree(growing, ignore_errors=True)
             with suppress(OSError):  # it holds finished shards
-                self.folder.rmdir()
+                self._room.rmdir()
 
     def _missing(self) -> Rows:
         """Rows of the shards that are not there. One whose bytes are not those that were written is set aside."""
         missing = [np.empty(0, np.int64)]
-        for shard, path in enumerate(self._paths()):
+        for shard, path in enumerate(self._shards):
             if path.exists() and commit.verify(path):
                 log.warning("%s is damaged and is predicted again.", path)
                 with suppress(FileNotFoundError):  # another writer has seen it too
-                    path.rename(self.folder / f".{path.name}.{uuid.uuid4().hex[:8]}.bad")
+                    path.rename(self._room / f".{path.name}.{uuid.uuid4().hex[:8]}.bad")
             if not path.exists():
                 missing.append(np.arange(shard * self.per_shard, self._end(shard)))
         return np.concatenate(missing)

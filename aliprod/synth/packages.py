@@ -6,6 +6,7 @@ Both are functions of (seed, class number); the fonts are those that Pillow ship
 import colorsys
 import math
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -18,8 +19,9 @@ from aliprod.randomness import seed_of
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
-Tone = Literal["main", "dark", "light", "accent", "metal"]
-Part = tuple[Literal["ellipse", "rounded", "polygon"], tuple[int, ...], Tone]  # drawn in this order
+Tone = Literal["main", "dark", "light", "accent", "metal", "paper"]
+# Drawn in this order; the numbers are corners, x before y, and of "rounded" the radius after them.
+Part = tuple[Literal["ellipse", "rounded", "polygon", "rectangle"], tuple[float, ...], Tone]
 
 FAMILY_SIZES = (2, 2, 2, 2, 3, 3, 3, 3, 4)  # and again from the start
 WIDTH, HEIGHT = 256, 352  # of the drawing; a face is half of it, so that edges are smooth
@@ -41,7 +43,14 @@ FLAVOURS = (
 AMOUNTS = ("100", "150", "200", "250", "330", "400", "500", "750", "900", "1 L", "2x", "4x", "6+1")
 EMBLEMS = ((4, 0.3), (40, 1.0), (3, 0.5), (5, 0.45), (4, 0.71), (9, 0.7), (6, 0.4))  # a star's corners, inner radius
 PATTERNS = ("bars", "plain", "dots", "slants", "checks", "lines", "zigzag")
-LAYOUTS = ("panel", "band", "oval", "split", "slope")
+_font = cache(ImageFont.load_default)  # of a size
+LAYOUTS: tuple[tuple[Part, ...], ...] = (  # of the label's ground, in shares of its sides
+    (("rounded", (0.1, 0.25, 0.9, 0.78, 0.06), "paper"),),
+    (("rectangle", (0, 0.26, 1, 0.78), "paper"),),
+    (("ellipse", (0.02, 0.23, 0.98, 0.84), "paper"),),
+    (("rectangle", (0, 0.25, 1, 1), "paper"), ("rectangle", (0, 0.92, 1, 1), "main")),
+    (("polygon", (0, 0.38, 1, 0.2, 1, 0.74, 0, 0.92), "paper"),),
+)
 
 
 @dataclass(frozen=True)
@@ -57,56 +66,30 @@ class Shape:
 SHAPES = {
     "box": Shape(
         (("polygon", (14, 44, 58, 14, 244, 14, 244, 306, 200, 340, 14, 340), "main"),),
-        (
-            ("polygon", (200, 44, 244, 14, 244, 306, 200, 340), "dark"),
-            ("polygon", (14, 44, 58, 14, 244, 14, 200, 44), "light"),
-            ("polygon", (200, 196, 244, 164, 244, 206, 200, 240), "accent"),
-        ),
-        (14, 44, 200, 340),
-        0.0,
-    ),
+        (("polygon", (200, 44, 244, 14, 244, 306, 200, 340), "dark"),
+         ("polygon", (14, 44, 58, 14, 244, 14, 200, 44), "light"),
+         ("polygon", (200, 196, 244, 164, 244, 206, 200, 240), "accent")), (14, 44, 200, 340), 0.0),
     "can": Shape(
         (("rounded", (36, 26, 220, 332, 16), "main"), ("ellipse", (36, 296, 220, 348), "main")),
-        (
-            ("ellipse", (36, 8, 220, 52), "metal"),
-            ("ellipse", (46, 14, 210, 48), "dark"),
-            ("ellipse", (52, 18, 204, 50), "metal"),
-            ("ellipse", (104, 24, 152, 40), "accent"),
-        ),
-        (36, 46, 220, 326),
-        1.0,
-    ),
+        (("ellipse", (36, 8, 220, 52), "metal"), ("ellipse", (46, 14, 210, 48), "dark"),
+         ("ellipse", (52, 18, 204, 50), "metal"), ("ellipse", (104, 24, 152, 40), "accent")), (36, 46, 220, 326), 1.0),
     "bottle": Shape(
-        (
-            ("rounded", (106, 30, 150, 140, 4), "main"),
-            ("polygon", (106, 76, 150, 76, 192, 136, 64, 136), "main"),
-            ("rounded", (60, 118, 196, 348, 26), "main"),
-        ),
-        (("rounded", (100, 6, 156, 56, 8), "accent"),),
-        (60, 140, 196, 334),
-        0.9,
-    ),
+        (("rounded", (106, 30, 150, 140, 4), "main"), ("polygon", (106, 76, 150, 76, 192, 136, 64, 136), "main"),
+         ("rounded", (60, 118, 196, 348, 26), "main")),
+        (("rounded", (100, 6, 156, 56, 8), "accent"),), (60, 140, 196, 334), 0.9),
     "bag": Shape(
-        (
-            ("polygon", (30, 14, 226, 14, 216, 60, 228, 180, 216, 300, 226, 340), "main"),
-            ("polygon", (226, 340, 30, 340, 40, 300, 28, 180, 40, 60, 30, 14), "main"),
-        ),
+        (("polygon", (30, 14, 226, 14, 216, 60, 228, 180, 216, 300, 226, 340), "main"),
+         ("polygon", (226, 340, 30, 340, 40, 300, 28, 180, 40, 60, 30, 14), "main")),
         (("polygon", (30, 14, 226, 14, 222, 36, 34, 36), "accent"), ("rounded", (30, 320, 226, 340, 0), "dark")),
-        (34, 44, 222, 314),
-        0.5,
-    ),
+        (34, 44, 222, 314), 0.5),
     "jar": Shape(
         (("rounded", (30, 74, 226, 344, 34), "main"),),
         (("rounded", (44, 34, 212, 86, 10), "accent"), ("rounded", (44, 76, 212, 88, 6), "metal")),
-        (30, 100, 226, 322),
-        0.8,
-    ),
+        (30, 100, 226, 322), 0.8),
     "tube": Shape(
         (("polygon", (44, 12, 212, 12, 182, 300, 74, 300), "main"),),
         (("polygon", (44, 12, 212, 12, 210, 34, 46, 34), "dark"), ("rounded", (78, 290, 178, 346, 8), "accent")),
-        (66, 40, 190, 286),
-        0.6,
-    ),
+        (66, 40, 190, 286), 0.6),
 }  # fmt: skip
 
 
@@ -118,7 +101,7 @@ class Look:
     kind: str
     shape: str
     brand: str
-    layout: str
+    layout: tuple[Part, ...]
     slim: float  # the width over that of the drawing
     main: Colour
     paper: Colour
@@ -192,8 +175,7 @@ def colour(hue: float, saturation: float, value: float) -> Colour:
 def _brand(seed: int, family: int) -> str:
     """Three syllables; 101,159 is prime to 70**3, so each of 343,000 families has its own."""
     index = (family * 101_159 + seed_of(seed, "brands")) % len(SYLLABLES) ** 3
-    index, last = divmod(index, len(SYLLABLES))
-    return "".join(SYLLABLES[i] for i in (*divmod(index, len(SYLLABLES)), last)).title()
+    return "".join(SYLLABLES[i] for i in np.unravel_index(index, (len(SYLLABLES),) * 3)).title()
 
 
 def _mix(one: Colour, other: Colour, share: float) -> Colour:
@@ -206,50 +188,39 @@ def _ink(ground: Colour) -> Colour:
     return (24, 20, 28) if 0.3 * ground[0] + 0.59 * ground[1] + 0.11 * ground[2] > 140 else (250, 250, 245)
 
 
-def _parts(draw: ImageDraw.ImageDraw, parts: tuple[Part, ...], look: Look) -> None:
+def _parts(draw: ImageDraw.ImageDraw, parts: Iterable[Part], look: Look) -> None:
     tones: dict[Tone, Colour] = {
         "main": look.main,
         "dark": _mix(look.main, (0, 0, 0), 0.35),
         "light": _mix(look.main, (255, 255, 255), 0.3),
         "accent": look.accent,
         "metal": (196, 198, 204),
+        "paper": look.paper,
     }
     for figure, where, tone in parts:
-        if figure == "ellipse":
-            draw.ellipse(where, tones[tone])
-        elif figure == "rounded":
+        if figure == "rounded":
             draw.rounded_rectangle(where[:4], where[4], tones[tone])
         else:
-            draw.polygon(where, tones[tone])
+            {"ellipse": draw.ellipse, "polygon": draw.polygon, "rectangle": draw.rectangle}[figure](where, tones[tone])
 
 
 def _label(draw: ImageDraw.ImageDraw, front: Box, look: Look) -> None:
     """Brand on top, the layout's ground with emblem and flavour, a band with the pattern, the amount."""
     left, top, right, bottom = front
     wide, high, middle = right - left, bottom - top, (left + right) // 2
-    _ground(draw, look, left, top, wide, high)
-    _text(draw, look.brand, middle, top + 0.13 * high, 0.9 * wide, 0.2 * high, _ink(look.main))
+    _parts(draw, _placed(look.layout, left, top, wide, high), look)
+    _text(draw, look.brand, (middle, top + 0.13 * high), (0.9 * wide, 0.2 * high), _ink(look.main))
     _emblem(draw, look, middle, top + 0.44 * high, 0.19 * min(wide, high))
-    _text(draw, look.flavour, middle, top + 0.69 * high, 0.72 * wide, 0.15 * high, _ink(look.paper))
+    _text(draw, look.flavour, (middle, top + 0.69 * high), (0.72 * wide, 0.15 * high), _ink(look.paper))
     _band(draw, look, (left, top + round(0.79 * high), right, top + round(0.91 * high)))
-    _text(draw, look.amount, middle, top + 0.95 * high, 0.4 * wide, 0.1 * high, _ink(look.main))
+    _text(draw, look.amount, (middle, top + 0.95 * high), (0.4 * wide, 0.1 * high), _ink(look.main))
 
 
-def _ground(draw: ImageDraw.ImageDraw, look: Look, left: int, top: int, wide: int, high: int) -> None:
-    def at(*shares: float) -> list[float]:
-        return [left + wide * s if i % 2 == 0 else top + high * s for i, s in enumerate(shares)]
-
-    if look.layout == "panel":
-        draw.rounded_rectangle(at(0.1, 0.25, 0.9, 0.78), 0.06 * wide, look.paper)
-    elif look.layout == "band":
-        draw.rectangle(at(0, 0.26, 1, 0.78), look.paper)
-    elif look.layout == "oval":
-        draw.ellipse(at(0.02, 0.23, 0.98, 0.84), look.paper)
-    elif look.layout == "split":
-        draw.rectangle(at(0, 0.25, 1, 1), look.paper)
-        draw.rectangle(at(0, 0.92, 1, 1), look.main)
-    else:
-        draw.polygon(at(0, 0.38, 1, 0.2, 1, 0.74, 0, 0.92), look.paper)
+def _placed(layout: tuple[Part, ...], left: int, top: int, wide: int, high: int) -> Iterator[Part]:
+    for figure, shares, tone in layout:
+        corners, radius = (shares[:4], shares[4:]) if figure == "rounded" else (shares, ())
+        where = (left + wide * s if i % 2 == 0 else top + high * s for i, s in enumerate(corners))
+        yield figure, (*where, *(wide * share for share in radius)), tone
 
 
 def _emblem(draw: ImageDraw.ImageDraw, look: Look, x: float, y: float, radius: float) -> None:
@@ -265,28 +236,26 @@ def _band(draw: ImageDraw.ImageDraw, look: Look, box: Box) -> None:
     draw.rectangle(box, look.accent)
     ink = _ink(look.accent)
     for x in range(left, right, high):
-        cell = {
-            "bars": [(x, top), (x + high // 2, top), (x + high // 2, bottom), (x, bottom)],
-            "slants": [(x, bottom), (x + high // 2, top), (x + high, top), (x + high // 2, bottom)],
-            "checks": [(x, top), (x + high // 2, top), (x + high // 2, bottom), (x + high, bottom)],
-            "zigzag": [(x, bottom), (x + high // 2, top), (x + high, bottom)],
-            "lines": [(x, middle - thick), (x + high, middle - thick), (x + high, middle + thick), (x, middle + thick)],
-        }.get(look.pattern)
-        if cell:
-            draw.polygon(cell, ink)
+        half, far = x + high // 2, x + high
+        cells = {
+            "bars": (x, top, half, top, half, bottom, x, bottom),
+            "slants": (x, bottom, half, top, far, top, half, bottom),
+            "checks": (x, top, half, top, half, bottom, far, bottom),
+            "zigzag": (x, bottom, half, top, far, bottom),
+            "lines": (x, middle - thick, far, middle - thick, far, middle + thick, x, middle + thick),
+        }
+        if look.pattern in cells:
+            draw.polygon(cells[look.pattern], ink)
         elif look.pattern == "dots":
             draw.ellipse((x + high // 5, top + high // 5, x + 4 * high // 5, bottom - high // 5), ink)
 
 
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _text(draw: ImageDraw.ImageDraw, words: str, x: float, y: float, wide: float, high: float, ink: Colour) -> None:
-    """Words in the middle of (x, y), as large as ``wide`` and ``high`` allow."""
-    size = min(high, 50 * wide / _font(50).getlength(words))
-    draw.text((x, y), words, ink, _font(round(size)), anchor="mm", stroke_width=1)
+def _text(
+    draw: ImageDraw.ImageDraw, words: str, middle: tuple[float, float], room: tuple[float, float], ink: Colour
+) -> None:
+    """Words around ``middle``, as large as the width and height of ``room`` allow."""
+    size = min(room[1], 50 * room[0] / _font(50).getlength(words))
+    draw.text(middle, words, ink, _font(round(size)), anchor="mm", stroke_width=1)
 
 
 def _shaded(drawing: Image.Image, roundness: float) -> Image.Image:

@@ -12,15 +12,15 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from aliprod.errors import Refused
+from aliprod.processes import pool
 from aliprod.randomness import seed_of
 from aliprod.store.commit import storage
 from aliprod.synth.packages import face, look
@@ -57,14 +57,16 @@ def synthesise(out: Path, classes: int, images: int, seed: int, processes: int =
     Raises:
         Refused: the numbers make no catalogue, or ``out`` holds something.
         StorageFull: no room or no right to write; nothing is left behind.
+        Failed: a process died.
     """
     _check(out, classes, images, processes)
-    sizes = {"train": class_sizes(classes, images, seed), **_held_out(classes)}
+    val, test = (6, 10) if classes <= 100 else (2, 4)
+    sizes = {"train": class_sizes(classes, images, seed), "val": [val] * classes, "test": [test] * classes}
     ids = _image_ids(sizes, seed)
     with _new_folder(out) as folder:
         _write_annotations(folder, ids, seed)
         _render_all(folder, ids, seed, processes)
-    return Counts(str(out), classes, images, sum(sizes["val"]), sum(sizes["test"]))
+    return Counts(str(out), classes, images, classes * val, classes * test)
 
 
 def class_sizes(classes: int, images: int, seed: int) -> list[int]:
@@ -72,13 +74,11 @@ def class_sizes(classes: int, images: int, seed: int) -> list[int]:
     tail = [TAIL ** (-rank / (classes - 1)) for rank in range(classes)]
     mean, scale = images / classes, classes / sum(tail)
     flatness = min(1.0, (1 - LEAST / mean) / (1 - scale * tail[-1]))
-    exact = [mean * (1 + flatness * (scale * share - 1)) for share in tail]
-    sizes = [int(size + 1e-6) for size in exact]
+    sizes = [int(mean * (1 + flatness * (scale * share - 1)) + 1e-6) for share in tail]
     for rank in range(images - sum(sizes)):  # what rounding down left goes to the largest classes
         sizes[rank] += 1
     order = sorted(range(classes), key=lambda number: seed_of(seed, "size", number))
-    by_class = dict(zip(order, sizes, strict=True))
-    return [by_class[number] for number in range(classes)]
+    return [size for _, size in sorted(zip(order, sizes, strict=True))]
 
 
 def _check(out: Path, classes: int, images: int, processes: int) -> None:
@@ -97,23 +97,15 @@ def _check(out: Path, classes: int, images: int, processes: int) -> None:
 
 
 def _taken(out: Path) -> Refused:
-    return Refused(
-        "there is something already; nothing was written.", out, "Name a new or empty folder, or remove this one first."
-    )
-
-
-def _held_out(classes: int) -> dict[str, list[int]]:
-    val, test = (6, 10) if classes <= 100 else (2, 4)
-    return {"val": [val] * classes, "test": [test] * classes}
+    advice = "Name a new or empty folder, or remove this one first."
+    return Refused("there is something already; nothing was written.", out, advice)
 
 
 def _image_ids(sizes: dict[str, list[int]], seed: int) -> Ids:
     """Unique over all splits, in an order that gives no class away."""
     total = sum(map(sum, sizes.values()))
     mixed = iter(sorted(range(total), key=lambda place: seed_of(seed, "id", place)))
-    return {
-        split: [[FIRST_ID + next(mixed) for _ in range(size)] for size in by_class] for split, by_class in sizes.items()
-    }
+    return {split: [[FIRST_ID + next(mixed) for _ in range(n)] for n in by_class] for split, by_class in sizes.items()}
 
 
 @contextmanager
@@ -138,9 +130,8 @@ def _write_annotations(folder: Path, ids: Ids, seed: int) -> None:
     rows = {split: [(image, number) for number, all_ in enumerate(ids[split]) for image in all_] for split in ids}
     rows["test"].sort()
     for name, split in (("train", "train"), ("val", "val"), ("test_labels", "test")):
-        _write_rows(
-            folder / f"{name}.json", ({"image_id": f"{image}.jpg", "class_id": str(c)} for image, c in rows[split])
-        )
+        labelled = ({"image_id": f"{image}.jpg", "class_id": str(number)} for image, number in rows[split])
+        _write_rows(folder / f"{name}.json", labelled)
     _write_rows(folder / "test.json", ({"image_id": f"{image}.jpg"} for image, _ in rows["test"]))
     (folder / "product_tree.json").write_text(json.dumps(_tree(len(ids["train"]), seed), indent=1), encoding="utf-8")
 
@@ -165,20 +156,18 @@ def _tree(classes: int, seed: int) -> dict[str, Any]:
 
 def _render_all(folder: Path, ids: Ids, seed: int, processes: int) -> None:
     (folder / "test").mkdir()
-    numbers = range(len(ids["train"]))
-    tasks = ((folder, seed, number, {split: ids[split][number] for split in ids}) for number in numbers)
-    if processes == 1:
-        for task in tasks:
-            _render(task)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(_render, tasks, chunksize=max(1, min(64, len(numbers) // (4 * processes)))):
+    classes = ((number, {split: ids[split][number] for split in ids}) for number in range(len(ids["train"])))
+    with pool(processes) as renderers:
+        advice = "Try fewer processes."
+        for _ in renderers.ordered_map(
+            partial(_render, folder, seed), classes, lambda task: f"class {task[0]}", advice
+        ):
             pass
 
 
-def _render(task: tuple[Path, int, int, dict[str, list[int]]]) -> None:
+def _render(folder: Path, seed: int, task: tuple[int, dict[str, list[int]]]) -> None:
     """All pictures of one class."""
-    folder, seed, number, ids = task
+    number, ids = task
     front = face(look(seed, number))
     for split, images in ids.items():
         below = folder / "test" if split == "test" else folder / split / f"{number:05}"

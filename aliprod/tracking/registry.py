@@ -3,41 +3,33 @@
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import copyfile
+from shutil import copytree, ignore_patterns
 
 from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from aliprod.errors import AliprodError, Failed, Refused, did_you_mean, listing
+from aliprod.errors import Failed, Refused, did_you_mean, listing
+from aliprod.plan.jobs import Job
 from aliprod.store import commit
-from aliprod.tracking.server import Server, ask, is_missing, reach
+from aliprod.tracking.server import Server, asking, reach, suppress_missing
 
 MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A version of a registered model, known by the bytes of its weights.
+    """A version of a registered model, known by the bytes of its weights."""
 
-    Args:
-        name: of the registered model.
-        version: None while MLflow does not have it.
-        key: of the job that trained it.
-        sha256: of model.safetensors.
-        epoch: from 0.
-        source: ``models:/m-ID`` of the logged model that holds the files; "" while MLflow does not have it.
-    """
-
-    name: str
-    version: int | None
-    key: str
-    sha256: str
-    epoch: int
-    source: str
+    name: str  # of the registered model
+    version: int | None  # None while MLflow does not have it
+    key: str  # of the job that trained it
+    sha256: str  # of model.safetensors
+    epoch: int  # from 0
+    source: str  # ``models:/m-ID`` of the logged model that holds the files; "" while MLflow does not have it
 
     @property
     def model_id(self) -> str:
@@ -46,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Weights:
-    """A committed weights folder: model.safetensors, config.json, classes.json and the manifest."""
+    """A committed weights folder."""
 
     folder: Path
     sha256: str
@@ -79,15 +71,31 @@ class Registry:
             Refused: a model has no such alias, or it marks a version that aliprod did not write.
             Unreachable: MLflow is away.
         """
-        names = list(names)
-        by_alias = self._client.get_model_version_by_alias
-        found = ask(self._server.uri, lambda: {name: _existing(by_alias, self.name(name), "member") for name in names})
+        with asking(self._server.uri):
+            found = {name: self._version(self.name(name), alias="member") for name in names}
         if missing := [self.name(name) for name, version in found.items() if version is None]:
             raise Refused(
                 f"{listing(missing)}: no version has the alias `member`, so nothing says which one the ensemble takes.",
                 advice=f"Give it to a version, under Aliases, on {self._server.page(f'models/{missing[0]}')}",
             )
         return {name: self._choice(version) for name, version in found.items() if version is not None}
+
+    def resolve(self, model: str) -> Choice:
+        """The version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` names.
+
+        Raises:
+            Refused: it is neither, or there is no such model, alias or version.
+            Unreachable: MLflow is away.
+        """
+        parts = re.fullmatch(r"models:/([^/@:]+)(?:@([^/@]+)|/(\d+))", model)
+        if parts is None:
+            raise Refused("is no address of a model.", model, "Write models:/NAME@ALIAS or models:/NAME/VERSION.")
+        name, alias, number = parts.groups("")
+        with asking(self._server.uri):
+            version = self._version(name, alias, number)
+        if version is None:
+            raise Refused("there is no such version.", model, self._nearest(name, alias))
+        return self._choice(version)
 
     def download(self, choice: Choice, folder: Path) -> None:
         """Bring a version's files into ``folder``, committed, with the manifest that they were written with.
@@ -97,44 +105,53 @@ class Registry:
             Unreachable: MLflow is away.
         """
         with tempfile.TemporaryDirectory() as temporary:
-            got = ask(self._server.uri, lambda: self._fetch(choice, Path(temporary)))
+            got = Path(temporary)
+            with asking(self._server.uri), suppress_missing():
+                model = self._client.get_logged_model(choice.model_id)
+                self._server.artifacts(model.artifact_location).download_artifacts("", temporary)
             record = commit.read(got)
             if record is None or commit.verify(got) or commit.file_digest(got, MODEL) != choice.sha256:
-                raise self._damaged(choice)
+                page = self._server.page(f"models/{choice.name}")
+                raise Failed(
+                    f"version {choice.version} of {choice.name} does not hold the weights {choice.sha256[:12]} that "
+                    "its tag sha256 names.",
+                    advice=f"Choose another version on {page}, or run the plan again: it sends the files anew while "
+                    "they are in the storage path.",
+                )
             commit.write(folder, lambda staging: _copy(got, staging), record)
 
-    def find(self, name: str, key: str, sha256: str) -> ModelVersion | None:
+    def find(self, name: str, key: str, sha256: str) -> Choice | None:
         """The oldest version of these weights."""
         found = self._client.search_model_versions(
             f"name = '{name}' and tags.`key` = '{key}' and tags.`sha256` = '{sha256}'"
         )
-        return min(found, key=lambda version: int(version.version), default=None)
+        return self._choice(min(found, key=lambda version: int(version.version))) if found else None
 
-    def publish(self, job: str, key: str, run_id: str, weights: Weights, checkpoint: str) -> Choice:
+    def publish(self, job: Job, run_id: str, weights: Weights, checkpoint: str) -> Choice:
         """The version of these weights; made, with its files, where there is none.
 
         Args:
             checkpoint: what it is of its job: "best", "last" or "best, last".
         """
-        name = self.name(job)
-        if version := self.find(name, key, weights.sha256):
-            self._restore(_choice(version).model_id, weights.folder)
-            return _choice(version)
+        name, key = self.name(job.name), str(job.key)
+        if choice := self.find(name, key, weights.sha256):
+            self._restore(choice.model_id, weights.folder)
+            return choice
         error = "" if weights.top1_error is None else f"{weights.top1_error:.4f}"
-        told = f"{checkpoint} of {key[:12]}: epoch {weights.epoch}" + (f", top-1 error {error}" if error else "")
+        description = f"{checkpoint} of {key[:12]}: epoch {weights.epoch}" + (f", top-1 error {error}" if error else "")
         tags = {"epoch": str(weights.epoch), "top1": error or "unknown", "checkpoint": checkpoint}
         self._model(name)
-        model_id = self._logged_model(job, key, run_id, weights)
+        model_id = self._logged_model(job, run_id, weights)
         version = self._client.create_model_version(
             name,
             source=f"models:/{model_id}",
             run_id=run_id,
             tags=tags | {"key": key, "sha256": weights.sha256},
-            description=told,
+            description=description,
             model_id=model_id,
             await_creation_for=0,
         )
-        return _choice(version)
+        return self._choice(version)
 
     def point(self, job: str, choice: Choice) -> None:
         """Alias ``best`` marks this version; ``member`` too, unless a person has moved it.
@@ -158,30 +175,26 @@ class Registry:
 
     def _model(self, name: str) -> RegisteredModel:
         try:
-            return self._client.get_registered_model(name)
-        except MlflowException as error:
-            if not is_missing(error):
-                raise
-        try:
             return self._client.create_registered_model(name)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was first
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         return self._client.get_registered_model(name)
 
-    def _logged_model(self, job: str, key: str, run_id: str, weights: Weights) -> str:
+    def _logged_model(self, job: Job, run_id: str, weights: Weights) -> str:
         """The id of a READY logged model with these files; one that a killed driver left PENDING is deleted."""
-        experiments = [self._server.experiment_id]
-        mine = f"tags.`aliprod.key` = '{key}' and tags.`aliprod.sha256` = '{weights.sha256}'"
-        for model in self._client.search_logged_models(experiments, filter_string=mine):
+        experiment = self._server.experiment_id
+        tags = {"aliprod.key": str(job.key), "aliprod.sha256": weights.sha256}
+        mine = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        for model in self._client.search_logged_models([experiment], filter_string=mine):
             if model.status == LoggedModelStatus.READY:  # filtered here: the server's filter finds nothing
                 return str(model.model_id)
             self._client.delete_logged_model(model.model_id)
         model = self._client.create_logged_model(
-            experiments[0],
-            name=f"{re.sub('[./]', '-', job)}-epoch{weights.epoch:03d}",
+            experiment,
+            name=f"{re.sub('[./]', '-', job.name)}-epoch{weights.epoch:03d}",
             source_run_id=run_id,
-            tags={"aliprod.key": key, "aliprod.sha256": weights.sha256, "aliprod.job": job},
+            tags=tags | {"aliprod.job": job.name},
             model_type="weights",
         )
         self._client.log_model_artifacts(model.model_id, str(weights.folder))
@@ -194,65 +207,39 @@ class Registry:
         if any(there.get(path.name) != path.stat().st_size for path in folder.iterdir()):
             self._client.log_model_artifacts(model_id, str(folder))
 
-    def _fetch(self, choice: Choice, folder: Path) -> Path:
-        try:
-            model = self._client.get_logged_model(choice.model_id)
-            return self._server.download(model.artifact_location, folder)
-        except MlflowException as error:
-            if is_missing(error):
-                raise self._damaged(choice) from error
-            raise
-
-    def _damaged(self, choice: Choice) -> AliprodError:
-        return Failed(
-            f"version {choice.version} of {choice.name} does not hold the weights {choice.sha256[:12]} that its tag "
-            "sha256 names.",
-            advice=f"Choose another version on {self._server.page(f'models/{choice.name}')}, or run the plan again: "
-            "it sends the files anew while they are in the storage path.",
-        )
+    def _version(self, name: str, alias: str, number: str = "") -> ModelVersion | None:
+        """The version with this alias or, where it is "", this number; None where there is none."""
+        with suppress_missing():
+            if alias:
+                return self._client.get_model_version_by_alias(name, alias)
+            return self._client.get_model_version(name, number)
+        return None
 
     def _choice(self, version: ModelVersion) -> Choice:
         """A version as a choice; its tags become paths, and anybody may have written them, so they are checked."""
-        choice = _choice(version)
-        hashes = all(re.fullmatch("[0-9a-f]{64}", value) for value in (choice.key, choice.sha256))
-        if not hashes or not re.fullmatch("m-[0-9a-zA-Z]+", choice.model_id):
+        key, sha256, epoch = (version.tags.get(name, "") for name in ("key", "sha256", "epoch"))
+        source = version.source or ""
+        hashes = all(re.fullmatch("[0-9a-f]{64}", value) for value in (key, sha256))
+        if not hashes or not re.fullmatch("models:/m-[0-9a-zA-Z]+", source):
             raise Refused(
                 f"version {version.version} of {version.name} was not written by aliprod: its tags key and sha256 are "
                 "no hashes, or its source is no logged model.",
                 advice=f"Give the alias to another version on {self._server.page(f'models/{version.name}')}",
             )
-        return choice
+        number = int(epoch) if epoch.isdecimal() else -1
+        return Choice(version.name, int(version.version), key, sha256, number, source)
 
-    def resolve(self, model: str) -> Choice:
-        """The version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` names.
-
-        Raises:
-            Refused: it is neither, or there is no such model, alias or version.
-            Unreachable: MLflow is away.
-        """
-        parts = re.fullmatch(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))", model)
-        if parts is None:
-            raise Refused("is no address of a model.", model, "Write models:/NAME@ALIAS or models:/NAME/VERSION.")
-        name, alias, number = parts["name"], parts["alias"], parts["version"]
-        find = self._client.get_model_version_by_alias if alias else self._client.get_model_version
-        version = ask(self._server.uri, lambda: _existing(find, name, alias or number))
-        if version is None:
-            raise Refused("there is no such version.", model, self._nearest(name, alias))
-        return self._choice(version)
-
-    def _nearest(self, name: str, alias: str | None) -> str:
+    def _nearest(self, name: str, alias: str) -> str:
         models = {model.name: model for model in self._client.search_registered_models(max_results=1000)}
         if name not in models:
             return f"{did_you_mean(name, models)} Registered models: {listing(models) or 'none'}.".strip()
         aliases = models[name].aliases
-        return f"{did_you_mean(alias or '', aliases)} Aliases of {name}: {listing(aliases) or 'none'}.".strip()
+        return f"{did_you_mean(alias, aliases)} Aliases of {name}: {listing(aliases) or 'none'}.".strip()
 
 
 def fetch(model: str, uri: str, folder: Path) -> Path:
-    """Bring the weights that ``models:/NAME@ALIAS`` names from an MLflow to a folder below ``folder``.
+    """Bring the weights that ``models:/NAME@ALIAS`` names to a committed folder below ``folder``, once.
 
-    Returns:
-        The committed weights folder, named by its sha256; not downloaded again where it is there.
     Raises:
         Refused, Failed, Unreachable: as in `Registry.resolve` and `Registry.download`.
     """
@@ -264,30 +251,5 @@ def fetch(model: str, uri: str, folder: Path) -> Path:
     return there
 
 
-def _existing(find: Callable[[str, str], ModelVersion], name: str, which: str) -> ModelVersion | None:
-    """The version that an alias or a number names; None where there is none."""
-    try:
-        return find(name, which)
-    except MlflowException as error:
-        if is_missing(error):
-            return None
-        raise
-
-
-def _choice(version: ModelVersion) -> Choice:
-    tags = version.tags
-    epoch = tags.get("epoch", "")
-    return Choice(
-        version.name,
-        int(version.version),
-        tags.get("key", ""),
-        tags.get("sha256", ""),
-        int(epoch) if epoch.isdecimal() else -1,
-        version.source or "",
-    )
-
-
 def _copy(source: Path, target: Path) -> None:
-    for path in source.iterdir():
-        if path.is_file() and path.name != commit.MANIFEST:
-            copyfile(path, target / path.name)
+    copytree(source, target, ignore=ignore_patterns(commit.MANIFEST), dirs_exist_ok=True)

@@ -1,134 +1,267 @@
-"""MLflow as the driver sees it: every call returns at once, none raises, nothing is lost for good."""
+"""The runs of a plan in MLflow: its own and, below it, one a job and one an ensemble.
 
-import sys
+Every method blocks, may raise, and may be repeated: it looks by tag before it creates, and writes what a run lacks.
+Points are sent in the order of their steps, so a metric's latest step says which of them a run has, whoever sent
+them. A run with the tag ``aliprod.result`` is complete.
+"""
+
+import json
+import math
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from aliprod.plan.graph import Job
-from aliprod.tracking.history import Record
-from aliprod.tracking.outbox import Outbox
-from aliprod.tracking.registry import Choice, Registry
-from aliprod.tracking.server import Server, connect
-from aliprod.tracking.view import View
+from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
+
+from aliprod.build.events import DONE, JobState
+from aliprod.errors import Failed
+from aliprod.plan.jobs import Job
+from aliprod.store import commit, epochs
+from aliprod.tracking.registry import Choice, Registry, Weights
+from aliprod.tracking.server import Server, redacted
+
+TAG_LIMIT = 8000  # characters; MLflow cuts the rest off without a word
+PARAM_LIMIT = 6000
+TOP1 = "val/top1_error"  # mean over classes, 0 to 1: what checkpoints are picked by
+RESULT, ERROR, NOTE = "aliprod.result", "aliprod.error", "mlflow.note.content"
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]  # of a run; KILLED: interrupted
+Record = Mapping[str, Any]  # an epoch of metrics.jsonl: epoch, time_ms and metrics under their names
 
 
-class Tracking:
-    """One plan's runs in MLflow, sent by one thread in the order of the calls; one a driver.
+@dataclass(frozen=True)
+class JobProgress:
+    """A job as MLflow is to show it; its metrics and weights are read from its folder.
 
-    What could not be sent by the end is sent by a later driver's `job_finished`, from the storage path.
+    Args:
+        detail: why it failed.
+        facts: what may differ between attempts (host, devices): tags ``aliprod.NAME``. The settings that the key
+            covers become params by themselves.
     """
 
-    def __init__(self, server: Server, say: Callable[[str], None]) -> None:
-        self._server, self._view = server, View(server)
-        self._outbox = Outbox(server.probe, say)
-        self._running: set[str] = set()
-        self._done: set[str] = set()
+    job: Job
+    folder: Path
+    state: JobState
+    detail: str = ""
+    facts: Mapping[str, object] = field(default_factory=dict)
 
-    @classmethod
-    def connect(
-        cls, uri: str, experiment: str, artifacts: Path | None, say: Callable[[str], None] | None = None
-    ) -> "Tracking":
-        """Reach MLflow before anything starts, and alone: in a fresh database this runs its migrations.
 
-        Args:
-            uri: ``http://HOST:PORT`` or ``sqlite:////ABSOLUTE/mlflow.db``.
-            experiment: the plan's name.
-            artifacts: where artifacts go where no server decides it.
-            say: prints one line; to stderr by default.
+@dataclass(frozen=True)
+class EnsembleResult:
+    """An ensemble that has been written."""
+
+    key: str  # of the members' bytes and of how they are added up
+    choices: Mapping[str, Choice]  # one a member, by job
+    result: Mapping[str, Any]  # the object `ensemble` of ``aliprod run --json``
+
+
+@dataclass(frozen=True)
+class PlanProgress:
+    """A plan as MLflow is to show it."""
+
+    text: str  # of its file; passwords are taken out before it is sent
+    digest: str  # sha256 that its run is found by
+    status: Status
+    note: str  # a table of the jobs in Markdown
+    jobs: tuple[JobProgress, ...] = ()
+    ensemble: EnsembleResult | None = None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of a plan, on a server with its experiment."""
+
+    server: Server
+    registry: Registry
+    plan: PlanProgress
+
+    def show_plan(self) -> None:
+        """The plan's run with its file, its table and, where they have changed, the numbers of its jobs.
+
+        The step of ``jobs/done`` and ``jobs/running`` is the second since the run began, or the next that is free.
+        """
+        run, states = self._plan_run(), [progress.state for progress in self.plan.jobs]
+        if NOTE not in run.data.tags:  # it is sent after the file
+            self.server.client.log_text(run.info.run_id, redacted(self.plan.text), "plan.toml")
+        counts = {"jobs/done": sum(state in DONE for state in states), "jobs/running": states.count("running")}
+        points = []
+        if {*states} - {"waiting"} and any(run.data.metrics.get(name) != count for name, count in counts.items()):
+            now = time.time_ns() // 1_000_000
+            step = max(_latest_steps(run).get("jobs/done", -1) + 1, (now - run.info.start_time) // 1000)
+            points = [Metric(name, count, now, step) for name, count in counts.items()]
+        self._write(run, points, {NOTE: self.plan.note})
+        self._set_status(run, self.plan.status)
+
+    def show_job(self, progress: JobProgress) -> None:
+        """A job's run: settings, facts, epochs (the error on the plan's run too, whose charts it keeps alive).
+
+        A finished one gets its versions and aliases and, last, the tag of its result.
+
         Raises:
-            Refused: the address is of a kind that cannot work.
-            Unreachable: nothing answers within about 10 s, it refuses us, keeps no artifacts, or needs an upgrade.
+            Failed: nothing is committed in a finished job's folder.
         """
-        return cls(connect(uri, experiment, artifacts), say or partial(print, file=sys.stderr, flush=True))
+        folder, records = progress.folder, epochs.read(progress.folder / epochs.FILE)
+        weights = Weights.read(folder / "weights") if progress.state in DONE else None
+        if weights is None and progress.state in DONE:
+            raise Failed("has no committed weights.", folder)
+        run = self._job_run(progress, records, commit.digest(folder / "weights") if weights else "")
+        tags = {f"aliprod.{name}": str(value) for name, value in progress.facts.items()}
+        if progress.state == "failed":
+            tags[ERROR] = progress.detail
+        elif ERROR in run.data.tags:
+            self.server.client.delete_tag(run.info.run_id, ERROR)
+        points = [point for record in records for point in _metrics(record)]
+        self._write(run, points, tags)
+        shared = f"top1_error/{progress.job.name}"
+        errors = [Metric(shared, p.value, p.timestamp, p.step) for p in points if p.key == TOP1]
+        self._write(self._plan_run(), errors)
+        if weights:
+            self._publish(run, progress, weights, {record["epoch"]: record for record in records})
+        status = {"running": "RUNNING", "failed": "FAILED"}.get(progress.state, "FINISHED")
+        self._set_status(run, status, records[-1]["time_ms"] if weights and records else None)
 
-    @property
-    def page(self) -> str:
-        """Where a person sees the runs, and how to open it where no server runs."""
-        return self._server.page(f"experiments/{self._server.experiment_id}/runs")
+    def show_ensemble(self, ensemble: EnsembleResult) -> None:
+        """The run of an ensemble, which names each member's version and bytes, with its table and submission."""
+        key, result = ensemble.key, ensemble.result
+        run = self._find("ensemble", key) or self._create("ensemble", key, "ensemble")
+        if RESULT in run.data.tags:
+            return
+        find = self.registry.find  # the version that a choice made while MLflow was away has by now
+        choices = {job: c if c.version else find(c.name, c.key, c.sha256) or c for job, c in ensemble.choices.items()}
+        models = {job: choice.model_id for job, choice in choices.items() if choice.source}
+        tags = {f"member.{job}": str(choice.version) for job, choice in choices.items()}
+        tags |= {f"sha256.{job}": choice.sha256 for job, choice in choices.items()}
+        tags |= {f"model.{job}": model_id for job, model_id in models.items()}
+        shown = json.dumps([{"path": "members.json", "type": "table"}])  # so that the UI shows it as one
+        self._write(run, tags=tags | {"aliprod.split": str(result["split"]), "mlflow.loggedArtifacts": shown})
+        self.server.client.log_inputs(run.info.run_id, models=[LoggedModelInput(i) for i in sorted({*models.values()})])
+        errors = {name: member.get("top1_error") for name, member in result["members"].items()}
+        columns = ["member", "version", "epoch", "top1_error", "key", "sha256"]
+        rows = [[job, c.version, c.epoch, errors.get(job), c.key, c.sha256] for job, c in choices.items()]
+        self.server.client.log_dict(run.info.run_id, {"columns": columns, "data": rows}, "members.json")
+        if submission := result.get("submission"):
+            self.server.client.log_artifact(run.info.run_id, str(submission))
+        total = _points({"top1_error": result["top1_error"]}, run.info.start_time, 0)
+        self._write(self._plan_run(), total)
+        each = _points({f"top1_error/{name}": error for name, error in errors.items()}, run.info.start_time, 0)
+        self._write(run, [*total, *each], {RESULT: commit.sha256(Path(submission)) if submission else key})
+        self._set_status(run, "FINISHED")
 
-    @property
-    def registry(self) -> Registry:
-        """Versions and aliases; unlike everything here, its methods block and raise."""
-        return self._view.registry
+    def _publish(self, run: Run, progress: JobProgress, best: Weights, records: Mapping[int, Record]) -> None:
+        """Versions of the best and the last weights, the aliases and, last, the tag of the result."""
+        job, last = progress.job, Weights.read(progress.folder / "last")
+        versions = [self.registry.publish(job, run.info.run_id, best, "best" if last else "best, last")]
+        if last:
+            versions.append(self.registry.publish(job, run.info.run_id, last, "last"))
+        self.registry.point(job.name, versions[0])
+        if RESULT in run.data.tags:
+            return
+        for version in versions:  # points with a model's id: the run keeps each once, its table of models shows them
+            points = [point for point in _metrics(records.get(version.epoch, {})) if math.isfinite(point.value)]
+            bound = [Metric(p.key, p.value, p.timestamp, p.step, version.model_id) for p in points]
+            self.server.client.log_batch(run.info.run_id, metrics=bound)
+        final = {"best/epoch": best.epoch, "best/top1_error": best.top1_error}
+        points = _points(final, records.get(best.epoch, {}).get("time_ms", 0), best.epoch)
+        self._write(run, points, {RESULT: commit.digest(best.folder)})
 
-    def plan_started(self, text: str, plan_hash: str, note: str) -> None:
-        """The plan's run: its file (passwords taken out), its hash, its table in Markdown. Call it first."""
-        self._put("plan", partial(self._view.plan, text, plan_hash, note))
+    def _plan_run(self) -> Run:
+        digest = self.plan.digest
+        return self._find("plan", digest) or self._create("plan", digest, f"{self.server.experiment} {digest[:8]}")
 
-    def plan_finished(self, status: str) -> None:
-        """How the plan ended.
+    def _job_run(self, progress: JobProgress, records: Sequence[Record], result: str) -> Run:
+        """A job's run with its settings. One that is complete with another result makes way: its weights were lost.
 
         Args:
-            status: "FINISHED", "FAILED" or "KILLED" (interrupted).
+            result: sha256 of the manifest of its weights; "" where there are none yet.
         """
-        self._put("plan", partial(self._view.end_plan, status, _now()))
+        job, key = progress.job, str(progress.job.key)  # a job that runs has one
+        run = self._find("job", key)
+        if run and progress.state != "failed" and run.data.tags.get(RESULT, result) != result:
+            self.server.client.set_tag(run.info.run_id, "aliprod.kind", "superseded")
+            run = None
+        if run is None:
+            tags = {"aliprod.job": job.name, "aliprod.backbone": job.backbone, "aliprod.stage": job.stage_name}
+            run = self._create("job", key, job.name, tags, records[0]["time_ms"] if records else None)
+        if not run.data.params:
+            settings = {"backbone": job.backbone, "network": job.network, **job.stage.model_dump(mode="json")}
+            params = [Param(name, value[:PARAM_LIMIT]) for name, value in _flat(settings).items()]
+            self.server.client.log_batch(run.info.run_id, params=params)
+        return run
 
-    def note(self, markdown: str) -> None:
-        """The table of the plan's run anew."""
-        self._put("table of the jobs", partial(self._view.note, markdown), only_latest=True)
+    def _find(self, kind: str, key: str) -> Run | None:
+        """The oldest run of a kind with this key: two drivers may have made two."""
+        found = self.server.client.search_runs(
+            [self.server.experiment_id],
+            f"tags.`aliprod.kind` = '{kind}' and tags.`aliprod.key` = '{key}'",
+            order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
+            max_results=1,
+        )
+        return found[0] if found else None
 
-    def job_started(self, job: Job, facts: Mapping[str, object]) -> None:
-        """A job was launched.
-
-        Args:
-            facts: what may differ between attempts (attempt, host, devices): tags ``aliprod.NAME``. The settings
-                that the key covers become params by themselves.
-        """
-        self._running.add(job.name)
-        self._put(job.name, partial(self._view.start, job, dict(facts)))
-        self._count()
-
-    def epoch(self, job: Job, record: Record) -> None:
-        """One line of the job's metrics.jsonl: ``epoch``, ``time_ms`` and metrics under their names."""
-        self._put(job.name, partial(self._view.epochs, job, [dict(record)]), spare=True)
-
-    def job_finished(self, job: Job, folder: Path) -> None:
-        """A job is finished, now or before this run began: send what MLflow lacks of it, from its folder.
-
-        Args:
-            folder: the job's, with ``weights/`` committed.
-        """
-        self._done.add(job.name)
-        self._put(job.name, partial(self._view.finish, job, folder))
-        if job.name in self._running:
-            self._running.remove(job.name)
-            self._count()
-
-    def job_failed(self, job: Job, sentence: str) -> None:
-        """A job failed, and why."""
-        self._put(job.name, partial(self._view.fail, job, sentence, _now()))
-        self._running.discard(job.name)
-        self._count()
-
-    def ensemble(self, key: str, choices: Mapping[str, Choice], result: Mapping[str, Any]) -> None:
-        """The ensemble's run; nothing where the run of this key is complete.
-
-        Args:
-            key: of the members' bytes and of how they are added up.
-            choices: one a member, by job.
-            result: the object `ensemble` of ``aliprod run --json``.
-        """
-        self._put("ensemble", partial(self._view.ensemble, key, dict(choices), dict(result), _now()))
-
-    def flush(self, seconds: float) -> list[str]:
-        """Wait until all is sent, at most this long.
-
-        Returns:
-            What was refused or could not be sent, one sentence each; a later run sends it.
-        """
-        return self._outbox.flush(seconds)
-
-    def _count(self) -> None:
-        self._put(
-            "count of the jobs", partial(self._view.count, len(self._done), len(self._running), _now()), spare=True
+    def _create(
+        self, kind: str, key: str, name: str, tags: Mapping[str, str] | None = None, start_ms: int | None = None
+    ) -> Run:
+        parent = {} if kind == "plan" else {"mlflow.parentRunId": self._plan_run().info.run_id}
+        ours = {"aliprod.kind": kind, "aliprod.key": key, "aliprod.plan": self.plan.digest}
+        return self.server.client.create_run(
+            self.server.experiment_id, start_ms, ours | dict(tags or {}) | parent, name
         )
 
-    def _put(self, label: str, send: Callable[[], None], *, only_latest: bool = False, spare: bool = False) -> None:
-        self._outbox.put(label, partial(self._view.repeat, send), only_latest=only_latest, spare=spare)
+    def _write(self, run: Run, points: Iterable[Metric] = (), tags: Mapping[str, str] | None = None) -> None:
+        """Send the points and tags that a run lacks.
+
+        MLflow writes tags after metrics: a tag says that the points sent with it are there. It stores infinity as
+        1.8e308, so a value that is not finite becomes a tag.
+        """
+        latest = _latest_steps(run)
+        new = [point for point in points if point.step > latest.get(point.key, -1)]
+        finite = [point for point in new if math.isfinite(point.value)]
+        odd = {f"aliprod.nonfinite.{p.key}": f"{p.value} at {p.step}" for p in new if not math.isfinite(p.value)}
+        texts = {name: _cut(text) for name, text in (odd | dict(tags or {})).items()}
+        lacking = [RunTag(name, text) for name, text in texts.items() if run.data.tags.get(name) != text]
+        self.server.client.log_batch(run.info.run_id, metrics=finite, tags=lacking)
+
+    def _set_status(self, run: Run, status: str, end_ms: int | None = None) -> None:
+        """Decorate: a run's status is never the truth, as a killed driver leaves it running."""
+        if run.info.status == status:
+            return
+        if status == "RUNNING":
+            self.server.client.update_run(run.info.run_id, status=status)
+        else:
+            self.server.client.set_terminated(run.info.run_id, status, end_ms)  # now, where it is not said
 
 
-def _now() -> int:
-    return time.time_ns() // 1_000_000
+def _latest_steps(run: Run) -> dict[str, int]:
+    return {metric.key: metric.step for metric in run.data.to_proto().metrics}
+
+
+def _metrics(record: Record) -> list[Metric]:
+    """The numbers of an epoch as points at its epoch and its time, those that are not finite too."""
+    return [
+        Metric(name, float(value), record["time_ms"], record["epoch"])
+        for name, value in record.items()
+        if name not in ("epoch", "time_ms") and isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+def _points(values: Mapping[str, float | None], time_ms: int, step: int) -> list[Metric]:
+    return [Metric(name, float(value), time_ms, step) for name, value in values.items() if value is not None]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"lr": {"heads": 0.1}}`` becomes ``{"lr.heads": "0.1"}``; lists as JSON."""
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def _cut(text: str) -> str:
+    """At most what a tag holds, cut at the end of a line."""
+    text = redacted(text)
+    return text if len(text) <= TAG_LIMIT else text[: TAG_LIMIT - 4].rpartition("\n")[0] + "\n..."

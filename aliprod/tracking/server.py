@@ -4,39 +4,23 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from sqlalchemy.exc import SQLAlchemyError
 
 from aliprod.errors import Refused, Unreachable
 
-T = TypeVar("T")
-
 PROBE = "aliprod wrote this to see whether artifacts can be written and read back.\n".ljust(1024, ".")
-
-# Codes that say nothing about the request: the same call may succeed in a minute.
-AWAY = frozenset(
-    {
-        "INTERNAL_ERROR",
-        "TEMPORARILY_UNAVAILABLE",
-        "DEADLINE_EXCEEDED",
-        "REQUEST_LIMIT_EXCEEDED",
-        "RESOURCE_EXHAUSTED",
-        "UNAUTHENTICATED",
-        "CUSTOMER_UNAUTHORIZED",
-        "PERMISSION_DENIED",
-    }
-)
 
 PLAIN = {  # of errors that come wrapped in three layers of libraries
     "Connection refused": "the connection is refused",
@@ -50,16 +34,11 @@ PLAIN = {  # of errors that come wrapped in three layers of libraries
 
 @dataclass(frozen=True)
 class Server:
-    """An MLflow that has answered.
+    """An MLflow that has answered."""
 
-    Args:
-        uri: of its tracking server or database; may hold a password, so never print it.
-        experiment_id: "" where none was asked for.
-    """
-
-    uri: str
+    uri: str  # of its tracking server or database; may hold a password, so never print it
     client: MlflowClient
-    experiment: str = ""
+    experiment: str = ""  # "" where none was asked for
     experiment_id: str = ""
 
     def probe(self) -> None:
@@ -69,9 +48,8 @@ class Server:
         else:
             self.client.search_experiments(max_results=1)
 
-    def download(self, location: str, folder: Path) -> Path:
-        """Copy the artifacts at a location into an existing folder; where they lie then."""
-        return Path(download_artifacts(location, dst_path=str(folder), tracking_uri=self.uri, registry_uri=self.uri))
+    def artifacts(self, location: str) -> ArtifactRepository:
+        return get_artifact_repository(location, tracking_uri=self.uri, registry_uri=self.uri)
 
     def page(self, fragment: str) -> str:
         """The address of a page of the UI, such as ``models/NAME``; how to open the UI where no server runs."""
@@ -87,55 +65,49 @@ def reach(uri: str) -> Server:
         Refused: the address is of a kind that cannot work.
         Unreachable: nothing answers within about 10 s, refuses us, or its database is of another version.
     """
-    _quiet()
-    ask(uri, lambda: _check_address(uri))
-    _make_default(uri)
-    server = ask(uri, lambda: Server(uri, MlflowClient(tracking_uri=uri, registry_uri=uri)))
-    ask(uri, server.probe)
+    for name in ("mlflow.store.db.utils", "alembic"):  # 50 lines of migrations; a page of traceback while away
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with asking(uri):
+        _check_address(uri)
+        _make_default(uri)
+        server = Server(uri, MlflowClient(tracking_uri=uri, registry_uri=uri))
+        server.probe()
     return server
 
 
 def connect(uri: str, experiment: str, artifacts: Path | None) -> Server:
     """Reach MLflow, find or make the experiment, write and read back an artifact of 1 KB.
 
-    Args:
-        artifacts: where a new experiment keeps its artifacts, for a database without a server; a server decides
-            by itself.
     Raises:
         Refused, Unreachable: as in `reach`.
     """
     server = reach(uri)
-    there = ask(uri, lambda: _experiment(server.client, experiment, None if uri.startswith("http") else artifacts))
-    ask(uri, lambda: _try_artifacts(server, there.artifact_location))
-    return Server(uri, server.client, experiment, there.experiment_id)
+    with asking(uri):
+        there = _experiment(server.client, experiment, None if uri.startswith("http") else artifacts)
+        _try_artifacts(server.artifacts(there.artifact_location))
+    return replace(server, experiment=experiment, experiment_id=there.experiment_id)
 
 
-def ask(uri: str, call: Callable[[], T]) -> T:
-    """The answer of one call.
-
-    Raises:
-        Unreachable: where MLflow raises; with one sentence, without the password of the address.
-    """
+@contextmanager
+def asking(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises into Unreachable: one sentence, without the password of the address."""
     try:
-        return call()
+        yield
     except (MlflowException, OSError, SQLAlchemyError, ImportError) as error:  # the last: a database's driver
         raise Unreachable(
             f"MLflow does not answer: {sentence(error).rstrip('.')}.", redacted(uri), _advice(uri, error)
         ) from error
 
 
-def is_away(error: BaseException) -> bool:
-    """Whether the same call may succeed later: connection, time limit, server error, access."""
-    if isinstance(error, MlflowException):
-        return error.error_code in AWAY
-    status = getattr(getattr(error, "response", None), "status_code", 500)  # artifacts raise requests' errors
-    return isinstance(error, OSError) and (status >= 500 or status in (401, 403, 408, 429))
-
-
-def is_missing(error: MlflowException) -> bool:
-    """Whether MLflow said that the thing asked for is not there."""
-    unknown_alias = error.error_code == "INVALID_PARAMETER_VALUE" and "alias" in str(error).lower()
-    return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND") or unknown_alias
+@contextmanager
+def suppress_missing() -> Iterator[None]:
+    """Go on where MLflow says that the thing asked for is not there."""
+    try:
+        yield
+    except MlflowException as error:
+        unknown_alias = error.error_code == "INVALID_PARAMETER_VALUE" and "alias" in str(error).lower()
+        if not unknown_alias and error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+            raise
 
 
 def sentence(error: BaseException) -> str:
@@ -181,14 +153,13 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> Expe
     return there
 
 
-def _try_artifacts(server: Server, location: str) -> None:
-    repository = get_artifact_repository(location, tracking_uri=server.uri, registry_uri=server.uri)
+def _try_artifacts(repository: ArtifactRepository) -> None:
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "aliprod.txt")
         probe.write_text(PROBE)
         repository.log_artifact(str(probe), "preflight")
-        back = server.download(f"{location.rstrip('/')}/preflight/aliprod.txt", Path(tempfile.mkdtemp(dir=folder)))
-        if back.read_text() != PROBE:
+        back = repository.download_artifacts("preflight/aliprod.txt", tempfile.mkdtemp(dir=folder))
+        if Path(back).read_text() != PROBE:
             raise OSError("the artifact read back is not the one that was written")
 
 
@@ -217,8 +188,3 @@ def _make_default(uri: str) -> None:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if before is not None:
         os.environ["MLFLOW_TRACKING_URI"] = before
-
-
-def _quiet() -> None:
-    for name in ("mlflow.store.db.utils", "alembic"):  # 50 lines of migrations; a page of traceback while away
-        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,22 +1,18 @@
 """One write at a time, beside the training."""
 
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
 
 class Background:
-    """A thread for writes; leaving the context waits for the one under way.
+    """A thread for writes. An error of a write is raised once: by the next `check`, `start` or `wait`."""
 
-    What a write raised is raised once: by the next `check`, `start` or `wait`, or by a context that ends well.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+    def __init__(self, thread: Executor) -> None:
+        self._thread = thread
         self._write: Future[None] | None = None
 
     def start(self, prepare: Callable[[], Callable[[], None]]) -> None:
@@ -30,7 +26,7 @@ class Background:
         self._write = self._thread.submit(prepare())
 
     def check(self) -> None:
-        """Raise what a write that has ended raised. Takes a microsecond."""
+        """Raise the error of a write that has ended. Takes a microsecond."""
         if self._write is not None and self._write.done():
             self.wait()
 
@@ -40,10 +36,11 @@ class Background:
         if write is not None:
             write.result()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._thread.shutdown()
-        if kind is None:
-            self.wait()
+@contextmanager
+def background() -> Iterator[Background]:
+    """A thread for writes. Leaving the context waits for the one under way; leaving it well raises its error, too."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
+        writer = Background(thread)
+        yield writer
+    writer.wait()

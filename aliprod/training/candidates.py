@@ -1,4 +1,4 @@
-"""What an epoch ends with: raw or averaged weights, norm statistics as trained or taken anew. The best counts."""
+"""Weights that an epoch ends with: raw or averaged, norm statistics as trained or taken anew. The best counts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from aliprod.catalogue.catalogue import Catalogue
-from aliprod.data.loader import Feed, TrainBatches
+from aliprod.data.loader import TrainBatches
 from aliprod.inference.predict import autocast
 from aliprod.randomness import seed_of
+from aliprod.recipe import STATISTICS_BATCHES
 from aliprod.training.ema import Average
-from aliprod.training.learner import Learner
-from aliprod.training.validate import top1_errors
-
-STATISTICS_BATCHES = 200  # that norm statistics are taken anew from
+from aliprod.training.learner import Learner, Setup
 
 
 @dataclass(frozen=True)
@@ -33,44 +30,49 @@ class Candidate:
     top1_error: float | None
     tensors: dict[str, Tensor]
 
+    def beats(self, other: "Candidate | None") -> bool:
+        """Whether its error is lower; without val the later one always wins."""
+        if other is None or self.top1_error is None or other.top1_error is None:
+            return True
+        return self.top1_error < other.top1_error
+
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy on the CPU that training does not change any more."""
     return {name: torch.clone(tensor.detach()).cpu() for name, tensor in tensors.items()}
 
 
-def best_candidate(
-    learner: Learner, average: Average | None, catalogue: Catalogue, feed: Feed, batches: TrainBatches, epoch: int
-) -> tuple[Candidate, dict[str, float]]:
+def best_candidate(setup: Setup, average: Average | None, epoch: int) -> tuple[Candidate, dict[str, float]]:
     """Score each kind of weights after an epoch; the model is as before when it returns.
 
     Returns:
         The candidate with the lowest error (of equal ones the later kind), and the errors of all by name.
     """
-    model = learner.model
+    model = setup.learner.model
     kept = copied(model.state_dict())
     best, errors = None, dict[str, float]()
-    for kind, tensors in _kinds(learner, average, batches, epoch, kept):
+    for kind, tensors in _kinds(setup, average, epoch, kept):
         model.load_state_dict(tensors)
-        found = top1_errors(model, catalogue, learner.stage, feed, learner.dtype)
+        found = setup.top1_errors()
         errors |= {name if kind == "raw" else f"{name}_{kind}": value for name, value in found.items()}
-        error = found.get("val/top1_error")
-        if best is None or best.top1_error is None or error is None or error <= best.top1_error:
-            best = Candidate(epoch, kind, error, tensors)
+        candidate = Candidate(epoch, kind, found.get("val/top1_error"), tensors)
+        if best is None or best.top1_error is None or not best.beats(candidate):
+            best = candidate
     model.load_state_dict(kept)
     assert best is not None  # noqa: S101  the raw weights are always there
     return best, errors
 
 
 def _kinds(
-    learner: Learner, average: Average | None, batches: TrainBatches, epoch: int, raw: dict[str, Tensor]
+    setup: Setup, average: Average | None, epoch: int, raw: dict[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    learner = setup.learner
     sources = {"raw": raw} | ({} if average is None else {"averaged": copied(average.state(learner.model))})
     for kind, tensors in sources.items():
         yield kind, tensors
         if learner.needs.distorts:
             learner.model.load_state_dict(tensors)
-            yield f"{kind}_restated", restated(learner, batches, epoch)
+            yield f"{kind}_restated", restated(learner, setup.batches, epoch)
 
 
 def restated(learner: Learner, batches: TrainBatches, epoch: int) -> dict[str, Tensor]:

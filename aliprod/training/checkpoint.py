@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aliprod.store import commit
+from aliprod.training.candidates import Candidate
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner
 from aliprod.training.optimizer import Optimizer
@@ -21,17 +22,20 @@ log = logging.getLogger(__name__)
 _KEPT = 2  # the newest may be damaged: the one before is then used
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingState:
-    """Where a job stands. Counters start at 0; ``losses`` are the sums of this epoch's loss parts so far."""
+    """Where a job stands. Counters start at 0.
+
+    Attributes:
+        losses: sums of this epoch's loss parts so far.
+        best: the best candidate so far; None before the first epoch has ended.
+    """
 
     epoch: int = 0
     step: int = 0
     step_in_epoch: int = 0
-    best_epoch: int = -1
-    best_error: float | None = None
-    best_kind: str = "raw"
     losses: dict[str, float] = field(default_factory=dict)
+    best: Candidate | None = None
 
 
 @dataclass(frozen=True)
@@ -53,34 +57,31 @@ class Snapshot:
         (folder / "state.json").write_text(self.state, encoding="utf-8")
 
 
-def snapshot(
-    state: TrainingState, learner: Learner, optimizer: Optimizer, average: Average | None, best: dict[str, Tensor]
-) -> Snapshot:
-    """Copy the resume state to the CPU. Synchronises with the device.
-
-    Args:
-        best: on the CPU; nobody changes them, so they are not copied.
-    """
+def snapshot(state: TrainingState, learner: Learner, optimizer: Optimizer, average: Average | None) -> Snapshot:
+    """Copy the resume state to the CPU; not the best weights, which nobody changes. Synchronises with the device."""
     files = {"learner": learner.state_dict(), "optimizer": optimizer.state()}
     if average is not None:
         files["average"] = average.state(learner.model)
     copies = {name: {key: _copy(tensor) for key, tensor in tensors.items()} for name, tensors in files.items()}
     if learner.place.device.type == "cuda":
         torch.cuda.synchronize(learner.place.device)
-    return Snapshot(copies | ({"best": best} if best else {}), json.dumps(asdict(state)))
+    facts, best = vars(state), state.best
+    if best is not None:
+        copies["best"] = best.tensors
+        facts = facts | {"best": {"epoch": best.epoch, "kind": best.kind, "top1_error": best.top1_error}}
+    return Snapshot(copies, json.dumps(facts))
 
 
-def restore(
-    folder: Path, learner: Learner, optimizer: Optimizer, average: Average | None
-) -> tuple[TrainingState, dict[str, Tensor]]:
-    """Take back what `Snapshot.write` wrote: the state, and the best weights so far."""
+def restore(folder: Path, learner: Learner, optimizer: Optimizer, average: Average | None) -> TrainingState:
+    """Load what `Snapshot.write` wrote."""
     learner.load_state_dict(load_file(folder / "learner.safetensors"))
     optimizer.load_state(load_file(folder / "optimizer.safetensors"))
     if average is not None:
         average.load(load_file(folder / "average.safetensors"))
-    best = folder / "best.safetensors"
-    state = TrainingState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-    return state, load_file(best) if best.exists() else {}
+    facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if facts["best"] is not None:
+        facts["best"] = Candidate(**facts["best"], tensors=load_file(folder / "best.safetensors"))
+    return TrainingState(**facts)
 
 
 def newest(folder: Path) -> Path | None:
@@ -97,7 +98,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step that the newest checkpoint is of; its bytes are not looked at. None where there is none."""
+    """The step of the newest checkpoint, whose bytes are not looked at; None where there is none."""
     return max((int(path.name.removeprefix("step-")) for path in _committed(folder)), default=None)
 
 

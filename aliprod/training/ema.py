@@ -30,7 +30,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take one more step into the average, in one fused call; ``step`` from 1."""
+        """Add a step to the average, in one fused call; ``step`` from 1."""
         current: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(self.parameters, current, 1 - warmed_up(self.decay, step))
 
@@ -39,6 +39,6 @@ class Average:
         return dict(model.state_dict()) | dict(zip(self._names, self.parameters, strict=True))
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take back parameters by name."""
+        """Load parameters by name."""
         for name, parameter in zip(self._names, self.parameters, strict=True):
             parameter.copy_(state[name])

@@ -15,57 +15,57 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.loader import Feed, TrainBatches
-from aliprod.data.training_set import TrainingSet
+from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.inference.predict import autocast, precision
+from aliprod.inference.validate import top1_errors
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of
-from aliprod.recipe import Stage
+from aliprod.recipe import Machine, Stage
+from aliprod.training.training_job import DEFAULT_MACHINE
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs, and on what its bytes hang besides the plan."""
+    """Where a rank runs: its bytes depend on it, besides the plan."""
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
-    threads: int = 1
-    compiles: bool = False
-    exact: bool = True
+    machine: Machine = DEFAULT_MACHINE
 
     def environment(self) -> dict[str, Any]:
-        """What the promise of equal bytes is bound to; stands in the commit record."""
+        """The facts that equal bytes depend on; stands in the commit record."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
             "torch": torch.__version__,
             "device": name,
             "world_size": self.world_size,
-            "threads": self.threads,
-            "compiled": self.compiles,
-            "exact": self.exact,
+            "threads": self.machine.cpus_per_worker,
+            "compiled": self.machine.compile,
+            "exact": self.machine.exact,
         }
 
 
-def place(threads: int = 1, compiles: bool = False, exact: bool = True) -> Place:
+def place(machine: Machine) -> Place:
     """This process's place: its GPU where there is one, its rank where a process group is up.
 
     Sets the number of threads (sums differ with it) and, where ``exact``, kernels that give the same bytes each time.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(machine.cpus_per_worker)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(exact, warn_only=True)
+    torch.use_deterministic_algorithms(machine.exact, warn_only=True)
     # nothing here reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not exact
+    torch.backends.cudnn.benchmark = not machine.exact
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return Place(device, rank, world_size, threads, compiles, exact)
+    return Place(device, rank, world_size, machine)
 
 
 class Learner(nn.Module):
-    """What is trained: a recogniser and the auxiliary heads of its objective.
+    """The module that is trained: a classifier and the auxiliary heads of its objective.
 
     Args:
         network: timm's name.
@@ -100,9 +100,9 @@ class Learner(nn.Module):
         )
         self.needs: Needs = self.objective.needs  # type: ignore[assignment]
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if place.compiles:
-            # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them hangs on
-            # what was seen before, and a resumed job has seen less.
+        if place.machine.compile:
+            # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them depends
+            # on what was seen before, and a resumed job has seen less.
             self.model.backbone.compile(dynamic=False)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ class Learner(nn.Module):
         return parts
 
     def train(self, mode: bool = True) -> "Learner":
-        """As of any module; a backbone that is not trained stays as it is at inference."""
+        """Set the mode of all modules; a backbone that is not trained stays as it is at inference."""
         super().train(mode)
         if self.stage.trains == "classifier":
             self.model.backbone.eval()
@@ -121,7 +121,7 @@ class Learner(nn.Module):
         return self
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
-        """The classifier's and the objective's own."""
+        """Parameters of the classifier and of the objective."""
         return chain(self.model.classifier.parameters(), self.objective.parameters())
 
     def share_buffers(self) -> None:
@@ -142,20 +142,41 @@ class Learner(nn.Module):
         return wrapped
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A stage in its place: the learner, the batches that it is shown, and the images that score it."""
+
+    learner: Learner
+    catalogue: Catalogue
+    feed: Feed
+    batches: TrainBatches
+
+    def top1_errors(self) -> dict[str, float]:
+        """Errors on val of the learner's weights; empty without val."""
+        learner = self.learner
+        return top1_errors(learner.model, self.catalogue, learner.stage, self.feed)
+
+
 def set_up(
-    stage: Stage, network: str, catalogue: Catalogue, data: TrainingSet, where: Place, loader_processes: int
-) -> tuple[Learner, Feed, TrainBatches]:
-    """A stage in its place: what learns, how pictures are read, and what it is shown."""
-    learner = Learner(
-        stage, network, catalogue, where, np.bincount(data.images.labels, minlength=catalogue.num_classes)
-    )
-    mean, std, interpolation = normalisation(network)
-    feed = Feed(where.device, mean, std, interpolation, where.rank, where.world_size, loader_processes)
-    return learner, feed, TrainBatches(data, stage, feed, learner.needs.group, learner.needs.second)
+    stage: Stage, network: str, catalogue: Catalogue, machine: Machine, data: TrainingSet | None = None
+) -> Setup:
+    """Take this process's `place` and build there what a stage needs.
+
+    Args:
+        network: timm's name.
+        data: the images of the stage; None: those of the catalogue, no more.
+    """
+    where, data = place(machine), data or training_set(catalogue, stage)
+    counts = np.bincount(data.images.labels, minlength=catalogue.num_classes)
+    learner = Learner(stage, network, catalogue, where, counts)
+    ranks, processes = (where.rank, where.world_size), machine.loader_processes
+    feed = Feed(where.device, *normalisation(network), *ranks, processes, learner.dtype)
+    batches = TrainBatches(data, stage, feed, learner.needs.group, learner.needs.second)
+    return Setup(learner, catalogue, feed, batches)
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """As torch.manual_seed, which visits every kind of device there could be."""
+    """Seed one device; torch.manual_seed would visit every kind of device there could be."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

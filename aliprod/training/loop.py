@@ -1,11 +1,11 @@
-"""train(): one job, read from top to bottom. It knows no Ray and no MLflow: it yields, whoever iterates decides."""
+"""The training loop, read from top to bottom. It knows no Ray and no MLflow: it yields, whoever iterates decides."""
 
 import math
 import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,161 +15,136 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.data.loader import Batch, TrainBatches
-from aliprod.data.training_set import TrainingSet, training_set
+from aliprod.data.loader import TrainBatch, TrainBatches
+from aliprod.data.training_set import training_set
 from aliprod.errors import NonFiniteLoss, listing
 from aliprod.models import weights
 from aliprod.randomness import seed_of
-from aliprod.recipe import Stage
+from aliprod.recipe import NO_INPUTS, Inputs, Machine, Stage
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
 from aliprod.training.checkpoint import Snapshot, TrainingState
 from aliprod.training.ema import Average
-from aliprod.training.learner import Learner, Place, place, set_up
+from aliprod.training.learner import Place, Setup, set_up
 from aliprod.training.optimizer import Optimizer
-from aliprod.training.watchdog import Watchdog
+from aliprod.training.training_job import DEFAULT_MACHINE
 
-_Seen = tuple[dict[str, float], list[str]]  # loss parts and image ids of a step on one rank
+_Losses = tuple[dict[str, float], list[str]]  # loss parts and image ids of a step on one rank
 
 _CHECK_STEPS = 50  # a non-finite loss is noticed within so many steps; the weights are safe at once
 
 
 @dataclass(frozen=True)
-class EpochEnd:
-    """What an epoch leaves: the best candidate so far and this epoch's own, which may be the same."""
+class Step:
+    """A step that has been made. ``last``: of its epoch; the scoring that follows takes longer than a step."""
 
-    best: Candidate
-    last: Candidate
+    last: bool
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a job tells, in the same places on every rank.
+    """A job's results at the end of an epoch, or in mid-epoch where a checkpoint is due; at the same on every rank.
 
     Attributes:
         metrics: numbers by name: ``train/...`` of this rank, ``val/...`` of all.
         snapshot: copies the resume state.
-        end: None in mid-epoch, where only a checkpoint is due.
+        last: this epoch's own candidate (the best so far is the state's); None in mid-epoch.
     """
 
     state: TrainingState
     metrics: dict[str, float]
     snapshot: Callable[[], Snapshot]
     place: Place
-    end: EpochEnd | None = None
-
-    def capture(self, folder: Path) -> None:
-        """Write a resume checkpoint into an empty folder."""
-        self.snapshot().write(folder)
+    last: Candidate | None = None
 
 
 def train(
     stage: Stage,
     network: str,
     catalogue: Catalogue,
-    *,
-    data: TrainingSet | None = None,
-    start: Path | None = None,
-    pretrained: Path | None = None,
+    inputs: Inputs = NO_INPUTS,
+    machine: Machine = DEFAULT_MACHINE,
     resume: Path | None = None,
-    save_every_steps: int | None = None,
-    threads: int = 1,
-    loader_processes: int = 0,
-    compiles: bool = False,
-    exact: bool = True,
-    watchdog: Watchdog | None = None,
-    after_step: Callable[[], None] | None = None,
 ) -> Iterator[Progress]:
-    """Train one job; yield a Progress at each epoch's end and at each step where a checkpoint is due.
+    """Train a stage and yield what `steps` does, without the steps.
+
+    A soup is not made here: `aliprod.training.job.run` does that.
 
     Args:
         network: timm's name.
-        data: what the stage trains on; None: its images of the catalogue, no more.
-        start: weights folder of the parent job.
-        pretrained: safetensors file of the backbone, in a stage without parent.
+        resume: a resume checkpoint of this very job; wins over ``inputs.start`` and ``inputs.pretrained``.
+    """
+    data = training_set(catalogue, stage, inputs)
+    for event in steps(set_up(stage, network, catalogue, machine, data), inputs, resume):
+        if isinstance(event, Progress):
+            yield event
+
+
+def steps(setup: Setup, inputs: Inputs = NO_INPUTS, resume: Path | None = None) -> Iterator[Step | Progress]:
+    """Train; yield a Step after each step, and a Progress at each epoch's end and where a checkpoint is due.
+
+    Args:
+        inputs: ``start`` or ``pretrained`` are the weights that it begins with.
         resume: a resume checkpoint of this very job; wins over both.
-        save_every_steps: a checkpoint is due every so many steps; None: at the ends of epochs only.
-        threads: of PyTorch; sums differ with it.
-        compiles: the backbone is compiled (`torch.compile`); sums differ with it.
-        exact: kernels that give the same bytes each time; without, the device may choose by speed.
-        watchdog: ends the process where a step or a validation hangs.
-        after_step: called after each step; what it raises ends the training.
     Raises:
         NonFiniteLoss: names epoch, step, loss parts, rates and image ids; the weights are as before it.
         Refused: weights that do not fit.
     """
-    watchdog = watchdog or Watchdog(None)
-    watchdog.phase()
-    where = place(threads, compiles, exact)
-    data = data or training_set(catalogue, stage)
-    learner, feed, batches = set_up(stage, network, catalogue, data, where, loader_processes)
+    learner, batches, where = setup.learner, setup.batches, setup.learner.place
+    stage, save_every_steps = learner.stage, where.machine.save_every_steps
     optimizer = Optimizer(learner, stage, batches.steps_per_epoch)
     if resume is None:
-        _load(learner, start, pretrained, catalogue)
+        _load(setup, inputs)
     average = Average(learner.model, stage.ema) if stage.ema else None
-    state, best = TrainingState(), dict[str, Tensor]()
-    if resume is not None:
-        state, best = checkpoint.restore(resume, learner, optimizer, average)
+    state = TrainingState() if resume is None else checkpoint.restore(resume, learner, optimizer, average)
     step_of = learner.distributed()
-    copied = partial(checkpoint.snapshot, learner=learner, optimizer=optimizer, average=average)
+    snapshot = partial(checkpoint.snapshot, learner=learner, optimizer=optimizer, average=average)
 
     while state.epoch < stage.epochs:
         learner.train()
-        watch, sums, recent = _Watch(), _Sums(state.losses, where.device), _Recent(optimizer, batches)
-        for batch in watch.waits(batches.epoch(state.epoch, skip=state.step_in_epoch)):
-            parts = _gradients(step_of, optimizer, batch, batch.split(stage.accumulate, learner.needs.group))
+        meter = _Meter(state, optimizer, batches)
+        for batch in meter.waits(batches.epoch(state.epoch, skip=state.step_in_epoch)):
+            parts = gradients(step_of, optimizer, batch, learner.needs.group)
             optimizer.update(state.step)
-            state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
+            state = replace(state, step=state.step + 1, step_in_epoch=state.step_in_epoch + 1)
             if average is not None:
                 average.update(learner.model, state.step)
-            sums.add(parts)
-            recent.add(batch, parts)
-            watchdog.step()
-            if after_step is not None:
-                after_step()
-            if (
-                save_every_steps
-                and state.step % save_every_steps == 0
-                and state.step_in_epoch < batches.steps_per_epoch
-            ):
-                recent.check()
-                state.losses = sums.totals()
-                metrics = _train_metrics(stage, state, optimizer, watch, sums)
-                yield Progress(state, metrics, partial(copied, state=state, best=best), where)
-        watchdog.phase()
-        recent.check()
+            meter.add(batch, parts)
+            last_step = state.step_in_epoch == batches.steps_per_epoch
+            yield Step(last_step)
+            if save_every_steps and state.step % save_every_steps == 0 and not last_step:
+                state = replace(state, losses=meter.losses())
+                yield Progress(state, meter.metrics(state), partial(snapshot, state), where)
+        state = replace(state, losses=meter.losses())
         learner.share_buffers()
-        metrics = _train_metrics(stage, state, optimizer, watch, sums)
-        last, errors = best_candidate(learner, average, catalogue, feed, batches, state.epoch)
-        if last.top1_error is None or state.best_error is None or last.top1_error < state.best_error:
-            best, state.best_epoch, state.best_kind, state.best_error = (
-                last.tensors,
-                state.epoch,
-                last.kind,
-                last.top1_error,
-            )
-        state.epoch, state.step_in_epoch, state.losses = state.epoch + 1, 0, {}
-        chosen = Candidate(state.best_epoch, state.best_kind, state.best_error, best)
-        snapshot = partial(copied, state=state, best=best)
-        yield Progress(state, metrics | errors, snapshot, where, EpochEnd(chosen, last))
+        metrics = meter.metrics(state)
+        last, errors = best_candidate(setup, average, state.epoch)
+        best = last if last.beats(state.best) else state.best
+        state = TrainingState(state.epoch + 1, state.step, best=best)
+        yield Progress(state, metrics | errors, partial(snapshot, state), where, last)
 
 
-def _load(learner: Learner, start: Path | None, pretrained: Path | None, catalogue: Catalogue) -> None:
-    """The weights that a job begins with."""
-    stage, model = learner.stage, learner.model
-    if start is not None:
-        weights.load_parent(model, start, catalogue.classes.tolist())
-    elif pretrained is not None:
-        weights.load_pretrained(model, pretrained)
+def _load(setup: Setup, inputs: Inputs) -> None:
+    """Load the weights that a job begins with."""
+    stage, model = setup.learner.stage, setup.learner.model
+    if inputs.start is not None:
+        weights.load_parent(model, inputs.start, setup.catalogue.classes.tolist())
+    elif inputs.pretrained is not None:
+        weights.load_pretrained(model, inputs.pretrained)
     if stage.trains == "classifier":
         torch.manual_seed(seed_of(stage.seed, "classifier", model.network))
         model.reset_classifier()
 
 
-def _gradients(step_of: nn.Module, optimizer: Optimizer, batch: Batch, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """Forward and backward of a batch, part by part; the loss parts of the whole. Ranks exchange their gradients with
-    the last part."""
-    sums: dict[str, Tensor] = {}
+def gradients(step_of: nn.Module, optimizer: Optimizer, batch: TrainBatch, group: int) -> dict[str, Tensor]:
+    """Forward and backward of a batch, in as many parts of whole groups as the stage accumulates.
+
+    Ranks exchange their gradients with the last part.
+
+    Returns:
+        The loss parts of the whole batch by name, detached.
+    """
+    micro_batches, sums = batch.split(optimizer.stage.accumulate, group), dict[str, Tensor]()
     for micro_batch in micro_batches:
         weight = len(micro_batch.rows) / len(batch.rows)
         with _alone(step_of) if micro_batch is not micro_batches[-1] else nullcontext():
@@ -184,41 +159,64 @@ def _alone(step_of: nn.Module) -> AbstractContextManager[None]:
     return step_of.no_sync() if isinstance(step_of, DistributedDataParallel) else nullcontext()
 
 
-def _train_metrics(
-    stage: Stage, state: TrainingState, optimizer: Optimizer, watch: "_Watch", sums: "_Sums"
-) -> dict[str, float]:
-    rates = {f"lr/{part}": optimizer.lr_of(part, state.step - 1) for part in ("backbone", "heads")}
-    losses = {f"train/loss_{name}": total / state.step_in_epoch for name, total in sums.totals().items()}
-    speed = {
-        "speed/images_per_second": watch.steps * stage.batch_size / watch.seconds,
-        "speed/data_wait_share": watch.waited / watch.seconds,
-        "speed/memory_bytes": float(peak_memory_bytes()),
-    }
-    return {"train/loss": sum(losses.values()), **losses, **rates, **speed}
+class _Meter:
+    """Losses and speed of an epoch's steps.
 
+    Loss parts are summed on the device, so that no step waits for them. Those of the steps since the last check are
+    kept with their rows: an error names the step that was not finite.
+    """
 
-class _Recent:
-    """The steps since the last check, so that a loss that is not finite is laid at its step's door."""
-
-    def __init__(self, optimizer: Optimizer, batches: TrainBatches) -> None:
+    def __init__(self, state: TrainingState, optimizer: Optimizer, batches: TrainBatches) -> None:
         self.optimizer, self.batches = optimizer, batches
-        self.steps: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self.sums = {name: torch.tensor(value, device=batches.feed.device) for name, value in state.losses.items()}
+        self.recent: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
-    def add(self, batch: Batch, parts: dict[str, Tensor]) -> None:
-        detached = {name: part.detach() for name, part in parts.items()}
-        self.steps[batch.step] = batch.rows, detached
-        if len(self.steps) == _CHECK_STEPS:
-            self.check()
+    def waits(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
+        """The batches; counts them, and the seconds that each is waited for."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.steps += 1
+            yield batch
 
-    def check(self) -> None:
-        """Raise NonFiniteLoss where a step was not finite. Synchronises with the device."""
+    def add(self, batch: TrainBatch, parts: dict[str, Tensor]) -> None:
+        """Add the loss parts of a step. Every so many steps they are checked."""
+        for name, part in parts.items():
+            self.sums[name] = part.float() + self.sums.get(name, 0.0)
+        self.recent[batch.step] = batch.rows, parts
+        if len(self.recent) == _CHECK_STEPS:
+            self._check()
+
+    def losses(self) -> dict[str, float]:
+        """Sums of the loss parts, all finite. Synchronises with the device."""
+        self._check()
+        return {name: float(total) for name, total in self.sums.items()}
+
+    def metrics(self, state: TrainingState) -> dict[str, float]:
+        """Mean losses of a state's epoch so far, the rates of its last step, and the speed."""
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        losses = {f"train/loss_{name}": total / state.step_in_epoch for name, total in state.losses.items()}
+        rates = {f"lr/{part}": self.optimizer.lr_of(part, state.step - 1) for part in ("backbone", "heads")}
+        speed = {
+            "speed/images_per_second": self.steps * self.batches.stage.batch_size / seconds,
+            "speed/data_wait_share": self.waited / seconds,
+            "speed/memory_bytes": float(peak_memory_bytes()),
+        }
+        return {"train/loss": sum(losses.values()), **losses, **rates, **speed}
+
+    def _check(self) -> None:
+        """Raise NonFiniteLoss where a step was not finite."""
         bad = self.optimizer.first_bad_step()
         if bad is not None:
             raise self._error(bad)
-        self.steps.clear()
+        self.recent.clear()
 
     def _error(self, step: int) -> NonFiniteLoss:
-        rows, parts = self.steps[step]
+        rows, parts = self.recent[step]
         mine = {name: float(part) for name, part in parts.items()}, self.batches.ids(rows)
         losses, ids = min(_of_all_ranks(mine), key=lambda seen: math.isfinite(sum(seen[0].values())))  # the culprit's
         values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
@@ -230,7 +228,7 @@ class _Recent:
         )
 
 
-def _of_all_ranks(mine: _Seen) -> list[_Seen]:
+def _of_all_ranks(mine: _Losses) -> list[_Losses]:
     if not dist.is_initialized():
         return [mine]
     gathered = [mine] * dist.get_world_size()
@@ -238,45 +236,8 @@ def _of_all_ranks(mine: _Seen) -> list[_Seen]:
     return gathered
 
 
-class _Watch:
-    """Seconds since it was made, and how many of them were spent waiting for batches."""
-
-    def __init__(self) -> None:
-        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    @property
-    def seconds(self) -> float:
-        return max(1e-9, time.perf_counter() - self.began)
-
-    def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            self.steps += 1
-            yield batch
-
-
-class _Sums:
-    """Sums of the loss parts of an epoch, kept on the device so that no step waits for them."""
-
-    def __init__(self, before: dict[str, float], device: torch.device) -> None:
-        self.device = device
-        self.sums = {name: torch.tensor(value, device=device) for name, value in before.items()}
-
-    def add(self, parts: dict[str, Tensor]) -> None:
-        for name, part in parts.items():
-            zero = self.sums.get(name)
-            self.sums[name] = part.detach().float() + (0.0 if zero is None else zero)
-
-    def totals(self) -> dict[str, float]:
-        return {name: float(total) for name, total in self.sums.items()}
-
-
 def peak_memory_bytes() -> int:
-    """The most so far: of the GPU where there is one, else of the process."""
+    """The peak so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aliprod.recipe import Stage
 from aliprod.training.learner import Learner
 
-_SCALER = ("scale", "_growth_tracker")  # what changes in a gradient scaler's state
+_SCALER = ("scale", "_growth_tracker")  # the changing part of a gradient scaler's state
 
 
 def lr_at(
@@ -42,9 +42,9 @@ class Optimizer:
     """SGD of a learner's backbone and heads, each at its own rate, that never lets a non-finite step through.
 
     A step whose gradient norm is not finite is skipped on the device, and so are all after it, without a
-    synchronisation; `first_bad_step` tells, when asked, which one it was. Where one rank's loss is not finite, all
+    synchronisation; `first_bad_step` reports which one it was. Where one rank's loss is not finite, all
     ranks skip the step. In float16 gradients overflow now and then: the scaler skips such a step and lowers its scale,
-    and only a scale below 1 tells of losses that are not finite.
+    and only a scale below 1 means that losses are not finite.
     """
 
     def __init__(self, learner: Learner, stage: Stage, steps_per_epoch: int) -> None:
@@ -58,12 +58,12 @@ class Optimizer:
         self._scaler = torch.amp.GradScaler(device.type) if learner.dtype is torch.float16 else None
 
     def step(self, loss: Tensor, step: int) -> None:
-        """Backward and one update of the weights with this step's learning rates."""
+        """Call `backward` and `update`."""
         self.backward(loss)
         self.update(step)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to that of the losses before, since the last update."""
+        """Add the gradient of a loss to those since the last update."""
         one = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)  # NaN reaches all ranks with the gradients
         if self._scaler is None:
             loss.backward(one)
@@ -71,8 +71,7 @@ class Optimizer:
             self._scaler.scale(loss).backward(one)
 
     def update(self, step: int) -> None:
-        """One update of the weights with this step's learning rates. The gradients are gone then: the next forward
-        pass has their memory."""
+        """Update the weights once with this step's learning rates, and free the gradients for the next forward pass."""
         for group in self.groups:
             group["lr"] = self.lr_of(group["part"], step)
         if self._scaler is not None:
@@ -103,7 +102,7 @@ class Optimizer:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Load what `state` returned."""
         for i, parameter in enumerate(self.parameters):
             if (momentum := state.get(f"momentum.{i}")) is not None:
                 buffer = torch.empty_like(parameter, memory_format=torch.preserve_format)
@@ -131,14 +130,10 @@ class Optimizer:
 
 def _parameter_groups(learner: Learner, stage: Stage) -> list[dict[str, Any]]:
     """Backbone and heads, with and without weight decay (none on norm parameters and biases)."""
-    groups = []
+    groups: list[dict[str, Any]] = []
     for part, parameters in (("backbone", learner.model.backbone_parameters()), ("heads", learner.head_parameters())):
-        weights, others = _split(parameters)
+        trained = [p for p in parameters if p.requires_grad]
+        weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         groups.append({"params": weights, "part": part, "weight_decay": stage.optimizer.weight_decay})
         groups.append({"params": others, "part": part, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
-
-
-def _split(parameters: Iterator[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    trained = [p for p in parameters if p.requires_grad]
-    return [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]

@@ -1,6 +1,6 @@
-"""What limits training on this machine: the loader alone, the step alone, or what both make together.
+"""The speed of this machine: of the loader alone, the step alone, the training of both, and of predictions.
 
-And how fast pictures are predicted. A plan's forecast feeds on it.
+A plan's forecast is made of it.
 """
 
 import time
@@ -13,24 +13,24 @@ import numpy as np
 import torch
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.data.loader import Batch, Feed
+from aliprod.data.loader import Feed, TrainBatch
 from aliprod.data.soft_labels import LARGEST, SoftLabels
 from aliprod.data.training_set import TrainingSet, training_set
-from aliprod.inference.predict import BATCH, Views, precision, predict
+from aliprod.inference.predict import BATCH, precision, predict
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import needs_of
-from aliprod.recipe import Stage
+from aliprod.recipe import Machine, Part, Stage, Views
+from aliprod.training import loop
 from aliprod.training.learner import Learner, place, set_up
-from aliprod.training.loop import peak_memory_bytes, train
 from aliprod.training.optimizer import Optimizer
+from aliprod.training.training_job import DEFAULT_MACHINE, without_training
 
-Part = Literal["loader", "step", "train"]
 _STARVED = 0.1  # from this share of waiting on, the loader limits
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a part does.
+    """The speed of a part.
 
     Attributes:
         data_wait_share: of the time, spent waiting for pictures; 0 to 1.
@@ -48,69 +48,48 @@ class Measured:
 
 
 def measure(
-    part: Part,
-    stage: Stage,
-    network: str,
-    catalogue: Catalogue,
-    steps: int,
-    threads: int = 1,
-    loader_processes: int = 0,
-    compiles: bool = False,
-    exact: bool = True,
+    part: Part, stage: Stage, network: str, catalogue: Catalogue, steps: int, machine: Machine = DEFAULT_MACHINE
 ) -> Measured:
     """Measure a part over ``steps`` steps; as many before them are not counted.
 
     A catalogue that has fewer images shows them again and again. Nothing is validated, nothing is kept. Teachers
-    are made up: what they would say costs the same.
+    are made up: their labels would cost the same.
 
     Args:
         stage: without a filter of duplicates and pseudo labels, whose images nobody knows yet.
-        threads, loader_processes, compiles, exact: as of `aliprod.training.loop.train`.
-
     Raises:
         Refused: there is no such network.
     """
     rows = np.resize(np.random.default_rng(stage.seed).permutation(len(catalogue.train)), 2 * steps * stage.batch_size)
     catalogue = replace(catalogue, train=catalogue.train.take(rows), val=catalogue.val.take(rows[:0]))
-    here, data = place(threads, compiles, exact), _taught(training_set(catalogue, stage), stage, catalogue.num_classes)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats(here.device)
+    _forget_peak_memory()
+    data = _taught(training_set(catalogue, stage), stage, catalogue.num_classes)
+    setup = set_up(stage, network, catalogue, machine.model_copy(update={"save_every_steps": steps}), data)
     if part == "train":
-        progress = train(
-            stage,
-            network,
-            catalogue,
-            data=data,
-            save_every_steps=steps,
-            threads=threads,
-            loader_processes=loader_processes,
-            compiles=compiles,
-            exact=exact,
-        )
-        halves = [_spent(next(progress).metrics, number * steps * stage.batch_size) for number in (1, 2)]
+        due = (event for event in loop.steps(setup) if isinstance(event, loop.Progress))
+        halves = [_spent(next(due).metrics, number * steps * stage.batch_size) for number in (1, 2)]
         seconds, waited = (after - before for before, after in zip(*halves, strict=True))
     else:
-        learner, _, shown = set_up(stage, network, catalogue, data, here, loader_processes)
-        batches = shown.epoch(0)
+        batches = setup.batches.epoch(0)
         if part == "step":
-            batches = _steps(learner, next(batches), 2 * steps)
-        seconds = _second_half(batches, steps, here.device)
+            batches = _steps(setup.learner, next(batches), 2 * steps)
+        seconds = _second_half(batches, steps, setup.feed.device)
         waited = seconds if part == "loader" else 0.0
     share = waited / seconds
     return Measured(
         part=part,
-        device=here.environment()["device"],
+        device=setup.learner.place.environment()["device"],
         steps=steps,
         images_per_second=steps * stage.batch_size / seconds,
         data_wait_share=share,
-        memory_bytes=peak_memory_bytes(),
+        memory_bytes=loop.peak_memory_bytes(),
         limited_by="loader" if share >= _STARVED else "step",
     )
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """How fast a network predicts: ``images`` were counted; each is one image, however many views it has."""
+    """The speed of predictions: ``images`` were counted; each is one image, however many views it has."""
 
     device: str
     images: int
@@ -119,32 +98,18 @@ class Predicted:
 
 
 def measure_prediction(
-    network: str,
-    branches: int,
-    resize: int,
-    crop: int,
-    views: Views,
-    catalogue: Catalogue,
-    batches: int,
-    threads: int = 1,
-    loader_processes: int = 0,
+    stage: Stage, network: str, views: Views, catalogue: Catalogue, batches: int, machine: Machine = DEFAULT_MACHINE
 ) -> Predicted:
-    """Measure the prediction of training images, over so many batches after those that fill the loader.
-
-    Args:
-        branches: of the network, as of `aliprod.objectives.Needs`.
-        resize, crop: pixels.
-    """
-    here = place(threads)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats(here.device)
+    """Measure the prediction of training images, over so many batches after those that fill the loader."""
+    here, processes = place(without_training(machine)), machine.loader_processes
+    _forget_peak_memory()
+    branches = needs_of(stage.objective.name).branches
     model = Classifier(network, catalogue.num_classes, branches=branches).eval()
     model = model.to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    feed = Feed(here.device, *normalisation(network), processes=loader_processes)
-    before = 1 + 2 * loader_processes  # a process reads two batches ahead
-    count = (before + batches) * BATCH[views]
-    images = catalogue.train.take(np.resize(np.arange(len(catalogue.train)), count))
-    blocks = predict(model, images, resize, crop, views, feed, precision(here.device))
+    feed = Feed(here.device, *normalisation(network), processes=processes, dtype=precision(here.device))
+    before = 1 + 2 * processes  # a process reads two batches ahead
+    images = catalogue.train.take(np.resize(np.arange(len(catalogue.train)), (before + batches) * BATCH[views]))
+    blocks = predict(model, images, stage.resize, stage.crop, views, feed)
     for _ in islice(blocks, before):
         pass
     began = time.perf_counter()
@@ -155,8 +120,13 @@ def measure_prediction(
         device=here.environment()["device"],
         images=counted,
         images_per_second=counted / (time.perf_counter() - began),
-        memory_bytes=peak_memory_bytes(),
+        memory_bytes=loop.peak_memory_bytes(),
     )
+
+
+def _forget_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _taught(data: TrainingSet, stage: Stage, num_classes: int) -> TrainingSet:
@@ -171,24 +141,22 @@ def _taught(data: TrainingSet, stage: Stage, num_classes: int) -> TrainingSet:
 
 
 def _spent(metrics: dict[str, float], images: int) -> tuple[float, float]:
-    """Seconds since the epoch began, and those of them that were waited."""
+    """Seconds since the epoch began, and seconds of them spent waiting."""
     seconds = images / metrics["speed/images_per_second"]
     return seconds, seconds * metrics["speed/data_wait_share"]
 
 
-def _steps(learner: Learner, batch: Batch, count: int) -> Iterator[Batch]:
+def _steps(learner: Learner, batch: TrainBatch, count: int) -> Iterator[TrainBatch]:
     """Forward, backward and update, again and again with one batch on the device."""
     optimizer = Optimizer(learner, learner.stage, count)
     learner.train()
     for step in range(count):
-        parts = batch.split(learner.stage.accumulate, learner.needs.group)
-        for part in parts:
-            optimizer.backward(torch.stack(list(learner(part).values())).sum() / len(parts))
+        loop.gradients(learner, optimizer, batch, learner.needs.group)
         optimizer.update(step)
         yield batch
 
 
-def _second_half(ends: Iterator[Batch], steps: int, device: torch.device) -> float:
+def _second_half(ends: Iterator[TrainBatch], steps: int, device: torch.device) -> float:
     """Seconds of the steps after the first ``steps``."""
     stamps = []
     for _ in range(2):

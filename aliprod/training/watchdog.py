@@ -6,8 +6,6 @@ checkpoint.
 """
 
 import faulthandler
-from types import TracebackType
-from typing import Self
 
 _PHASE = 5  # a start (compilation, loader processes, first step) or a validation may take so many times as long
 _STDERR = 2  # the file itself: Python's own may have been replaced
@@ -19,28 +17,23 @@ def longest(seconds: float) -> float:
 
 
 class Watchdog:
-    """Watches from the first `phase` or `step` until the context ends.
+    """Watches from the first `phase` or `step` until `close`. There is one in a process.
 
     Args:
-        seconds: that a step may take; None: nothing is watched. There is one watchdog in a process.
+        seconds: that a step may take.
     """
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
     def step(self) -> None:
-        """A step has ended: the next one counts from now."""
-        if self.seconds is not None:
-            faulthandler.dump_traceback_later(self.seconds, exit=True, file=_STDERR)
+        """A step begins."""
+        faulthandler.dump_traceback_later(self.seconds, exit=True, file=_STDERR)
 
     def phase(self) -> None:
         """Something longer than a step begins."""
-        if self.seconds is not None:
-            faulthandler.dump_traceback_later(longest(self.seconds), exit=True, file=_STDERR)
+        faulthandler.dump_traceback_later(longest(self.seconds), exit=True, file=_STDERR)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.seconds is not None:
-            faulthandler.cancel_dump_traceback_later()
+    def close(self) -> None:
+        """Watch no more."""
+        faulthandler.cancel_dump_traceback_later()

@@ -20,7 +20,7 @@ from aliprod.catalogue.decode import decode
 from aliprod.data import augment
 from aliprod.data import auto_augment as ours
 from aliprod.data.augment import cutout_mask, eval_view, normalise, on_device, square, train_view
-from aliprod.data.pixels import Picture, as_pixels, size_of
+from aliprod.data.pixels import Picture, as_pixels
 from aliprod.recipe import Augmentation, Stage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -200,7 +200,9 @@ def test_torchs_resizing_differs_from_pillows_only_where_auto_augment_makes_more
         picture = decode(path)
         view, near = (train_view(picture, stage, seed, "bicubic")[0] for stage in (pillow, torchs))
         torch.manual_seed(seed)
-        operations = [step for name, step in augment._drawn(pillow, *size_of(picture)) if name == "auto_augment"]
+        operations = [
+            step for name, step in augment._drawn(pillow, picture.height, picture.width) if name == "auto_augment"
+        ]
         if all(step.even for step in operations):
             assert torch.equal(view, near), operations
         differences.append((view.int() - near.int()).abs().float().mean())

@@ -16,12 +16,12 @@ from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
 from aliprod.data import selection, soft_labels
 from aliprod.data.augment import normalise, on_device, square, train_view
-from aliprod.data.loader import Batch, Feed, TrainBatches, squared_batches
+from aliprod.data.loader import Feed, TrainBatch, TrainBatches, squared_batches
 from aliprod.data.pixels import picture_of
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
-from aliprod.recipe import PerClass, Stage
+from aliprod.recipe import Inputs, PerClass, Stage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEED = Feed(torch.device("cpu"), MEAN, STD, "bicubic")
@@ -34,13 +34,13 @@ def batches(catalogue: Catalogue, group: int = 1, stage: Stage = STAGE, feed: Fe
     return TrainBatches(training_set(catalogue, stage), stage, feed, group)
 
 
-def assert_equal(one: list[Batch], other: list[Batch]) -> None:
+def assert_equal(one: list[TrainBatch], other: list[TrainBatch]) -> None:
     assert len(one) == len(other) > 0
     for a, b in zip(one, other, strict=True):
         assert_same(a, b)
 
 
-def assert_same(a: Batch, b: Batch) -> None:
+def assert_same(a: TrainBatch, b: TrainBatch) -> None:
     assert torch.equal(a.images, b.images)
     assert torch.equal(a.labels, b.labels)
     assert torch.equal(a.rows, b.rows)
@@ -172,7 +172,7 @@ def test_an_unreadable_training_picture_is_replaced_by_one_of_its_class(
     assert f"{copied.train.path(broken)} is no JPEG" in caplog.text
 
 
-def _rows(batch: Batch) -> list[tuple[int, torch.Tensor]]:
+def _rows(batch: TrainBatch) -> list[tuple[int, torch.Tensor]]:
     return list(zip(batch.rows.tolist(), batch.images, strict=True))
 
 
@@ -257,7 +257,7 @@ def known(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Trai
     table[torch.arange(32), torch.arange(32) % 4] = 0.625
     folder = tmp_path_factory.mktemp("teacher") / "soft"
     soft_labels.write(folder, packages.train.ids, packages.classes, lambda rows: [table[rows]], {})
-    data = training_set(packages, STAGE, teachers=(folder,))
+    data = training_set(packages, STAGE, Inputs(teachers=(folder,)))
     return replace(data, weights=np.arange(32, dtype=np.float32) / 32)
 
 
@@ -265,7 +265,7 @@ def with_all(known: TrainingSet, feed: Feed = FEED, stage: Stage = STAGE) -> Tra
     return TrainBatches(known, stage, feed, second=True)
 
 
-def assert_known_of_each(batch: Batch) -> None:
+def assert_known_of_each(batch: TrainBatch) -> None:
     """Weight and teacher are those of the rows, to the bit: all these numbers are exact in float16."""
     assert batch.weights is not None
     assert batch.teacher is not None

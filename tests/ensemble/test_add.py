@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aliprod.ensemble.add import add, add_members, match, read_predictions, submission, top_classes, write_ensemble
+from aliprod.ensemble.add import (
+    add_members,
+    each_block,
+    match,
+    read_predictions,
+    submission,
+    top_classes,
+    write_ensemble,
+)
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import open_store, write
 from aliprod.store import commit
@@ -60,7 +68,7 @@ def shuffled(members, seed):
 
 
 def streamed(members, rows_per_block=5):
-    return torch.cat([sums for _, _, sums in add(members, rows_per_block)])
+    return torch.cat([block.exact() for block in each_block(match(members), rows_per_block)])
 
 
 def test_sum_predictions_and_submission_are_the_golden_ones(golden, golden_members):

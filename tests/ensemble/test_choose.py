@@ -4,9 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aliprod.ensemble.choose import at_labels, greedy, weights
+from aliprod.ensemble.choose import greedy, weights
 from aliprod.inference.metrics import mean_class_error
-from aliprod.inference.probabilities import open_store, write
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +64,3 @@ def test_images_without_a_label_do_not_count():
 def test_another_score_is_refused():
     with pytest.raises(ValueError, match="score must be"):
         greedy(torch.ones(1, 1, 1), torch.zeros(1, dtype=torch.int64), 1, "accuracy")
-
-
-def test_stores_in_any_order_are_chosen_from_as_if_they_were_in_memory(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    probabilities = (2 * torch.randn(3, 20, 6, generator=generator)).softmax(2).half()
-    ids, classes = [f"{i}.jpg" for i in range(20)], torch.arange(6) * 10
-    labels = torch.randint(-1, 6, (20,), generator=generator)
-    for number, part in enumerate(probabilities):
-        row, column = torch.randperm(20, generator=generator), torch.randperm(6, generator=generator)
-        known = [int(classes[label]) if label >= 0 else None for label in labels[row]]
-        names = [ids[i] for i in row]
-        blocks = [part[row][:, column]]
-        write(tmp_path / str(number), names, classes[column], lambda _, b=blocks: b, known, rows_per_shard=8)
-    own, places = at_labels([open_store(tmp_path / str(number)) for number in range(3)], rows_per_block=7)
-    assert torch.equal(places, (labels >= 0).long() - 1)
-    for found, expected in zip(greedy(own, places, 8), greedy(probabilities, labels, 8), strict=True):
-        assert torch.equal(found, expected)

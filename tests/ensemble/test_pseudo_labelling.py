@@ -1,4 +1,4 @@
-"""label: what members together are sure of, without a table of all images in memory."""
+"""Pseudo-labelling: what members together are sure of, without a table of all images in memory."""
 
 import tracemalloc
 from collections import Counter

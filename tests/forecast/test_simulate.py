@@ -1,9 +1,8 @@
 """forecast: a run's policy with measured rates, its arithmetic written out, and what holds for any plan."""
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aliprod.build.target import Resources, Target
 from aliprod.catalogue import sources
 from aliprod.errors import Refused
 from aliprod.forecast import rates
-from aliprod.forecast.bill import Cost, speed_up
-from aliprod.forecast.simulate import forecast, lower_bound, simulate
-from aliprod.orchestration.prepare import Prepared, opened
-from aliprod.orchestration.scheduler import Share
-from aliprod.orchestration.steps import Step
-from aliprod.plan import graph
+from aliprod.forecast.simulate import Estimate, forecast, lower_bound, simulate, speed_up
+from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
-from aliprod.plan.open import Request
+from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
 from aliprod.store import commit
 from aliprod.synth.synth import synthesise
@@ -47,27 +43,27 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, photos: Path) -> Prepared:
+def prepared(tmp_path: Path, photos: Path) -> Opened:
     (tmp_path / "photos").symlink_to(photos)
     return prepare(tmp_path)
 
 
-def prepare(folder: Path, *sets: str) -> Prepared:
+def prepare(folder: Path, *sets: str) -> Opened:
     (folder / "plan.toml").write_text(PLAN)
     plan = load(folder / "plan.toml", sets)
     catalogue = sources.read(folder / "photos")
-    request = Request(plan, PLAN, resolve(plan, folder / "runs", None, None))
-    return opened(request, catalogue, graph.jobs(plan, catalogue.fingerprint))
+    places = resolve(plan, folder / "runs", None, None)
+    return Opened(plan, PLAN, places, catalogue, jobs_of(plan, catalogue.fingerprint))
 
 
-def measured(prepared: Prepared, speeds: Mapping[str, float]) -> None:
+def measured(prepared: Opened, speeds: Mapping[str, float]) -> None:
     """As `aliprod benchmark train PLAN` would keep it."""
     for piece in rates.pieces(prepared, "train"):
         if piece.part in speeds:
             rates.keep(prepared, piece, {"images_per_second": speeds[piece.part], "device": "cpu"})
 
 
-def told(prepared: Prepared, name: str, *speeds: float, **facts: Any) -> None:
+def told(prepared: Opened, name: str, *speeds: float, **facts: Any) -> None:
     """Lines of metrics.jsonl, as a training writes them."""
     folder = prepared.job_folder(name)
     folder.mkdir(parents=True)
@@ -79,15 +75,15 @@ def told(prepared: Prepared, name: str, *speeds: float, **facts: Any) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def finish(prepared: Prepared, name: str, **record: Any) -> None:
-    commit.write(prepared.job_folder(name) / "weights", lambda folder: None, record)
+def finish(prepared: Opened, name: str, **record: Any) -> None:
+    commit.write(
+        prepared.job_folder(name) / "weights",
+        lambda folder: commit.write_file(folder / "model.safetensors", b"weights"),
+        record,
+    )
 
 
-def again(prepared: Prepared) -> Prepared:
-    return opened(prepared.request, prepared.catalogue, prepared.jobs)
-
-
-def test_a_job_takes_its_images_at_the_measured_rates(prepared: Prepared) -> None:
+def test_a_job_takes_its_images_at_the_measured_rates(prepared: Opened) -> None:
     measured(prepared, {"train": 10.0, "center": 40.0, "ten_crop": 4.0})
     found = forecast(prepared, 1)
     catalogue = prepared.catalogue
@@ -105,7 +101,7 @@ def test_a_job_takes_its_images_at_the_measured_rates(prepared: Prepared) -> Non
     assert both.gpu_hours == pytest.approx(found.gpu_hours)
 
 
-def test_what_a_job_has_told_goes_before_its_twin_and_that_before_the_benchmark(prepared: Prepared) -> None:
+def test_what_a_job_has_told_goes_before_its_twin_and_that_before_the_benchmark(prepared: Opened) -> None:
     measured(prepared, {"train": 1.0, "center": 40.0, "ten_crop": 4.0})
     told(prepared, "net/full", 5.0, 11.0, 10.0, device="NVIDIA H100", **{"speed/ranks": 1})
     full, balanced, accuracy = forecast(prepared, 1).jobs
@@ -122,30 +118,23 @@ def test_what_several_ranks_have_told_is_scaled_to_those_asked_for(tmp_path: Pat
     assert full.images_per_second == pytest.approx(70.0 * speed_up(4) / speed_up(2))
 
 
-def test_lines_of_before_are_of_the_ranks_and_the_device_in_the_record(prepared: Prepared) -> None:
-    told(prepared, "net/full", 70.0)
-    finish(prepared, "net/full", environment={"world_size": 2, "device": "NVIDIA A100"})
-    balanced = forecast(again(prepared), 1).jobs[1]
-    assert balanced.images_per_second == pytest.approx(70.0 / speed_up(2))
-    assert balanced.source == "net/full, NVIDIA A100"
-
-
-def test_finished_jobs_and_predictions_cost_nothing(prepared: Prepared) -> None:
+def test_finished_jobs_and_predictions_cost_nothing(prepared: Opened) -> None:
     measured(prepared, {"train": 10.0, "center": 40.0, "ten_crop": 4.0})
     before = forecast(prepared, 1)
     finish(prepared, "net/full")
-    without = forecast(again(prepared), 1)
+    without = forecast(prepared, 1)
     assert (without.jobs[0].seconds, without.jobs[0].begin, without.jobs[0].source) == (0.0, None, None)
     assert without.seconds == pytest.approx(before.seconds - before.jobs[0].seconds)
     for name in ("net/balanced", "net/accuracy"):
         finish(prepared, name)
-    assert forecast(again(prepared), 1).seconds == pytest.approx(before.prediction_seconds)
-    store = prepared.job_folder("net/accuracy") / "probabilities" / f"{'0' * 16}-test"
+    assert forecast(prepared, 1).seconds == pytest.approx(before.prediction_seconds)
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    store = prepared.job_folder("net/accuracy") / "probabilities" / f"{sha256[:16]}-test"
     commit.write(store, lambda folder: None, {})
-    assert forecast(again(prepared), 1).seconds == 0.0
+    assert forecast(prepared, 1).seconds == 0.0
 
 
-def test_a_job_on_its_way_costs_what_lies_behind_its_newest_checkpoint(prepared: Prepared) -> None:
+def test_a_job_on_its_way_costs_what_lies_behind_its_newest_checkpoint(prepared: Opened) -> None:
     measured(prepared, {"train": 10.0, "center": 40.0, "ten_crop": 4.0})
     for step in (5, 7):  # of 15; an epoch has 5
         (prepared.job_folder("net/full") / "resume" / f"step-{step:010d}").mkdir(parents=True)
@@ -153,7 +142,7 @@ def test_a_job_on_its_way_costs_what_lies_behind_its_newest_checkpoint(prepared:
     assert full.seconds == pytest.approx(8 * 4 / 10 + 2 * len(prepared.catalogue.val) / 40)
 
 
-def test_without_a_rate_there_is_no_total_and_it_is_said_of_what(prepared: Prepared) -> None:
+def test_without_a_rate_there_is_no_total_and_it_is_said_of_what(prepared: Opened) -> None:
     told(prepared, "net/full", 10.0)
     found = forecast(prepared, 1)
     assert (found.seconds, found.gpu_hours, found.lower_bound_seconds, found.workers) == (None, None, None, [])
@@ -168,7 +157,7 @@ def test_what_is_made_for_a_job_is_counted_where_it_can_be_and_named_where_not(t
     sets = ['stages.balanced.duplicates="drop"', 'stages.accuracy.objective="distillation"']
     prepared = prepare(tmp_path, *sets, 'stages.accuracy.teachers=["net/full"]')
     measured(prepared, {"train": 10.0, "center": 40.0, "ten_crop": 4.0})
-    assert forecast(prepared, 1).missing == ["net/balanced hashes"]
+    assert forecast(prepared, 1).missing == ["hashes"]
     commit.write(prepared.places.storage / "hashes" / prepared.catalogue.fingerprint, lambda folder: None, {})
     found = forecast(prepared, 1)
     alone = sum(job.seconds for job in found.jobs) + found.prediction_seconds
@@ -181,7 +170,7 @@ def test_a_job_that_is_wider_than_the_gpus_is_refused(tmp_path: Path, photos: Pa
         forecast(prepare(tmp_path, "cluster.workers=4"), 2)
 
 
-def test_other_widths_are_those_that_a_batch_can_be_dealt_to(prepared: Prepared) -> None:
+def test_other_widths_are_those_that_a_batch_can_be_dealt_to(prepared: Opened) -> None:
     measured(prepared, {"train": 10.0, "center": 40.0, "ten_crop": 4.0})
     found = forecast(prepared, 6)
     assert [width.workers for width in found.workers] == [1, 2, 4], "batches are of 4"
@@ -210,47 +199,57 @@ def test_what_changes_the_cost_of_a_step_is_measured_anew_and_nothing_else(tmp_p
         assert not digests(other) & before
 
 
-def test_a_damaged_file_of_rates_tells_nothing(prepared: Prepared) -> None:
+def test_a_damaged_file_of_rates_tells_nothing(prepared: Opened) -> None:
     measured(prepared, {"train": 10.0, "center": 40.0, "ten_crop": 4.0})
     (prepared.folder / rates.FILE).write_text("{")
     assert forecast(prepared, 1).seconds is None
 
 
+def target(name: str, needs: Iterable[Target], gpus: int) -> Target:
+    return Target(
+        kind="training",
+        name=name,
+        facts={},
+        place=name,
+        make=lambda target, context: (),
+        needs={"needs": tuple(needs)},
+        resources=Resources(1, gpus),
+    )
+
+
 @st.composite
-def bills(draw: st.DrawFn) -> list[Cost]:
-    """Up to 12 tasks that fit on the GPUs, each needing some of those before it."""
-    names = [f"task {number}" for number in range(draw(st.integers(1, 12)))]
-    costs = []
-    for place, name in enumerate(names):
-        needs = draw(st.sets(st.sampled_from(names[:place]), max_size=2)) if place else set()
+def works(draw: st.DrawFn) -> list[Estimate]:
+    """Up to 12 targets that fit on the GPUs, each needing some of those before it."""
+    found: list[Estimate] = []
+    for number in range(draw(st.integers(1, 12))):
+        before = [work.target for work in found]
+        needs = draw(st.sets(st.sampled_from(before), max_size=2)) if before else set()
         seconds = draw(st.floats(0, 1e6, allow_subnormal=False))
-        step = Step(name, "train", name, tuple(sorted(needs)), Share(1, draw(st.integers(0, GPUS))))
-        costs.append(Cost(step, seconds))
-    return costs
+        found.append(Estimate(target(f"target {number}", needs, draw(st.integers(0, GPUS))), seconds))
+    return found
 
 
-@given(bills(), st.integers(0, 12), st.none() | st.integers(1, 3))
+@given(works(), st.none() | st.integers(1, 3))
 def test_no_schedule_beats_the_bound_takes_more_gpus_or_begins_before_its_needs(
-    costs: list[Cost], first: int, most: int | None
+    works: list[Estimate], most: int | None
 ) -> None:
-    phases = [costs[:first], costs[first:]]
-    spans = simulate(phases, GPUS, most)
-    assert set(spans) == {cost.step.name for cost in costs}
-    assert max(end for _, end in spans.values()) >= lower_bound(costs, GPUS) * (1 - 1e-9)
-    for cost in costs:
-        begin, end = spans[cost.step.name]
-        assert end == begin + cost.seconds
-        assert all(spans[need][1] <= begin for need in cost.step.needs)
-        at_once = [c for c in costs if spans[c.step.name][0] <= begin < spans[c.step.name][1]]
-        assert sum(c.step.share.gpus for c in at_once) <= GPUS
+    spans = simulate(works, GPUS, most)
+    assert set(spans) == {work.target.name for work in works}
+    assert max(end for _, end in spans.values()) >= lower_bound(works, GPUS) * (1 - 1e-9)
+    for work in works:
+        begin, end = spans[work.target.name]
+        assert end == begin + work.seconds
+        assert all(spans[need.name][1] <= begin for need in work.target.needed())
+        at_once = [w for w in works if spans[w.target.name][0] <= begin < spans[w.target.name][1]]
+        assert sum(w.target.resources.gpus for w in at_once) <= GPUS
         assert most is None or len(at_once) <= most
 
 
-@given(bills())
-def test_a_chain_takes_its_sum_and_no_less_is_possible(costs: list[Cost]) -> None:
-    costs = [replace(cost, step=replace(cost.step, needs=())) for cost in costs[:1]] + costs[1:]
-    chain = [replace(c, step=replace(c.step, needs=(b.step.name,))) for b, c in pairwise(costs)]
-    spans = simulate([[costs[0], *chain]], GPUS)
-    total = sum(cost.seconds for cost in costs)
-    assert max(end for _, end in spans.values()) == pytest.approx(total)
-    assert lower_bound([costs[0], *chain], GPUS) == pytest.approx(total)
+@given(st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=12))
+def test_a_chain_takes_its_sum_and_no_less_is_possible(seconds: list[float]) -> None:
+    works: list[Estimate] = []
+    for number, some in enumerate(seconds):
+        works.append(Estimate(target(f"target {number}", [work.target for work in works[-1:]], 1), some))
+    spans = simulate(works, GPUS)
+    assert max(end for _, end in spans.values()) == pytest.approx(sum(seconds))
+    assert lower_bound(works, GPUS) == pytest.approx(sum(seconds))

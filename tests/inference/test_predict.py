@@ -34,7 +34,7 @@ def model() -> Classifier:
 def probabilities(
     model: Classifier, packages: Catalogue, views: Views, feed: Feed = FEED, resize: int = 41
 ) -> dict[int, torch.Tensor]:
-    batches = predict(model, packages.test, resize, 32, views, feed, torch.float32)
+    batches = predict(model, packages.test, resize, 32, views, feed)
     return {int(row): table[i] for rows, table in batches for i, row in enumerate(rows)}
 
 
@@ -84,7 +84,7 @@ def test_a_prediction_that_goes_on_after_its_first_shard_ends_with_the_same_byte
 
     def seen(rows: np.ndarray) -> Iterator[torch.Tensor]:
         asked.append(len(rows))
-        for _, block in predict(model, packages.test.take(rows), 41, 32, "ten_crop", FEED, torch.float32):
+        for _, block in predict(model, packages.test.take(rows), 41, 32, "ten_crop", FEED):
             yield block
 
     def interrupted(rows: np.ndarray) -> Iterator[torch.Tensor]:
@@ -103,6 +103,6 @@ def test_a_prediction_that_goes_on_after_its_first_shard_ends_with_the_same_byte
 @pytest.mark.parametrize("views", ["ten_crop", "center"])
 def test_batches_divide_the_rows_of_a_shard(model: Classifier, packages: Catalogue, views: Views) -> None:
     many = packages.test.take(np.arange(300) % 40)
-    sizes = [len(rows) for rows, _ in predict(model, many, 41, 32, views, FEED, torch.float32)]
+    sizes = [len(rows) for rows, _ in predict(model, many, 41, 32, views, FEED)]
     assert 256 % sizes[0] == 0
     assert set(sizes[:-1]) == {sizes[0]}

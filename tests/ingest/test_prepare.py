@@ -33,7 +33,7 @@ from aliprod.data.training_set import training_set
 from aliprod.errors import Failed, Refused
 from aliprod.ingest import stored
 from aliprod.ingest.check import check
-from aliprod.ingest.prepare import Prepared, PrepareProgress, prepare
+from aliprod.ingest.prepare import PreparedCatalogue, PrepareProgress, prepare
 from aliprod.ingest.stored import Settings
 from aliprod.recipe import Stage
 from aliprod.store import commit
@@ -48,9 +48,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def prepared(path: Path, out: Path, settings: Settings = DEFAULTS, **how: Any) -> Prepared:
+def prepared(path: Path, out: Path, settings: Settings = DEFAULTS, **how: Any) -> PreparedCatalogue:
     *_, done = prepare(path, out, settings, **how)
-    assert isinstance(done, Prepared)
+    assert isinstance(done, PreparedCatalogue)
     return done
 
 
@@ -170,7 +170,7 @@ def test_only_a_jpeg_that_is_as_it_shall_be_is_kept_byte_for_byte(
     image = Image.linear_gradient("L").resize(size).convert(options.get("mode", "RGB"))
     image.save(tmp_path / "picture", options.get("format", "JPEG"), exif=exif, comment=b"private")
     before = (tmp_path / "picture").read_bytes()
-    after = stored.stored(before, Settings())
+    after = stored.stored(before, decode(before), Settings())
     assert (after == before) is kept
     if not kept:
         assert b"private" not in after
@@ -181,7 +181,8 @@ def test_only_a_jpeg_that_is_as_it_shall_be_is_kept_byte_for_byte(
 def test_a_picture_is_never_enlarged_and_keeps_its_ratio(width: int, height: int, short_side: int) -> None:
     file = stored.io.BytesIO()
     Image.new("RGB", (width, height)).save(file, "PNG")
-    image = decode(stored.stored(file.getvalue(), Settings(short_side=short_side)))
+    content = file.getvalue()
+    image = decode(stored.stored(content, decode(content), Settings(short_side=short_side)))
     assert min(image.size) == min(width, height, short_side)
     scale = min(image.size) / min(width, height)
     assert abs(max(image.size) - max(width, height) * scale) <= 0.5
@@ -190,7 +191,8 @@ def test_a_picture_is_never_enlarged_and_keeps_its_ratio(width: int, height: int
 def test_a_picture_that_no_jpeg_can_hold_is_made_smaller_still() -> None:
     file = stored.io.BytesIO()
     Image.new("RGB", (70_000, 20)).save(file, "PNG")
-    assert decode(stored.stored(file.getvalue(), Settings())).size == (65_500, 19)
+    content = file.getvalue()
+    assert decode(stored.stored(content, decode(content), Settings())).size == (65_500, 19)
 
 
 def test_a_catalogue_comes_back_as_it_went_in(packages: Catalogue, tmp_path: Path, small_shards: None) -> None:
@@ -270,7 +272,7 @@ def test_a_killed_call_goes_on_to_the_same_bytes(
     torn = tmp_path / ".out.preparing/train-00000/train-00000.parquet"
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")  # found, but not as it was left
     *progress, done = prepare(packages.root, out, Settings())
-    assert isinstance(done, Prepared)
+    assert isinstance(done, PreparedCatalogue)
     assert isinstance(progress[-1], PrepareProgress)
     assert progress[-1].found == 8 * (shards_done - 1)
     prepared(packages.root, tmp_path / "undisturbed")

@@ -1,4 +1,4 @@
-"""recogniser: the seed's backbones as feature maps, and a head without bias."""
+"""classifier: the seed's backbones as feature maps, and a head without bias."""
 
 import pytest
 import timm

@@ -23,7 +23,7 @@ CLASSES = Classes((3, 17, 50029), ("banana", "キウイ", ""))
 CONFIG = Config(NETWORK, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bilinear", 40, 32, "net/full", "0123", 2, 0.25, True)
 
 
-def recogniser(
+def classifier(
     seed: int, network: str = NETWORK, num_classes: int = 3, branches: int = 1, unit_weights: bool = False
 ) -> Classifier:
     torch.manual_seed(seed)
@@ -36,7 +36,7 @@ def recogniser(
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    fill = partial(weights.save, tensors=recogniser(0).state_dict(), config=CONFIG, classes=CLASSES)
+    fill = partial(weights.save, tensors=classifier(0).state_dict(), config=CONFIG, classes=CLASSES)
     commit.write(tmp_path / "weights", fill)
     return tmp_path / "weights"
 
@@ -47,28 +47,28 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_weights_configuration_and_classes_come_back_to_the_bit(saved: Path) -> None:
     model, config, classes = weights.load(saved)
-    assert same(model.state_dict(), recogniser(0).state_dict())
+    assert same(model.state_dict(), classifier(0).state_dict())
     assert (config, classes) == (CONFIG, CLASSES)
     assert not model.training
 
 
 def test_channels_last_weights_are_saved_in_the_usual_order(tmp_path: Path) -> None:
-    model = recogniser(0).to(memory_format=torch.channels_last)
+    model = classifier(0).to(memory_format=torch.channels_last)
     weights.save(tmp_path, model.state_dict(), CONFIG, CLASSES)
-    assert same(load_file(tmp_path / "model.safetensors"), recogniser(0).state_dict())
+    assert same(load_file(tmp_path / "model.safetensors"), classifier(0).state_dict())
 
 
 def test_a_child_takes_its_parents_backbone_and_head(saved: Path) -> None:
-    child = recogniser(1)
+    child = classifier(1)
     load_parent(child, saved, (3, 17, 50029))
-    assert same(child.state_dict(), recogniser(0).state_dict())
+    assert same(child.state_dict(), classifier(0).state_dict())
 
 
 def test_a_parent_of_as_many_other_classes_is_refused(saved: Path) -> None:
-    child = recogniser(1)
+    child = classifier(1)
     with pytest.raises(Refused, match="was trained on another class list"):
         load_parent(child, saved, (3, 17, 42))
-    assert same(child.state_dict(), recogniser(1).state_dict())
+    assert same(child.state_dict(), classifier(1).state_dict())
 
 
 @pytest.mark.parametrize(("network", "num_classes"), [("test_efficientnet.r160_in1k", 3), (NETWORK, 4)])
@@ -76,7 +76,7 @@ def test_weights_of_another_network_or_number_of_classes_are_refused(
     saved: Path, network: str, num_classes: int
 ) -> None:
     with pytest.raises(Refused, match=rf"model.safetensors: is not of {network}: \d+ of its \d+ tensors are missing"):
-        weights.load_into(recogniser(1, network, num_classes), saved)
+        load_parent(classifier(1, network, num_classes), saved, CLASSES.ids)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "classes.json", "manifest.json"])
@@ -91,7 +91,7 @@ def test_a_flipped_bit_in_any_file_is_refused(saved: Path, name: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04."], ids=["empty", "torn", "pickle"])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "classes.json"])
 def test_a_strangers_damaged_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
-    weights.save(tmp_path, recogniser(0).state_dict(), CONFIG, CLASSES)
+    weights.save(tmp_path, classifier(0).state_dict(), CONFIG, CLASSES)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Refused):
         weights.load(tmp_path)
@@ -111,10 +111,10 @@ class Trap:
 def test_no_pickle_is_ever_opened(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.safetensors").write_bytes(pickle.dumps(Trap()))
-    torch.save(recogniser(0).state_dict(), tmp_path / "net.pth")
+    torch.save(classifier(0).state_dict(), tmp_path / "net.pth")
     for file in ("net.safetensors", "net.pth"):
         with pytest.raises(Refused, match="holds no pretrained weights"):
-            load_pretrained(recogniser(0), tmp_path / file)
+            load_pretrained(classifier(0), tmp_path / file)
     assert not (tmp_path / "trapped").exists()
 
 
@@ -129,26 +129,26 @@ def pretrained(tmp_path: Path, network: str, without: str = "-") -> Path:
 @pytest.mark.parametrize("without", ["-", "num_batches_tracked"], ids=["whole", "without counters"])
 def test_a_pretrained_file_fills_the_backbone_and_leaves_the_head(tmp_path: Path, without: str) -> None:
     file = pretrained(tmp_path, NETWORK, without)
-    model = recogniser(1)
+    model = classifier(1)
     load_pretrained(model, pretrained_file(NETWORK, str(tmp_path)))
     tensors = load_file(file)
     for name, tensor in model.backbone.state_dict().items():
         if name in tensors:
             assert torch.equal(tensor, tensors[name])
-    assert torch.equal(model.classifier.weight, recogniser(1).classifier.weight)
+    assert torch.equal(model.classifier.weight, classifier(1).classifier.weight)
 
 
 def test_a_pretrained_file_of_another_network_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     file = pretrained(tmp_path, "test_efficientnet.r160_in1k")
-    model = recogniser(1)
+    model = classifier(1)
     with pytest.raises(Refused, match=rf"is not of {NETWORK}: \d+ of its \d+ tensors are missing or of another shape"):
         load_pretrained(model, file)
-    assert same(model.state_dict(), recogniser(1).state_dict())
+    assert same(model.state_dict(), classifier(1).state_dict())
 
 
 def test_a_missing_pretrained_file_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="holds no pretrained weights for test_resnet") as raised:
-        load_pretrained(recogniser(1), tmp_path / "none.safetensors")
+        load_pretrained(classifier(1), tmp_path / "none.safetensors")
     assert 'Set pretrained = "PATH"' in raised.value.advice
 
 
@@ -175,8 +175,8 @@ def images() -> Tensor:
 @pytest.mark.parametrize("network", [NETWORK, "legacy_seresnet18", "test_efficientnet"])
 @torch.inference_mode()
 def test_two_branches_answer_as_the_plain_parent_that_they_come_from(tmp_path: Path, network: str) -> None:
-    parent = recogniser(0, network).eval()
-    child = recogniser(1, network, branches=2).eval()
+    parent = classifier(0, network).eval()
+    child = classifier(1, network, branches=2).eval()
     assert not torch.allclose(child(images()), parent(images()))
     load_parent(child, saved_as(tmp_path / "parent", parent), CLASSES.ids)
     trunk = child.trunk(images())
@@ -188,12 +188,12 @@ def test_two_branches_answer_as_the_plain_parent_that_they_come_from(tmp_path: P
 @pytest.mark.parametrize("branches", [1, 2])
 @torch.inference_mode()
 def test_branches_and_unit_rows_come_back_from_disk(tmp_path: Path, branches: int, unit_weights: bool) -> None:
-    model = recogniser(0, branches=branches, unit_weights=unit_weights).eval()
+    model = classifier(0, branches=branches, unit_weights=unit_weights).eval()
     loaded, config, _ = weights.load(saved_as(tmp_path / "weights", model))
     assert (config.branches, config.unit_weights) == (branches, unit_weights)
     assert same(loaded.state_dict(), model.state_dict())
     assert torch.equal(loaded(images()), model(images()))
-    child = recogniser(1, branches=branches, unit_weights=unit_weights).eval()
+    child = classifier(1, branches=branches, unit_weights=unit_weights).eval()
     load_parent(child, tmp_path / "weights", CLASSES.ids)
     assert torch.equal(child(images()), model(images()))
 
@@ -201,25 +201,25 @@ def test_branches_and_unit_rows_come_back_from_disk(tmp_path: Path, branches: in
 @torch.inference_mode()
 @pytest.mark.parametrize("branches", [1, 2])
 def test_a_plain_child_answers_as_its_parent_of_unit_rows(tmp_path: Path, branches: int) -> None:
-    parent = recogniser(0, unit_weights=True).eval()
-    child = recogniser(1, branches=branches).eval()
+    parent = classifier(0, unit_weights=True).eval()
+    child = classifier(1, branches=branches).eval()
     load_parent(child, saved_as(tmp_path / "parent", parent), CLASSES.ids)
     torch.testing.assert_close(child(images()), parent(images()))
 
 
 def test_weights_of_two_branches_do_not_fit_a_plain_child(tmp_path: Path) -> None:
-    parent = saved_as(tmp_path / "parent", recogniser(0, branches=2))
-    child = recogniser(1)
+    parent = saved_as(tmp_path / "parent", classifier(0, branches=2))
+    child = classifier(1)
     with pytest.raises(Refused, match=rf"is not of {NETWORK}: \d+ of its \d+ tensors are missing or of another shape"):
         load_parent(child, parent, CLASSES.ids)
-    assert same(child.state_dict(), recogniser(1).state_dict())
+    assert same(child.state_dict(), classifier(1).state_dict())
 
 
 @pytest.mark.parametrize("without", ["-", "num_batches_tracked"], ids=["whole", "without counters"])
 @torch.inference_mode()
 def test_a_pretrained_file_fills_every_branch_and_leaves_the_head(tmp_path: Path, without: str) -> None:
     file = pretrained(tmp_path, NETWORK, without)
-    plain, double = recogniser(1).eval(), recogniser(1, branches=2).eval()
+    plain, double = classifier(1).eval(), classifier(1, branches=2).eval()
     head = double.classifier.weight.clone()
     for model in (plain, double):
         load_pretrained(model, file)

@@ -274,9 +274,9 @@ def test_what_is_saved_after_training_is_the_plain_backbone_and_its_classifier(p
     plain = timm.create_model("test_resnet", num_classes=0, global_pool="")
     expected = {f"backbone.{name}": value.shape for name, value in plain.state_dict().items()}
     expected["classifier.weight"] = (packages.num_classes, plain.num_features)
-    assert {name: value.shape for name, value in progress.end.best.tensors.items()} == expected
+    assert {name: value.shape for name, value in progress.state.best.tensors.items()} == expected
     config = weights.Config("test_resnet", (0.5,) * 3, (0.2,) * 3, "bilinear", 64, 64)
-    weights.save(tmp_path, progress.end.best.tensors, config, weights.Classes(tuple(packages.classes.tolist())))
+    weights.save(tmp_path, progress.state.best.tensors, config, weights.Classes(tuple(packages.classes.tolist())))
     model, *_ = weights.load(tmp_path)
     parameters = sum(parameter.numel() for parameter in plain.parameters())
     assert sum(p.numel() for p in model.parameters()) == parameters + packages.num_classes * plain.num_features

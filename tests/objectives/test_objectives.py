@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aliprod.errors import Refused
-from aliprod.objectives import Context, Needs, build, needs_of, reduced
+from aliprod.objectives import Context, build, needs_of, reduced
 from aliprod.plan import options
 
 NAMES = [
@@ -66,7 +66,14 @@ def test_a_weight_counts_in_the_class_loss_alone(name, context, model_for, batch
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_needs_of_an_objective_are_read_without_importing_it(name):
-    assert Needs(**options.needs(name)) == needs_of(name)
+    assert options.needs(name) == needs_of(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [*((name, OPTIONS.get(name, {})) for name in NAMES), ("lio", {"positives": 5})]
+)
+def test_the_needs_that_options_change_are_read_as_they_are_set(name, given, context):
+    assert options.needs(name, given) == build(name, given, context).needs
 
 
 @pytest.mark.parametrize("name", NAMES)

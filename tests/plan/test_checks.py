@@ -166,3 +166,29 @@ def test_branches_that_go_on_as_branches_fit(load_text: Load, small: str) -> Non
     longer = text.replace("[stages.more]", '[stages.again]\nstart = "more"\nobjective = "bbn"\n\n[stages.more]')
     plan = load_text(longer.replace('"dcl", "more"]', '"dcl", "more", "again"]'))
     assert plan.parents("net-b3/again") == ("net-b3/more",)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "at", "meant"),
+    [
+        ('net-b3 = ["full", "dcl"]', 'net-b3 = ["full", "dlc"]', "net-b3 = [", "dcl"),
+        ('net-b3 = ["full", "dcl"]', 'net-b4 = ["full", "dcl"]', "net-b4 = [", "net-b3"),
+    ],
+)
+def test_a_misspelt_name_in_jobs_leaves_what_says_it_right(
+    load_text: Load, small: str, tmp_path: Path, old: str, new: str, at: str, meant: str
+) -> None:
+    taught = f'[stages.full]\n{DISTILLED}\nteachers = ["net-b3/dcl"]'
+    text = small.replace(old, new).replace("[stages.full]", taught).replace('start = "full"\n', "")
+    message = refusal(load_text, text)
+    assert message.startswith(f"{tmp_path / 'plan.toml'}, line {line(text, at)}: "), "the one problem"
+    assert f"Did you mean {meant}?" in message
+
+
+def test_a_misspelt_member_is_compared_with_what_jobs_mean(load_text: Load, small: str) -> None:
+    text = small.replace('net-b3 = ["full", "dcl"]', 'net-b3 = ["full", "dlc"]').replace(
+        '"net-b3/dcl"', '"net-b3/dcll"'
+    )
+    message = refusal(load_text, text.replace('[overrides."net-b3/dcll"]', '[overrides."net-b3/dcl"]'))
+    assert "Did you mean net-b3/dcl?" in message
+    assert "net-b3/dlc" not in message

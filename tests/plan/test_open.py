@@ -8,8 +8,8 @@ import pytest
 
 from aliprod.catalogue import sources
 from aliprod.errors import Refused
-from aliprod.plan import graph
-from aliprod.plan.open import Request, open_jobs
+from aliprod.plan.jobs import jobs_of
+from aliprod.plan.open import Request, open_plan
 from aliprod.plan.places import resolve
 from aliprod.plan.schema import Plan
 
@@ -26,7 +26,8 @@ def opened(load_text: Callable[..., Plan], small: str, tmp_path: Path) -> Callab
 
 
 def test_without_its_catalogue_a_plan_has_jobs_without_keys_and_says_so(opened: Callable[..., Request]) -> None:
-    jobs, note = open_jobs(opened())
+    found = open_plan(opened())
+    jobs, note = found.jobs, found.note
     assert list(jobs) == ["resnet/full", "resnet/dcl", "net-b3/full", "net-b3/dcl"]
     assert {job.key for job in jobs.values()} == {None}
     assert "pictures" in note
@@ -34,7 +35,7 @@ def test_without_its_catalogue_a_plan_has_jobs_without_keys_and_says_so(opened: 
 
 
 def test_a_catalogue_that_is_to_be_rendered_is_not_missed(opened: Callable[..., Request], small: str) -> None:
-    _, note = open_jobs(opened(small.replace('path = "pictures"', "synth = { classes = 2, images = 9 }")))
+    note = open_plan(opened(small.replace('path = "pictures"', "synth = { classes = 2, images = 9 }"))).note
     assert "the first run renders it" in note
 
 
@@ -43,18 +44,19 @@ def test_beside_its_catalogue_every_job_has_the_key_of_that_catalogue(
 ) -> None:
     shutil.copytree(shared / "data" / "tiny", tmp_path / "pictures")
     request = opened()
-    jobs, note = open_jobs(request)
+    found = open_plan(request)
+    jobs, note = found.jobs, found.note
     assert note == ""
-    assert jobs == graph.jobs(request.plan, sources.read(shared / "data" / "tiny").fingerprint)
+    assert jobs == jobs_of(request.plan, sources.read(shared / "data" / "tiny").fingerprint)
     assert len({job.key for job in jobs.values()} - {None}) == len(jobs)
 
 
 def test_what_is_there_and_no_catalogue_is_refused(opened: Callable[..., Request], tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     with pytest.raises(Refused, match="holds no catalogue") as refused:
-        open_jobs(opened())
+        open_plan(opened())
     assert refused.value.where == str(tmp_path / "pictures")
     (tmp_path / "pictures").rmdir()
     (tmp_path / "pictures").write_text("a file")
     with pytest.raises(Refused, match="is a file, not the folder of a catalogue"):
-        open_jobs(opened())
+        open_plan(opened())

@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from aliprod.plan.options import complete, names, options
+from aliprod.errors import Refused
+from aliprod.plan.options import complete, names, needs, options
+from aliprod.recipe import Needs
 
 MARGIN = """
 import torch_that_is_not_there
@@ -20,6 +23,15 @@ class Objective:
 """
 
 
+GROUPS = """
+class Objective:
+    needs = Needs(tree=True)
+
+    def __init__(self, context, *, others: int = 3, paired: bool = False) -> None:
+        self.needs = Needs(tree=True, group=2 * others if paired else others + 1)
+"""
+
+
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A user's package whose import would raise."""
@@ -27,6 +39,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "margin.py").write_text(MARGIN)
+    (package / "groups.py").write_text(GROUPS)
     (package / "torn.py").write_text("class Objective(")
     monkeypatch.syspath_prepend(tmp_path)
     options.cache_clear()
@@ -41,9 +54,9 @@ def test_the_seeds_objectives_are_offered() -> None:
 def test_a_signature_is_read_without_importing_the_module(module: str) -> None:
     known = options(module)
     assert known is not None
-    assert list(known) == ["margin", "blend", "law", "soft", "table", "scale"]
-    assert known["margin"].required
-    assert not known["blend"].required
+    assert list(known.model_fields) == ["margin", "blend", "law", "soft", "table", "scale"]
+    assert known.model_fields["margin"].is_required()
+    assert not known.model_fields["blend"].is_required()
     assert "package_of_mine" not in sys.modules
 
 
@@ -60,9 +73,15 @@ def test_a_signature_is_read_without_importing_the_module(module: str) -> None:
 def test_values_are_checked_against_the_annotation(
     module: str, option: str, right: list[object], wrong: list[object]
 ) -> None:
-    known = options(module) or {}
-    assert all(known[option].accepts(value) for value in right)
-    assert not any(known[option].accepts(value) for value in wrong)
+    def accepts(value: object) -> bool:
+        try:
+            complete(module, {"margin": 1.0, option: value})
+        except ValidationError:
+            return False
+        return True
+
+    assert all(accepts(value) for value in right)
+    assert not any(accepts(value) for value in wrong)
 
 
 def test_completed_options_hold_the_defaults_and_floats_where_floats_are_meant(module: str) -> None:
@@ -70,6 +89,23 @@ def test_completed_options_hold_the_defaults_and_floats_where_floats_are_meant(m
     assert done == {"blend": 2, "law": "paper", "soft": True, "table": [1.0], "scale": 2.0, "margin": 1.0}
     assert type(done["margin"]) is float
     assert type(done["blend"]) is int
+
+
+@pytest.mark.parametrize(
+    ("given", "group"), [(None, 1), ({}, 4), ({"others": 1}, 2), ({"others": 2, "paired": True}, 4)]
+)
+def test_needs_are_arithmetic_of_options(module: str, given: dict[str, object] | None, group: int) -> None:
+    assert needs("package_of_mine.groups", given) == Needs(tree=True, group=group)
+
+
+@pytest.mark.parametrize("said", ["len(others)", "others.real", "GROUP", "others // 0", "'1' + others"])
+def test_needs_that_are_no_arithmetic_are_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    (tmp_path / "margin.py").write_text(GROUPS.replace("2 * others if paired else others + 1", said))
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    with pytest.raises(Refused, match="needs cannot be read: "):
+        needs(f"{tmp_path.name}.margin", {})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aliprod.plan.load import load
-from aliprod.plan.places import SUBMITTED, catalogue_path, resolve
+from aliprod.plan.places import SUBMITTED, catalogue_path, default_storage, resolve
 from aliprod.plan.schema import Plan
 
 VARIABLES = ("ALIPROD_STORAGE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", SUBMITTED)
@@ -101,3 +101,15 @@ def test_a_path_is_all_that_changes_where_a_plan_renders_its_catalogue() -> None
     quickstart = Path(__file__).resolve().parents[2] / "jobs" / "quickstart.toml"
     plan = load(quickstart, ["catalogue.path=photos"])
     assert catalogue_path(plan, resolve(plan, None, None, None)) == Path("photos").absolute()
+
+
+def test_the_storage_folder_is_the_flags_then_the_environments_then_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("ALIPROD_STORAGE", raising=False)
+    assert default_storage() == tmp_path / "runs"
+    monkeypatch.setenv("ALIPROD_STORAGE", "~/results")
+    assert default_storage() == tmp_path / "home" / "results"
+    assert default_storage(Path("~/mine")) == tmp_path / "home" / "mine"

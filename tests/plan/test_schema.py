@@ -1,16 +1,11 @@
-"""How tables of settings become a stage; the reference is the schema's."""
+"""How tables of settings become a stage."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aliprod.plan.schema import merged
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_weakest_is_the_default_then_stage_backbone_and_job(load_text: Any, small: str) -> None:
@@ -58,9 +53,3 @@ def test_merging_in_two_steps_gives_the_same_and_changes_no_table(first: Any, se
 def test_the_last_word_wins(table: Any) -> None:
     assert merged(table, {"epochs": 3})["epochs"] == 3
     assert merged(table, {}) == table == merged({}, table)
-
-
-def test_the_reference_is_up_to_date() -> None:
-    """`python -m aliprod.plan.reference > docs/plan.md` makes it."""
-    printed = subprocess.check_output([sys.executable, "-m", "aliprod.plan.reference"], text=True)
-    assert (ROOT / "docs" / "plan.md").read_text(encoding="utf-8") == printed

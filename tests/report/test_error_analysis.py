@@ -1,4 +1,4 @@
-"""What an ensemble gets wrong: counted, and never more or less than there is."""
+"""Error analysis of an ensemble: counted, and never more or less than there is."""
 
 import itertools
 from pathlib import Path

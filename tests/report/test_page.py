@@ -12,9 +12,8 @@ from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.sources import read
 from aliprod.ensemble.add import write_ensemble
 from aliprod.inference import probabilities
-from aliprod.plan import ledger
 from aliprod.plan.load import load
-from aliprod.plan.open import Request, open_jobs
+from aliprod.plan.open import Request, open_plan
 from aliprod.plan.places import resolve
 from aliprod.report import page
 from aliprod.store import commit
@@ -77,9 +76,10 @@ def ended(request: Request) -> None:
     folder = request.places.storage / "shop"
     probabilities.write(folder / "m", catalogue.test.ids, catalogue.classes, lambda missing: [rows[missing]])
     write_ensemble(folder / "ensemble", [probabilities.open_store(folder / "m")], record={"split": "test"})
-    jobs, _ = open_jobs(request)
+    opened = open_plan(request)
+    jobs = opened.jobs
     for number, job in enumerate(jobs.values()):
-        kept = ledger.folder(request.places.storage, job)
+        kept = opened.job_folder(job.name)
         lines = [
             {"epoch": epoch, "time_ms": 1000 * epoch, "val/top1_error": 0.75 - 0.25 * epoch - 0.125 * number}
             for epoch in range(2)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aliprod.plan import ledger
-from aliprod.plan.events import Changed, Ended, Reported, Said
-from aliprod.plan.graph import Job, jobs
+from aliprod.build.events import Changed, Ended, Reported, Said
+from aliprod.plan.jobs import Job, jobs_of
 from aliprod.plan.load import load
+from aliprod.plan.open import Opened
 from aliprod.plan.places import Places, resolve
 from aliprod.plan.schema import Plan
 from aliprod.report import status
@@ -37,10 +37,14 @@ class Shop:
         (folder / "plan.toml").write_text(PLAN)
         self.plan: Plan = load(folder / "plan.toml")
         self.places: Places = resolve(self.plan, folder / "runs", None, None)
-        self.jobs: dict[str, Job] = jobs(self.plan, "0" * 64)
+        self.jobs: dict[str, Job] = jobs_of(self.plan, "0" * 64)
+
+    @property
+    def opened(self) -> Opened:
+        return Opened(self.plan, PLAN, self.places, None, self.jobs)
 
     def folder(self, name: str) -> Path:
-        return ledger.folder(self.places.storage, self.jobs[name])
+        return self.opened.job_folder(name)
 
     def told(self, pid: int, host: str = os.uname().nodename, **states: str) -> None:
         file = self.places.of(self.plan) / "state.json"
@@ -58,7 +62,7 @@ class Shop:
         commit.write(self.folder(name) / "weights", lambda new: (new / "model").touch(), {"top1_error": error})
 
     def states(self) -> dict[str, dict[str, Any]]:
-        return {row["name"]: row for row in status.states(self.plan, self.jobs, self.places)}
+        return {row["name"]: row for row in status.states(self.opened)}
 
 
 @pytest.fixture
@@ -157,7 +161,7 @@ def test_a_damaged_file_of_states_tells_nothing(shop: Shop, text: str) -> None:
 
 
 def test_jobs_without_keys_wait(shop: Shop) -> None:
-    shop.jobs = jobs(shop.plan, None)
+    shop.jobs = jobs_of(shop.plan, None)
     assert [(row["key"], row["state"]) for row in shop.states().values()] == [(None, "waiting")] * 2
 
 

@@ -1,5 +1,6 @@
 """trace: a submission tells what it was made of, by its bytes alone."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,13 @@ def test_a_changed_byte_is_refused_and_nothing_is_guessed(submission: Path, tmp_
 def test_what_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(Refused, match="cannot be read"):
         lineage.find(tmp_path / name, tmp_path)
+
+
+def test_no_password_of_an_address_is_kept_or_shown(submission: Path, tmp_path: Path) -> None:
+    told = ORIGIN | {"settings": {"tracking_uri": "https://me:s3cr@t@host/x", "path": "s3://shop/a@b"}}
+    expected = ORIGIN | {"settings": {"tracking_uri": "https://host/x", "path": "s3://shop/a@b"}}
+    lineage.keep(submission, told)
+    (record,) = (tmp_path / "storage").glob("shop/submissions/*.json")
+    assert "s3cr" not in record.read_text()
+    record.write_text(json.dumps(told))  # as it was written before
+    assert lineage.find(submission, tmp_path / "storage") == expected

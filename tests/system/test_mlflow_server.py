@@ -16,12 +16,14 @@ from textwrap import dedent
 import pytest
 from mlflow import MlflowClient
 
+from aliprod.build.events import JobState
 from aliprod.errors import Unreachable
-from aliprod.plan import ledger
-from aliprod.plan.graph import Job
+from aliprod.plan.jobs import Job
 from aliprod.recipe import Stage
 from aliprod.store import commit
-from aliprod.tracking.runs import Tracking
+from aliprod.store.layout import job_folder
+from aliprod.tracking.runs import JobProgress, PlanProgress
+from aliprod.tracking.sync import Tracking
 
 EPOCHS = 60
 
@@ -86,12 +88,13 @@ class Story:
     unsent_after: list[str] = field(default_factory=list)
     dead_drivers_unsent: list[str] = field(default_factory=list)
 
-    def write(self, name: str) -> Path:
-        """What the training of a job leaves in the storage path, the best epoch being the last."""
-        folder = ledger.folder(self.storage, self.jobs[name])
-        folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(record(epoch)) + "\n" for epoch in range(EPOCHS)))
-        commit.write(folder / "weights", lambda staging: fill(staging, name), {})
+    def write(self, name: str, until: int) -> Path:
+        """What the training of a job leaves in the storage path; weights at the end, the best epoch being the last."""
+        folder = job_folder(self.storage, name, str(self.jobs[name].key))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record(epoch)) + "\n" for epoch in range(until)))
+        if until == EPOCHS:
+            commit.write(folder / "weights", lambda staging: fill(staging, name), {})
         return folder
 
     def history(self, name: str) -> list[tuple[int, int, float]]:
@@ -121,30 +124,32 @@ def fill(folder: Path, content: str) -> None:
 def job(name: str, digit: str) -> Job:
     backbone, stage = name.split("/")
     network = "resnet50.tv_in1k"
-    return Job(name, backbone, network, stage, Stage(), (), None, (), member=True, key=digit * 64, content=None)
+    return Job(name, backbone, network, stage, Stage(), (), None, (), (), True, {"digit": digit})
+
+
+def shown(*jobs: JobProgress) -> PlanProgress:
+    return PlanProgress('name = "shop"\n', "0" * 64, "RUNNING", "| job |\n|---|\n", jobs)
 
 
 DRIVER = """
     import json, sys
     from pathlib import Path
-    from aliprod.plan.graph import Job
+    from aliprod.plan.jobs import Job
     from aliprod.recipe import Stage
-    from aliprod.tracking.runs import Tracking
+    from aliprod.tracking.runs import JobProgress, PlanProgress
+    from aliprod.tracking.sync import Tracking
 
     uri, folder = sys.argv[1:]
-    job = Job("resnet50/dcl", "resnet50", "resnet50.tv_in1k", "dcl", Stage(), (), None, (), True, "b" * 64, None)
-    records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    job = Job("resnet50/dcl", "resnet50", "resnet50.tv_in1k", "dcl", Stage(), (), None, (), (), True, {"digit": "b"})
     tracking = Tracking.connect(uri, "shop", None)
-    tracking.plan_started("", "1" * 64, "")
-    tracking.job_started(job, {"attempt": 1})
-    for record in records[:5]:
-        tracking.epoch(job, record)
+    show = lambda state: tracking.show(
+        PlanProgress("", "1" * 64, "RUNNING", "", (JobProgress(job, Path(folder), state, facts={"attempt": 1}),))
+    )
+    show("running")
     assert tracking.flush(60) == []
     print("sent", flush=True)
     input()  # meanwhile the server is killed
-    for record in records[5:]:
-        tracking.epoch(job, record)
-    tracking.job_finished(job, Path(folder))
+    show("finished")
     print(json.dumps(tracking.flush(1)), flush=True)
 """
 
@@ -164,9 +169,9 @@ def story(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Two drivers train a job each; the server is killed; one driver ends before it is back, the other after."""
     jobs = {"resnet50/full": job("resnet50/full", "a"), "resnet50/dcl": job("resnet50/dcl", "b")}
     story = Story(tmp_path_factory.mktemp("storage"), server.uri, jobs)
-    full, folder, others = jobs["resnet50/full"], story.write("resnet50/full"), story.write("resnet50/dcl")
+    full, dcl = jobs["resnet50/full"], jobs["resnet50/dcl"]
+    others = story.write(dcl.name, 5)
     tracking = Tracking.connect(server.uri, "shop", None, story.lines.append)
-    tracking.plan_started('name = "shop"\n', "0" * 64, "| job |\n|---|\n")
     dead = subprocess.Popen(
         [sys.executable, "-c", dedent(DRIVER), server.uri, str(others)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -175,29 +180,29 @@ def story(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Story:
     assert dead.stdout is not None
     assert dead.stdout.readline() == "sent\n"
 
-    def call(method, *arguments):
+    def show(state: JobState, until: int) -> None:
+        folder = story.write(full.name, until)
         began = time.monotonic()
-        method(*arguments)
+        tracking.show(shown(JobProgress(full, folder, state, facts={"attempt": 1})))
         story.slowest_call = max(story.slowest_call, time.monotonic() - began)
 
-    call(tracking.job_started, full, {"attempt": 1})
     for epoch in range(EPOCHS // 2):
-        call(tracking.epoch, full, record(epoch))
+        show("running", epoch + 1)
     while not story.history("resnet50/full"):
         time.sleep(0.02)
     server.signal(signal.SIGKILL)
     for epoch in range(EPOCHS // 2, EPOCHS):
-        call(tracking.epoch, full, record(epoch))
-    call(tracking.job_finished, full, folder)
+        show("running", epoch + 1)
+    show("finished", EPOCHS)
     story.unsent_while_away = tracking.flush(2)
+    story.write(dcl.name, EPOCHS)
     out, _ = dead.communicate("\n", timeout=60)
     story.dead_drivers_unsent = json.loads(out)
 
     server.start()
     story.unsent_after = tracking.flush(90)
     later = Tracking.connect(server.uri, "shop", None, story.lines.append)
-    later.plan_started('name = "shop"\n', "0" * 64, "| job |\n|---|\n")
-    later.job_finished(jobs["resnet50/dcl"], others)
+    later.show(shown(JobProgress(dcl, others, "reused")))
     story.unsent_after += later.flush(90)
     return story
 
@@ -221,7 +226,7 @@ def test_every_point_arrived_once_at_the_time_it_was_taken(story, name):
 
 @pytest.mark.parametrize("name", ["resnet50/full", "resnet50/dcl"])
 def test_each_job_is_complete_with_one_version_that_comes_back_byte_for_byte(story, name, tmp_path):
-    folder = ledger.folder(story.storage, story.jobs[name])
+    folder = job_folder(story.storage, name, str(story.jobs[name].key))
     run = story.run(name)
     assert run.data.tags["aliprod.result"] == commit.digest(folder / "weights")
     assert run.info.status == "FINISHED"

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from aliprod.plan.graph import Job
+from aliprod.plan.jobs import Job
 from aliprod.recipe import Stage
 from aliprod.store import commit
-from aliprod.tracking.runs import Tracking
+from aliprod.tracking.runs import JobProgress, PlanProgress
+from aliprod.tracking.sync import Tracking
 
 
 @dataclass
@@ -24,10 +26,20 @@ class Place:
     def uri(self) -> str:
         return f"sqlite:///{self.storage}/mlflow.db"
 
-    def driver(self, plan_hash: str = "0" * 64) -> Tracking:
+    def driver(self) -> Tracking:
         tracking = Tracking.connect(self.uri, "shop", self.storage / "mlartifacts", self.lines.append)
-        tracking.plan_started('name = "shop"\n', plan_hash, "| job | state |\n|---|---|\n")
+        self.show(tracking)
         return tracking
+
+    def show(self, tracking: Tracking, *jobs: JobProgress, **changes: Any) -> None:
+        """What a driver shows of a running plan with these jobs."""
+        table = "| job | state |\n|---|---|\n"
+        tracking.show(replace(PlanProgress('name = "shop"\n', "0" * 64, "RUNNING", table, jobs), **changes))
+
+    def metrics(self, *records: dict[str, float]) -> Path:
+        """A job's folder with epochs that its training has written."""
+        (self.storage / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return self.storage
 
 
 @pytest.fixture(scope="session")
@@ -47,14 +59,12 @@ def place(tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
 
 @pytest.fixture
 def job() -> Callable[..., Job]:
-    """Makes a job of a plan; its key is 64 times the given digit."""
+    """Makes a job of a plan; its key follows from the given digit."""
 
     def make(name: str = "resnet50/full", digit: str = "a", epochs: int = 3) -> Job:
         backbone, stage = name.split("/")
         stages = Stage(epochs=epochs)
-        return Job(
-            name, backbone, "resnet50.tv_in1k", stage, stages, (), None, (), member=True, key=digit * 64, content=None
-        )
+        return Job(name, backbone, "resnet50.tv_in1k", stage, stages, (), None, (), (), True, {"digit": digit})
 
     return make
 

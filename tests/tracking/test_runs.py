@@ -12,7 +12,9 @@ from mlflow import MlflowClient
 
 from aliprod.errors import Refused, Unreachable
 from aliprod.store import commit
-from aliprod.tracking.runs import Tracking
+from aliprod.tracking.registry import Choice
+from aliprod.tracking.runs import EnsembleResult, JobProgress
+from aliprod.tracking.sync import Tracking
 
 
 def run_of(client, kind, **tags):
@@ -45,12 +47,10 @@ def everything(client):
 def test_a_trained_job_is_a_run_below_the_plans_with_its_settings_and_every_point(place, job, trained):
     tracking, full = place.driver(), job()
     folder = trained(full)
-    tracking.job_started(full, {"attempt": 1})
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        tracking.epoch(full, record)
-    tracking.job_finished(full, folder)
-    assert tracking.flush(60) == []
+    for state in ("running", "finished"):
+        place.show(tracking, JobProgress(full, folder, state, facts={"attempt": 1}))
+        assert tracking.flush(60) == []
 
     client = MlflowClient(place.uri)
     run, plan = run_of(client, "job", key=full.key), run_of(client, "plan")
@@ -81,9 +81,9 @@ def test_a_reused_job_that_mlflow_lacks_is_sent_whole_and_the_second_time_writes
     seen = []
     for _ in range(3):
         tracking = place.driver()
-        tracking.job_finished(full, folder)
-        tracking.job_finished(full, folder)
-        assert tracking.flush(60) == []
+        for state in ("waiting", "reused", "reused"):
+            place.show(tracking, JobProgress(full, folder, state))
+            assert tracking.flush(60) == []
         seen.append(everything(client))
     assert seen[0] == seen[1] == seen[2]
     assert len(seen[0]["versions"]) == 2
@@ -98,8 +98,8 @@ def test_an_epoch_told_again_after_a_resume_draws_no_second_point(place, job):
     full = job()
     for time_ms in (1000, 2000):  # the second driver trains the epoch again, at another time
         tracking = place.driver()
-        tracking.job_started(full, {})
-        tracking.epoch(full, {"epoch": 0, "time_ms": time_ms, "train/class": 1.5})
+        folder = place.metrics({"epoch": 0, "time_ms": time_ms, "train/class": 1.5})
+        place.show(tracking, JobProgress(full, folder, "running"))
         assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     history = client.get_metric_history(run_of(client, "job").info.run_id, "train/class")
@@ -110,14 +110,14 @@ def test_a_driver_killed_before_the_result_tag_is_completed_by_the_next(place, j
     full = job()
     folder = trained(full)
     tracking = place.driver()
-    tracking.job_finished(full, folder)
+    place.show(tracking, JobProgress(full, folder, "finished"))
     assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     versions = everything(client)["versions"]
     client.delete_tag(run_of(client, "job").info.run_id, "aliprod.result")
 
     tracking = place.driver()
-    tracking.job_finished(full, folder)
+    place.show(tracking, JobProgress(full, folder, "finished"))
     assert tracking.flush(60) == []
     assert run_of(client, "job").data.tags["aliprod.result"] == commit.digest(folder / "weights")
     assert everything(client)["versions"] == versions
@@ -126,22 +126,60 @@ def test_a_driver_killed_before_the_result_tag_is_completed_by_the_next(place, j
 
 def test_of_two_runs_that_two_drivers_made_for_a_key_the_oldest_is_completed(place, job, trained):
     full, tracking = job(), place.driver()
-    tracking.job_started(full, {})
+    place.show(tracking, JobProgress(full, place.storage, "running"))
     assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     first = run_of(client, "job")
     tags = {name: value for name, value in first.data.tags.items() if name.startswith("aliprod.")}
     second = client.create_run(first.info.experiment_id, first.info.start_time + 1, tags)
     tracking = place.driver()
-    tracking.job_finished(full, trained(full))
+    place.show(tracking, JobProgress(full, trained(full), "finished"))
     assert tracking.flush(60) == []
     assert "aliprod.result" in client.get_run(first.info.run_id).data.tags
     assert "aliprod.result" not in client.get_run(second.info.run_id).data.tags
 
 
+def test_epochs_of_a_running_job_arrive_as_its_training_writes_them(place, job):
+    full, tracking, client = job(), place.driver(), MlflowClient(place.uri)
+    records = [{"epoch": epoch, "time_ms": 1000 + epoch, "train/class": 2.0 - epoch} for epoch in range(3)]
+    place.show(tracking, JobProgress(full, place.metrics(*records[:1]), "running"))
+    assert tracking.flush(60) == []
+    run_id, until = run_of(client, "job").info.run_id, time.monotonic() + 30
+    place.metrics(*records)
+    while len(history := client.get_metric_history(run_id, "train/class")) < 3:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert [(p.step, p.timestamp, p.value) for p in history] == [(0, 1000, 2.0), (1, 1001, 1.0), (2, 1002, 0.0)]
+    place.metrics(*records, {"epoch": 3, "time_ms": 1003, "train/class": -1.0})
+    assert tracking.flush(60) == [], "flush looks once more"
+    assert len(client.get_metric_history(run_id, "train/class")) == 4
+
+
+def test_a_point_whose_answer_was_lost_is_not_sent_twice(place, job):
+    tracking = place.driver()
+    assert tracking.flush(60) == []
+    client = tracking._server.client
+    send = client.log_batch
+
+    def lost(*arguments, **named):
+        client.log_batch = send
+        send(*arguments, **named)
+        raise OSError("Connection reset")
+
+    client.log_batch = lost
+    folder = place.metrics({"epoch": 0, "time_ms": 1, "train/class": 1.5})
+    place.show(tracking, JobProgress(job(), folder, "running"))
+    assert tracking.flush(60) == []
+    assert client.log_batch is send, "an answer was lost: that of the count of jobs"
+    assert set(everything(client)["points"].values()) == {1}
+    [point] = client.get_metric_history(run_of(client, "plan").info.run_id, "jobs/running")
+    assert point.value == 1
+
+
 def test_values_that_are_not_finite_become_tags_and_the_others_points(place, job):
     full, tracking = job(), place.driver()
-    tracking.epoch(full, {"epoch": 0, "time_ms": 1, "train/class": math.inf, "val/top1_error": 0.5, "lr": math.nan})
+    folder = place.metrics({"epoch": 0, "time_ms": 1, "train/class": math.inf, "val/top1_error": 0.5, "lr": math.nan})
+    place.show(tracking, JobProgress(full, folder, "running"))
     assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     run = run_of(client, "job")
@@ -152,30 +190,54 @@ def test_values_that_are_not_finite_become_tags_and_the_others_points(place, job
 
 def test_a_failed_job_says_why_until_it_is_started_again(place, job):
     full, tracking = job(), place.driver()
-    tracking.job_started(full, {})
-    tracking.job_failed(full, "resnet50/full: the loss is NaN at step 7.")
+    place.show(tracking, JobProgress(full, place.storage, "failed", "resnet50/full: the loss is NaN at step 7."))
     assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     assert run_of(client, "job").info.status == "FAILED"
     assert run_of(client, "job").data.tags["aliprod.error"] == "resnet50/full: the loss is NaN at step 7."
     tracking = place.driver()
-    tracking.job_started(full, {})
+    place.show(tracking, JobProgress(full, place.storage, "running"))
     assert tracking.flush(60) == []
     assert run_of(client, "job").info.status == "RUNNING"
     assert "aliprod.error" not in run_of(client, "job").data.tags
+
+
+def test_a_trained_job_whose_prediction_failed_keeps_its_run_and_is_finished_once_reused(place, job, trained):
+    full, client = job(), MlflowClient(place.uri)
+    folder = trained(full)
+    for state, detail in (("finished", ""), ("failed", "test: it holds NaN"), ("reused", "")):
+        tracking = place.driver()
+        place.show(tracking, JobProgress(full, folder, state, detail))
+        assert tracking.flush(60) == []
+        run = run_of(client, "job")
+        assert run.info.status == ("FAILED" if detail else "FINISHED")
+        assert run.data.tags.get("aliprod.error", "") == detail
+        assert run.data.tags["aliprod.result"] == commit.digest(folder / "weights")
+
+
+def test_a_plans_run_ends_and_runs_again_and_keeps_its_file(place):
+    client = MlflowClient(place.uri)
+    for status in ("FAILED", "RUNNING", "KILLED", "FINISHED"):
+        tracking = place.driver()
+        place.show(tracking, status=status)
+        assert tracking.flush(60) == []
+        run = run_of(client, "plan")
+        assert run.info.status == status
+    assert client.list_artifacts(run.info.run_id)[0].path == "plan.toml"
 
 
 def test_a_job_trained_again_to_other_bytes_gets_a_run_of_its_own(place, job, trained, tmp_path):
     full = job()
     folder = trained(full)
     tracking = place.driver()
-    tracking.job_finished(full, folder)
+    place.show(tracking, JobProgress(full, folder, "finished"))
     assert tracking.flush(60) == []
     folder.rename(tmp_path / "lost")
     folder = trained(full, content="other bytes")
     tracking = place.driver()
-    tracking.job_started(full, {})
-    tracking.job_finished(full, folder)
+    place.show(tracking, JobProgress(full, folder, "running"))
+    assert tracking.flush(60) == []
+    place.show(tracking, JobProgress(full, folder, "finished"))
     assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     assert run_of(client, "job").data.tags["aliprod.result"] == commit.digest(folder / "weights")
@@ -187,20 +249,18 @@ def test_a_job_trained_again_to_other_bytes_gets_a_run_of_its_own(place, job, tr
 def test_a_run_deleted_by_a_person_while_the_job_trains_is_made_anew(place, job, trained):
     full, tracking = job(), place.driver()
     folder = trained(full)
-    tracking.job_started(full, {})
+    place.show(tracking, JobProgress(full, place.storage, "running"))
     assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     client.delete_run(run_of(client, "job").info.run_id)
-    tracking.job_finished(full, folder)
+    place.show(tracking, JobProgress(full, folder, "finished"))
     assert tracking.flush(60) == []
     assert run_of(client, "job").data.metrics["best/top1_error"] == 0.2
 
 
 def test_what_the_plan_file_says_about_passwords_does_not_reach_mlflow(place):
     tracking = Tracking.connect(place.uri, "shop", place.storage / "mlartifacts", place.lines.append)
-    tracking.plan_started(
-        'tracking_uri = "http://ann:hunter2@mlflow:5000"\n', "1" * 64, "see http://ann:hunter2@mlflow"
-    )
+    place.show(tracking, text='tracking_uri = "http://ann:hunter2@mlflow:5000"\n', note="see http://ann:hunter2@mlflow")
     assert tracking.flush(60) == []
     stored = [path.read_bytes() for path in place.storage.rglob("*") if path.is_file()]
     assert any(b"http://mlflow:5000" in content for content in stored)
@@ -210,7 +270,7 @@ def test_what_the_plan_file_says_about_passwords_does_not_reach_mlflow(place):
 def test_only_the_last_of_waiting_tables_is_sent_and_a_long_one_ends_at_a_line(place):
     tracking = place.driver()
     for number in range(200):
-        tracking.note(f"{number}\n" + "| a row of the table |\n" * 1000)
+        place.show(tracking, note=f"{number}\n" + "| a row of the table |\n" * 1000)
     assert tracking.flush(60) == []
     note = run_of(MlflowClient(place.uri), "plan").data.tags["mlflow.note.content"]
     assert note.startswith("199\n")
@@ -221,8 +281,7 @@ def test_only_the_last_of_waiting_tables_is_sent_and_a_long_one_ends_at_a_line(p
 def test_an_ensemble_names_each_members_version_and_bytes(place, job, trained, tmp_path):
     jobs = [job("resnet50/full", "a"), job("resnet50/dcl", "b")]
     tracking = place.driver()
-    for one in jobs:
-        tracking.job_finished(one, trained(one))
+    place.show(tracking, *(JobProgress(one, trained(one), "finished") for one in jobs))
     assert tracking.flush(60) == []
     choices = tracking.registry.members([one.name for one in jobs])
     submission = tmp_path / "submission.csv"
@@ -234,7 +293,7 @@ def test_an_ensemble_names_each_members_version_and_bytes(place, job, trained, t
     client = MlflowClient(place.uri)
     for _ in range(2):
         tracking = place.driver()
-        tracking.ensemble("e" * 64, choices, result)
+        place.show(tracking, ensemble=EnsembleResult("e" * 64, choices, result))
         assert tracking.flush(60) == []
         run = client.get_run(run_of(client, "ensemble").info.run_id)
         assert run.data.tags["member.resnet50/dcl"] == str(choices["resnet50/dcl"].version)
@@ -247,6 +306,22 @@ def test_an_ensemble_names_each_members_version_and_bytes(place, job, trained, t
         }
         assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"members.json", "submission.csv"}
         assert {model.model_id for model in run.inputs.model_inputs} == {choice.model_id for choice in choices.values()}
+
+
+def test_an_ensemble_of_choices_made_while_mlflow_was_away_names_the_versions_of_now(place, job, trained):
+    full, tracking = job(), place.driver()
+    folder = trained(full)
+    sha256 = commit.file_digest(folder / "weights", "model.safetensors")
+    away = Choice("shop.resnet50.full", None, full.key, sha256, 1, "")
+    result = {"members": {full.name: {}}, "top1_error": None, "split": None, "submission": None, "probabilities": ""}
+    ensemble = EnsembleResult("e" * 64, {full.name: away}, result)
+    place.show(tracking, JobProgress(full, folder, "finished"), ensemble=ensemble)
+    assert tracking.flush(60) == []
+    tags = run_of(MlflowClient(place.uri), "ensemble").data.tags
+    chosen = tracking.registry.members([full.name])[full.name]
+    assert tags["member.resnet50/full"] == str(chosen.version)
+    assert tags["model.resnet50/full"] == chosen.model_id
+    assert tags["aliprod.result"] == "e" * 64
 
 
 def test_a_port_where_nothing_listens_is_told_at_once_and_without_the_password():

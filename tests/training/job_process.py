@@ -17,7 +17,8 @@ from torch import Tensor
 
 from aliprod.catalogue import sources
 from aliprod.errors import AliprodError
-from aliprod.training import job
+from aliprod.training.job import run
+from aliprod.training.training_job import TrainingJob
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,19 @@ class Death:
 
 
 def start(
-    work: job.Work, catalogue: Path, death: Death | None = None, rank: int = 0, world_size: int = 1
+    job: TrainingJob, catalogue: Path, death: Death | None = None, rank: int = 0, world_size: int = 1
 ) -> BaseProcess:
     """Start a rank of a job as a process of its own, forked from a clean one that has imported what it needs."""
     process = multiprocessing.get_context("forkserver").Process(
-        target=_train, args=(work, catalogue, death, rank, world_size)
+        target=_train, args=(job, catalogue, death, rank, world_size)
     )
     process.start()
     return process
 
 
-def train(work: job.Work, catalogue: Path, death: Death | None = None) -> int:
+def train(job: TrainingJob, catalogue: Path, death: Death | None = None) -> int:
     """Exit code of a job of one rank."""
-    return ended(start(work, catalogue, death))
+    return ended(start(job, catalogue, death))
 
 
 def ended(process: BaseProcess) -> int:
@@ -55,13 +56,13 @@ def ended(process: BaseProcess) -> int:
     return process.exitcode
 
 
-def log_of(work: job.Work, rank: int = 0) -> str:
-    return (work.folder / f"log-{rank}.txt").read_text()
+def log_of(job: TrainingJob, rank: int = 0) -> str:
+    return (job.folder / f"log-{rank}.txt").read_text()
 
 
-def seen_by(work: job.Work, rank: int) -> list[dict[str, int | str]]:
+def seen_by(job: TrainingJob, rank: int) -> list[dict[str, int | str]]:
     """What a rank saw at the end of each epoch: its threads, and the sha256 of its weights and buffers."""
-    return [json.loads(line) for line in (work.folder / f"rank-{rank}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (job.folder / f"rank-{rank}.jsonl").read_text().splitlines()]
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
@@ -71,21 +72,21 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _train(work: job.Work, catalogue: Path, death: Death | None, rank: int, world_size: int) -> None:
-    work.folder.mkdir(parents=True, exist_ok=True)
-    with (work.folder.parent / f"stderr-{rank}.txt").open("w") as stderr:
+def _train(job: TrainingJob, catalogue: Path, death: Death | None, rank: int, world_size: int) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder.parent / f"stderr-{rank}.txt").open("w") as stderr:
         os.dup2(stderr.fileno(), 2)
-    logging.basicConfig(filename=work.folder / f"log-{rank}.txt", level=logging.INFO)
+    logging.basicConfig(filename=job.folder / f"log-{rank}.txt", level=logging.INFO)
     if world_size > 1:
-        meeting = work.folder.with_suffix(".meeting")
+        meeting = job.folder.with_suffix(".meeting")
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     if death is not None:
         _arm(death)
     try:
-        with (work.folder / f"rank-{rank}.jsonl").open("a") as seen:
-            for progress in job.run(work, sources.read(catalogue)):
-                if progress.end is not None:
-                    line = {"threads": torch.get_num_threads(), "weights": sha256(progress.end.last.tensors)}
+        with (job.folder / f"rank-{rank}.jsonl").open("a") as seen:
+            for progress in run(job, sources.read(catalogue)):
+                if progress.last is not None:
+                    line = {"threads": torch.get_num_threads(), "weights": sha256(progress.last.tensors)}
                     seen.write(json.dumps(line) + "\n")
     except AliprodError as error:
         logging.getLogger().error("%s", error)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from test_job import NETWORK, result, work_in
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.data.loader import Batch
+from aliprod.data.loader import TrainBatch
 from aliprod.recipe import Stage
-from aliprod.training.job import Work
+from aliprod.training.training_job import TrainingJob
 
 WITHOUT_BATCH_NORM = "test_efficientnet_gn"
 
@@ -22,7 +22,7 @@ WITHOUT_BATCH_NORM = "test_efficientnet_gn"
 @given(groups=st.integers(1, 12), group=st.integers(1, 4), count=st.integers(1, 9))
 def test_the_parts_of_a_batch_are_whole_groups_and_together_the_batch(groups: int, group: int, count: int) -> None:
     rows = torch.arange(groups * group)
-    batch = Batch(rows[:, None] + torch.zeros(1, 3), rows // group, rows, epoch=1, step=7, seed=5)
+    batch = TrainBatch(rows[:, None] + torch.zeros(1, 3), rows // group, rows, epoch=1, step=7, seed=5)
     parts = batch.split(count, group)
     for name in ("images", "labels", "rows"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
@@ -32,7 +32,7 @@ def test_the_parts_of_a_batch_are_whole_groups_and_together_the_batch(groups: in
     assert {(part.epoch, part.step) for part in parts} == {(1, 7)}
 
 
-def of_ranks(work: Work, catalogue: Path, ranks: int) -> dict[str, torch.Tensor]:
+def of_ranks(work: TrainingJob, catalogue: Path, ranks: int) -> dict[str, torch.Tensor]:
     processes = [start(work, catalogue, rank=rank, world_size=ranks) for rank in range(ranks)]
     assert [ended(process) for process in processes] == [0] * ranks
     return load_file(work.folder / "weights" / "model.safetensors")

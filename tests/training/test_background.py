@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aliprod.training.background import Background
+from aliprod.training.background import Background, background
 
 
 class Full(Exception):
@@ -22,7 +22,7 @@ def nothing() -> None:
 
 @pytest.mark.parametrize("how", [Background.wait, Background.check, lambda writer: writer.start(lambda: nothing)])
 def test_what_a_write_raised_is_raised_once(how: Callable[[Background], None]) -> None:
-    with Background() as writer:
+    with background() as writer:
         writer.start(lambda: raises)
         writer._thread.submit(nothing).result()  # the write has ended
         with pytest.raises(Full):
@@ -31,13 +31,13 @@ def test_what_a_write_raised_is_raised_once(how: Callable[[Background], None]) -
 
 
 def test_a_context_that_ends_well_raises_what_its_last_write_raised() -> None:
-    with pytest.raises(Full), Background() as writer:
+    with pytest.raises(Full), background() as writer:
         writer.start(lambda: raises)
 
 
 def test_an_error_of_the_training_is_not_hidden_by_one_of_a_write() -> None:
     def trains() -> None:
-        with Background() as writer:
+        with background() as writer:
             writer.start(lambda: raises)
             raise KeyboardInterrupt
 
@@ -56,7 +56,7 @@ def test_a_write_goes_on_while_nobody_waits_and_a_second_one_waits_for_it_before
         order.append("copied")
         return write
 
-    with Background() as writer:
+    with background() as writer:
         writer.start(prepare)
         writer.check()
         order.append("trained")
@@ -67,6 +67,6 @@ def test_a_write_goes_on_while_nobody_waits_and_a_second_one_waits_for_it_before
 
 def test_a_context_leaves_no_thread_behind() -> None:
     before = threading.active_count()
-    with Background() as writer:
+    with background() as writer:
         writer.start(lambda: nothing)
     assert threading.active_count() == before

@@ -10,25 +10,27 @@ from aliprod.recipe import Stage
 from aliprod.training import candidates
 from aliprod.training.candidates import best_candidate
 from aliprod.training.ema import Average
-from aliprod.training.learner import Learner, Place
+from aliprod.training.learner import Learner, Place, Setup
 
 NETWORK = "test_resnet.r160_in1k"
 CPU = torch.device("cpu")
 
 
-def learner_with(stage: Stage, packages: Catalogue, objective: object) -> tuple[Learner, TrainBatches, Feed]:
+def setup_with(stage: Stage, packages: Catalogue, objective: object) -> Setup:
     stage = Stage.model_validate(stage.model_dump() | {"objective": objective, "crop": 64, "resize": 64})
     feed = Feed(CPU, (0.5,) * 3, (0.5,) * 3, "bicubic")
     learner = Learner(stage, NETWORK, packages, Place(CPU))
-    return learner, TrainBatches(training_set(packages, stage), stage, feed, learner.needs.group), feed
+    batches = TrainBatches(training_set(packages, stage), stage, feed, learner.needs.group)
+    return Setup(learner, packages, feed, batches)
 
 
 def test_an_objective_that_destroys_images_is_scored_with_statistics_of_whole_ones_too(
     packages: Catalogue, stage: Stage
 ) -> None:
-    learner, batches, feed = learner_with(stage, packages, {"name": "dcl", "parts": 2})
+    setup = setup_with(stage, packages, {"name": "dcl", "parts": 2})
+    learner = setup.learner
     before = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
-    best, errors = best_candidate(learner, Average(learner.model, 0.9), packages, feed, batches, epoch=1)
+    best, errors = best_candidate(setup, Average(learner.model, 0.9), epoch=1)
     kinds = ("", "_raw_restated", "_averaged", "_averaged_restated")
     assert set(errors) == {f"val/top1_error{per}{kind}" for per in ("", "_per_image") for kind in kinds}
     assert best.top1_error == min(errors[f"val/top1_error{kind}"] for kind in kinds)
@@ -36,13 +38,14 @@ def test_an_objective_that_destroys_images_is_scored_with_statistics_of_whole_on
 
 
 def test_others_keep_the_statistics_that_they_were_trained_with(packages: Catalogue, stage: Stage) -> None:
-    learner, batches, feed = learner_with(stage, packages, "cross_entropy")
-    _, errors = best_candidate(learner, None, packages, feed, batches, epoch=0)
+    setup = setup_with(stage, packages, "cross_entropy")
+    _, errors = best_candidate(setup, None, epoch=0)
     assert set(errors) == {"val/top1_error", "val/top1_error_per_image"}
 
 
 def test_statistics_taken_anew_are_the_means_over_the_epochs_images(packages: Catalogue, stage: Stage) -> None:
-    learner, batches, _ = learner_with(stage, packages, {"name": "dcl", "parts": 2})
+    setup = setup_with(stage, packages, {"name": "dcl", "parts": 2})
+    learner, batches = setup.learner, setup.batches
     first = next(module for module in learner.model.modules() if isinstance(module, nn.BatchNorm2d))
     seen: list[Tensor] = []
     hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean(dim=(0, 2, 3))))

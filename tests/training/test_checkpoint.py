@@ -11,6 +11,7 @@ from aliprod.catalogue.catalogue import Catalogue
 from aliprod.recipe import Stage
 from aliprod.store import commit
 from aliprod.training import checkpoint
+from aliprod.training.candidates import Candidate
 from aliprod.training.checkpoint import TrainingState
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place
@@ -56,13 +57,13 @@ def test_model_momentum_average_best_weights_and_counters_come_back(packages: Ca
     learner, optimizer, average = parts(stage, packages)
     optimizer.step(sum(p.square().sum() for p in learner.parameters()), 0)
     average.update(learner.model, 1)
-    state = TrainingState(2, 9, 1, 1, 0.25, True, {"class": 1.2345678806304932})
-    best = {"weight": torch.tensor([1.5])}
-    taken = checkpoint.snapshot(state, learner, optimizer, average, best)
+    best = Candidate(1, "averaged", 0.25, {"weight": torch.tensor([1.5])})
+    state = TrainingState(2, 9, 1, {"class": 1.2345678806304932}, best)
+    taken = checkpoint.snapshot(state, learner, optimizer, average)
     taken.write(tmp_path)
 
     other, its_optimizer, its_average = parts(stage, packages)
-    assert checkpoint.restore(tmp_path, other, its_optimizer, its_average) == (state, best)
+    assert checkpoint.restore(tmp_path, other, its_optimizer, its_average) == state
     assert equal(other.state_dict(), learner.state_dict())
     assert equal(its_optimizer.state(), optimizer.state())
     assert equal(its_average.state(other.model), average.state(learner.model))
@@ -82,7 +83,7 @@ def test_a_snapshot_keeps_its_moment_while_training_goes_on(packages: Catalogue,
     learner, optimizer, average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
     optimizer.step(sum(p.square().sum() for p in learner.parameters()), 0)
     before, momentum = ({k: t.clone() for k, t in s.items()} for s in (learner.state_dict(), optimizer.state()))
-    taken = checkpoint.snapshot(TrainingState(step=1), learner, optimizer, average, {})
+    taken = checkpoint.snapshot(TrainingState(step=1), learner, optimizer, average)
     optimizer.step(sum(p.square().sum() for p in learner.parameters()), 1)
     average.update(learner.model, 2)
     taken.write(tmp_path)
@@ -110,7 +111,7 @@ def test_of_200_damaged_newest_checkpoints_none_is_used(
 ) -> None:
     learner, optimizer, average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
     for step in (3, 6):
-        taken = checkpoint.snapshot(TrainingState(step=step), learner, optimizer, average, {})
+        taken = checkpoint.snapshot(TrainingState(step=step), learner, optimizer, average)
         checkpoint.write(checkpoint.place_of(tmp_path, TrainingState(step=step)), taken, {"key": "0123"})
     older, newest = (tmp_path / f"step-000000000{step}" for step in (3, 6))
     files = {path.name: path.read_bytes() for path in newest.iterdir()}

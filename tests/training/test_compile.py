@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.inference import predict
-from aliprod.recipe import ObjectiveRecipe, Stage
+from aliprod.recipe import Machine, ObjectiveRecipe, Stage
 from aliprod.training.loop import train
 
 NETWORK = "test_resnet.r160_in1k"
@@ -46,7 +46,7 @@ def test_a_compiled_job_has_a_graph_for_each_shape_none_after_its_first_epoch_an
     stage = stage.model_copy(update={"epochs": 2} | changes)
     catalogue = replace(packages, train=packages.train.take(range(20)))  # 2 steps: 4 images are left over
     assert len(catalogue.val) % 16
-    epochs = train(stage, NETWORK, catalogue, compiles=True)
+    epochs = train(stage, NETWORK, catalogue, machine=Machine(compile=True))
     first = next(epochs)
     assert first.place.environment()["compiled"] is True
     assert counters["stats"]["unique_graphs"] == graphs
@@ -54,9 +54,9 @@ def test_a_compiled_job_has_a_graph_for_each_shape_none_after_its_first_epoch_an
     with torch.compiler.set_stance("fail_on_recompile"):
         (*_, last) = epochs
     (*_, plain) = train(stage, NETWORK, catalogue)
-    assert last.end is not None
-    assert plain.end is not None
-    compiled = last.end.last.tensors
-    assert list(compiled) == list(plain.end.last.tensors)
-    for name, tensor in plain.end.last.tensors.items():
+    assert last.last is not None
+    assert plain.last is not None
+    compiled = last.last.tensors
+    assert list(compiled) == list(plain.last.tensors)
+    for name, tensor in plain.last.tensors.items():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)

@@ -13,26 +13,26 @@ from job_process import Death, ended, log_of, seen_by, start, train
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed
 from aliprod.errors import StorageFull
+from aliprod.inference.validate import top1_errors
 from aliprod.models import weights
-from aliprod.recipe import Stage
+from aliprod.recipe import Machine, Stage
 from aliprod.store import commit
-from aliprod.training.job import Work
-from aliprod.training.validate import top1_errors
+from aliprod.training.training_job import TrainingJob
 
 NETWORK = "test_resnet.r160_in1k"
 
 
-def work_in(folder: Path, stage: Stage, network: str = NETWORK) -> Work:
-    return Work("net/stage", "0123", network, stage, folder / "job", save_every_steps=3)
+def work_in(folder: Path, stage: Stage, network: str = NETWORK) -> TrainingJob:
+    return TrainingJob("net/stage", "0123", network, stage, folder / "job", machine=Machine(save_every_steps=3))
 
 
-def result(work: Work) -> dict[str, str]:
+def result(work: TrainingJob) -> dict[str, str]:
     """sha256 of the weights that a finished job has left."""
     kept = [folder for folder in (work.folder / "weights", work.folder / "last") if folder.exists()]
     return {folder.name: commit.sha256(folder / "model.safetensors") for folder in kept}
 
 
-def told(work: Work) -> list[dict[str, float]]:
+def told(work: TrainingJob) -> list[dict[str, float]]:
     """metrics.jsonl, without what hangs on the clock."""
     lines = (work.folder / "metrics.jsonl").read_text().splitlines()
     clock = ("time_ms", "speed/")
@@ -40,7 +40,7 @@ def told(work: Work) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Work]:
+def undisturbed(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, TrainingJob]:
     """A finished job with averaged weights, and one without."""
     works = {}
     for averaged in (True, False):
@@ -61,7 +61,7 @@ def stage_with(averaged: bool) -> Stage:
     )
 
 
-def test_each_line_tells_the_device_and_the_number_of_ranks(undisturbed: dict[bool, Work]) -> None:
+def test_each_line_tells_the_device_and_the_number_of_ranks(undisturbed: dict[bool, TrainingJob]) -> None:
     lines = [json.loads(line) for line in (undisturbed[True].folder / "metrics.jsonl").read_text().splitlines()]
     place = (commit.read(undisturbed[True].folder / "weights") or {})["environment"]
     assert [(line["device"], line["speed/ranks"]) for line in lines] == [(place["device"], place["world_size"])] * 3
@@ -83,7 +83,7 @@ DEATHS = {
 
 @pytest.mark.parametrize("death", DEATHS.values(), ids=DEATHS.keys())
 def test_a_job_that_is_killed_and_started_again_ends_with_the_same_bytes(
-    packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path, death: Death
+    packages: Catalogue, undisturbed: dict[bool, TrainingJob], tmp_path: Path, death: Death
 ) -> None:
     work = work_in(tmp_path, stage_with(averaged=True))
     assert train(work, packages.root, death) == -signal.SIGKILL
@@ -97,7 +97,7 @@ def test_a_job_that_is_killed_and_started_again_ends_with_the_same_bytes(
 
 
 def test_a_job_without_averaged_weights_that_is_killed_again_and_again_ends_with_the_same_bytes(
-    packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path
+    packages: Catalogue, undisturbed: dict[bool, TrainingJob], tmp_path: Path
 ) -> None:
     work = work_in(tmp_path, stage_with(averaged=False))
     codes = []
@@ -126,7 +126,7 @@ def test_a_job_of_two_branches_that_is_killed_ends_with_the_same_bytes(packages:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_job_that_is_killed_at_random_moments_ends_with_the_same_bytes(
-    packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path, seed: int
+    packages: Catalogue, undisturbed: dict[bool, TrainingJob], tmp_path: Path, seed: int
 ) -> None:
     work, draw = work_in(tmp_path, stage_with(averaged=True)), random.Random(seed)
     codes = [train(work, packages.root, Death("open", "", draw.randrange(1, 150))) for _ in range(2)]
@@ -149,7 +149,7 @@ def test_a_storage_path_that_takes_no_checkpoint_ends_the_job_with_one_sentence(
     assert train(work, packages.root) == 0
 
 
-def test_averaging_changes_what_is_kept_and_nothing_of_the_training(undisturbed: dict[bool, Work]) -> None:
+def test_averaging_changes_what_is_kept_and_nothing_of_the_training(undisturbed: dict[bool, TrainingJob]) -> None:
     assert result(undisturbed[True])["weights"] != result(undisturbed[False])["weights"]
     averaged, plain = told(undisturbed[True]), told(undisturbed[False])
     for key in ("train/loss", "val/top1_error"):
@@ -157,7 +157,7 @@ def test_averaging_changes_what_is_kept_and_nothing_of_the_training(undisturbed:
 
 
 def test_a_flipped_bit_in_the_newest_checkpoint_costs_an_interval_and_no_bytes(
-    packages: Catalogue, undisturbed: dict[bool, Work], tmp_path: Path
+    packages: Catalogue, undisturbed: dict[bool, TrainingJob], tmp_path: Path
 ) -> None:
     work = work_in(tmp_path, stage_with(averaged=True))
     assert train(work, packages.root, Death("os.rename", "/.step-0000000008.")) == -signal.SIGKILL
@@ -173,7 +173,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_an_interval_and_no_bytes(
     assert result(work) == result(undisturbed[True])
 
 
-def test_a_finished_job_is_not_trained_again(packages: Catalogue, undisturbed: dict[bool, Work]) -> None:
+def test_a_finished_job_is_not_trained_again(packages: Catalogue, undisturbed: dict[bool, TrainingJob]) -> None:
     work = undisturbed[True]
     before = changes(work)
     assert train(work, packages.root, Death("open", ".jpg")) == 0  # it would die at the first picture
@@ -183,18 +183,18 @@ def test_a_finished_job_is_not_trained_again(packages: Catalogue, undisturbed: d
 def test_epochs_that_end_soon_after_a_checkpoint_go_without_one(packages: Catalogue, tmp_path: Path) -> None:
     stage = stage_with(averaged=False)
     for often, expected in ((0.0, [4, 8]), (3600.0, [])):
-        work = replace(work_in(tmp_path / str(often), stage), save_every_steps=None, save_seconds=often)
+        work = replace(work_in(tmp_path / str(often), stage), machine=Machine(save_seconds=often))
         assert train(work, packages.root, Death("os.mkdir", "/.weights.")) == -signal.SIGKILL
         assert [int(path.name.removeprefix("step-")) for path in steps(work)] == expected
         assert train(work, packages.root) == 0
     assert result(replace(work, folder=tmp_path / "0.0" / "job")) == result(work)
 
 
-def steps(work: Work) -> list[Path]:
+def steps(work: TrainingJob) -> list[Path]:
     return sorted((work.folder / "resume").glob("step-*"))
 
 
-def changes(work: Work) -> dict[Path, int]:
+def changes(work: TrainingJob) -> dict[Path, int]:
     """When each file that the job itself has written was last changed."""
     files = (
         path
@@ -204,7 +204,7 @@ def changes(work: Work) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def test_what_a_finished_job_leaves_is_whole_and_says_where_it_comes_from(undisturbed: dict[bool, Work]) -> None:
+def test_what_a_finished_job_leaves_is_whole_and_says_where_it_comes_from(undisturbed: dict[bool, TrainingJob]) -> None:
     work = undisturbed[True]
     assert commit.verify(work.folder / "weights") == []
     assert not (work.folder / "resume").exists()
@@ -220,13 +220,13 @@ def test_what_a_finished_job_leaves_is_whole_and_says_where_it_comes_from(undist
     assert [line["epoch"] for line in told(work)] == [0, 1, 2]
 
 
-def of_two_ranks(work: Work, catalogue: Path, *deaths: Death | None) -> list[int]:
+def of_two_ranks(work: TrainingJob, catalogue: Path, *deaths: Death | None) -> list[int]:
     ranks = [start(work, catalogue, death, rank, 2) for rank, death in enumerate(deaths or (None, None))]
     return [ended(process) for process in ranks]
 
 
 @pytest.fixture(scope="module")
-def of_two(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Work:
+def of_two(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
     lr = {"backbone": 0.05, "heads": 0.1}
     stage = stage_with(averaged=True).model_dump() | {"epochs": 8, "augmentation": ("resize",), "lr": lr}
     work = work_in(tmp_path_factory.mktemp("ranks"), Stage.model_validate(stage), "test_efficientnet")
@@ -234,7 +234,7 @@ def of_two(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Wor
     return work
 
 
-def test_two_ranks_hold_the_same_weights_and_buffers(of_two: Work) -> None:
+def test_two_ranks_hold_the_same_weights_and_buffers(of_two: TrainingJob) -> None:
     first, second = seen_by(of_two, 0), seen_by(of_two, 1)
     assert len(first) == 8
     assert [seen["weights"] for seen in first] == [seen["weights"] for seen in second]
@@ -244,11 +244,13 @@ def test_two_ranks_hold_the_same_weights_and_buffers(of_two: Work) -> None:
     assert (record["environment"]["world_size"], record["environment"]["threads"]) == (2, 1)
 
 
-def test_the_errors_of_two_ranks_are_those_of_one_rank_with_the_same_weights(packages: Catalogue, of_two: Work) -> None:
+def test_the_errors_of_two_ranks_are_those_of_one_rank_with_the_same_weights(
+    packages: Catalogue, of_two: TrainingJob
+) -> None:
     record = commit.read(of_two.folder / "weights")
     model, config, _ = weights.load(of_two.folder / "weights")
     feed = Feed(torch.device("cpu"), config.mean, config.std, config.interpolation)
-    errors = top1_errors(model, packages, of_two.stage, feed, torch.float32)
+    errors = top1_errors(model, packages, of_two.stage, feed)
     assert record is not None
     assert errors["val/top1_error"] == record["top1_error"]
     assert record["top1_error"] < 0.6  # more than one of four classes is named

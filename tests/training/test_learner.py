@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.data.loader import Batch
-from aliprod.recipe import Stage
+from aliprod.data.loader import TrainBatch
+from aliprod.recipe import Machine, Stage
 from aliprod.training.learner import Learner, Place, place
 
 CPU = Place(torch.device("cpu"))
@@ -24,20 +24,20 @@ def as_before() -> Iterator[None]:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_place_sets_the_threads_it_says(threads: int) -> None:
-    assert place(threads).environment()["threads"] == torch.get_num_threads() == threads
+    assert place(Machine(cpus_per_worker=threads)).environment()["threads"] == torch.get_num_threads() == threads
 
 
 def test_a_place_asks_for_deterministic_kernels_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        here = place()
+        here = place(Machine())
     assert (here.rank, here.world_size) == (0, 1)
     assert torch.are_deterministic_algorithms_enabled()
 
 
-def batch(seed: int) -> Batch:
+def batch(seed: int) -> TrainBatch:
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return Batch(images, torch.arange(8) % 4, torch.arange(8), epoch=0, step=0, seed=seed)
+    return TrainBatch(images, torch.arange(8) % 4, torch.arange(8), epoch=0, step=0, seed=seed)
 
 
 def test_dropout_is_a_function_of_the_steps_seed(packages: Catalogue) -> None:

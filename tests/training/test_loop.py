@@ -18,14 +18,14 @@ from aliprod.data.training_set import training_set
 from aliprod.errors import NonFiniteLoss, Refused
 from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.predict import predict
+from aliprod.inference.validate import top1_errors
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
-from aliprod.recipe import LearningRate, Stage
+from aliprod.recipe import Inputs, LearningRate, Machine, Stage
 from aliprod.store import commit
 from aliprod.training import learner, loop
-from aliprod.training.loop import Progress, train
+from aliprod.training.loop import Progress, Step, steps, train
 from aliprod.training.optimizer import lr_at
-from aliprod.training.validate import top1_errors
 
 NETWORK = "test_resnet.r160_in1k"
 
@@ -42,7 +42,7 @@ def changed(stage: Stage, **settings: object) -> Stage:
 
 def captured(progress: Progress, folder: Path) -> dict[str, torch.Tensor]:
     folder.mkdir()
-    progress.capture(folder)
+    progress.snapshot().write(folder)
     return load_file(folder / "learner.safetensors")
 
 
@@ -74,18 +74,26 @@ def test_the_same_bytes_come_out_twice_and_others_with_another_seed(
 
 def test_a_checkpoint_is_due_every_so_many_steps_and_at_the_ends_of_epochs(packages: Catalogue, stage: Stage) -> None:
     due = [
-        (progress.state.step, progress.end is not None)
-        for progress in train(stage, NETWORK, packages, save_every_steps=2)
+        (progress.state.step, progress.last is not None)
+        for progress in train(stage, NETWORK, packages, machine=Machine(save_every_steps=2))
     ]
     assert due == [(2, False), (4, True), (6, False), (8, True), (10, False), (12, True)]
 
 
+def test_each_step_is_yielded_and_the_last_of_an_epoch_says_so(packages: Catalogue, stage: Stage) -> None:
+    events = steps(learner.set_up(stage, NETWORK, packages, Machine(save_every_steps=4)))
+    seen = [event.last if isinstance(event, Step) else "epoch" for event in events]
+    assert seen == [False, False, False, True, "epoch"] * 3
+
+
 def test_a_mid_epochs_line_is_the_mean_of_the_steps_so_far(packages: Catalogue, stage: Stage) -> None:
     one_by_one = [
-        p.metrics["train/loss_cross_entropy"] for p in islice(train(stage, NETWORK, packages, save_every_steps=1), 4)
+        p.metrics["train/loss_cross_entropy"]
+        for p in islice(train(stage, NETWORK, packages, machine=Machine(save_every_steps=1)), 4)
     ]
     every_two = [
-        p.metrics["train/loss_cross_entropy"] for p in islice(train(stage, NETWORK, packages, save_every_steps=2), 2)
+        p.metrics["train/loss_cross_entropy"]
+        for p in islice(train(stage, NETWORK, packages, machine=Machine(save_every_steps=2)), 2)
     ]
     assert every_two == [one_by_one[1], one_by_one[3]]
     assert len(set(one_by_one)) == 4
@@ -93,10 +101,10 @@ def test_a_mid_epochs_line_is_the_mean_of_the_steps_so_far(packages: Catalogue, 
 
 def parent(stage: Stage, catalogue: Catalogue, folder: Path) -> Path:
     (progress,) = train(changed(stage, epochs=1), NETWORK, catalogue)
-    assert progress.end is not None
+    assert progress.last is not None
     config = weights.Config(NETWORK, (0.5,) * 3, (0.5,) * 3, "bicubic", 40, 32)
     classes = weights.Classes(tuple(catalogue.classes.tolist()), catalogue.names)
-    fill = partial(weights.save, tensors=progress.end.last.tensors, config=config, classes=classes)
+    fill = partial(weights.save, tensors=progress.last.tensors, config=config, classes=classes)
     commit.write(folder / "weights", fill)
     return folder / "weights"
 
@@ -104,7 +112,7 @@ def parent(stage: Stage, catalogue: Catalogue, folder: Path) -> Path:
 def test_a_child_begins_with_its_parents_backbone_and_head(packages: Catalogue, stage: Stage, tmp_path: Path) -> None:
     start = parent(stage, packages, tmp_path)
     still = changed(stage, lr={"backbone": 1e-12, "heads": 1e-12}, seed=9, ema=None)
-    child = captured(next(train(still, NETWORK, packages, start=start)), tmp_path / "child")
+    child = captured(next(train(still, NETWORK, packages, Inputs(start=start))), tmp_path / "child")
     for name, tensor in load_file(start / "model.safetensors").items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(child[f"model.{name}"], tensor, rtol=0, atol=1e-9)
@@ -114,7 +122,7 @@ def test_a_parent_of_another_catalogue_is_refused(packages: Catalogue, stage: St
     start = parent(stage, packages, tmp_path)
     other = replace(packages, classes=packages.classes + 1)
     with pytest.raises(Refused, match="another class list"):
-        next(train(stage, NETWORK, other, start=start))
+        next(train(stage, NETWORK, other, Inputs(start=start)))
 
 
 def parameters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -128,7 +136,7 @@ def test_a_bad_loss_stops_the_job_with_its_weights_as_before_to_the_bit(
 ) -> None:
     monkeypatch.setattr(loop, "_CHECK_STEPS", check_steps)
     good, bad = (changed(stage, objective={"name": "own.spoilt", "step": at}) for at in (-1, step))
-    undisturbed = train(good, NETWORK, packages, save_every_steps=1)
+    undisturbed = train(good, NETWORK, packages, machine=Machine(save_every_steps=1))
     before = captured(next(progress for progress in undisturbed if progress.state.step == step), tmp_path / "before")
     seen: list[Progress] = []
     with pytest.raises(NonFiniteLoss):
@@ -144,10 +152,10 @@ def test_a_bad_loss_is_noticed_at_the_next_check(
 ) -> None:
     monkeypatch.setattr(loop, "_CHECK_STEPS", 2)
     bad = changed(stage, batch_size=4, objective={"name": "own.spoilt", "step": 10})  # of steps 8 to 15 of epoch 1
-    seen: list[Progress] = []
+    seen: list[Step | Progress] = []
     with pytest.raises(NonFiniteLoss):
-        seen.extend(train(bad, NETWORK, packages))
-    assert seen[-1].state.step == 12
+        seen.extend(steps(learner.set_up(bad, NETWORK, packages, Machine())))
+    assert sum(isinstance(event, Step) for event in seen) == 11  # the twelfth checks
 
 
 @pytest.mark.parametrize("check_steps", [loop._CHECK_STEPS, 3])
@@ -170,40 +178,41 @@ def test_averaged_weights_are_scored_beside_the_raw_ones_and_the_better_are_kept
     packages: Catalogue, stage: Stage
 ) -> None:
     for progress in train(stage, NETWORK, packages):
-        assert progress.end is not None
+        assert progress.last is not None
         raw, averaged = progress.metrics["val/top1_error"], progress.metrics["val/top1_error_averaged"]
-        assert progress.end.last.top1_error == min(raw, averaged)
-        assert progress.end.last.kind == ("averaged" if averaged <= raw else "raw")
+        assert progress.last.top1_error == min(raw, averaged)
+        assert progress.last.kind == ("averaged" if averaged <= raw else "raw")
 
 
 def test_the_best_epochs_weights_are_kept_to_the_end(packages: Catalogue, stage: Stage) -> None:
     errors, of_last = [], []
     for progress in train(changed(stage, epochs=5), NETWORK, packages):
-        assert progress.end is not None
-        errors.append(progress.end.last.top1_error)
-        of_last.append({name: tensor.clone() for name, tensor in progress.end.last.tensors.items()})
+        assert progress.last is not None
+        assert progress.state.best is not None
+        errors.append(progress.last.top1_error)
+        of_last.append({name: tensor.clone() for name, tensor in progress.last.tensors.items()})
     best = errors.index(min(errors))  # the first of equals
-    assert progress.end.best.epoch == best
-    assert progress.end.best.top1_error == errors[best]
-    for name, tensor in progress.end.best.tensors.items():
+    assert progress.state.best.epoch == best
+    assert progress.state.best.top1_error == errors[best]
+    for name, tensor in progress.state.best.tensors.items():
         assert torch.equal(tensor, of_last[best][name])
 
 
 def test_without_validation_images_the_last_epoch_is_the_best(packages: Catalogue, stage: Stage) -> None:
     bare = replace(packages, val=packages.val.take(np.arange(0)))
-    ends = [progress.end for progress in train(stage, NETWORK, bare)]
-    assert [end.best.epoch for end in ends if end is not None] == [0, 1, 2]
-    assert ends[-1] is not None
-    assert ends[-1].best.top1_error is None
+    bests = [progress.state.best for progress in train(stage, NETWORK, bare)]
+    assert [best.epoch for best in bests if best is not None] == [0, 1, 2]
+    assert bests[-1] is not None
+    assert bests[-1].top1_error is None
 
 
 def test_the_validation_error_is_the_metric_of_the_centre_crops(packages: Catalogue, stage: Stage) -> None:
-    model = learner.Learner(stage, NETWORK, packages, learner.place()).model
+    model = learner.Learner(stage, NETWORK, packages, learner.place(Machine())).model
     feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.5,) * 3, "bicubic")
-    errors = top1_errors(model, packages, stage, feed, torch.float32)
+    errors = top1_errors(model, packages, stage, feed)
     assert model.training
     model.eval()
-    batches = list(predict(model, packages.val, 40, 32, "center", feed, torch.float32))
+    batches = list(predict(model, packages.val, 40, 32, "center", feed))
     predicted = torch.cat([probabilities for _, probabilities in batches]).argmax(dim=1)
     labels = torch.from_numpy(packages.val.labels)
     assert errors["val/top1_error"] == mean_class_error(labels, predicted, 4)
@@ -233,9 +242,9 @@ def test_a_stage_that_trains_the_classifier_alone_moves_no_bit_of_the_backbone(
     start = untrained(tmp_path / "parent", packages, 0)
     before = weights.read(start)
     alone = changed(stage, start="full", trains="classifier", sampler="class_balanced", ema=ema, drop_path_rate=0.1)
-    for progress in train(alone, NETWORK, packages, start=start):
-        assert progress.end is not None
-        after = progress.end.last.tensors
+    for progress in train(alone, NETWORK, packages, Inputs(start=start)):
+        assert progress.last is not None
+        after = progress.last.tensors
         moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
         assert moved == {"classifier.weight"}
 
@@ -250,15 +259,15 @@ def test_the_classifier_alone_is_drawn_anew_whatever_the_parents_is(
         start = tmp_path / f"{parent}"
         if not start.exists():
             untrained(start, packages, parent)
-        *_, last = train(changed(alone, **settings), NETWORK, packages, start=start)
-        assert last.end is not None
-        found = last.end.last.tensors["classifier.weight"]
+        *_, last = train(changed(alone, **settings), NETWORK, packages, Inputs(start=start))
+        assert last.last is not None
+        found = last.last.tensors["classifier.weight"]
         assert not torch.equal(found, weights.read(start)["classifier.weight"])
         return found
 
     assert torch.equal(classifier(0), classifier(1))
     assert not torch.equal(classifier(0), classifier(0, seed=1))
-    assert classifier(0).std().item() == pytest.approx(0.01, rel=0.1)  # of a new recogniser's
+    assert classifier(0).std().item() == pytest.approx(0.01, rel=0.1)  # of a new classifier's
 
 
 def test_an_objective_is_told_the_counts_of_what_it_trains_on(packages: Catalogue, stage: Stage) -> None:

@@ -14,17 +14,17 @@ from torch import Tensor
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
-from aliprod.data import hashes, pseudo
 from aliprod.data.augment import normalise, square
-from aliprod.data.training_set import training_set
+from aliprod.data.training_set import write_pseudo_labels
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier, normalisation
-from aliprod.recipe import LearningRate, PseudoLabels, Soup, Stage
+from aliprod.recipe import Inputs, LearningRate, Machine, PseudoLabels, Soup, Stage
 from aliprod.store import commit
 from aliprod.training import job
-from aliprod.training.job import Work
+from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, train
 from aliprod.training.soup import blended
+from aliprod.training.training_job import TrainingJob
 
 NETWORK = "test_resnet.r160_in1k"
 CONFIG = weights.Config(NETWORK, (0.5,) * 3, (0.25,) * 3, "bilinear", 40, 32)
@@ -53,9 +53,9 @@ def ingredient(
 
 
 def made(stage: Stage, packages: Catalogue, ingredients: Sequence[Path]) -> tuple[Progress, dict[str, Tensor]]:
-    (progress,) = blended(stage, NETWORK, packages, training_set(packages, stage), ingredients, 1, 0)
-    assert progress.end is not None
-    return progress, progress.end.best.tensors
+    (progress,) = blended(set_up(stage, NETWORK, packages, Machine()), ingredients)
+    assert progress.state.best is not None
+    return progress, progress.state.best.tensors
 
 
 def parameters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,9 +106,10 @@ def test_norm_statistics_are_of_the_images_that_the_stage_adds_and_of_none_that_
     shutil.copytree(packages.root, tmp_path / "packages")
     catalogue = read(tmp_path / "packages")
     shutil.copyfile(catalogue.train.path(3), catalogue.train.path(20))  # of another class
-    hashes.write(tmp_path / "hashes", catalogue.train, 0)
+    kept_rows = np.delete(np.arange(32), [3, 20])
+    commit.write(tmp_path / "kept", lambda new: np.save(new / "kept.npy", kept_rows))
     surest = catalogue.test.ids.take([5, 17, 30])
-    pseudo.write(tmp_path / "pseudo", surest, catalogue.classes[[0, 1, 3]], np.array([0.9, 0.9, 0.9]), {})
+    write_pseudo_labels(tmp_path / "pseudo", surest, catalogue.classes[[0, 1, 3]], np.array([0.9, 0.9, 0.9]), {})
     stage = STAGE.model_copy(
         update={
             "resize": 32,
@@ -120,9 +121,8 @@ def test_norm_statistics_are_of_the_images_that_the_stage_adds_and_of_none_that_
         }
     )
     folders = tuple(ingredient(tmp_path / f"{seed}", catalogue, drawn(seed)) for seed in range(2))
-    work = Work("net/soup", "0123", NETWORK, stage, tmp_path / "job", soup=folders,
-                pseudo_labels=tmp_path / "pseudo", hashes=tmp_path / "hashes")  # fmt: skip
-    list(job.run(work, catalogue))
+    inputs = Inputs(soup=folders, pseudo_labels=tmp_path / "pseudo", kept=tmp_path / "kept")
+    list(job.run(TrainingJob("net/soup", "0123", NETWORK, stage, tmp_path / "job", inputs), catalogue))
     model, _, _ = weights.load(tmp_path / "job" / "weights")
     kept = [catalogue.train.path(row) for row in range(32) if row not in (3, 20)]
     added = [catalogue.test.path(row) for row in (5, 17, 30)]
@@ -138,9 +138,9 @@ def learnt(packages: Catalogue) -> tuple[dict[str, Tensor], float]:
     lr = LearningRate(backbone=0.02, heads=0.1)
     stage = Stage(resize=40, crop=32, batch_size=8, epochs=6, lr=lr, augmentation=("resize",))
     *_, last = train(stage, NETWORK, packages)
-    assert last.end is not None
-    assert last.end.best.top1_error is not None
-    return last.end.best.tensors, last.end.best.top1_error
+    assert last.state.best is not None
+    assert last.state.best.top1_error is not None
+    return last.state.best.tensors, last.state.best.top1_error
 
 
 def test_a_greedy_soup_leaves_out_what_would_spoil_it(
@@ -186,7 +186,7 @@ def test_rows_of_unit_length_are_mixed_as_such(packages: Catalogue, tmp_path: Pa
 
 def test_a_soup_is_a_finished_job_of_no_steps(packages: Catalogue, tmp_path: Path) -> None:
     folders = tuple(ingredient(tmp_path / f"{seed}", packages, drawn(seed)) for seed in range(2))
-    work = Work("net/soup", "0123", NETWORK, STAGE, tmp_path / "job", soup=folders)
+    work = TrainingJob("net/soup", "0123", NETWORK, STAGE, tmp_path / "job", Inputs(soup=folders))
     (progress,) = job.run(work, packages)
     record = commit.read(tmp_path / "job" / "weights")
     assert record is not None
@@ -194,6 +194,6 @@ def test_a_soup_is_a_finished_job_of_no_steps(packages: Catalogue, tmp_path: Pat
     assert record["top1_error"] == progress.metrics["val/top1_error"]
     model, config, _ = weights.load(tmp_path / "job" / "weights")
     assert (config.kind, config.job) == ("soup", "net/soup")
-    assert progress.end is not None
-    assert all(torch.equal(tensor, progress.end.best.tensors[name]) for name, tensor in model.state_dict().items())
+    assert progress.state.best is not None
+    assert all(torch.equal(tensor, progress.state.best.tensors[name]) for name, tensor in model.state_dict().items())
     assert list(job.run(work, packages)) == []

@@ -54,8 +54,9 @@ def test_objectives_that_ask_for_more_than_images_are_measured_too(
 
 
 def test_ten_crops_of_an_image_are_one_image_and_take_longer_than_its_centre(packages: Catalogue) -> None:
+    stage = Stage(resize=72, crop=64)
     centre, ten = (
-        measure_prediction("test_resnet", 1, 72, 64, views, packages, batches=1) for views in ("center", "ten_crop")
+        measure_prediction(stage, "test_resnet", views, packages, batches=1) for views in ("center", "ten_crop")
     )
     assert (centre.images, ten.images) == (256, 32)
     assert centre.images_per_second > ten.images_per_second > 0

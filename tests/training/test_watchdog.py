@@ -8,17 +8,18 @@ from job_process import ended, log_of, start
 from test_job import NETWORK, result
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.recipe import Stage
-from aliprod.training.job import Work
+from aliprod.recipe import Machine, Stage
+from aliprod.training.training_job import TrainingJob
 
 
-def work_that_hangs(folder: Path, stage: Stage, once: Path, ranks: int) -> Work:
+def work_that_hangs(folder: Path, stage: Stage, once: Path, ranks: int) -> TrainingJob:
     objective = {"name": "own.stuck", "step": 6, "rank": ranks - 1, "once": str(once)}
     stage = Stage.model_validate(stage.model_dump() | {"objective": objective})
-    return Work("net/stage", "0123", NETWORK, stage, folder / "job", save_every_steps=3, watchdog_seconds=3.0)
+    machine = Machine(save_every_steps=3, watchdog_seconds=3.0)
+    return TrainingJob("net/stage", "0123", NETWORK, stage, folder / "job", machine=machine)
 
 
-def codes(work: Work, catalogue: Path, ranks: int) -> list[int]:
+def codes(work: TrainingJob, catalogue: Path, ranks: int) -> list[int]:
     work.folder.with_suffix(".meeting").unlink(missing_ok=True)  # a killed rank leaves it, and nobody meets there
     processes = [start(work, catalogue, rank=rank, world_size=ranks) for rank in range(ranks)]
     return [ended(process) for process in processes]
@@ -36,7 +37,7 @@ def test_a_step_that_hangs_ends_every_rank_with_its_stacks_and_costs_no_bytes(
         assert "loop.py" in told
     assert "in forward" in told  # the last rank is the one that hangs
     assert "own/stuck.py" in told
-    work = replace(work, watchdog_seconds=None)
+    work = replace(work, machine=Machine(save_every_steps=3))
     assert codes(work, packages.root, ranks) == [0] * ranks
     assert "goes on from" in log_of(work)
     undisturbed = replace(work, folder=tmp_path / "undisturbed" / "job")

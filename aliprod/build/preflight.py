@@ -1,0 +1,87 @@
+"""What must hold before a GPU is held: storage, catalogue, backbones."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from aliprod.build.inputs import check_labellers
+from aliprod.build.target import Site, Target
+from aliprod.errors import Refused, StorageFull, Unreachable
+from aliprod.plan.open import Opened, Request, open_plan
+from aliprod.plan.places import catalogue_path
+from aliprod.plan.schema import Plan, Synth
+from aliprod.store import commit
+
+
+def prepare(request: Request) -> Opened:
+    """Read the catalogue, rendered first where the plan says so, and find the jobs.
+
+    Raises:
+        Refused: there is no catalogue. Unreachable: the storage path cannot be written.
+    """
+    check_storage(request.places.storage)
+    path, source = catalogue_path(request.plan, request.places), request.plan.catalogue
+    if source.path is None and source.synth is not None and not path.exists():
+        _render(source.synth, path)
+    if not path.exists():
+        raise Refused("is not there.", path, "A plan's [catalogue] path is relative to the plan's file.")
+    opened = open_plan(request)
+    catalogue = opened.read_catalogue()
+    if not len(catalogue.val) and not len(catalogue.test):
+        raise Refused("has neither val nor test images: there is nothing to predict.", path, "Hold some images back.")
+    check_labellers(opened)
+    return opened
+
+
+def check_storage(storage: Path) -> None:
+    """Write a file and take it away again.
+
+    Raises:
+        Unreachable: that failed.
+    """
+    try:
+        commit.write_file(storage / ".writable", "")
+        (storage / ".writable").unlink()
+    except (StorageFull, OSError) as error:
+        what = error.what if isinstance(error, StorageFull) else str(error)
+        advice = "Give --storage a folder that you may write, with room."
+        raise Unreachable(f"the storage path {what}", storage, advice) from error
+
+
+def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
+    """Check the backbones with timm and make the first of the targets, in a process of its own: timm and torch take a
+    gigabyte that the driver need not hold.
+
+    Raises:
+        Refused: a backbone that timm does not know, pretrained weights that cannot be had.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as child:
+        child.submit(_make_first, opened.plan, wanted, site).result()
+
+
+def check_backbones(plan: Plan) -> None:
+    """Ask timm about each backbone.
+
+    Raises:
+        Refused: naming the first that cannot be one.
+    """
+    from aliprod.models.classifier import check_network
+
+    for backbone, network in plan.backbones.items():
+        check_network(network, f"[backbones] {backbone}")
+
+
+def _make_first(plan: Plan, wanted: list[Target], site: Site) -> None:
+    check_backbones(plan)
+    for target in wanted:
+        target.make(target, site)
+
+
+def _render(synth: Synth, path: Path) -> None:
+    from aliprod.synth.synth import synthesise
+
+    try:
+        synthesise(path, synth.classes, synth.images, synth.seed)
+    except Refused:
+        if not path.exists():  # else another driver was faster, with the same pictures
+            raise

@@ -1,0 +1,144 @@
+"""What a run makes: one type for a training, a prediction, soft labels, an ensemble, and all else."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aliprod.plan.jobs import Job
+from aliprod.plan.schema import Cluster
+from aliprod.recipe import Views
+from aliprod.store import commit
+from aliprod.store.keys import key_of
+
+
+@dataclass(frozen=True)
+class Resources:
+    """CPUs and GPUs, of a target or of a cluster."""
+
+    cpus: int
+    gpus: int
+
+    def __add__(self, other: "Resources") -> "Resources":
+        return Resources(self.cpus + other.cpus, self.gpus + other.gpus)
+
+    def fits(self, room: "Resources") -> bool:
+        return self.cpus <= room.cpus and self.gpus <= room.gpus
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a target is made: paths that every node sees, and the plan's [cluster]."""
+
+    storage: Path
+    catalogue: Path
+    cluster: Cluster
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Images that a target takes: the cost model divides them by measured rates.
+
+    Attributes:
+        job: whose network works.
+        trained, seen: images forward and backward; forward alone, in ``views``.
+        known: False where nothing measures beforehand what it takes.
+    """
+
+    job: Job | None = None
+    trained: int = 0
+    seen: int = 0
+    views: Views = "center"
+    known: bool = True
+
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Something that is made once and kept in a committed folder.
+
+    Attributes:
+        kind, name: what it is; the name is unique in a graph, and people read it.
+        facts: plain JSON, all that the key hashes; None while something that it needs is not there yet.
+        needs: the targets that it reads, by their role.
+        place: its folder below the storage path; None while the facts are.
+        make: makes it, in any process, without Ray; yields metrics now and then.
+        cost: what is left of that to do.
+        ranks: processes of its process group; 0: it is made by one process alone.
+        job: the job whose state its failure shows; None: the whole plan's.
+        goal: made for its own sake; what is no goal is made where something needs it.
+        first: made before anything else is started, since it may refuse the plan.
+        latest: its folder has what was made last, of whichever key; otherwise the folder is the key's own.
+    """
+
+    kind: str
+    name: str
+    facts: Mapping[str, Any] | None
+    place: str | None
+    make: Callable[["Target", Site], Iterable[Metrics]]
+    needs: Mapping[str, tuple["Target", ...]] = field(default_factory=dict)
+    cost: Cost = Cost()
+    resources: Resources = Resources(1, 0)
+    ranks: int = 0
+    job: Job | None = None
+    goal: bool = False
+    first: bool = False
+    latest: bool = False
+
+    @property
+    def key(self) -> str | None:
+        """sha256 of its facts."""
+        return None if self.facts is None else key_of(self.facts)
+
+    @property
+    def owner(self) -> Job:
+        """Its job.
+
+        Raises:
+            ValueError: it belongs to the whole plan.
+        """
+        if self.job is None:
+            raise ValueError(f"{self.name} belongs to no job")
+        return self.job
+
+    def needed(self) -> Iterator["Target"]:
+        """The targets that it needs, whatever their role."""
+        for targets in self.needs.values():
+            yield from targets
+
+    def folder(self, storage: Path) -> Path:
+        """Its folder.
+
+        Raises:
+            ValueError: it is not known yet.
+        """
+        if self.place is None:
+            raise ValueError(f"{self.name} has no folder yet: what it needs is not there")
+        return storage / self.place
+
+    def record(self, storage: Path) -> dict[str, Any] | None:
+        """What its commit record says; None where it is not made."""
+        found = None if self.place is None else commit.read(storage / self.place)
+        return None if found is None or (self.latest and found.get("target") != self.key) else found
+
+
+def lacking(goals: Iterable[Target], storage: Path) -> dict[str, Target]:
+    """The goals that are not made and what they need that is not made either, by name, needs first."""
+    found: dict[str, Target] = {}
+    made: set[str] = set()
+
+    def visit(target: Target) -> None:
+        if target.name in found or target.name in made:
+            return
+        if target.record(storage) is not None:
+            made.add(target.name)
+            return
+        for need in target.needed():
+            visit(need)
+        found[target.name] = target
+
+    for goal in goals:
+        visit(goal)
+    return found

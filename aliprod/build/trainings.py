@@ -1,0 +1,106 @@
+"""A job's training as a target. A soup, which trains nothing, is one too."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aliprod.build.inputs import images_of
+from aliprod.build.target import Cost, Metrics, Resources, Site, Target
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.data.epoch_size import epoch_size
+from aliprod.plan import options
+from aliprod.plan.jobs import Job
+from aliprod.plan.schema import Cluster
+from aliprod.recipe import STATISTICS_BATCHES, Inputs, Stage
+from aliprod.store.layout import WEIGHTS, job_place, newest_step
+
+
+def training(job: Job, needs: Mapping[str, Sequence[Target]], cost: Cost, cluster: Cluster, gpu: bool) -> Target:
+    """The training of a job.
+
+    Args:
+        gpu: whether a rank takes one.
+        needs: by role, the fields of `aliprod.recipe.Inputs`.
+    """
+    return Target(
+        kind="training",
+        name=job.name,
+        facts=job.facts,
+        place=None if job.key is None else f"{job_place(job.name, job.key)}/{WEIGHTS}",
+        make=_train,
+        needs={role: tuple(targets) for role, targets in needs.items() if targets},
+        cost=cost,
+        resources=Resources(cluster.workers * cluster.cpus_per_worker, cluster.workers if gpu else 0),
+        ranks=cluster.workers,
+        job=job,
+        goal=True,
+    )
+
+
+def inputs_of(target: Target, site: Site) -> Inputs:
+    """What a training reads beside the catalogue: the folders of what it needs."""
+    job, storage = target.owner, site.storage
+    folders: dict[str, Any] = {
+        role: tuple(need.folder(storage) for need in needs) for role, needs in target.needs.items()
+    }
+    one = {role: paths[0] for role, paths in folders.items() if role not in ("soup", "teachers")}
+    if "pretrained" in one:
+        one["pretrained"] /= f"{job.network}.safetensors"
+    elif isinstance(job.stage.pretrained, str):
+        one["pretrained"] = Path(job.stage.pretrained)
+    return Inputs(**folders | one)
+
+
+def _train(target: Target, site: Site) -> Iterator[Metrics]:
+    """Train on this rank; yield the metrics of each epoch."""
+    from aliprod.training.job import run
+    from aliprod.training.training_job import TrainingJob
+
+    job, folder = target.owner, target.folder(site.storage).parent
+    inputs = inputs_of(target, site)
+    work = TrainingJob(job.name, str(job.key), job.network, job.stage, folder, inputs, site.cluster)
+    for progress in run(work, sources.read(site.catalogue)):
+        if progress.last is not None:
+            yield {"epoch": progress.state.epoch, **progress.metrics}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch of a stage.
+
+    Attributes:
+        images: that it trains on as rates count them, steps times batch size.
+        seen: images that pass forward alone behind it: each kind of weights on val, norm statistics.
+        group: images of one class that stand together in a batch.
+    """
+
+    steps: int
+    images: int
+    seen: int
+    group: int
+
+
+def epoch_of(stage: Stage, catalogue: Catalogue) -> Epoch:
+    """Count an epoch of a stage, as its training would.
+
+    Raises:
+        Refused: a batch cannot be dealt in groups of one class.
+    """
+    needs = options.needs(stage.objective.name, stage.objective.options)
+    group, size = needs.group, epoch_size(images_of(stage, catalogue), stage.batch_size, needs.group)
+    restated = min(STATISTICS_BATCHES, size.steps) * size.groups_per_batch * group
+    if stage.soup is not None:
+        looks = len(stage.soup.of) if stage.soup.greedy and len(catalogue.val) else 1
+        return Epoch(0, 0, looks * (restated + len(catalogue.val)), group)
+    seen = len(catalogue.val) + (restated + len(catalogue.val) if needs.distorts else 0)
+    return Epoch(size.steps, size.steps * stage.batch_size, seen * (1 if stage.ema is None else 2), group)
+
+
+def cost_of(job: Job, catalogue: Catalogue, folder: Path) -> Cost:
+    """What is left of a job's training, from the newest checkpoint in its folder on."""
+    epoch, done = epoch_of(job.stage, catalogue), newest_step(folder) or 0
+    steps = max(0, job.stage.epochs * epoch.steps - done)
+    validations = job.stage.epochs - done // max(1, epoch.steps)
+    return Cost(job, trained=steps * job.stage.batch_size, seen=validations * epoch.seen)

@@ -1,0 +1,116 @@
+"""Flags that commands share, and how commands answer."""
+
+import functools
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from aliprod.plan.open import Opened, Request
+
+Command = Callable[..., None]
+_JSON = "aliprod.json"  # in click's context: whether --json is given
+
+
+def _keep_json(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.meta[_JSON] = value
+
+
+path = click.Path(path_type=Path)
+storage_flag = click.option("--storage", type=path, help="Folder of all results. [runs]")
+sets_flag = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan.")
+tracking_flag = click.option("--tracking-uri", help="MLflow. [SQLite in the storage folder]")
+address_flag = click.option("--address", help="Ray cluster. [a local one of our own]")
+json_flag = click.option(
+    "--json",
+    is_flag=True,
+    expose_value=False,
+    callback=_keep_json,
+    help="Print the answer as JSON, as the last line.",
+)
+
+
+def as_json() -> bool:
+    """Whether the command in progress was given --json."""
+    return bool(click.get_current_context().meta.get(_JSON))
+
+
+def say(text: str) -> None:
+    """Print what happens on the way: on stderr where stdout is for the JSON."""
+    click.echo(text, err=as_json())
+
+
+def answer(found: Mapping[str, Any] | None, text: str) -> None:
+    """Print a command's answer: as JSON where that is asked for, else the text, where there is one."""
+    if text or as_json():
+        click.echo(json.dumps(found, ensure_ascii=False) if as_json() else text)
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def takes(kind: type[Any], *parameters: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Give a command parameters that it takes as one dataclass, the first of its arguments."""
+
+    def decorated(command: Command) -> Command:
+        @functools.wraps(command)
+        def taking(**given: Any) -> None:
+            command(kind(**{field.name: given.pop(field.name) for field in fields(kind)}), **given)
+
+        wrapped: Command = taking
+        for parameter in reversed(parameters):
+            wrapped = parameter(wrapped)
+        return wrapped
+
+    return decorated
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the commands that take a plan are given."""
+
+    file: Path
+    sets: tuple[str, ...]
+    storage: Path | None
+    tracking_uri: str | None = None
+    address: str | None = None
+
+    def request(self) -> "Request":
+        """The checked plan, and where it runs."""
+        from aliprod.plan.load import load
+
+        plan = load(self.file, self.sets)  # first: a plan that is refused is refused at once
+        from aliprod.plan.open import Request
+        from aliprod.plan.places import resolve
+
+        places = resolve(plan, self.storage, self.tracking_uri, self.address)
+        return Request(plan, self.file.read_text(encoding="utf-8-sig"), places)
+
+    def opened(self) -> "Opened":
+        """The plan with its jobs; without keys, and a note that says so, where the catalogue is not there."""
+        request = self.request()
+        from aliprod.plan.open import open_plan
+
+        opened = open_plan(request)
+        if opened.note:
+            click.echo(opened.note, err=True)
+        return opened
+
+    def benchmark(self) -> str:
+        """The command that measures what a forecast needs."""
+        flags = [word for text in self.sets for word in ("--set", text)]
+        flags += ["--storage", str(self.storage)] if self.storage else []
+        return shlex.join(["aliprod", "benchmark", "train", str(self.file), *flags])
+
+
+takes_plan = takes(
+    Asked, click.argument("file", type=path), sets_flag, storage_flag, tracking_flag, address_flag, json_flag
+)

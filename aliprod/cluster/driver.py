@@ -1,0 +1,229 @@
+"""The driver: what `aliprod run` and a submitted job do. It makes the targets of a plan that are missing."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+
+import ray
+
+from aliprod.build.events import Ended, Event, Said
+from aliprod.build.graph import Chosen, targets
+from aliprod.build.outputs import splits
+from aliprod.build.preflight import make_first, prepare
+from aliprod.build.schedule import execute
+from aliprod.build.state import RunState
+from aliprod.build.target import Site, Target, lacking
+from aliprod.cluster import session
+from aliprod.cluster.launch import start_launcher
+from aliprod.cluster.tasks import RayRunner
+from aliprod.errors import Failed
+from aliprod.plan.open import Opened, Request
+from aliprod.store import commit, lineage
+from aliprod.tracking.choices import choose, origin
+from aliprod.tracking.registry import Choice
+from aliprod.tracking.runs import EnsembleResult, JobProgress, PlanProgress, Status
+from aliprod.tracking.sync import Tracking
+
+_FLUSH_SECONDS = 60.0
+_HURRIED_SECONDS = 10.0  # of a run that was told to stop
+
+
+def run(request: Request) -> Iterator[Event]:
+    """Make all of a plan that is missing: trainings, predictions, the ensemble.
+
+    Yields:
+        Events; the last is `Ended`.
+    Raises:
+        Refused: the input is wrong, nothing was started. Unreachable: cluster, storage or, at the start, MLflow.
+        Failed: the ensemble cannot be made. KeyboardInterrupt: it was told to stop.
+    """
+    yield from _say(request.places.note)
+    yield from _Run(prepare(request), whole=True).events()
+
+
+def ensemble(request: Request) -> Iterator[Event]:
+    """Make the ensemble anew from the chosen checkpoints; trains nothing.
+
+    Raises:
+        Failed: a member is not trained yet. Else as `run`.
+    """
+    yield from _say(request.places.note)
+    opened = prepare(request)
+    if missing := [name for name in request.plan.ensemble.members if opened.record(name) is None]:
+        raise Failed(f"not trained yet: {', '.join(missing)}.", request.plan.name, "Run the plan first.")
+    yield from _Run(opened, whole=False).events()
+
+
+class _Run:
+    """A run of a plan.
+
+    Args:
+        whole: jobs that are no members are trained too.
+    """
+
+    def __init__(self, opened: Opened, whole: bool) -> None:
+        self.opened, self.whole, self.state = opened, whole, RunState(opened)
+        self.site = Site(opened.places.storage, opened.read_catalogue().root, opened.plan.cluster)
+        self.stop, self.lease, self.said = threading.Event(), None, list[str]()
+        self.chosen: dict[str, Chosen] = {}
+        self.result: EnsembleResult | None = None
+
+    def events(self) -> Iterator[Event]:
+        """Make what is missing; the outcome ends up in result.json."""
+        places, plan = self.opened.places, self.opened.plan
+        todo = self._missing(gpu=False)
+        if todo:
+            make_first(self.opened, [target for target in todo.values() if target.first], self.site)
+        self.tracking = Tracking.connect(places.tracking_uri, plan.name, places.artifacts, self.said.append)
+        try:
+            if self._untrained():
+                self._join()  # first: where another driver has this plan, nothing of ours is shown
+            yield from self._tracked()
+        finally:
+            ray.shutdown()
+
+    def _tracked(self) -> Iterator[Event]:
+        status: Status = "FAILED"
+        self._show()
+        try:
+            for event in self._rounds():
+                yield event
+                self._show()
+                yield from self._drained()
+            if not self.state.jobs_in("failed", "not_run"):
+                status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            ray.shutdown()  # what runs ends now, not after MLflow has been sent the rest
+            self._show(status)
+            unsent = self.tracking.flush(_HURRIED_SECONDS if status == "KILLED" else _FLUSH_SECONDS)
+        yield from self._drained()
+        yield from map(Said, unsent)
+        yield Said(f"MLflow: {self.tracking.page}")
+        yield Ended(json.loads((self.opened.folder / "result.json").read_text(encoding="utf-8")))
+
+    def _rounds(self) -> Iterator[Event]:
+        """Make what is missing, as the members are chosen now; again where somebody has chosen others meanwhile."""
+        if not len(self.opened.read_catalogue().val):
+            yield Said("There are no val images: the last checkpoint of each job is its member.")
+        yield from self.state.reuse()
+        choices: dict[str, Choice] = {}
+        while not self.state.jobs_in("failed", "not_run"):
+            trained = all(self.opened.record(name) is not None for name in self.opened.plan.ensemble.members)
+            if trained:
+                self._show()
+                choices, note = choose(self.opened, self.tracking.registry, not self.tracking.flush(_FLUSH_SECONDS))
+                self.chosen = {name: Chosen(choice.key, choice.sha256) for name, choice in choices.items()}
+                yield from _say(note)
+            if not self._missing(gpu=False):
+                self._finish(choices)
+                break
+            before = set(self._missing(gpu=False))
+            yield from self._make(choices)
+            if before == set(self._missing(gpu=False)) and not self.state.jobs_in("failed", "not_run"):
+                raise Failed(f"made, and not there: {', '.join(sorted(before))}.", self.opened.places.storage)
+            if self.state.failure:
+                raise Failed(self.state.failure)
+        outcome = {
+            "plan": self.opened.plan.name,
+            "trained": self.state.jobs_in("finished"),
+            "reused": self.state.jobs_in("reused"),
+            "failed": self.state.jobs_in("failed"),
+            "not_run": self.state.jobs_in("not_run"),
+            "ensemble": self.result.result if self.result else None,
+        }
+        commit.write_file(self.opened.folder / "result.json", json.dumps(outcome, indent=1))
+
+    def _make(self, choices: Mapping[str, Choice]) -> Iterator[Event]:
+        """Make what is missing on the cluster."""
+        self._join()
+        settings = self.opened.plan.cluster
+        gpu = session.uses_gpu(settings)
+        todo = self._missing(gpu)
+        for target in todo.values():
+            session.check_room(settings, target.resources)
+            if target.kind == "checkpoint":
+                self.tracking.registry.download(choices[target.owner.name], target.folder(self.site.storage))
+        todo = self._missing(gpu)
+        if any(target.kind == "ensemble" for target in todo.values()):
+            yield Said(f"Adding up {len(self.opened.plan.ensemble.members)} members.")
+        launcher = start_launcher(self.site, gpu) if any(target.ranks for target in todo.values()) else None
+        runner = RayRunner(self.site, launcher, self.stop.is_set, lambda target: self._graph(gpu)[target.name])
+        for change in execute(todo, runner, settings.max_parallel_jobs):
+            yield from self.state.reports()
+            if change is not None:
+                yield from self.state.apply(todo[change.name], change)
+            if self.stop.is_set():  # what it has running ends with its session of Ray
+                raise KeyboardInterrupt
+
+    def _graph(self, gpu: bool) -> dict[str, Target]:
+        return targets(self.opened, gpu, self.chosen)
+
+    def _missing(self, gpu: bool) -> dict[str, Target]:
+        """What is to be made now; an ensemble once its members are known."""
+        goals = [target for target in self._graph(gpu).values() if target.goal]
+        goals = [target for target in goals if self.whole or target.kind != "training"]
+        missing = lacking(goals, self.opened.places.storage)
+        return {name: target for name, target in missing.items() if target.facts is not None or not target.latest}
+
+    def _untrained(self) -> bool:
+        return any(target.kind == "training" for target in self._missing(gpu=False).values())
+
+    def _finish(self, choices: Mapping[str, Choice]) -> None:
+        """Note what the ensemble is, and what its submission was made of."""
+        opened, graph = self.opened, self._graph(gpu=False)
+        which = splits(opened.read_catalogue(), opened.plan.ensemble.score)
+        key = str(graph["ensemble"].key)
+        apart = which.scored is not None and which.scored != which.main
+        scored = opened.folder / (f"ensemble-{which.scored}" if apart else "ensemble")
+        errors = json.loads((scored / "scores.json").read_text(encoding="utf-8"))
+        result = {
+            "members": {n: {"top1_error": errors["members"][n], "version": c.version} for n, c in choices.items()},
+            "top1_error": errors["ensemble"],
+            "split": which.scored,
+            "submission": str(opened.folder / "submission.csv") if which.main == "test" else None,
+            "probabilities": str(opened.folder / "ensemble"),
+        }
+        self.result = EnsembleResult(key, choices, result)
+        if which.main == "test":
+            submission = (opened.folder / "ensemble" / "submission.csv").read_bytes()
+            commit.write_file(opened.folder / "submission.csv", submission)
+            lineage.keep(opened.folder / "submission.csv", origin(opened, choices, key, result))
+
+    def _join(self) -> None:
+        """Join the cluster, when there is something to do on it, and hold the lease on the plan."""
+        if self.lease is not None:
+            return
+        session.join(self.opened.places.address)
+        if threading.current_thread() is threading.main_thread():  # after ray.init, which sets handlers of its own
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._ask_to_stop)
+        self.lease = session.hold(self.opened.plan.name, self.opened.places.storage)
+        session.probe(self.opened.places.storage)
+
+    def _ask_to_stop(self, *_: object) -> None:
+        if self.stop.is_set():  # twice: at once
+            raise KeyboardInterrupt
+        self.stop.set()
+
+    def _show(self, status: Status = "RUNNING") -> None:
+        """Have MLflow show the run as it is."""
+        state, opened, facts = self.state, self.opened, {"host": os.uname().nodename}
+        jobs = tuple(
+            JobProgress(job, opened.job_folder(name), state.states[name], state.details.get(name, ""), facts)
+            for name, job in opened.jobs.items()
+        )
+        self.tracking.show(PlanProgress(opened.text, opened.plan.digest, status, state.table(), jobs, self.result))
+
+    def _drained(self) -> Iterator[Event]:
+        while self.said:
+            yield Said(self.said.pop(0))
+
+
+def _say(text: str) -> Iterator[Event]:
+    if text:
+        yield Said(text)

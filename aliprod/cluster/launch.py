@@ -1,0 +1,81 @@
+"""A target with ranks goes to the launcher: the one actor of a run, in which each TorchTrainer has its controller.
+
+Importing this module is cheap: neither the driver nor the launcher's first second needs Ray Train.
+"""
+
+import os
+import threading
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from aliprod.build.target import Site, Target
+from aliprod.plan.schema import Cluster
+
+_MOST_JOBS = 256  # side by side: threads of the launcher
+
+
+def start_launcher(site: Site, gpu: bool) -> Any:
+    """Start the launcher of a run; it imports what it needs while the driver goes on.
+
+    It runs on this node: on another it would die with that node even where its workers are elsewhere. Where it dies,
+    Ray starts it anew and repeats what it was doing: each job goes on from its checkpoint.
+
+    Args:
+        gpu: whether a rank takes one.
+    Returns:
+        Its handle. Keep it: the launcher ends with the last handle.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=site.cluster.max_failures)(Launcher)
+    return actor.options(max_concurrency=_MOST_JOBS, scheduling_strategy=here).remote(site, gpu)
+
+
+def launch(launcher: Any, target: Target) -> Any:
+    """Start a job, which the dashboard lists by its name; the reference resolves to why it failed, or to ''."""
+    return launcher.fit.options(name=target.name).remote(target)
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    """Variables that Ray Train reads where ``fit`` is called and in its workers."""
+    return {
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard has no Train tab
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(cluster.poll_seconds),
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+class Launcher:
+    """The actor: it fits each job's trainer in a thread of its own."""
+
+    def __init__(self, site: Site, gpu: bool) -> None:
+        self.site, self.gpu = site, gpu
+        os.environ |= environment(site.cluster) | os.environ  # what is set already stays
+        _free_places()
+        threading.Thread(target=_import_trainer, daemon=True).start()
+
+    def fit(self, target: Target) -> str:
+        """Train a job; why it failed, or an empty text."""
+        from aliprod.cluster.trainer import fit
+
+        return fit(target, self.site, self.gpu)
+
+
+def _import_trainer() -> None:
+    import aliprod.cluster.trainer  # noqa: F401
+
+
+def _free_places() -> None:
+    """Remove the placement groups of a former life of this actor: its workers ended with it, but Ray would keep their
+    resources until the driver ends."""
+    from ray._private.state import state  # the public table does not say who made a group
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    me = ray.get_runtime_context().get_actor_id()
+    for raw in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(raw)
+        if group.creator_actor_id.hex() == me and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

@@ -1,0 +1,81 @@
+"""Work that processes do side by side, with its results in order."""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
+
+from aliprod.errors import Failed
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """``executor``: None where this process works alone. ``bystanders``: its children that were there before."""
+
+    processes: int
+    executor: ProcessPoolExecutor | None
+    bystanders: frozenset[BaseProcess]
+
+    def ordered_map(
+        self, work: Callable[[Task], Result], tasks: Iterable[Task], where: Callable[[Task], str], advice: str
+    ) -> Iterator[Result]:
+        """Results in the order of the tasks; never more tasks in flight than the processes need.
+
+        Raises:
+            Failed: a process died; ``where`` names the first task without a result. The others are ended.
+        """
+        if self.executor is None:
+            yield from map(work, tasks)
+            return
+        ahead: deque[tuple[Task, Future[Result]]] = deque()
+        try:
+            for task in tasks:
+                ahead.append((task, self.executor.submit(work, task)))
+                if len(ahead) > 2 * self.processes:
+                    yield ahead[0][1].result()
+                    ahead.popleft()
+            while ahead:
+                yield ahead[0][1].result()
+                ahead.popleft()
+        except BrokenProcessPool as error:
+            for process in set(active_children()) - self.bystanders:
+                process.kill()  # CPython 3.11 else waits for ever for one that was just being started
+            advice = f"Was it out of memory? {advice}"
+            raise Failed("A process died at its work.", where(ahead[0][0] if ahead else task), advice) from error
+
+
+@contextmanager
+def pool(processes: int) -> Iterator[Pool]:
+    """Start so many processes afresh ("spawn"); at the end what is being worked on is finished."""
+    bystanders = frozenset(active_children())
+    if processes <= 1:
+        yield Pool(1, None, bystanders)
+        return
+    executor = ProcessPoolExecutor(processes, get_context("spawn"), _follow_parent)
+    try:
+        yield Pool(processes, executor, bystanders)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """End when the parent was killed, and leave to it what Ctrl-C means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if parent := parent_process():
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,29 @@
+"""Where things lie in the storage path.
+
+jobs/BACKBONE/STAGE/KEY/    metrics.jsonl, resume/, last/, weights/ (its commit record says that the job is finished),
+                            kept/, probabilities/, labels that it made or took
+hashes/FINGERPRINT/         of a catalogue's training images
+pretrained/NETWORK/         ImageNet weights
+PLAN/                       submission.csv, result.json, ensemble/, ...: what people open
+"""
+
+from pathlib import Path
+
+METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
+MODEL = "model.safetensors"  # in a folder of weights
+
+
+def job_place(name: str, key: str) -> str:
+    """The folder of a job, BACKBONE/STAGE, below the storage path."""
+    return f"jobs/{name}/{key}"
+
+
+def job_folder(storage: Path, name: str, key: str) -> Path:
+    """The folder of a job."""
+    return storage / job_place(name, key)
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of a job's newest resume checkpoint, whose bytes are not looked at; None where there is none."""
+    steps = (path for path in (folder / RESUME).glob("step-*") if path.suffix != ".bad")
+    return max((int(path.name.removeprefix("step-")) for path in steps), default=None)

@@ -1,0 +1,81 @@
+"""What is wrong is answered at once: nothing heavy is loaded before the arguments are known to be good."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aliprod.synth.synth import synthesise
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ["torch", "torchvision", "timm", "ray", "mlflow"]
+PROGRAM = """
+import json, sys
+from aliprod.cli import app
+status = 0
+try:
+    app(json.loads(sys.argv[1]))
+except SystemExit as ended:
+    status = ended.code
+print(json.dumps([status, [name for name in json.loads(sys.argv[2]) if name in sys.modules]]))
+"""
+
+
+def loaded(folder: Path, arguments: list[str], heavy: list[str]) -> tuple[int, list[str], str]:
+    """Exit status, what of ``heavy`` was loaded, and what was said."""
+    command = [sys.executable, "-c", PROGRAM, json.dumps(arguments), json.dumps(heavy)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    status, names = json.loads(done.stdout.splitlines()[-1])
+    return status, names, done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "ensemble", "status", "report"])
+def test_a_plan_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path, command: str) -> None:
+    status, names, said = loaded(tmp_path, [command, "typo.toml"], [*HEAVY, "numpy", "pyarrow", "PIL"])
+    assert (status, names) == (2, [])
+    assert "typo.toml: the plan cannot be read: No such file or directory." in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["predict", "nonsense", "photo.jpg"], "nonsense: is no weights folder: there is no such folder."),
+        (["predict", "typo.toml", "photo.jpg"], "typo.toml: the plan cannot be read: No such file"),
+        (["benchmark", "train", "typo.toml"], "typo.toml: the plan cannot be read: No such file"),
+        (["tune", "typo.toml", "net/full"], "typo.toml: the plan cannot be read: No such file"),
+        (["evaluate", "none.csv", "labels.csv"], "none.csv: there is no such file or folder."),
+        (["trace", "none.csv"], "none.csv: cannot be read: No such file or directory."),
+    ],
+)
+def test_a_file_that_is_not_there_is_named_before_anything_is_loaded(
+    tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    status, names, said = loaded(tmp_path, arguments, [*HEAVY, "numpy", "pyarrow", "PIL"])
+    assert (status, names) == (2, [])
+    assert says in said
+
+
+def test_the_seeds_plan_is_checked_and_shown_without_torch_ray_and_mlflow() -> None:
+    status, names, _ = loaded(ROOT, ["plan", "jobs/aliproducts.toml"], HEAVY)
+    assert (status, names) == (0, [])
+
+
+def test_a_forecast_and_a_driver_need_no_torch(tmp_path: Path) -> None:
+    synthesise(tmp_path / "photos", classes=2, images=10, seed=0)
+    sets = ["--set", f"catalogue.path={tmp_path / 'photos'}", "--storage", str(tmp_path / "runs"), "--gpus", "8"]
+    status, names, _ = loaded(ROOT, ["plan", "jobs/aliproducts.toml", *sets], HEAVY)
+    assert (status, names) == (0, [])
+    program = "import sys, aliprod.cluster.driver; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_commands_themselves_load_nothing_heavy(tmp_path: Path) -> None:
+    status, names, _ = loaded(tmp_path, ["--help"], [*HEAVY, "numpy", "pyarrow", "PIL", "pydantic"])
+    assert (status, names) == (0, [])
+
+
+def test_predicting_with_weights_needs_neither_ray_nor_mlflow() -> None:
+    program = "import sys, aliprod.inference.classify; sys.exit('ray' in sys.modules or 'mlflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

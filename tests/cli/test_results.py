@@ -1,0 +1,92 @@
+"""What is done with results: scores, predictions."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shop import Shop, aliprod, answer, refusal
+
+from aliprod.ensemble.add import submission
+from aliprod.models import weights
+
+
+def test_evaluate_tells_both_errors(shop: Shop) -> None:
+    labels = shop.folder / "photos" / "test_labels.json"
+    rows = json.loads(labels.read_text())["images"]
+    ids = [row["image_id"] for row in rows]
+    (shop.folder / "right.csv").write_text(submission(ids, [int(row["class_id"]) for row in rows]))
+    told = answer("evaluate", shop.folder / "right.csv", labels)
+    classes = len({row["class_id"] for row in rows})
+    assert told == {"top1_error": 0.0, "top1_error_per_image": 0.0, "images": len(ids), "classes": classes}
+    assert "0.00%" in aliprod("evaluate", shop.folder / "right.csv", labels).stdout
+
+
+def test_predict_answers_for_each_picture_and_names_what_is_none(weights_folder: Path, photos: Path) -> None:
+    pictures = sorted((photos / "test").iterdir())[:2]
+    (weights_folder.parent / "text.jpg").write_text("this is no picture")
+    result = aliprod("predict", weights_folder, pictures[0], weights_folder.parent / "text.jpg", pictures[1], "--json")
+    assert result.exit_code == 1
+    first, text, second = map(json.loads, result.stdout.splitlines())
+    assert set(text) == {"path", "error"}
+    assert [first["path"], text["path"], second["path"]] == [
+        str(pictures[0]),
+        str(weights_folder.parent / "text.jpg"),
+        str(pictures[1]),
+    ]
+    for told in (first, second):
+        assert set(told) == {"path", "class_id", "name", "probability", "top"}
+        assert {key: told[key] for key in ("class_id", "name", "probability")} == told["top"][0]
+        assert sum(one["probability"] for one in told["top"]) == pytest.approx(1, abs=1e-5)
+        assert told["name"] == f"name {told['class_id'] - 10}"
+    assert aliprod("predict", weights_folder, photos / "test").exit_code == 0, "a folder of pictures alone"
+
+
+def test_a_name_that_is_no_text_is_told_so_that_the_file_is_found_again(weights_folder: Path, photos: Path) -> None:
+    folder = weights_folder.parent / "pictures"
+    folder.mkdir()
+    shutil.copyfile(min((photos / "test").iterdir()), os.fsencode(folder) + b"/\xff.jpg")
+    command = [sys.executable, "-m", "aliprod", "predict", str(weights_folder), str(folder), "--json"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, env=strict, capture_output=True, text=True, timeout=300)  # noqa: PLW1510
+    assert done.returncode == 0, done.stderr
+    assert os.fsencode(json.loads(done.stdout)["path"]) == os.fsencode(folder) + b"/\xff.jpg"
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ("none", "is no weights folder"),
+        ("photos", "is no weights folder"),
+        ("plan.toml", "has no ensemble in this storage path yet"),
+        ("models:/nothing", "is no address of a model"),
+        ("none.toml", "none.toml"),
+    ],
+)
+def test_a_model_that_is_none_is_refused(shop: Shop, model: str, what: str) -> None:
+    assert what in refusal(2, "predict", model, shop.folder / "photos" / "test")
+
+
+def test_pictures_that_are_not_there_are_named(weights_folder: Path, photos: Path) -> None:
+    picture = min((photos / "test").iterdir())
+    result = aliprod("predict", weights_folder, "none.jpg", picture, "--json")
+    assert result.exit_code == 1
+    missing, seen = map(json.loads, result.stdout.splitlines())
+    assert (missing["path"], set(missing)) == ("none.jpg", {"path", "error"})
+    assert "class_id" in seen
+
+
+def test_damaged_weights_are_refused(weights_folder: Path, photos: Path) -> None:
+    file = weights_folder / weights.MODEL
+    file.write_bytes(file.read_bytes()[:1000])
+    assert str(file) in refusal(2, "predict", weights_folder, photos / "test")
+
+
+@pytest.mark.parametrize("broken", ["submission", "labels"])
+def test_a_table_that_is_none_is_refused(shop: Shop, broken: str) -> None:
+    (shop.folder / "submission.csv").write_text("id,predicted\na.jpg,1\n" if broken == "labels" else "nonsense\n")
+    (shop.folder / "labels.csv").write_text("id,class_id\na.jpg,1\n" if broken == "submission" else "nonsense\n")
+    assert f"{broken}.csv" in refusal(2, "evaluate", shop.folder / "submission.csv", shop.folder / "labels.csv")
