@@ -124,9 +124,13 @@ class Target:
         return None if found is None or (self.latest and found.get("target") != self.key) else found
 
 
-def lacking(goals: Iterable[Target], storage: Path) -> dict[str, Target]:
-    """The goals that are not made and what they need that is not made either, by name, needs first."""
-    found: dict[str, Target] = {}
+def lacking(graph: Mapping[str, Target], storage: Path, goals: Iterable[Target] | None = None) -> dict[str, Target]:
+    """The goals of a graph that are not made, and what they need that is not made either, in the graph's order.
+
+    Args:
+        goals: others than the graph's own.
+    """
+    found: set[str] = set()
     made: set[str] = set()
 
     def visit(target: Target) -> None:
@@ -135,10 +139,10 @@ def lacking(goals: Iterable[Target], storage: Path) -> dict[str, Target]:
         if target.record(storage) is not None:
             made.add(target.name)
             return
+        found.add(target.name)
         for need in target.needed():
             visit(need)
-        found[target.name] = target
 
-    for goal in goals:
+    for goal in (target for target in graph.values() if target.goal) if goals is None else goals:
         visit(goal)
-    return found
+    return {name: target for name, target in graph.items() if name in found}

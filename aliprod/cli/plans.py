@@ -95,8 +95,8 @@ def _missing(opened: "Opened") -> dict[str, int]:
     from aliprod.build.graph import targets
     from aliprod.build.target import lacking
 
-    goals = (target for target in targets(opened, gpu=False).values() if target.goal)
-    kinds = Counter(target.kind for target in lacking(goals, opened.places.storage).values())
+    missing = lacking(targets(opened, gpu=False), opened.places.storage)
+    kinds = Counter(target.kind for target in missing.values())
     return {kind.replace("_", " "): count for kind, count in sorted(kinds.items())}
 
 

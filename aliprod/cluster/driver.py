@@ -165,9 +165,9 @@ class _Run:
 
     def _missing(self, gpu: bool) -> dict[str, Target]:
         """What is to be made now; an ensemble once its members are known."""
-        goals = [target for target in self._graph(gpu).values() if target.goal]
-        goals = [target for target in goals if self.whole or target.kind != "training"]
-        missing = lacking(goals, self.opened.places.storage)
+        graph = self._graph(gpu)
+        goals = [target for target in graph.values() if target.goal and (self.whole or target.kind != "training")]
+        missing = lacking(graph, self.opened.places.storage, goals)
         return {name: target for name, target in missing.items() if target.facts is not None or not target.latest}
 
     def _untrained(self) -> bool:

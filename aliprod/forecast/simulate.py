@@ -150,7 +150,7 @@ def _work(opened: Opened, rates: Rates, ranks: int) -> list[Estimate]:
     """All that is not made, with so many ranks a job."""
     cluster = opened.plan.cluster.model_copy(update={"workers": ranks})
     graph = targets(opened.with_cluster(cluster), gpu=True)
-    missing = lacking((target for target in graph.values() if target.goal), opened.places.storage)
+    missing = lacking(graph, opened.places.storage)
     return [Estimate(target, _seconds(target, rates)) for target in missing.values()]
 
 

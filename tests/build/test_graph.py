@@ -16,7 +16,8 @@ from aliprod.plan.places import resolve
 from aliprod.store import commit
 from aliprod.synth.synth import synthesise
 
-PLANS = sorted((Path(__file__).parents[2] / "jobs").glob("*.toml"))
+ROOT = Path(__file__).parents[2]
+PLANS = sorted((ROOT / "jobs").glob("*.toml"))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def finish(plan: Opened, name: str, weights: bytes = b"best", kind: str = "weigh
 
 
 def missing(plan: Opened, **chosen: Chosen) -> dict[str, Target]:
-    return lacking((t for t in targets(plan, True, chosen).values() if t.goal), plan.places.storage)
+    return lacking(targets(plan, True, chosen), plan.places.storage)
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
@@ -118,9 +119,17 @@ def test_only_what_is_missing_is_made_and_only_what_is_needed_for_it(shop: Opene
     rest = missing(shop)
     assert set(everything) - set(rest) >= {"net/full", "net/taught", "hashes", "net/taught kept rows"}
     finish(shop, "net/labelled")
-    assert [target.kind for target in missing(shop).values()] == ["prediction", "ensemble"] * 2, (
+    assert [target.kind for target in missing(shop).values()] == ["prediction"] * 2 + ["ensemble"] * 2, (
         "no labels, no test of full"
     )
+
+
+def test_a_member_is_predicted_right_behind_its_training(photos: Path, tmp_path: Path) -> None:
+    """Not when all others are trained: what a cluster has idle, predicts."""
+    plan = opened(ROOT / "jobs" / "aliproducts.toml", photos, tmp_path)
+    names = [name for name, target in missing(plan).items() if target.kind != "ensemble"]
+    for member in plan.plan.ensemble.members:
+        assert names[names.index(member) + 1] == f"{member} test"
 
 
 def test_what_follows_a_training_is_known_when_that_is_there(shop: Opened) -> None:

@@ -57,8 +57,7 @@ def as_before() -> Iterator[None]:
 
 
 def missing(opened: Opened, **chosen: Chosen) -> dict[str, Target]:
-    goals = [target for target in targets(opened, False, chosen).values() if target.goal]
-    return lacking(goals, opened.places.storage)
+    return lacking(targets(opened, False, chosen), opened.places.storage)
 
 
 def make_all(opened: Opened) -> list[str]:
