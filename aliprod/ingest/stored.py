@@ -7,9 +7,7 @@ without chroma subsampling, so that the second loss stays small beside the first
 A shard is a function of its rows and the settings, whichever process makes it and whenever.
 """
 
-import hashlib
 import io
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from aliprod.catalogue.decode import LEAST_SIDE, decode_anyway, plain_jpeg
 from aliprod.catalogue.shards import FORMAT
 from aliprod.ingest.check import judged
 from aliprod.store import commit
+from aliprod.store.keys import key_of
 
 SHARD = 512  # rows: some 25 MB of photographs, what one process makes in seconds
 ROW_GROUP = 128  # rows, measured best in order: 64 to 256
@@ -64,7 +63,7 @@ class ShardRecipe:
             "source": [images.location, images.store and images.store.fingerprint],
             "rows": [images.ids.to_pylist(), self.class_ids.tolist(), images.paths.to_pylist()],
         }
-        return hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()
+        return key_of(says)
 
 
 class ShardResult(BaseModel):

@@ -4,7 +4,6 @@ What a stage may say is `aliprod.recipe.Stage`. A stage's table is partial: defa
 seed are merged into it before it becomes one.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from aliprod.plan.options import complete
 from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
+from aliprod.store.keys import key_of
 
 Edge = tuple[str, ...]
 EDGES: tuple[Edge, ...] = (
@@ -152,7 +152,7 @@ class Plan(Frozen):
     @property
     def digest(self) -> str:
         """sha256 of all that it says of its results, overrides included."""
-        return hashlib.sha256(self.model_dump_json(exclude={"cluster", "tune"}).encode()).hexdigest()
+        return key_of(self.model_dump(mode="json", exclude={"cluster", "tune"}))
 
     def stage(self, backbone: str, name: str) -> Stage:
         """The effective stage of a job: everything merged, the objective's options completed."""

@@ -8,7 +8,6 @@ Memory holds one block of rows: a shard grows on disk.
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -26,6 +25,7 @@ import pyarrow as pa
 
 from aliprod.errors import Failed, StorageFull
 from aliprod.store import commit
+from aliprod.store.keys import canonical
 
 SHARD_STEP = 256  # a shard has a multiple of so many rows: whole batches, so that one predicted again sees the same
 
@@ -105,7 +105,7 @@ class ResumableRows:
     def _room(self) -> Path:
         """The folder of the finished shards."""
         facts = [self.folder.name, self.record, self.per_shard]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        digest = hashlib.sha256(canonical(facts).encode())
         digest.update("\0".join(self.ids.to_pylist()).encode())
         digest.update(self.classes.tobytes())
         return self.folder.parent / f".{self._kind}.{digest.hexdigest()[:16]}.unfinished"

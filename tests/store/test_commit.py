@@ -303,17 +303,6 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
         assert commit.verify(tmp_path / "result") == ["manifest.json"]
 
 
-def test_a_manifest_without_a_sum_of_its_own_is_still_read(tmp_path: Path) -> None:
-    """As version 0.1 wrote them."""
-    commit.write(tmp_path / "result", filled("x"), {"epoch": 3})
-    path = tmp_path / "result" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["sha256"]
-    path.write_text(json.dumps(manifest))
-    assert commit.read(tmp_path / "result") == {"epoch": 3}
-    assert commit.verify(tmp_path / "result") == []
-
-
 @contextmanager
 def somebody() -> Iterator[None]:
     """Not root, to whom permissions mean nothing."""
