@@ -215,7 +215,7 @@ def test_an_mlflow_that_is_not_there_stops_a_run_before_it_begins(shop: Shop) ->
     before = shop.files()
     began = time.monotonic()
     said = refusal(3, "run", shop.plan, "--tracking-uri", uri)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60  # not the minutes that a client waits by itself
     assert uri in said
     assert "the connection is refused" in said
     assert "--tracking-uri" in said
