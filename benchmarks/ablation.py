@@ -111,9 +111,7 @@ def test_error(folder: Path, catalogue: Catalogue) -> float:
     model, config, _ = weights.load(folder)
     feed = Feed(torch.device("cpu"), config.mean, config.std, config.interpolation)
     predicted = np.zeros(len(catalogue.test), dtype=np.int64)
-    for rows, probabilities in predict(
-        model, catalogue.test, config.resize, config.crop, "center", feed, torch.float32
-    ):
+    for rows, probabilities in predict(model, catalogue.test, config.resize, config.crop, "center", feed):
         predicted[rows] = probabilities.argmax(dim=1).numpy()
     labels = torch.from_numpy(catalogue.test_labels)
     return 100 * float(mean_class_error(labels, torch.from_numpy(predicted), catalogue.num_classes))

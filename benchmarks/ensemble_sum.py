@@ -24,7 +24,7 @@ import torch
 from ratio import alternate, header, show
 from torch import Tensor
 
-from aliprod.ensemble.add import Ensemble, each_block, match
+from aliprod.ensemble.add import MatchedMembers, each_block, match
 from aliprod.inference import probabilities
 
 BUFFER = 2**18  # entries of the other side's buffer: it stays in a core's cache
@@ -87,17 +87,17 @@ def blocks(truth: Tensor, classes: int, seed: int, member: int, rows: np.ndarray
         yield logits.softmax(dim=1)
 
 
-def opened(folder: Path) -> Ensemble:
+def opened(folder: Path) -> MatchedMembers:
     """All members, matched."""
     return match([probabilities.open_store(path) for path in sorted(folder.iterdir())])
 
 
-def summed(ensemble: Ensemble) -> Tensor:
+def summed(ensemble: MatchedMembers) -> Tensor:
     """The columns of the five highest sums of each row."""
     return torch.cat([block.columns for block in each_block(ensemble)])
 
 
-def read(ensemble: Ensemble) -> None:
+def read(ensemble: MatchedMembers) -> None:
     """Every entry of every member into one small buffer."""
     buffer = np.empty(BUFFER, np.float16)
     for member in ensemble.members:
@@ -108,7 +108,7 @@ def read(ensemble: Ensemble) -> None:
                 np.copyto(buffer[: len(piece)], piece)
 
 
-def check(ensemble: Ensemble) -> None:
+def check(ensemble: MatchedMembers) -> None:
     """Sums and arg max against float64."""
     for block in each_block(ensemble, 16):
         rows = [member.rows(block.low, block.high).astype(np.float64) for member in ensemble.members]

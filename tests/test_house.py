@@ -1,5 +1,7 @@
 """The house is as CONTRIBUTING.md says: its rooms, one name for one thing, nothing too large."""
 
+import ast
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -49,3 +51,14 @@ def test_no_folder_is_crowded_no_file_and_no_function_long(house: object) -> Non
     functions = house.functions()  # type: ignore[attr-defined]
     assert [name for name, lines, _ in functions if lines > 60] == []
     assert len([name for name, _, arguments in functions if arguments > 6]) <= 3
+
+
+@pytest.mark.parametrize("program", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_is_there(program: Path) -> None:
+    """Nobody runs them at every commit, so a name that moved would go unseen."""
+    tree = ast.parse(program.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    for node in (node for node in imports if str(node.module).split(".")[0] == "aliprod"):
+        module = importlib.import_module(str(node.module))
+        for name in (alias.name for alias in node.names):
+            assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), f"{node.module}.{name}"
