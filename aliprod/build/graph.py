@@ -1,6 +1,7 @@
 """The graph of a plan: all that it makes, from the catalogue to the submission."""
 
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import NamedTuple
 
 from aliprod.build import inputs, outputs
@@ -54,6 +55,7 @@ class _Graph:
     def __init__(self, opened: Opened, gpu: bool, chosen: Mapping[str, Chosen]) -> None:
         self.opened, self.gpu, self.chosen = opened, gpu, chosen
         self.found: dict[str, Target] = {}
+        self.best = cache(partial(best, opened))  # it reads two manifests
         self.catalogue, self.cluster = opened.read_catalogue(), opened.plan.cluster
         self.splits = outputs.splits(self.catalogue, opened.plan.ensemble.score)
         self.one = Resources(self.cluster.cpus_per_worker, 1 if gpu else 0)  # of what runs a network in one process
@@ -82,7 +84,7 @@ class _Graph:
     def member(self, name: str, split: str) -> Target:
         """The prediction of a member's chosen checkpoint, else of its best."""
         chosen = self.chosen.get(name)
-        if chosen is None or chosen == best(self.opened, name):
+        if chosen is None or chosen == self.best(name):
             return self.prediction(name, split, self.opened.plan.ensemble.views)
         storage, plan = self.opened.places.storage, self.opened.plan
         place = weights_folder(storage, plan.name, name, *chosen).relative_to(storage).as_posix()
@@ -90,7 +92,7 @@ class _Graph:
         return self._predict(weights, chosen.sha256, split, self.opened.plan.ensemble.views)
 
     def prediction(self, name: str, split: str, views: Views) -> Target:
-        found = best(self.opened, name)
+        found = self.best(name)
         return self._predict(self.training(name), found.sha256 if found else None, split, views)
 
     def ensemble(self, split: str) -> Target:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from aliprod.build.target import Cost, Metrics, Resources, Site, Target
+from aliprod.build.target import Cost, Made, Resources, Site, Target
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.errors import Refused
@@ -15,7 +15,6 @@ from aliprod.recipe import PerClass, Stage
 from aliprod.store.keys import key_of
 from aliprod.store.layout import KEPT, job_place
 
-Made = tuple[Metrics, ...]  # nothing is reported on the way
 UNKNOWN = Cost(known=False)
 
 

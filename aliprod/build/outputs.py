@@ -1,18 +1,18 @@
 """What comes of the trained members, as targets: predictions, the ensemble and its submission."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from aliprod.build.target import Cost, Metrics, Resources, Site, Target
+from aliprod.build.target import Cost, Made, Resources, Site, Target
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
 from aliprod.recipe import Views
 from aliprod.store.layout import job_place
-
-Made = tuple[Metrics, ...]  # nothing is reported on the way
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ def ensemble(plan: str, split: str, predictions: Sequence[Target], main: bool) -
         goal=True,
         latest=True,
     )
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """Top-1 errors of a committed ensemble: of ``ensemble``, and of each of the ``members`` by job."""
+    return dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
 
 
 def _brought(target: Target, _: Site) -> Made:

@@ -10,7 +10,7 @@ from aliprod.build.events import Changed, Event, JobState, Reported
 from aliprod.build.schedule import Change
 from aliprod.build.target import Target
 from aliprod.plan.open import Opened
-from aliprod.store import commit
+from aliprod.store import commit, epochs
 from aliprod.store.layout import METRICS
 
 FILE = "state.json"
@@ -98,11 +98,4 @@ class _Tail:
         except OSError:
             return []
         self.offset += len(whole) + len(newline)
-        return [record for line in whole.splitlines() if (record := _parsed(line))]
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError):  # torn by a crash
-        return {}
+        return [record for line in whole.splitlines() if (record := epochs.parse(line))]

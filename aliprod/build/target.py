@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aliprod.plan.jobs import Job
+from aliprod.plan.open import Opened
 from aliprod.plan.schema import Cluster
 from aliprod.recipe import Views
 from aliprod.store import commit
@@ -34,6 +35,15 @@ class Site:
     catalogue: Path
     cluster: Cluster
 
+    @classmethod
+    def of(cls, opened: Opened) -> "Site":
+        """Where the targets of a plan are made.
+
+        Raises:
+            Refused: its catalogue is not there.
+        """
+        return cls(opened.places.storage, opened.read_catalogue().root, opened.plan.cluster)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -53,6 +63,7 @@ class Cost:
 
 
 Metrics = Mapping[str, float]
+Made = tuple[Metrics, ...]  # of what reports nothing on the way
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import ray
 
 from aliprod.build.events import Ended, Event, Said
 from aliprod.build.graph import Chosen, targets
-from aliprod.build.outputs import splits
+from aliprod.build.outputs import scores, splits
 from aliprod.build.preflight import make_first, prepare
 from aliprod.build.schedule import execute
 from aliprod.build.state import RunState
@@ -65,7 +65,7 @@ class _Run:
 
     def __init__(self, opened: Opened, whole: bool) -> None:
         self.opened, self.whole, self.state = opened, whole, RunState(opened)
-        self.site = Site(opened.places.storage, opened.read_catalogue().root, opened.plan.cluster)
+        self.site = Site.of(opened)
         self.stop, self.lease, self.said = threading.Event(), None, list[str]()
         self.chosen: dict[str, Chosen] = {}
         self.result: EnsembleResult | None = None
@@ -119,10 +119,10 @@ class _Run:
                 choices, note = choose(self.opened, self.tracking.registry, not self.tracking.flush(_FLUSH_SECONDS))
                 self.chosen = {name: Chosen(choice.key, choice.sha256) for name, choice in choices.items()}
                 yield from _say(note)
-            if not self._missing(gpu=False):
+            before = set(self._missing(gpu=False))
+            if not before:
                 self._finish(choices)
                 break
-            before = set(self._missing(gpu=False))
             yield from self._make(choices)
             if before == set(self._missing(gpu=False)) and not self.state.jobs_in("failed", "not_run"):
                 raise Failed(f"made, and not there: {', '.join(sorted(before))}.", self.opened.places.storage)
@@ -148,7 +148,7 @@ class _Run:
             session.check_room(settings, target.resources)
             if target.kind == "checkpoint":
                 self.tracking.registry.download(choices[target.owner.name], target.folder(self.site.storage))
-        todo = self._missing(gpu)
+        todo = {name: target for name, target in todo.items() if target.kind != "checkpoint"}
         if any(target.kind == "ensemble" for target in todo.values()):
             yield Said(f"Adding up {len(self.opened.plan.ensemble.members)} members.")
         launcher = start_launcher(self.site, gpu) if any(target.ranks for target in todo.values()) else None
@@ -177,20 +177,19 @@ class _Run:
         """Note what the ensemble is, and what its submission was made of."""
         opened, graph = self.opened, self._graph(gpu=False)
         which = splits(opened.read_catalogue(), opened.plan.ensemble.score)
-        key = str(graph["ensemble"].key)
-        apart = which.scored is not None and which.scored != which.main
-        scored = opened.folder / (f"ensemble-{which.scored}" if apart else "ensemble")
-        errors = json.loads((scored / "scores.json").read_text(encoding="utf-8"))
+        sums = {(t.facts or {})["split"]: t for t in graph.values() if t.kind == "ensemble"}
+        key, folder = str(sums[which.main].key), sums[which.main].folder(self.site.storage)
+        errors = scores(sums[which.scored or which.main].folder(self.site.storage))
         result = {
             "members": {n: {"top1_error": errors["members"][n], "version": c.version} for n, c in choices.items()},
             "top1_error": errors["ensemble"],
             "split": which.scored,
             "submission": str(opened.folder / "submission.csv") if which.main == "test" else None,
-            "probabilities": str(opened.folder / "ensemble"),
+            "probabilities": str(folder),
         }
         self.result = EnsembleResult(key, choices, result)
         if which.main == "test":
-            submission = (opened.folder / "ensemble" / "submission.csv").read_bytes()
+            submission = (folder / "submission.csv").read_bytes()
             commit.write_file(opened.folder / "submission.csv", submission)
             lineage.keep(opened.folder / "submission.csv", origin(opened, choices, key, result))
 

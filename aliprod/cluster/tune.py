@@ -20,9 +20,8 @@ from aliprod.errors import Failed, NonFiniteLoss, Refused, did_you_mean
 from aliprod.plan.open import Opened, Request
 from aliprod.plan.schema import Tune
 from aliprod.recipe import PerClass, Stage
+from aliprod.store.epochs import TOP1
 from aliprod.store.keys import key_of
-
-_ERROR = "val/top1_error"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def search(request: Request, name: str, report: Callable[[Trial], None]) -> Foun
     opened = prepare(request)
     _check_searchable(opened, name)
     target = targets(opened, gpu=False)[name]
-    site = Site(opened.places.storage, opened.read_catalogue().root, opened.plan.cluster)
+    site = Site.of(opened)
     make_first(opened, [t for t in target.needed() if t.first and t.record(site.storage) is None], site)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # it prints tables whatever ``verbose`` says
     try:
@@ -159,7 +158,7 @@ def _try(rates: dict[str, float], target: Target, site: Site, stage: Stage) -> N
     try:
         for progress in train(stage, target.owner.network, catalogue, inputs, site.cluster):
             if progress.last is not None:
-                tune.report({"top1_error": progress.metrics[_ERROR]})
+                tune.report({"top1_error": progress.metrics[TOP1]})
     except NonFiniteLoss:
         tune.report({"top1_error": None})
 

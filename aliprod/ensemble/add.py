@@ -313,11 +313,6 @@ def _highest(values: Tensor, count: int) -> Tensor:
     return columns
 
 
-def scores(folder: Path) -> dict[str, Any]:
-    """Top-1 errors of a committed ensemble: of ``ensemble``, and of each of the ``members`` by job."""
-    return dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
-
-
 def _fill(staging: Path, ensemble: MatchedMembers, rows_per_block: int | None) -> Predictions:
     classes, total = torch.from_numpy(ensemble.classes), sum(ensemble.weights)
     per_shard = min(8192, max(1, 2**28 // (4 * max(1, len(classes)))))

@@ -10,6 +10,7 @@ from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.predict import predict
 from aliprod.models.classifier import Classifier
 from aliprod.recipe import Stage
+from aliprod.store.epochs import TOP1
 
 
 def top1_errors(model: Classifier, catalogue: Catalogue, stage: Stage, feed: Feed) -> dict[str, float]:
@@ -28,6 +29,6 @@ def top1_errors(model: Classifier, catalogue: Catalogue, stage: Stage, feed: Fee
     labels = torch.from_numpy(catalogue.val.labels)
     error = mean_class_error(labels, everywhere.cpu(), catalogue.num_classes)
     return {
-        "val/top1_error": float(error),
+        TOP1: float(error),
         "val/top1_error_per_image": float((labels != everywhere.cpu()).double().mean()),
     }

@@ -5,7 +5,6 @@ appears when all are there.
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Generator, Iterator
@@ -231,7 +230,7 @@ class _Run:
 
         def fill(folder: Path) -> None:
             for name in record.file_names():
-                _link(self.work / Path(name).stem / name, folder / name)
+                commit.link(self.work / Path(name).stem / name, folder / name)
             write_index(folder, left)
 
         shards.remove_partials(out)
@@ -262,14 +261,6 @@ def write_index(folder: Path, catalogue: Catalogue) -> None:
     shards.write_rows(folder, "train", catalogue.train.ids, catalogue.train.labels)
     shards.write_rows(folder, "val", catalogue.val.ids, catalogue.val.labels)
     shards.write_rows(folder, "test", catalogue.test.ids, unknown)
-
-
-def _link(file: Path, to: Path) -> None:
-    """A second name for a file, so that a call that is killed now loses nothing; a copy where a mount has no links."""
-    try:
-        os.link(file, to)
-    except OSError:
-        shutil.copyfile(file, to)
 
 
 # What is there

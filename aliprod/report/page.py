@@ -15,7 +15,7 @@ from aliprod.errors import AliprodError
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Request, open_plan
 from aliprod.report import error_analysis, figures, status
-from aliprod.store import commit
+from aliprod.store import commit, epochs
 
 FILE = "report.html"
 _CONFUSIONS = 12
@@ -41,7 +41,7 @@ def _facts(request: Request) -> dict[str, Any]:
     plan, opened = request.plan, open_plan(request)
     lines = {name: opened.metrics(name) for name in opened.jobs}
     result = _ensemble(opened.folder / "result.json")
-    errors = {name: [line.get("val/top1_error") for line in own] for name, own in lines.items()}
+    errors = {name: [line.get(epochs.TOP1) for line in own] for name, own in lines.items()}
     return {
         "plan": plan,
         "note": opened.note,

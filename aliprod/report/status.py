@@ -10,8 +10,7 @@ from typing import Any
 from aliprod.build.events import DONE, Changed, Event, Reported, Said
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
-
-_TOP1 = "val/top1_error"
+from aliprod.store import epochs
 
 
 def line(event: Event, clock: float | None = None) -> str:
@@ -101,7 +100,7 @@ def _state(opened: Opened, name: str, reported: str) -> dict[str, Any]:
         "state": state,
         "epoch": len(lines),
         "epochs": job.stage.epochs,
-        "top1_error": record["top1_error"] if record else last.get(_TOP1),
+        "top1_error": record["top1_error"] if record else last.get(epochs.TOP1),
         "images_per_second": last.get("speed/images_per_second"),
         "eta_seconds": _seconds_left(lines, job.stage.epochs) if record is None else 0.0,
     }
@@ -148,7 +147,7 @@ def _after(event: Changed) -> str:
 
 
 def _numbers(line: Mapping[str, Any]) -> str:
-    error, speed = line.get(_TOP1), line.get("speed/images_per_second", 0.0)
+    error, speed = line.get(epochs.TOP1), line.get("speed/images_per_second", 0.0)
     scored = "" if error is None else f"top-1 error {error:.2%}, "
     return f"loss {line.get('train/loss', float('nan')):.4f}, {scored}{speed:.0f} images/s"
 

@@ -4,25 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-FILE = "metrics.jsonl"
+TOP1 = "val/top1_error"  # mean over classes, 0 to 1: what checkpoints are picked by
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records in the order of their epochs, each once: after a resume the first one counts.
 
-    Half a line, as a killed worker leaves it, is skipped; a file that is not there has none.
+    Half a line is skipped; a file that is not there has none.
     """
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
         return []
     found: dict[int, dict[str, Any]] = {}
-    for record in filter(None, map(_record, lines)):
+    for record in filter(None, map(parse, lines)):
         found.setdefault(record["epoch"], record)
     return [found[epoch] for epoch in sorted(found)]
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The record of one line; None of half a line, as a killed worker leaves it."""
     try:
         record = json.loads(line)
     except ValueError:

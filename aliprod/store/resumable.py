@@ -95,10 +95,7 @@ class ResumableRows:
             The sha256 of each by its name.
         """
         for file in self.files(name):
-            try:
-                os.link(file, target / file.name)
-            except OSError:
-                shutil.copyfile(file, target / file.name)
+            commit.link(file, target / file.name)
         return {file.name: commit.file_digest(file.parent, file.name) for file in self.files(name)}
 
     @cached_property

@@ -15,9 +15,8 @@ from mlflow.exceptions import MlflowException
 from aliprod.errors import Failed, Refused, did_you_mean, listing
 from aliprod.plan.jobs import Job
 from aliprod.store import commit
+from aliprod.store.layout import MODEL
 from aliprod.tracking.server import Server, asking, reach, suppress_missing
-
-MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True)

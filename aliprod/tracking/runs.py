@@ -19,12 +19,12 @@ from aliprod.build.events import DONE, JobState
 from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
 from aliprod.store import commit, epochs
+from aliprod.store.layout import LAST, METRICS, WEIGHTS
 from aliprod.tracking.registry import Choice, Registry, Weights
 from aliprod.tracking.server import Server, redacted
 
 TAG_LIMIT = 8000  # characters; MLflow cuts the rest off without a word
 PARAM_LIMIT = 6000
-TOP1 = "val/top1_error"  # mean over classes, 0 to 1: what checkpoints are picked by
 RESULT, ERROR, NOTE = "aliprod.result", "aliprod.error", "mlflow.note.content"
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]  # of a run; KILLED: interrupted
@@ -102,11 +102,11 @@ class Runs:
         Raises:
             Failed: nothing is committed in a finished job's folder.
         """
-        folder, records = progress.folder, epochs.read(progress.folder / epochs.FILE)
-        weights = Weights.read(folder / "weights") if progress.state in DONE else None
+        folder, records = progress.folder, epochs.read(progress.folder / METRICS)
+        weights = Weights.read(folder / WEIGHTS) if progress.state in DONE else None
         if weights is None and progress.state in DONE:
             raise Failed("has no committed weights.", folder)
-        run = self._job_run(progress, records, commit.digest(folder / "weights") if weights else "")
+        run = self._job_run(progress, records, commit.digest(folder / WEIGHTS) if weights else "")
         tags = {f"aliprod.{name}": str(value) for name, value in progress.facts.items()}
         if progress.state == "failed":
             tags[ERROR] = progress.detail
@@ -115,7 +115,7 @@ class Runs:
         points = [point for record in records for point in _metrics(record)]
         self._write(run, points, tags)
         shared = f"top1_error/{progress.job.name}"
-        errors = [Metric(shared, p.value, p.timestamp, p.step) for p in points if p.key == TOP1]
+        errors = [Metric(shared, p.value, p.timestamp, p.step) for p in points if p.key == epochs.TOP1]
         self._write(self._plan_run(), errors)
         if weights:
             self._publish(run, progress, weights, {record["epoch"]: record for record in records})
@@ -151,7 +151,7 @@ class Runs:
 
     def _publish(self, run: Run, progress: JobProgress, best: Weights, records: Mapping[int, Record]) -> None:
         """Versions of the best and the last weights, the aliases and, last, the tag of the result."""
-        job, last = progress.job, Weights.read(progress.folder / "last")
+        job, last = progress.job, Weights.read(progress.folder / LAST)
         versions = [self.registry.publish(job, run.info.run_id, best, "best" if last else "best, last")]
         if last:
             versions.append(self.registry.publish(job, run.info.run_id, last, "last"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from aliprod.store import epochs
+from aliprod.store.layout import METRICS
 from aliprod.tracking.registry import Registry
 from aliprod.tracking.runs import JobProgress, PlanProgress, Runs
 from aliprod.tracking.server import Server, connect, sentence
@@ -168,7 +168,7 @@ def _failure(call: Callable[[], None]) -> str:
 def _state(progress: JobProgress) -> tuple[object, ...]:
     """What a job's part depends on; while it runs, the size of its metrics shows that an epoch was added."""
     try:
-        size = (progress.folder / epochs.FILE).stat().st_size if progress.state == "running" else 0
+        size = (progress.folder / METRICS).stat().st_size if progress.state == "running" else 0
     except OSError:
         size = 0
     return progress.state, progress.detail, dict(progress.facts), size

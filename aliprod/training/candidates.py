@@ -12,6 +12,7 @@ from aliprod.data.loader import TrainBatches
 from aliprod.inference.predict import autocast
 from aliprod.randomness import seed_of
 from aliprod.recipe import STATISTICS_BATCHES
+from aliprod.store.epochs import TOP1
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Setup
 
@@ -55,7 +56,7 @@ def best_candidate(setup: Setup, average: Average | None, epoch: int) -> tuple[C
         model.load_state_dict(tensors)
         found = setup.top1_errors()
         errors |= {name if kind == "raw" else f"{name}_{kind}": value for name, value in found.items()}
-        candidate = Candidate(epoch, kind, found.get("val/top1_error"), tensors)
+        candidate = Candidate(epoch, kind, found.get(TOP1), tensors)
         if best is None or best.top1_error is None or not best.beats(candidate):
             best = candidate
     model.load_state_dict(kept)

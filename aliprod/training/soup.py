@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from aliprod.models import weights
+from aliprod.store.epochs import TOP1
 from aliprod.training.candidates import Candidate, restated
 from aliprod.training.checkpoint import Snapshot, TrainingState
 from aliprod.training.learner import Setup
@@ -54,7 +55,7 @@ def _mean(setup: Setup, folders: Sequence[Path]) -> tuple[Candidate, dict[str, f
     model.load_state_dict(model.state_dict() | {name: total / len(folders) for name, total in sums.items()})
     tensors = restated(setup.learner, setup.batches, 0)
     errors = setup.top1_errors()
-    return Candidate(0, "soup", errors.get("val/top1_error"), tensors), errors
+    return Candidate(0, "soup", errors.get(TOP1), tensors), errors
 
 
 def _error(folder: Path) -> float:

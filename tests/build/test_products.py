@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from aliprod.build.graph import Chosen, targets
+from aliprod.build.outputs import scores
 from aliprod.build.target import Site, Target, lacking
 from aliprod.catalogue import sources
-from aliprod.ensemble.add import scores
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import resolve
@@ -62,7 +62,7 @@ def missing(opened: Opened, **chosen: Chosen) -> dict[str, Target]:
 
 def make_all(opened: Opened) -> list[str]:
     """Make what is missing, the first that has all it needs; the names in order."""
-    site = Site(opened.places.storage, opened.read_catalogue().root, opened.plan.cluster)
+    site = Site.of(opened)
     made = []
     while todo := missing(opened):
         target = next(t for t in todo.values() if not any(need.name in todo for need in t.needed()))

@@ -85,7 +85,7 @@ def test_a_job_is_waiting_running_finished(state: RunState, opened: Opened) -> N
 
 
 def test_a_failure_names_its_cause_and_what_it_keeps_from_running(state: RunState, opened: Opened) -> None:
-    (apply(state, "net/full", "started"))
+    apply(state, "net/full", "started")
     [failed] = apply(state, "net/full", "failed", "ValueError: no")
     [lost] = apply(state, "net/accuracy", "dropped", "net/full")
     assert (failed.state, failed.detail) == ("failed", "ValueError: no")
@@ -105,7 +105,7 @@ def test_every_epoch_of_this_run_is_reported_once_and_whole(opened: Opened, stat
     epoch(opened, 0)
     state = RunState(opened)  # of a later driver: what lies there was reported by an earlier one
     assert list(state.reports()) == [], "it does not run yet"
-    (apply(state, "net/full", "started"))
+    apply(state, "net/full", "started")
     line = epoch(opened, 1, end="")
     assert list(state.reports()) == [], "half a line"
     with (opened.job_folder("net/full") / "metrics.jsonl").open("a") as lines:

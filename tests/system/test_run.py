@@ -16,6 +16,7 @@ from aliprod.cli import app
 from aliprod.ensemble.add import read_predictions
 from aliprod.inference import probabilities
 from aliprod.store import commit, epochs
+from aliprod.store.layout import METRICS
 
 JOBS = ["resnet/full", "resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
 MEMBERS = ["resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
@@ -150,7 +151,7 @@ def test_mlflow_holds_a_run_for_each_job_below_the_plans(whole: Run) -> None:
     assert client.get_run(parents.pop()).info.status == "FINISHED"
     for name, run in jobs.items():
         points = client.get_metric_history(run.info.run_id, "val/top1_error")
-        told = {line["epoch"]: line["val/top1_error"] for line in epochs.read(folders[name] / epochs.FILE)}
+        told = {line["epoch"]: line["val/top1_error"] for line in epochs.read(folders[name] / METRICS)}
         assert {point.step: point.value for point in points} == told
         assert len(points) == len(told)
 
