@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 RECIPE_VERSION = 2  # part of every key: raise it when the same settings would give other results
 ADDED = (  # since version 1: part of a key only where they say other than their default
-    "accumulate",
+    "shares",
     "gradients",
     "duplicates",
     "pseudo_labels",
@@ -182,8 +182,10 @@ class Stage(Frozen):
     lr: LearningRate = Field(LearningRate(), description="learning rates and their schedule")
     epochs: int = Field(1, ge=1, le=100_000, description="passes over the images of the stage")
     batch_size: int = Field(256, ge=1, description="images a step, over all devices of a job")
-    accumulate: int = Field(
-        1, ge=1, le=4096, description="forward passes of a step, where its images do not fit in memory at once"
+    shares: Annotated[int, Field(ge=1, le=256)] | Literal["ranks"] = Field(
+        1,
+        description="micro-batches of a step, each with norm statistics and random numbers of its own: a power of two, "
+        "and the most ranks of a job, whose number changes no byte; ranks: one a rank, averaged as DDP does",
     )
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the backbone")
@@ -197,7 +199,8 @@ class Stage(Frozen):
         "auto", description="of the forward pass; auto: bfloat16 where the device has it"
     )
     gradients: Literal["float32", "bfloat16"] = Field(
-        "float32", description="what ranks send each other: bfloat16 halves the traffic, and rounds"
+        "float32",
+        description='what ranks send each other: bfloat16 halves the traffic, and rounds; with shares = "ranks" alone',
     )
     seed: int = Field(0, ge=0, description="of all randomness of the job; without it the plan's seed")
 
@@ -213,8 +216,21 @@ class Stage(Frozen):
             raise ValueError(f"scale = {list(self.scale)}: shares of the area, 0 < smallest <= largest <= 1")
         if self.start is not None and "pretrained" in self.model_fields_set and self.pretrained:
             raise ValueError("a stage with start takes its parent's weights: leave pretrained out")
+        _consistent_shares(self)
         _consistent_sources(self)
         return self
+
+
+def _consistent_shares(stage: Stage) -> None:
+    if stage.shares == "ranks":
+        return
+    if stage.shares.bit_count() != 1:
+        raise ValueError(f"shares = {stage.shares} is no power of two: 1, 2, 4, 8 ... are")
+    if stage.batch_size % stage.shares:
+        what = f"batch_size = {stage.batch_size} cannot be dealt to {stage.shares} shares in equal parts"
+        raise ValueError(f"{what}: make it a multiple of {stage.shares}")
+    if stage.gradients == "bfloat16":
+        raise ValueError('gradients = "bfloat16" rounds by rank: it needs shares = "ranks"')
 
 
 def _consistent_sources(stage: Stage) -> None:

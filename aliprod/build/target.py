@@ -11,6 +11,7 @@ from aliprod.plan.schema import Cluster
 from aliprod.recipe import Views
 from aliprod.store import commit
 from aliprod.store.keys import key_of
+from aliprod.training.training_job import never
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,16 @@ class Resources:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a target is made: paths that every node sees, and the plan's [cluster]."""
+    """Where a target is made: paths that every node sees, and the plan's [cluster].
+
+    Attributes:
+        stop: whether the work is to end early; what can go on from a checkpoint writes one.
+    """
 
     storage: Path
     catalogue: Path
     cluster: Cluster
+    stop: Callable[[], bool] = never
 
     @classmethod
     def of(cls, opened: Opened) -> "Site":

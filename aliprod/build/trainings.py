@@ -61,7 +61,7 @@ def _train(target: Target, site: Site) -> Iterator[Metrics]:
     job, folder = target.owner, target.folder(site.storage).parent
     inputs = inputs_of(target, site)
     work = TrainingJob(job.name, str(job.key), job.network, job.stage, folder, inputs, site.cluster)
-    for progress in run(work, sources.read(site.catalogue)):
+    for progress in run(work, sources.read(site.catalogue), site.stop):
         if progress.last is not None:
             yield {"epoch": progress.state.epoch, **progress.metrics}
 

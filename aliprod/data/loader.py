@@ -1,7 +1,7 @@
 """Rows become batches, from any step on.
 
-The order is a function of (seed, epoch), a picture's augmentation of (seed, epoch, image id): the number of
-loader processes or ranks, or a restart, changes nothing of what a step sees.
+The order is a function of (seed, epoch), a share of (seed, step, its number), a picture's augmentation of (seed,
+epoch, image id): the number of loader processes or ranks, or a restart, changes nothing of what a step sees.
 """
 
 import logging
@@ -9,6 +9,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,14 @@ _SUBSTITUTES = 20  # pictures of the same class that are tried for an unreadable
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What a step sees on one rank.
+    """What a step sees at once: a share of its images, a micro-batch.
 
     Attributes:
         images: (B, 3, crop, crop) float32, normalised, channels last.
         labels: (B,) int64.
         rows: (B,) int64 rows of the split, on the CPU.
         epoch, step: since the job began.
-        seed: of whatever the network draws in this step, on this rank.
+        seed: of whatever the network draws in this share of the step.
         weights: (B,) float32, of each image's class loss; None: 1.
         second: as many images of the reversed sampler, where they are asked for.
         teacher: (B, K) float32, the teachers' mean probabilities, where there are teachers.
@@ -66,16 +67,6 @@ class TrainBatch:
         named = {name: getattr(self, name) for name in ("images", "labels", "rows", "weights", "second", "teacher")}
         return replace(self, **{name: value[some] for name, value in named.items() if value is not None})
 
-    def split(self, count: int, group: int) -> list["TrainBatch"]:
-        """At most ``count`` parts of whole groups, in order, each with a seed of its own."""
-        if count == 1:
-            return [self]
-        size = group * -(-len(self.rows) // (group * count))
-        starts = enumerate(range(0, len(self.rows), size))
-        return [
-            replace(self[start : start + size], seed=seed_of(self.seed, "part", number)) for number, start in starts
-        ]
-
 
 @dataclass(frozen=True)
 class Feed:
@@ -95,13 +86,15 @@ class Feed:
 
 
 class TrainBatches:
-    """The batches of a stage, epoch by epoch.
+    """The steps of a stage, epoch by epoch, in the shares that this rank works on.
 
     Args:
         group: this many images of one class stand together in a batch.
         second: each batch has a second one beside it, from the reversed sampler.
+    Attributes:
+        shares: of a step; ``mine``: the numbers of this rank's, one block of them.
     Raises:
-        Refused: as `epoch_size`; groups from another sampler.
+        Refused: as `epoch_size`; groups from another sampler; shares that cannot be dealt to the ranks.
     """
 
     def __init__(self, data: TrainingSet, stage: Stage, feed: Feed, group: int = 1, second: bool = False) -> None:
@@ -110,35 +103,49 @@ class TrainBatches:
             raise Refused(what, advice="The objective asks for them: leave sampler out.")
         self.data, self.stage, self.feed, self.group, self.second = data, stage, feed, group, second
         self.images = data.images
-        size = epoch_size(np.bincount(self.images.labels), stage.batch_size, group, feed.world_size)
+        self.shares = feed.world_size if stage.shares == "ranks" else stage.shares
+        if self.shares % feed.world_size:
+            what = f"{self.shares} shares of a step cannot be dealt to {feed.world_size} ranks."
+            raise Refused(what, advice="The number of ranks divides shares: 1, 2, 4 ... as many as there are shares.")
+        each = self.shares // feed.world_size
+        self.mine = range(feed.rank * each, (feed.rank + 1) * each)
+        size = epoch_size(np.bincount(self.images.labels), stage.batch_size, group, self.shares)
         self.groups_per_batch, self.steps_per_epoch = size.groups_per_batch, size.steps
         self._steps = _Steps()
         read = partial(_train_view, self.images, stage, feed.interpolation)
         self._loader = data_loader(read, self._steps, feed.processes, feed.device)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
-        """The batches of one epoch from step ``skip`` on, on the device."""
-        first_step = epoch * self.steps_per_epoch
-        self._steps.batches = self._steps_of(epoch, skip)
-        for offset, (pixels, labels, centres, rows) in enumerate(self._loader):
-            batch = self._batch(pixels, labels, centres, rows, epoch, first_step + skip + offset)
-            half = len(rows) // 2
+    def epoch(self, epoch: int, skip: int = 0, shares: Sequence[int] | None = None) -> Iterator[TrainBatch]:
+        """The shares of one epoch from step ``skip`` on, on the device, one after the other.
+
+        Args:
+            shares: the numbers of those that are asked for, of each step; without them `mine`.
+        """
+        first, shares = epoch * self.steps_per_epoch, shares or self.mine
+        self._steps.batches = self._views(epoch, skip, shares)
+        order = product(range(first + skip, first + self.steps_per_epoch), shares)
+        for (pixels, labels, centres, rows), (step, share) in zip(self._loader, order, strict=True):
+            images, marks = self._images(pixels, centres), self._marks(rows)
+            seed = seed_of(self.stage.seed, "step", step, share)
+            batch = TrainBatch(images, self._sent(labels), rows, epoch, step, seed, **marks)
+            half = len(batch.rows) // 2
             yield replace(batch[:half], second=batch[half:]) if self.second else batch
 
-    def _batch(
-        self, pixels: Tensor, labels: Tensor, centres: Tensor, rows: Tensor, epoch: int, step: int
-    ) -> TrainBatch:
-        sent = partial(Tensor.to, device=self.feed.device, non_blocking=True)
-        images = augment.on_device(sent(pixels), sent(centres), self.feed.mean, self.feed.std)
-        seed = seed_of(self.stage.seed, "step", step, self.feed.rank)
-        weights, teacher = self.data.weights, self.data.teacher
-        weighed = None if weights is None else sent(torch.from_numpy(weights[rows.numpy()]))
-        taught = None if teacher is None else self._taught(teacher, rows)
-        return TrainBatch(images, sent(labels), rows, epoch, step, seed, weights=weighed, teacher=taught)
+    def _sent(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.feed.device, non_blocking=True)
 
-    def _taught(self, teacher: soft_labels.SoftLabels, rows: Tensor) -> Tensor:
-        classes, probabilities = (part.to(self.feed.device, non_blocking=True) for part in teacher.rows(rows.numpy()))
-        return soft_labels.spread(classes, probabilities, teacher.num_classes)
+    def _images(self, pixels: Tensor, centres: Tensor) -> Tensor:
+        return augment.on_device(self._sent(pixels), self._sent(centres), self.feed.mean, self.feed.std)
+
+    def _marks(self, rows: Tensor) -> dict[str, Any]:
+        """What else is known of the images: their weights, and the teachers' probabilities."""
+        marks, places = dict[str, Any](), rows.numpy()
+        if self.data.weights is not None:
+            marks["weights"] = self._sent(torch.from_numpy(self.data.weights[places]))
+        if (teacher := self.data.teacher) is not None:
+            classes, probabilities = map(self._sent, teacher.rows(places))
+            marks["teacher"] = soft_labels.spread(classes, probabilities, teacher.num_classes)
+        return marks
 
     def ids(self, rows: Tensor) -> list[str]:
         """Image ids of the rows of a batch."""
@@ -153,18 +160,18 @@ class TrainBatches:
             return selection.class_balanced_order(labels, seed, epoch)[:, None]
         return selection.order(len(labels), seed, epoch)[:, None]
 
-    def _steps_of(self, epoch: int, skip: int) -> Iterator[list[View]]:
-        """This rank's views of each step from ``skip`` on: global batch k is a slice, a rank a strided slice of it."""
+    def _views(self, epoch: int, skip: int, shares: Sequence[int]) -> Iterator[list[View]]:
+        """The views of shares from step ``skip`` on: a step is a slice of the order, a share every so many of it."""
         sides = [self._units(epoch)]
         if self.second:
             sides.append(selection.reversed_order(self.images.labels, self.stage.seed, epoch)[:, None])
         repeats = _repeats(np.concatenate([side.ravel() for side in sides])).reshape(len(sides), *sides[0].shape)
-        size, rank, world = self.groups_per_batch, self.feed.rank, self.feed.world_size
-        for step in range(skip, self.steps_per_epoch):
-            mine = slice(step * size + rank, (step + 1) * size, world)
+        size = self.groups_per_batch
+        for step, share in product(range(skip, self.steps_per_epoch), shares):
+            its = slice(step * size + share, (step + 1) * size, self.shares)
             views: list[View] = []
             for side, again in zip(sides, repeats, strict=True):
-                rows, earlier = side[mine].ravel().tolist(), again[mine].ravel().tolist()
+                rows, earlier = side[its].ravel().tolist(), again[its].ravel().tolist()
                 views += [(row, epoch, repeat) for row, repeat in zip(rows, earlier, strict=True)]
             yield views
 
@@ -172,14 +179,17 @@ class TrainBatches:
 def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
     """A split in order, squared to ``side`` for validation and ten-crop; each picture once, over all ranks.
 
+    Blocks of rows are dealt to the ranks whole: a picture stands beside the same others whatever their number.
+
     Of an unreadable picture what can be seen is shown, and it is named in the log: its row may not vanish from a
     submission.
 
     Yields:
         Rows (n,) int64 and pixels (n, 3, side, side) uint8 on the device.
     """
-    rows = np.arange(feed.rank, len(images), feed.world_size)
-    batches = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
+    rows = np.arange(len(images))
+    starts = range(feed.rank * batch_size, len(rows), feed.world_size * batch_size)
+    batches = [rows[start : start + batch_size].tolist() for start in starts]
     read = partial(_square, images, side, feed.interpolation)
     loader = data_loader(read, batches, feed.processes, feed.device)
     for chunk, pixels in zip(batches, loader, strict=True):

@@ -31,7 +31,7 @@ def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str,
         try:
             measured = _measured(opened, piece, steps)
         except torch.OutOfMemoryError as error:
-            advice = "Lower batch_size or crop, raise accumulate, or spread a job over more cluster.workers."
+            advice = "Lower batch_size or crop, or raise shares: so many images at a time fit better."
             raise Failed("does not fit in the GPU's memory.", piece.job.name, advice) from error
         measured |= {"cpus": len(os.sched_getaffinity(0))}
         rates.keep(opened, piece, measured)

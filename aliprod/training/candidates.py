@@ -1,6 +1,6 @@
 """Weights that an epoch ends with: raw or averaged, norm statistics as trained or taken anew. The best counts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from aliprod.data.loader import TrainBatches
 from aliprod.inference.predict import autocast
+from aliprod.inference.validate import nothing
 from aliprod.randomness import seed_of
 from aliprod.recipe import STATISTICS_BATCHES
 from aliprod.store.epochs import TOP1
 from aliprod.training.ema import Average
-from aliprod.training.learner import Learner, Setup
+from aliprod.training.learner import Setup
+from aliprod.training.shares import Losses
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,35 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.clone(tensor.detach()).cpu() for name, tensor in tensors.items()}
 
 
-def best_candidate(setup: Setup, average: Average | None, epoch: int) -> tuple[Candidate, dict[str, float]]:
+def best_candidate(
+    setup: Setup, average: Average | None, epoch: int, between: Callable[[], None] = nothing
+) -> tuple[Candidate, dict[str, float]]:
     """Score each kind of weights after an epoch; the model is as before when it returns.
 
+    Args:
+        between: called now and then, as often on each rank; it may raise.
     Returns:
         The candidate with the lowest error (of equal ones the later kind), and the errors of all by name.
     """
     model = setup.learner.model
     kept = copied(model.state_dict())
     best, errors = None, dict[str, float]()
-    for kind, tensors in _kinds(setup, average, epoch, kept):
-        model.load_state_dict(tensors)
-        found = setup.top1_errors()
-        errors |= {name if kind == "raw" else f"{name}_{kind}": value for name, value in found.items()}
-        candidate = Candidate(epoch, kind, found.get(TOP1), tensors)
-        if best is None or best.top1_error is None or not best.beats(candidate):
-            best = candidate
-    model.load_state_dict(kept)
+    try:
+        for kind, tensors in _kinds(setup, average, epoch, kept, between):
+            model.load_state_dict(tensors)
+            found = setup.top1_errors(between)
+            errors |= {name if kind == "raw" else f"{name}_{kind}": value for name, value in found.items()}
+            candidate = Candidate(epoch, kind, found.get(TOP1), tensors)
+            if best is None or best.top1_error is None or not best.beats(candidate):
+                best = candidate
+    finally:
+        model.load_state_dict(kept)
     assert best is not None  # noqa: S101  the raw weights are always there
     return best, errors
 
 
 def _kinds(
-    setup: Setup, average: Average | None, epoch: int, raw: dict[str, Tensor]
+    setup: Setup, average: Average | None, epoch: int, raw: dict[str, Tensor], between: Callable[[], None]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     learner = setup.learner
     sources = {"raw": raw} | ({} if average is None else {"averaged": copied(average.state(learner.model))})
@@ -73,17 +80,28 @@ def _kinds(
         yield kind, tensors
         if learner.needs.distorts:
             learner.model.load_state_dict(tensors)
-            yield f"{kind}_restated", restated(learner, setup.batches, epoch)
+            yield f"{kind}_restated", restated(setup, epoch, between)
 
 
-def restated(learner: Learner, batches: TrainBatches, epoch: int) -> dict[str, Tensor]:
+def restated(setup: Setup, epoch: int, between: Callable[[], None] = nothing) -> dict[str, Tensor]:
     """A copy of the model's weights, its norm statistics taken anew from images as inference sees them.
 
-    An objective that trains on distorted images (DCL) leaves statistics of a mixture that never comes again.
+    An objective that trains on distorted images (DCL) leaves statistics of a mixture that never comes again. Each share
+    takes statistics of its own; the mean of them counts, as in a step.
     """
-    torch.manual_seed(seed_of(learner.stage.seed, "statistics", epoch))  # stochastic depth draws
-    # Norm layers that count their batches in Python break a graph apart, and each count would be compiled anew.
-    with torch.compiler.set_stance("force_eager"), autocast(learner.place.device, learner.dtype):
-        update_bn((batch.images for batch in islice(batches.epoch(epoch), STATISTICS_BATCHES)), learner.model)
-    learner.share_buffers()
+    learner, batches = setup.learner, setup.batches
+
+    def images(share: int) -> Iterator[Tensor]:
+        for batch in islice(batches.epoch(epoch, shares=(share,)), STATISTICS_BATCHES):
+            between()
+            yield batch.images
+
+    def take(share: int) -> Losses:
+        torch.manual_seed(seed_of(learner.stage.seed, "statistics", epoch))  # stochastic depth draws
+        # Norm layers that count their batches in Python break a graph apart, and each count would be compiled anew.
+        with torch.compiler.set_stance("force_eager"), autocast(learner.place.device, learner.dtype):
+            update_bn(images(share), learner.model)
+        return {}
+
+    setup.share_mean().of(batches.mine, take)
     return copied(learner.model.state_dict())

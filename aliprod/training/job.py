@@ -30,15 +30,17 @@ from aliprod.training.background import Background, background
 from aliprod.training.candidates import Candidate
 from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, Step, steps
-from aliprod.training.training_job import TrainingJob, without_training
+from aliprod.training.training_job import TrainingJob, never, without_training
 from aliprod.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 
-def run(job: TrainingJob, catalogue: Catalogue) -> Iterator[Progress]:
+def run(job: TrainingJob, catalogue: Catalogue, stop: Callable[[], bool] = never) -> Iterator[Progress]:
     """Train a job from its newest checkpoint on, and keep its results in its folder (on rank 0).
 
+    Args:
+        stop: whether to end early, with a checkpoint, as `aliprod.training.loop.steps` does.
     Raises:
         StorageFull: what is finished stays; the same job goes on from its newest checkpoint later.
         NonFiniteLoss, Refused: as `aliprod.training.loop.steps`.
@@ -51,7 +53,7 @@ def run(job: TrainingJob, catalogue: Catalogue) -> Iterator[Progress]:
         log.info("%s goes on from %s.", job.name, resume)
     with background() as writer, closing(Watchdog(job.machine.watchdog_seconds)) as watchdog:
         results = _Results(job, catalogue, writer, began)
-        for event in _events(job, catalogue, resume, watchdog):
+        for event in _events(job, catalogue, partial(steps, resume=resume, stop=stop), watchdog):
             if isinstance(event, Step):
                 writer.check()
                 continue
@@ -61,7 +63,7 @@ def run(job: TrainingJob, catalogue: Catalogue) -> Iterator[Progress]:
 
 
 def _events(
-    job: TrainingJob, catalogue: Catalogue, resume: Path | None, watchdog: Watchdog
+    job: TrainingJob, catalogue: Catalogue, train: Callable[..., Iterator[Step | Progress]], watchdog: Watchdog
 ) -> Iterator[Step | Progress]:
     """The events of a training, whose steps are watched, or of a mean of weights."""
     inputs = job.inputs
@@ -71,7 +73,7 @@ def _events(
         yield from soup.blended(set_up(job.stage, job.network, catalogue, machine, data), inputs.soup)
         return
     watchdog.phase()
-    for event in steps(set_up(job.stage, job.network, catalogue, job.machine, data), inputs, resume):
+    for event in train(set_up(job.stage, job.network, catalogue, job.machine, data), inputs):
         if isinstance(event, Step):
             (watchdog.phase if event.last else watchdog.step)()
         yield event

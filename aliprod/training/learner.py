@@ -1,7 +1,7 @@
 """Model and objective as one module, on its device."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -10,18 +10,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.inference.predict import autocast, precision
-from aliprod.inference.validate import top1_errors
+from aliprod.inference.validate import nothing, top1_errors
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of
 from aliprod.recipe import Machine, Stage
+from aliprod.training.shares import ShareMean
 from aliprod.training.training_job import DEFAULT_MACHINE
 
 
@@ -40,7 +39,6 @@ class Place:
         return {
             "torch": torch.__version__,
             "device": name,
-            "world_size": self.world_size,
             "threads": self.machine.cpus_per_worker,
             "compiled": self.machine.compile,
             "exact": self.machine.exact,
@@ -120,26 +118,13 @@ class Learner(nn.Module):
             self.model.branches.eval()
         return self
 
+    def trained(self) -> Iterator[nn.Parameter]:
+        """Parameters that the gradient moves."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the classifier and of the objective."""
         return chain(self.model.classifier.parameters(), self.objective.parameters())
-
-    def share_buffers(self) -> None:
-        """Give every rank the buffers of rank 0, whose weights are kept: norm statistics differ between ranks."""
-        if self.place.world_size > 1:
-            for buffer in self.buffers():
-                dist.broadcast(buffer, src=0)
-
-    def distributed(self) -> nn.Module:
-        """This module, or, where there are several ranks, its data-parallel wrapper."""
-        if self.place.world_size == 1:
-            return self
-        wrapped = DistributedDataParallel(
-            self, device_ids=[self.place.device] if self.place.device.type == "cuda" else None
-        )
-        if self.stage.gradients == "bfloat16":
-            wrapped.register_comm_hook(None, bf16_compress_hook)
-        return wrapped
 
 
 @dataclass(frozen=True)
@@ -151,10 +136,16 @@ class Setup:
     feed: Feed
     batches: TrainBatches
 
-    def top1_errors(self) -> dict[str, float]:
+    def share_mean(self, trained: Iterable[nn.Parameter] = ()) -> ShareMean:
+        """What takes the mean of a step's shares: of norm statistics, losses, and the gradients of ``trained``."""
+        stage, ranks = self.learner.stage, self.learner.place.world_size
+        sent = stage.gradients if stage.shares == "ranks" else "tree"
+        return ShareMean(self.learner, trained, self.batches.shares, ranks, sent)
+
+    def top1_errors(self, between: Callable[[], None] = nothing) -> dict[str, float]:
         """Errors on val of the learner's weights; empty without val."""
         learner = self.learner
-        return top1_errors(learner.model, self.catalogue, learner.stage, self.feed)
+        return top1_errors(learner.model, self.catalogue, learner.stage, self.feed, between)
 
 
 def set_up(

@@ -3,16 +3,15 @@
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import TrainBatch, TrainBatches
@@ -25,11 +24,13 @@ from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
 from aliprod.training.checkpoint import Snapshot, TrainingState
 from aliprod.training.ema import Average
-from aliprod.training.learner import Place, Setup, set_up
+from aliprod.training.learner import Learner, Place, Setup, set_up
 from aliprod.training.optimizer import Optimizer
-from aliprod.training.training_job import DEFAULT_MACHINE
+from aliprod.training.shares import Losses, ShareMean
+from aliprod.training.training_job import DEFAULT_MACHINE, never
+from aliprod.training.vote import Stopped, StopVote
 
-_Losses = tuple[dict[str, float], list[str]]  # loss parts and image ids of a step on one rank
+_Share = tuple[dict[str, float], list[str]]  # loss parts and image ids
 
 _CHECK_STEPS = 50  # a non-finite loss is noticed within so many steps; the weights are safe at once
 
@@ -46,9 +47,10 @@ class Progress:
     """A job's results at the end of an epoch, or in mid-epoch where a checkpoint is due; at the same on every rank.
 
     Attributes:
-        metrics: numbers by name: ``train/...`` of this rank, ``val/...`` of all.
+        metrics: numbers by name, of all ranks; ``speed/...`` is seen by this one.
         snapshot: copies the resume state.
         last: this epoch's own candidate (the best so far is the state's); None in mid-epoch.
+        stopped: the last of its job for now: it was told to stop.
     """
 
     state: TrainingState
@@ -56,6 +58,7 @@ class Progress:
     snapshot: Callable[[], Snapshot]
     place: Place
     last: Candidate | None = None
+    stopped: bool = False
 
 
 def train(
@@ -80,45 +83,56 @@ def train(
             yield event
 
 
-def steps(setup: Setup, inputs: Inputs = NO_INPUTS, resume: Path | None = None) -> Iterator[Step | Progress]:
+def steps(
+    setup: Setup, inputs: Inputs = NO_INPUTS, resume: Path | None = None, stop: Callable[[], bool] = never
+) -> Iterator[Step | Progress]:
     """Train; yield a Step after each step, and a Progress at each epoch's end and where a checkpoint is due.
 
     Args:
         inputs: ``start`` or ``pretrained`` are the weights that it begins with.
-        resume: a resume checkpoint of this very job; wins over both.
+        resume: a resume checkpoint of this very job, made on any number of ranks; wins over both.
+        stop: whether to end early. Where any rank is told so, all end at one of the next two steps, or in the scoring
+            behind it, with a Progress that is ``stopped``.
     Raises:
         NonFiniteLoss: names epoch, step, loss parts, rates and image ids; the weights are as before it.
         Refused: weights that do not fit.
     """
     learner, batches, where = setup.learner, setup.batches, setup.learner.place
     stage, save_every_steps = learner.stage, where.machine.save_every_steps
-    optimizer = Optimizer(learner, stage, batches.steps_per_epoch)
+    optimizer, mean = Optimizer(learner, stage, batches.steps_per_epoch), setup.share_mean(learner.trained())
     if resume is None:
         _load(setup, inputs)
     average = Average(learner.model, stage.ema) if stage.ema else None
     state = TrainingState() if resume is None else checkpoint.restore(resume, learner, optimizer, average)
-    step_of = learner.distributed()
     snapshot = partial(checkpoint.snapshot, learner=learner, optimizer=optimizer, average=average)
+    vote = StopVote(stop)
 
     while state.epoch < stage.epochs:
         learner.train()
         meter = _Meter(state, optimizer, batches)
-        for batch in meter.waits(batches.epoch(state.epoch, skip=state.step_in_epoch)):
-            parts = gradients(step_of, optimizer, batch, learner.needs.group)
+        shares = meter.waits(batches.epoch(state.epoch, skip=state.step_in_epoch))
+        while state.step_in_epoch < batches.steps_per_epoch:
+            losses, of_shares = gradients(learner, optimizer, mean, islice(shares, len(batches.mine)))
             optimizer.update(state.step)
             state = replace(state, step=state.step + 1, step_in_epoch=state.step_in_epoch + 1)
             if average is not None:
                 average.update(learner.model, state.step)
-            meter.add(batch, parts)
+            meter.add(state.step - 1, losses, of_shares)
             last_step = state.step_in_epoch == batches.steps_per_epoch
             yield Step(last_step)
-            if save_every_steps and state.step % save_every_steps == 0 and not last_step:
+            stopped = vote.is_for_stopping()
+            if stopped or (save_every_steps and state.step % save_every_steps == 0 and not last_step):
                 state = replace(state, losses=meter.losses())
-                yield Progress(state, meter.metrics(state), partial(snapshot, state), where)
+                yield Progress(state, meter.metrics(state), partial(snapshot, state), where, stopped=stopped)
+                if stopped:
+                    return
         state = replace(state, losses=meter.losses())
-        learner.share_buffers()
         metrics = meter.metrics(state)
-        last, errors = best_candidate(setup, average, state.epoch)
+        try:
+            last, errors = best_candidate(setup, average, state.epoch, vote.heed)
+        except Stopped:
+            yield Progress(state, metrics, partial(snapshot, state), where, stopped=True)
+            return
         best = last if last.beats(state.best) else state.best
         state = TrainingState(state.epoch + 1, state.step, best=best)
         yield Progress(state, metrics | errors, partial(snapshot, state), where, last)
@@ -136,58 +150,50 @@ def _load(setup: Setup, inputs: Inputs) -> None:
         model.reset_classifier()
 
 
-def gradients(step_of: nn.Module, optimizer: Optimizer, batch: TrainBatch, group: int) -> dict[str, Tensor]:
-    """Forward and backward of a batch, in as many parts of whole groups as the stage accumulates.
+def gradients(
+    learner: Learner, optimizer: Optimizer, mean: ShareMean, step: Iterable[TrainBatch]
+) -> tuple[Losses, list[Losses]]:
+    """Forward and backward of this rank's shares of a step; returns what `ShareMean.of` does."""
 
-    Ranks exchange their gradients with the last part.
+    def backward(share: TrainBatch) -> Losses:
+        parts: Losses = learner(share)
+        optimizer.backward(torch.stack(list(parts.values())).sum() / mean.shares)
+        return {name: part.detach() for name, part in parts.items()}
 
-    Returns:
-        The loss parts of the whole batch by name, detached.
-    """
-    micro_batches, sums = batch.split(optimizer.stage.accumulate, group), dict[str, Tensor]()
-    for micro_batch in micro_batches:
-        weight = len(micro_batch.rows) / len(batch.rows)
-        with _alone(step_of) if micro_batch is not micro_batches[-1] else nullcontext():
-            parts = {name: part * weight for name, part in step_of(micro_batch).items()}
-            optimizer.backward(torch.stack(list(parts.values())).sum())
-        sums = {name: part.detach() + sums.get(name, 0.0) for name, part in parts.items()}
-    return sums
-
-
-def _alone(step_of: nn.Module) -> AbstractContextManager[None]:
-    """A context in which a rank keeps its gradients to itself."""
-    return step_of.no_sync() if isinstance(step_of, DistributedDataParallel) else nullcontext()
+    return mean.of(step, backward)
 
 
 class _Meter:
     """Losses and speed of an epoch's steps.
 
-    Loss parts are summed on the device, so that no step waits for them. Those of the steps since the last check are
-    kept with their rows: an error names the step that was not finite.
+    Loss parts are summed on the device, so that no step waits for them. Those of the shares since the last check are
+    kept with their rows: an error names the step that was not finite, and the images of the share.
     """
 
     def __init__(self, state: TrainingState, optimizer: Optimizer, batches: TrainBatches) -> None:
         self.optimizer, self.batches = optimizer, batches
         self.sums = {name: torch.tensor(value, device=batches.feed.device) for name, value in state.losses.items()}
-        self.recent: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self.recent: dict[int, list[tuple[Tensor, Losses]]] = {}
+        self.rows = list[Tensor]()  # of the shares of this step
         self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
-    def waits(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
-        """The batches; counts them, and the seconds that each is waited for."""
+    def waits(self, shares: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
+        """The shares; counts the seconds that each is waited for."""
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            share = next(shares, None)
             self.waited += time.perf_counter() - asked
-            if batch is None:
+            if share is None:
                 return
-            self.steps += 1
-            yield batch
+            self.rows.append(share.rows)
+            yield share
 
-    def add(self, batch: TrainBatch, parts: dict[str, Tensor]) -> None:
-        """Add the loss parts of a step. Every so many steps they are checked."""
-        for name, part in parts.items():
+    def add(self, step: int, losses: Losses, of_shares: list[Losses]) -> None:
+        """Add the mean loss parts of a step, and keep those of its shares. Every so many steps they are checked."""
+        for name, part in losses.items():
             self.sums[name] = part.float() + self.sums.get(name, 0.0)
-        self.recent[batch.step] = batch.rows, parts
+        self.recent[step], self.rows = list(zip(self.rows, of_shares, strict=True)), []
+        self.steps += 1
         if len(self.recent) == _CHECK_STEPS:
             self._check()
 
@@ -216,9 +222,9 @@ class _Meter:
         self.recent.clear()
 
     def _error(self, step: int) -> NonFiniteLoss:
-        rows, parts = self.recent[step]
-        mine = {name: float(part) for name, part in parts.items()}, self.batches.ids(rows)
-        losses, ids = min(_of_all_ranks(mine), key=lambda seen: math.isfinite(sum(seen[0].values())))  # the culprit's
+        mine = [({name: float(part) for name, part in parts.items()}, rows) for rows, parts in self.recent[step]]
+        shares = _of_all_ranks([(losses, self.batches.ids(rows)) for losses, rows in mine])
+        losses, ids = min(shares, key=lambda seen: math.isfinite(sum(seen[0].values())))  # the culprit's
         values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
         epoch, rate = step // self.batches.steps_per_epoch, self.optimizer.lr_of("backbone", step)
         return NonFiniteLoss(
@@ -228,12 +234,12 @@ class _Meter:
         )
 
 
-def _of_all_ranks(mine: _Losses) -> list[_Losses]:
+def _of_all_ranks(mine: list[_Share]) -> list[_Share]:
     if not dist.is_initialized():
-        return [mine]
+        return mine
     gathered = [mine] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
-    return gathered
+    return [share for shares in gathered for share in shares]
 
 
 def peak_memory_bytes() -> int:

@@ -53,7 +53,7 @@ def _mean(setup: Setup, folders: Sequence[Path]) -> tuple[Candidate, dict[str, f
             if tensor.is_floating_point():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + tensor.cpu().double()
     model.load_state_dict(model.state_dict() | {name: total / len(folders) for name, total in sums.items()})
-    tensors = restated(setup.learner, setup.batches, 0)
+    tensors = restated(setup, 0)
     errors = setup.top1_errors()
     return Candidate(0, "soup", errors.get(TOP1), tensors), errors
 

@@ -21,7 +21,7 @@ from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import needs_of
 from aliprod.recipe import Machine, Part, Stage, Views
 from aliprod.training import loop
-from aliprod.training.learner import Learner, place, set_up
+from aliprod.training.learner import Setup, place, set_up
 from aliprod.training.optimizer import Optimizer
 from aliprod.training.training_job import DEFAULT_MACHINE, without_training
 
@@ -70,10 +70,12 @@ def measure(
         halves = [_spent(next(due).metrics, number * steps * stage.batch_size) for number in (1, 2)]
         seconds, waited = (after - before for before, after in zip(*halves, strict=True))
     else:
-        batches = setup.batches.epoch(0)
+        shares, count = setup.batches.epoch(0), len(setup.batches.mine)
         if part == "step":
-            batches = _steps(setup.learner, next(batches), 2 * steps)
-        seconds = _second_half(batches, steps, setup.feed.device)
+            ends: Iterator[object] = _steps(setup, list(islice(shares, count)), 2 * steps)
+        else:
+            ends = islice(shares, count - 1, None, count)
+        seconds = _second_half(ends, steps, setup.feed.device)
         waited = seconds if part == "loader" else 0.0
     share = waited / seconds
     return Measured(
@@ -146,17 +148,18 @@ def _spent(metrics: dict[str, float], images: int) -> tuple[float, float]:
     return seconds, seconds * metrics["speed/data_wait_share"]
 
 
-def _steps(learner: Learner, batch: TrainBatch, count: int) -> Iterator[TrainBatch]:
-    """Forward, backward and update, again and again with one batch on the device."""
-    optimizer = Optimizer(learner, learner.stage, count)
+def _steps(setup: Setup, step: list[TrainBatch], count: int) -> Iterator[int]:
+    """Forward, backward and update, again and again with one step's shares on the device."""
+    learner = setup.learner
+    optimizer, mean = Optimizer(learner, learner.stage, count), setup.share_mean(learner.trained())
     learner.train()
-    for step in range(count):
-        loop.gradients(learner, optimizer, batch, learner.needs.group)
-        optimizer.update(step)
-        yield batch
+    for number in range(count):
+        loop.gradients(learner, optimizer, mean, step)
+        optimizer.update(number)
+        yield number
 
 
-def _second_half(ends: Iterator[TrainBatch], steps: int, device: torch.device) -> float:
+def _second_half(ends: Iterator[object], steps: int, device: torch.device) -> float:
     """Seconds of the steps after the first ``steps``."""
     stamps = []
     for _ in range(2):

@@ -8,6 +8,11 @@ from aliprod.recipe import NO_INPUTS, Inputs, Machine, Stage
 DEFAULT_MACHINE = Machine()
 
 
+def never() -> bool:
+    """No: nobody tells this job to stop."""
+    return False
+
+
 @dataclass(frozen=True)
 class TrainingJob:
     """A stage of a network, with its inputs and the machine that it is trained on.

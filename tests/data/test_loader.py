@@ -91,24 +91,38 @@ def test_an_epoch_shows_every_image_once_and_each_epoch_in_another_view(packages
     assert [batch.step for batch in epochs[1]] == [4, 5, 6, 7]
 
 
+def in_shares(shares: int | str) -> Stage:
+    return Stage.model_validate(STAGE.model_dump() | {"shares": shares})
+
+
 @pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("world_size", [2])
-def test_the_ranks_batches_together_are_one_ranks_batch(packages: Catalogue, group: int, world_size: int) -> None:
+def test_the_shares_of_a_step_together_are_the_step(packages: Catalogue, group: int) -> None:
     whole = list(batches(packages, group).epoch(1))
-    feeds = [replace(FEED, rank=rank, world_size=world_size) for rank in range(world_size)]
-    shares = [list(batches(packages, group, feed=feed).epoch(1)) for feed in feeds]
-    for batch, *parts in zip(whole, *shares, strict=True):
-        assert {len(part.rows) for part in parts} == {len(batch.rows) // world_size}
+    shares = list(batches(packages, group, in_shares(2)).epoch(1))
+    for batch, *parts in zip(whole, shares[0::2], shares[1::2], strict=True):
+        assert {len(part.rows) for part in parts} == {len(batch.rows) // 2}
         seen = {image.numpy().tobytes() for image in batch.images}
         assert {image.numpy().tobytes() for part in parts for image in part.images} == seen
         assert Counter(torch.cat([part.rows for part in parts]).tolist()) == Counter(batch.rows.tolist())
-        assert len({part.seed for part in parts}) == world_size  # ranks draw apart
+        assert len({part.seed for part in parts}) == 2  # shares draw apart
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_groups_of_one_class_stand_together_on_every_rank(packages: Catalogue, rank: int) -> None:
-    loader = batches(packages, 4, feed=replace(FEED, rank=rank, world_size=2))
-    for batch in loader.epoch(0):
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_ranks_have_the_shares_of_a_step_in_order(packages: Catalogue, ranks: int) -> None:
+    stage = in_shares(4)
+    feeds = [replace(FEED, rank=rank, world_size=ranks) for rank in range(ranks)]
+    dealt = [list(batches(packages, 1, stage, feed).epoch(1, skip=1)) for feed in feeds]
+    each = 4 // ranks
+    together = [share for step in range(3) for mine in dealt for share in mine[step * each : (step + 1) * each]]
+    assert_equal(together, list(batches(packages, 1, stage).epoch(1, skip=1)))
+    assert [share.step for share in together] == [5] * 4 + [6] * 4 + [7] * 4
+    one = [list(batches(packages, 1, stage, feed).epoch(1, shares=(2,))) for feed in feeds]
+    for mine in one:
+        assert_equal(mine, list(batches(packages, 1, stage).epoch(1))[2::4])
+
+
+def test_groups_of_one_class_stand_together_in_every_share(packages: Catalogue) -> None:
+    for batch in batches(packages, 4, in_shares(2)).epoch(0):
         assert batch.labels.shape == (4,)
         assert len(set(batch.labels.tolist())) == 1
 
@@ -131,7 +145,7 @@ def test_a_balanced_stage_names_its_images_by_their_own_ids(packages: Catalogue)
 
 
 def test_images_that_make_no_whole_batch_are_one_batch_of_equal_parts(packages: Catalogue) -> None:
-    large = Stage.model_validate(STAGE.model_dump() | {"batch_size": 66})
+    large = Stage.model_validate(STAGE.model_dump() | {"batch_size": 66, "shares": "ranks"})
     loaders = [batches(packages, stage=large, feed=replace(FEED, rank=rank, world_size=3)) for rank in range(3)]
     assert [len(batch.rows) for loader in loaders for batch in loader.epoch(0)] == [10, 10, 10]
 
@@ -140,15 +154,20 @@ def test_images_that_make_no_whole_batch_are_one_batch_of_equal_parts(packages: 
 def test_a_batch_that_cannot_be_dealt_in_whole_groups_is_refused(
     packages: Catalogue, batch_size: int, group: int, world_size: int
 ) -> None:
-    stage = Stage.model_validate(STAGE.model_dump() | {"batch_size": batch_size})
+    stage = Stage.model_validate(STAGE.model_dump() | {"batch_size": batch_size, "shares": "ranks"})
     with pytest.raises(Refused, match=f"batch_size = {batch_size} cannot be dealt"):
         batches(packages, group, stage, replace(FEED, world_size=world_size))
 
 
-def test_fewer_images_than_ranks_are_refused(packages: Catalogue) -> None:
-    stage = Stage.model_validate(STAGE.model_dump() | {"batch_size": 64})
-    with pytest.raises(Refused, match="32 training images are too few for 64 ranks"):
-        batches(packages, stage=stage, feed=replace(FEED, world_size=64))
+def test_fewer_images_than_shares_are_refused(packages: Catalogue) -> None:
+    stage = Stage.model_validate(STAGE.model_dump() | {"batch_size": 64, "shares": 64})
+    with pytest.raises(Refused, match="32 training images are too few for 64 shares"):
+        batches(packages, stage=stage)
+
+
+def test_shares_that_cannot_be_dealt_to_the_ranks_are_refused(packages: Catalogue) -> None:
+    with pytest.raises(Refused, match="2 shares of a step cannot be dealt to 4 ranks"):
+        batches(packages, stage=in_shares(2), feed=replace(FEED, world_size=4))
 
 
 @pytest.fixture
@@ -199,7 +218,7 @@ def test_every_row_of_a_split_is_squared_once_in_order_over_all_ranks(
             assert len(rows) <= 7
             rows_of_rank += rows.tolist()
             found |= dict(zip(rows.tolist(), pixels, strict=True))
-        assert rows_of_rank == list(range(rank, 40, world_size))
+        assert rows_of_rank == [row for row in range(40) if row // 7 % world_size == rank]
     assert sorted(found) == list(range(40))
     for row, pixels in found.items():
         assert torch.equal(pixels, square(decode(packages.test.path(row)), 24, "bicubic"))
@@ -313,10 +332,10 @@ def test_what_is_known_of_images_hangs_on_neither_processes_nor_a_resume(known: 
     assert_equal(whole[3:], list(with_all(known, stage=stage).epoch(1, skip=3)))
 
 
-def test_the_ranks_share_first_and_second_batch_alike(known: TrainingSet) -> None:
+def test_the_shares_have_first_and_second_batch_alike(known: TrainingSet) -> None:
     whole = list(with_all(known).epoch(0))
-    shares = [list(with_all(known, replace(FEED, rank=rank, world_size=2)).epoch(0)) for rank in (0, 1)]
-    for batch, *parts in zip(whole, *shares, strict=True):
+    shares = list(with_all(known, stage=in_shares(2)).epoch(0))
+    for batch, *parts in zip(whole, shares[0::2], shares[1::2], strict=True):
         for side, *own in ((batch, *parts), (batch.second, *(part.second for part in parts))):
             assert {len(part.rows) for part in own} == {4}
             images = {image.numpy().tobytes() for part in own for image in part.images}
@@ -331,31 +350,6 @@ def test_a_class_balanced_stage_sees_the_rows_of_that_sampler_each_time_in_anoth
     drawn = torch.cat([batch.rows for batch in seen])
     assert drawn.tolist() == selection.class_balanced_order(packages.train.labels, STAGE.seed, 2).tolist()
     assert len({image.numpy().tobytes() for batch in seen for image in batch.images}) == 32
-
-
-@pytest.mark.parametrize(("count", "sizes"), [(1, [8]), (2, [4, 4]), (3, [3, 3, 2]), (8, [1] * 8), (100, [1] * 8)])
-def test_the_parts_of_a_batch_are_the_batch_with_all_that_is_known(
-    known: TrainingSet, count: int, sizes: list[int]
-) -> None:
-    batch = next(iter(with_all(known).epoch(0)))
-    parts = batch.split(count, 1)
-    assert [len(part.rows) for part in parts] == sizes
-    assert batch.second is not None
-    for name in ("images", "labels", "rows", "weights", "teacher"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
-        seconds = [getattr(part.second, name) for part in parts]
-        assert torch.equal(torch.cat(seconds), getattr(batch.second, name))
-    assert len({part.seed for part in parts}) == len(parts)
-    assert {(part.epoch, part.step) for part in parts} == {(batch.epoch, batch.step)}
-
-
-@pytest.mark.parametrize(("count", "sizes"), [(2, [4, 4]), (3, [4, 4]), (8, [4, 4])])
-def test_a_part_holds_whole_groups(packages: Catalogue, count: int, sizes: list[int]) -> None:
-    batch = next(iter(batches(packages, 4).epoch(0)))
-    parts = batch.split(count, 4)
-    assert [len(part.rows) for part in parts] == sizes
-    assert all(len(set(part.labels.tolist())) == 1 for part in parts)
-    assert [(part.weights, part.teacher, part.second) for part in parts] == [(None, None, None)] * len(sizes)
 
 
 def test_groups_of_one_class_are_not_quietly_taken_from_another_sampler_than_asked_for(packages: Catalogue) -> None:

@@ -244,7 +244,7 @@ def test_in_bf16_autocast_and_channels_last_the_losses_are_float32_and_near_thos
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_group_on_every_rank_has_one_label(packages, context, world_size):
-    objective, stage = Objective(context, positives=3), Stage(resize=8, crop=8, batch_size=16)
+    objective, stage = Objective(context, positives=3), Stage(resize=8, crop=8, batch_size=16, shares=world_size)
     images = training_set(packages, stage)
     groups = []
     for rank in range(world_size):

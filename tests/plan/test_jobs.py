@@ -139,8 +139,8 @@ def test_the_longest_remaining_path_comes_first() -> None:
 
 
 def test_a_setting_that_came_later_changes_a_key_only_where_it_says_something() -> None:
-    assert not changed("defaults.accumulate=1", "defaults.gradients='float32'")
-    assert changed("defaults.accumulate=2") == changed("defaults.gradients='bfloat16'") == set(keys())
+    assert not changed("defaults.shares=1", "defaults.gradients='float32'")
+    assert changed("defaults.shares=2") == changed("defaults.shares='ranks'") == set(keys())
 
 
 # Edges beside start

@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from aliprod.catalogue import sources
 from aliprod.errors import AliprodError
 from aliprod.training.job import run
-from aliprod.training.training_job import TrainingJob
+from aliprod.training.training_job import TrainingJob, never
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,22 @@ class Death:
 
 
 def start(
-    job: TrainingJob, catalogue: Path, death: Death | None = None, rank: int = 0, world_size: int = 1
+    jobs: TrainingJob | list[TrainingJob],
+    catalogue: Path,
+    death: Death | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    end: int = 0,
 ) -> BaseProcess:
-    """Start a rank of a job as a process of its own, forked from a clean one that has imported what it needs."""
+    """Start a rank of one job, or of several in turn, as a process, forked from one that has imported what it needs.
+
+    Args:
+        end: the last rank says that the job is to stop when it is asked for the so manieth time: once after each
+            step, and once before each block of a scoring. The others hear of it at the next question.
+    """
+    jobs = jobs if isinstance(jobs, list) else [jobs]
     process = multiprocessing.get_context("forkserver").Process(
-        target=_train, args=(job, catalogue, death, rank, world_size)
+        target=_train, args=(jobs, catalogue, death, rank, world_size, end)
     )
     process.start()
     return process
@@ -72,28 +85,40 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _train(job: TrainingJob, catalogue: Path, death: Death | None, rank: int, world_size: int) -> None:
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder.parent / f"stderr-{rank}.txt").open("w") as stderr:
+def _train(jobs: list[TrainingJob], catalogue: Path, death: Death | None, rank: int, world_size: int, end: int) -> None:
+    folder = jobs[0].folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"stderr-{rank}.txt").open("w") as stderr:
         os.dup2(stderr.fileno(), 2)
-    logging.basicConfig(filename=job.folder / f"log-{rank}.txt", level=logging.INFO)
+    logging.basicConfig(filename=folder / f"log-{rank}.txt", level=logging.INFO)
     if world_size > 1:
-        meeting = job.folder.with_suffix(".meeting")
+        meeting = folder.with_suffix(".meeting")
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     if death is not None:
         _arm(death)
     try:
-        with (job.folder / f"rank-{rank}.jsonl").open("a") as seen:
-            for progress in run(job, sources.read(catalogue)):
-                if progress.last is not None:
-                    line = {"threads": torch.get_num_threads(), "weights": sha256(progress.last.tensors)}
-                    seen.write(json.dumps(line) + "\n")
+        for job in jobs:
+            _train_one(job, catalogue, rank, end if rank == world_size - 1 else 0)
     except AliprodError as error:
         logging.getLogger().error("%s", error)
         sys.exit(error.status)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _train_one(job: TrainingJob, catalogue: Path, rank: int, end: int) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / f"rank-{rank}.jsonl").open("a") as seen:
+        for progress in run(job, sources.read(catalogue), _asked(end) if end else never):
+            if progress.last is not None:
+                line = {"threads": torch.get_num_threads(), "weights": sha256(progress.last.tensors)}
+                seen.write(json.dumps(line) + "\n")
+
+
+def _asked(often: int) -> Callable[[], bool]:
+    questions = count(1)
+    return lambda: next(questions) >= often
 
 
 def _arm(death: Death) -> None:

@@ -54,5 +54,5 @@ def test_statistics_taken_anew_are_the_means_over_the_epochs_images(packages: Ca
         for batch in batches.epoch(2):
             learner.model.features(batch.images)
     hook.remove()
-    candidates.restated(learner, batches, epoch=2)
+    candidates.restated(setup, epoch=2)
     torch.testing.assert_close(first.running_mean, torch.stack(seen).mean(dim=0))

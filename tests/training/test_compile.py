@@ -35,10 +35,10 @@ def _no_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("changes", "graphs"),
     [
         ({}, 3),  # training on 8; validation, of raw and averaged weights alike, on 16 and at last on 8
-        ({"accumulate": 3}, 4),  # training on 3, 3 and 2
+        ({"shares": 2}, 3),  # training on 4
         ({"objective": ObjectiveRecipe(name="dcl", parts=2), "crop": 64, "resize": 64}, 3),  # training on twice 8
     ],
-    ids=["cross_entropy", "accumulate", "dcl"],
+    ids=["cross_entropy", "shares", "dcl"],
 )
 def test_a_compiled_job_has_a_graph_for_each_shape_none_after_its_first_epoch_and_the_weights_of_a_plain_one(
     packages: Catalogue, stage: Stage, changes: dict[str, object], graphs: int

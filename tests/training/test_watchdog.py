@@ -14,7 +14,7 @@ from aliprod.training.training_job import TrainingJob
 
 def work_that_hangs(folder: Path, stage: Stage, once: Path, ranks: int) -> TrainingJob:
     objective = {"name": "own.stuck", "step": 6, "rank": ranks - 1, "once": str(once)}
-    stage = Stage.model_validate(stage.model_dump() | {"objective": objective})
+    stage = Stage.model_validate(stage.model_dump() | {"objective": objective, "shares": ranks})
     machine = Machine(save_every_steps=3, watchdog_seconds=3.0)
     return TrainingJob("net/stage", "0123", NETWORK, stage, folder / "job", machine=machine)
 

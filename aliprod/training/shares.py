@@ -1,0 +1,211 @@
+"""A step is a mean over its shares, taken by one fixed binary tree: the same bytes on any number of ranks.
+
+A share is a micro-batch with norm statistics and random numbers of its own. Gradients, norm statistics and losses of
+the shares are the leaves, in order. A rank sums its block of leaves, whose root is a node of the tree; the levels above
+run over the ranks. The idea is EasyScale's (Li et al., SC'23): its "EasyScaleThreads" are the shares.
+
+Between ranks a sum is a reduce-scatter made of an all-to-all, whose slices are added in the order of the tree, and an
+all-gather: what a ring sends. `torch.distributed.all_reduce` adds in an order that depends on the ranks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Losses = dict[str, Tensor]  # scalar parts by name
+T = TypeVar("T")
+
+_BUCKET = 25 * 2**20 // 4  # float32 values that are sent together: DDP's 25 MiB
+_FIRST_BUCKET = 2**20 // 4  # of the gradients that are ready first, as DDP's
+
+
+class ShareMean:
+    """Takes the mean of the shares of a step: of gradients, norm statistics and loss parts.
+
+    Args:
+        module: whose buffers each share begins with as they are, and ends with as its own.
+        trained: parameters whose gradients count.
+        shares: of a step; a power of two where they are added by the tree.
+        world_size: ranks, each with as many shares.
+        sent: ``tree``, or what is added up by all-reduce, as DDP does: quicker by a little, but the bytes depend on
+            the ranks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trained: Iterable[nn.Parameter],
+        shares: int,
+        world_size: int = 1,
+        sent: Literal["tree", "float32", "bfloat16"] = "tree",
+    ) -> None:
+        self.shares, self.world_size, self.sent = shares, world_size, sent
+        self.buffers = list(module.buffers())
+        self.statistics = [buffer for buffer in self.buffers if buffer.dtype is torch.float32]
+        depth = max(1, (shares // world_size - 1).bit_length())
+        self.buckets = [_Bucket(some, depth, world_size) for some in _dealt(list(trained))] if shares > 1 else []
+        self._number, self._last, self._done = 0, False, 0
+        for bucket in self.buckets if world_size > 1 else ():
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket))
+
+    def of(self, step: Iterable[T], backward: Callable[[T], Losses]) -> tuple[Losses, list[Losses]]:
+        """Work through this rank's shares of a step; gradients and norm statistics are then the means of all shares.
+
+        Args:
+            backward: forward and backward of a share, which adds to the gradients a ``shares``-th of its own.
+        Returns:
+            The mean loss parts of the step, and those of each of this rank's shares, detached.
+        """
+        if self.shares == 1:
+            losses = [backward(share) for share in step]
+            return losses[0], losses
+        before, count = [buffer.clone() for buffer in self.buffers], self.shares // self.world_size
+        leaves, losses, self._done = list[Tensor](), list[Losses](), 0
+        for number, share in enumerate(step):
+            if number:
+                torch._foreach_copy_(self.buffers, before)
+            self._number, self._last = number, number == count - 1
+            for bucket in self.buckets:
+                bucket.open(number)
+            losses.append(backward(share))
+            _push(leaves, self._leaf(losses[-1]), number)
+            if not self._last or self.world_size == 1:
+                for bucket in self.buckets:
+                    bucket.close(number)
+        return self._finish(leaves[0], losses[0]), losses
+
+    def _leaf(self, losses: Losses) -> Tensor:
+        """Norm statistics and loss parts in a row."""
+        return torch.cat([part.flatten() for part in (*self.statistics, *losses.values())])
+
+    def _ready(self, bucket: "_Bucket", _: Tensor) -> None:
+        """Count a gradient of the last share; buckets are sent in order, since all ranks must send in the same."""
+        if self._last:
+            bucket.awaited -= 1
+            while self._done < len(self.buckets) and not self.buckets[self._done].awaited:
+                self._send(self.buckets[self._done])
+
+    def _send(self, bucket: "_Bucket") -> None:
+        self._done += 1
+        bucket.close(self._number)
+        bucket.sent = bucket.sums[0].bfloat16() if self.sent == "bfloat16" else bucket.sums[0]
+        if self.sent == "tree":
+            bucket.work = dist.all_to_all_single(bucket.received.flatten(), bucket.sent, async_op=True)
+        else:
+            bucket.work = dist.all_reduce(bucket.sent, async_op=True)
+
+    @torch.no_grad()
+    def _finish(self, leaf: Tensor, names: Losses) -> Losses:
+        if self.world_size > 1:
+            while self._done < len(self.buckets):  # with parameters that the loss does not depend on
+                self._send(self.buckets[self._done])
+            leaf = self._added_up(leaf)
+        sizes = [buffer.numel() for buffer in self.statistics]
+        *means, losses = (leaf / self.shares).split([*sizes, len(names)])
+        for buffer, mean in zip(self.statistics, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
+        return dict(zip(names, losses.unbind(), strict=True))
+
+    def _added_up(self, leaf: Tensor) -> Tensor:
+        """The sum of all ranks' leaves; the sums of gradients end in their buckets."""
+        if self.sent != "tree":
+            dist.all_reduce(leaf)
+            for bucket in self.buckets:
+                bucket.work.wait()
+                bucket.sums[0].copy_(bucket.sent)
+            return leaf
+        rows = leaf.new_empty(self.world_size, len(leaf))
+        gathered: Any = dist.all_gather_into_tensor(rows.flatten(), leaf, async_op=True)
+        for bucket in self.buckets:
+            bucket.work.wait()
+            bucket.work = dist.all_gather_into_tensor(bucket.sums[0], _added(bucket.received), async_op=True)
+        for bucket in self.buckets:
+            bucket.work.wait()
+        gathered.wait()
+        return _added(rows)
+
+
+class _Bucket:
+    """Gradients of some parameters, one behind the other in memory.
+
+    Attributes:
+        sums: (size,) each: the nodes of the tree that are open at a time, the leftmost first.
+        received: (world_size, size / world_size): a slice of each rank's sum.
+        awaited: gradients of the last share that are not there yet.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], depth: int, world_size: int) -> None:
+        self.parameters, self.awaited = parameters, len(parameters)
+        size = sum(parameter.numel() for parameter in parameters)
+        size += -size % world_size
+        self.sums = [parameters[0].new_zeros(size, requires_grad=False) for _ in range(depth)]
+        self.views = [_views(flat, parameters) for flat in self.sums]
+        if world_size > 1:
+            self.received = self.sums[0].new_empty(world_size, size // world_size)
+        self.sent = self.sums[0]
+        self.work: Any = None
+
+    def open(self, number: int) -> None:
+        """Have the gradients of share ``number`` of this rank added to its node: each second one begins one."""
+        place = (number >> 1).bit_count()
+        self.awaited = len(self.parameters)
+        if number % 2 == 0:
+            self.sums[place].zero_()
+        self._point(place)
+
+    def close(self, number: int) -> None:
+        """Add up the nodes that are complete with share ``number``; of the last one, the gradients are the sum."""
+        place = (number >> 1).bit_count()
+        for _ in range(_levels(number) - 1):
+            self.sums[place - 1].add_(self.sums[place])
+            place -= 1
+        if place == 0:
+            self._point(0)
+
+    def _point(self, place: int) -> None:
+        for parameter, view in zip(self.parameters, self.views[place], strict=True):
+            parameter.grad = view
+
+
+def _levels(number: int) -> int:
+    """How many levels of the tree are complete with leaf ``number``: ones at the end of its binary form."""
+    return (~number & number + 1).bit_length() - 1
+
+
+def _push(leaves: list[Tensor], leaf: Tensor, number: int) -> None:
+    """Add leaf ``number`` to the nodes that are open."""
+    for _ in range(_levels(number)):
+        leaf = leaves.pop() + leaf
+    leaves.append(leaf)
+
+
+def _added(rows: Tensor) -> Tensor:
+    """The sum of (n, size) rows by the tree; n a power of two. Writes into them."""
+    while len(rows) > 1:
+        rows = rows[0::2].add_(rows[1::2])
+    return rows[0]
+
+
+def _dealt(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in buckets, in about the order in which a backward pass reaches them."""
+    some, size, most = list[nn.Parameter](), 0, _FIRST_BUCKET
+    for parameter in reversed(parameters):
+        some.append(parameter)
+        size += parameter.numel()
+        if size >= most:
+            yield some
+            some, size, most = [], 0, _BUCKET
+    if some:
+        yield some
+
+
+def _views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Pieces of ``flat`` that lie as the parameters do, whatever the order of their dimensions."""
+    sizes = [parameter.numel() for parameter in parameters]
+    pieces = flat[: sum(sizes)].split(sizes)
+    return [piece.as_strided(p.size(), p.stride()) for piece, p in zip(pieces, parameters, strict=True)]
