@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 Losses = dict[str, Tensor]  # scalar parts by name
 T = TypeVar("T")
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.14
 
 _BUCKET = 25 * 2**20 // 4  # float32 values that are sent together: DDP's 25 MiB
 _FIRST_BUCKET = 2**20 // 4  # of the gradients that are ready first, as DDP's
@@ -67,7 +68,7 @@ class ShareMean:
         before, count = [buffer.clone() for buffer in self.buffers], self.shares // self.world_size
         leaves, losses, self._done = list[Tensor](), list[Losses](), 0
         for number, share in enumerate(step):
-            if number:
+            if number and before:
                 torch._foreach_copy_(self.buffers, before)
             self._number, self._last = number, number == count - 1
             for bucket in self.buckets:
@@ -120,10 +121,10 @@ class ShareMean:
                 bucket.sums[0].copy_(bucket.sent)
             return leaf
         rows = leaf.new_empty(self.world_size, len(leaf))
-        gathered: Any = dist.all_gather_into_tensor(rows.flatten(), leaf, async_op=True)
+        gathered: Any = _all_gather(rows.flatten(), leaf, async_op=True)
         for bucket in self.buckets:
             bucket.work.wait()
-            bucket.work = dist.all_gather_into_tensor(bucket.sums[0], _added(bucket.received), async_op=True)
+            bucket.work = _all_gather(bucket.sums[0], _added(bucket.received), async_op=True)
         for bucket in self.buckets:
             bucket.work.wait()
         gathered.wait()

@@ -59,9 +59,9 @@ def train(job: TrainingJob, catalogue: Path, death: Death | None = None) -> int:
     return ended(start(job, catalogue, death))
 
 
-def ended(process: BaseProcess) -> int:
+def ended(process: BaseProcess, seconds: float = 120) -> int:
     """Exit code of a process, which is killed where it hangs."""
-    process.join(120)
+    process.join(seconds)
     if process.exitcode is None:
         process.kill()
         process.join()
