@@ -247,7 +247,13 @@ def _consistent_sources(stage: Stage) -> None:
 class Machine(Frozen):
     """How a rank of a job works, whatever it trains. None of it is part of a key."""
 
-    cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPUs of a rank; also its number of threads")
+    cpus_per_worker: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="CPUs of a rank; also its number of threads. Without it what the nodes have for each GPU; 1 where "
+        "there are none",
+    )
     loader_processes: int = Field(
         0, ge=0, le=1024, description="processes of a rank that read images; 0: the rank reads them itself"
     )
@@ -268,6 +274,11 @@ class Machine(Frozen):
         description="a step that takes longer is ended with all stacks in the log, and the job resumed; "
         "a start or a validation may take five times as long",
     )
+
+    @property
+    def threads(self) -> int:
+        """CPUs of a rank; 1 where nobody has said or found out how many."""
+        return self.cpus_per_worker or 1
 
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of plans, stages and backbones: they become paths

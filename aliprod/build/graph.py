@@ -58,7 +58,7 @@ class _Graph:
         self.best = cache(partial(best, opened))  # it reads two manifests
         self.catalogue, self.cluster = opened.read_catalogue(), opened.plan.cluster
         self.splits = outputs.splits(self.catalogue, opened.plan.ensemble.score)
-        self.one = Resources(self.cluster.cpus_per_worker, 1 if gpu else 0)  # of what runs a network in one process
+        self.one = Resources(self.cluster.threads, 1 if gpu else 0)  # of what runs a network in one process
 
     def training(self, name: str) -> Target:
         if name in self.found:

@@ -94,7 +94,7 @@ def _fetch(target: Target, site: Site) -> Made:
 def _hash(target: Target, site: Site) -> Made:
     from aliprod.data import hashes
 
-    processes = site.cluster.cpus_per_worker
+    processes = site.cluster.threads
     images = sources.read(site.catalogue).train
     hashes.write(target.folder(site.storage), images, processes if processes > 1 else 0)
     return ()
@@ -121,7 +121,7 @@ def _teach(target: Target, site: Site) -> Made:
     from aliprod.data.training_set import base_rows
     from aliprod.inference.predict import predicted, ready
 
-    torch.set_num_threads(site.cluster.cpus_per_worker)
+    torch.set_num_threads(site.cluster.threads)
     [teacher] = target.needs["teacher"]
     catalogue, stage = sources.read(site.catalogue), target.owner.stage
     images = catalogue.train if _images(stage) == "all" else catalogue.train.take(base_rows(catalogue, stage))

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from aliprod.build.target import Cost, Made, Resources, Site, Target
+from aliprod.build.target import Cost, Made, Resources, Site, Target, powers_of_two
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
 from aliprod.recipe import Views
 from aliprod.store.layout import job_place
+from aliprod.store.resumable import shards
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def prediction(
         {"weights": (weights,)},
         Cost(job, seen=len(getattr(catalogue, split)), views=views),
         resources,
+        world_sizes=powers_of_two(shards(len(getattr(catalogue, split)), catalogue.num_classes)),
         job=job,
     )
 
@@ -113,7 +115,7 @@ def _predict(target: Target, site: Site) -> Made:
     from aliprod.inference import probabilities
     from aliprod.inference.predict import predicted, ready
 
-    torch.set_num_threads(site.cluster.cpus_per_worker)
+    torch.set_num_threads(site.cluster.threads)
     record = dict(target.facts or {})
     catalogue, split = sources.read(site.catalogue), record["split"]
     [weights] = target.needs["weights"]
@@ -125,7 +127,8 @@ def _predict(target: Target, site: Site) -> Made:
         yield from predicted(model, images.take(rows), record["views"])
 
     labels = None if known is None else as_labels(known, catalogue.classes)
-    probabilities.write(target.folder(site.storage), images.ids, model.classes.ids, blocks, labels, record)
+    folder, ids = target.folder(site.storage), model.classes.ids
+    probabilities.write(folder, images.ids, ids, blocks, labels, record, part=site.part)
     return ()
 
 

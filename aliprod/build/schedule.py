@@ -1,26 +1,60 @@
-"""The scheduler: which target next, in the given order, as its needs are made, never more than there is.
+"""The scheduler: it makes all targets of a graph, as `aliprod.build.allot` divides the room among them.
 
-How a target is started and waited for is given, so that the same policy runs on a cluster and on a simulated clock.
+How a target is started, stopped and waited for is given, so that the same code runs on a cluster and on a simulated
+clock.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+from aliprod.build.allot import Running, Situation, decide
+from aliprod.build.paths import Paths
+from aliprod.build.room import Node
 from aliprod.build.target import Resources, Target
+
+_SURPRISE = 0.2  # by which a rate must differ from what was known for the room to be divided anew
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How something ended: as it should, for good, or with a checkpoint since it was asked to.
+
+    Attributes:
+        detail: why it failed.
+    """
+
+    state: Literal["done", "failed", "paused"]
+    detail: str = ""
 
 
 class Runner(Protocol):
     """Whatever makes targets: a Ray cluster, or a clock."""
 
-    def capacity(self) -> Resources:
-        """Of the whole cluster."""
+    def now(self) -> float:
+        """Seconds, of a clock that only goes forward."""
 
-    def start(self, target: Target) -> Any:
-        """Begin to make a target; a handle."""
+    def nodes(self) -> Sequence[Node]:
+        """Those that are there, and are not about to go."""
 
-    def wait(self, handles: list[Any]) -> list[tuple[Any, str]]:
-        """Wait a moment for any of the handles; those that ended, each with why it failed or ''."""
+    def types(self) -> Sequence[Resources]:
+        """Nodes that the cluster may still start by itself, one entry each; () where it cannot."""
+
+    def seconds(self, target: Target, world_size: int) -> float:
+        """What a target takes from the checkpoint that it began with, or would begin with, at the rates known now."""
+
+    def start(self, target: Target, nodes: Sequence[str]) -> Any:
+        """Begin to make a target, a rank on each of the nodes named; a handle."""
+
+    def stop(self, handle: Any) -> None:
+        """Ask it to end with a checkpoint."""
+
+    def request(self, ranks: Sequence[Resources]) -> None:
+        """Tell a cluster that grows what there is no room for."""
+
+    def wait(self, handles: list[Any], patience: float) -> list[tuple[Any, Outcome]]:
+        """Wait a moment, ``patience`` seconds at most, for any of the handles; those that ended."""
 
     def stopping(self) -> bool:
         """Whether nothing more is to be started."""
@@ -28,68 +62,117 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """A target has been started, is done, has failed, or will not be made since ``detail`` has failed."""
+    """A target has been started, waits, is paused to go on otherwise, is done, has failed, or will not be made.
+
+    Attributes:
+        detail: what it waits for, why it failed, or which failure drops it.
+        nodes: of each rank of one that was started.
+    """
 
     name: str
-    state: Literal["started", "done", "failed", "dropped"]
+    state: Literal["started", "waiting", "paused", "done", "failed", "dropped"]
     detail: str = ""
+    nodes: tuple[str, ...] = ()
 
 
 def execute(targets: Mapping[str, Target], runner: Runner, most: int | None = None) -> Iterator[Change | None]:
-    """Make all targets, the first ones first, several side by side.
+    """Make all targets, each behind what it needs. A need that is not among them is made.
 
-    A target that does not fit now lets no later one pass it that would take its room: small targets do not starve a
-    wide one. One that fails drops those that need it, and nothing else. A need that is not among the targets is made.
+    One that fails drops those that need it, and nothing else.
 
     Args:
         most: targets side by side.
     Yields:
         Each change, and None after each wait, for whoever watches what runs.
     """
-    waiting, running = dict(targets), dict[str, Any]()
-    while waiting or running:
+    making = _Making(dict(targets), runner, most)
+    while making.waiting or making.running:
         if runner.stopping():
-            waiting.clear()
-        taken = sum((targets[name].resources for name in running), Resources(0, 0))
-        for target in _admitted(waiting, running, taken, runner.capacity(), most):
-            del waiting[target.name]
-            running[target.name] = runner.start(target)
-            yield Change(target.name, "started")
-        if not running:
-            if runner.stopping():
+            making.waiting.clear()
+            making.again = math.inf
+            if not making.running:
                 return
-            yield None
-            runner.wait([])
-            continue
-        for handle, failure in runner.wait(list(running.values())):
-            name = next(name for name, running_handle in running.items() if running_handle == handle)
-            del running[name]
-            yield Change(name, "failed" if failure else "done", failure)
-            if failure:
-                yield from (Change(lost, "dropped", name) for lost in _drop(name, waiting))
+        elif making.surprised():
+            yield from making.divide()
+        yield from making.ended()
         yield None
 
 
-def _admitted(
-    waiting: Mapping[str, Target], running: Mapping[str, Any], taken: Resources, capacity: Resources, most: int | None
-) -> list[Target]:
-    admitted: list[Target] = []
-    for target in waiting.values():
-        if any(need.name in waiting or need.name in running for need in target.needed()):
-            continue
-        full = most is not None and len(running) + len(admitted) >= most
-        if full or not (taken + target.resources).fits(capacity):
-            break
-        taken += target.resources
-        admitted.append(target)
-    return admitted
+class _Making:
+    """What waits, what runs, and how the room was divided when it last was."""
 
+    def __init__(self, waiting: dict[str, Target], runner: Runner, most: int | None) -> None:
+        self.waiting, self.runner, self.most = waiting, runner, most
+        self.order = list(waiting)
+        self.running, self.handles, self.targets = dict[str, Running](), dict[str, Any](), dict(waiting)
+        self.again, self.said, self.wanted = runner.now(), dict[str, str](), list[Resources]()
+        self.nodes, self.paces = list[Node](), dict[str, float]()
+        self.paths = Paths.of(waiting, runner.seconds)
 
-def _drop(failed: str, waiting: dict[str, Target]) -> list[str]:
-    """Take out of ``waiting`` what needs a failed target, directly or not."""
-    lost = [failed]
-    for name, target in list(waiting.items()):  # needs come before those that need them
-        if any(need.name in lost for need in target.needed()):
-            lost.append(name)
-            del waiting[name]
-    return lost[1:]
+    def surprised(self) -> bool:
+        """Whether anything is otherwise than when the room was divided."""
+        due = self.runner.now() >= self.again or list(self.runner.nodes()) != self.nodes
+        return due or self._surprising()
+
+    def divide(self) -> Iterator[Change]:
+        """Divide the room, stop and start what that asks for."""
+        self.nodes = list(self.runner.nodes())
+        left = {name: self.targets[name] for name in self.order if name in self.waiting or name in self.running}
+        now = self.runner.now()
+        running = {name: replace(one, share=self._share(name)) for name, one in self.running.items()}
+        if self._surprising():
+            self.paths = Paths.of(left, self.runner.seconds)
+        decision = decide(Situation(left, running, self.nodes, self.paths, now, self.runner.types(), self.most))
+        self.again = now + decision.patience
+        for name in decision.stop:
+            self.running[name] = replace(self.running[name], stopping=True)
+            self.runner.stop(self.handles[name])
+        for name, nodes in decision.start.items():
+            self.handles[name] = self.runner.start(self.waiting.pop(name), nodes)
+            self.running[name] = Running(nodes, now)
+            self.said.pop(name, None)
+            yield Change(name, "started", nodes=nodes)
+        self.paces = {name: self._pace(name) for name in self.running}
+        if decision.wanted != self.wanted:
+            self.wanted = list(decision.wanted)
+            self.runner.request(self.wanted)
+        for name, words in decision.waiting.items():
+            if self.said.get(name) != words:
+                self.said[name] = words
+                yield Change(name, "waiting", words)
+
+    def ended(self) -> Iterator[Change]:
+        """Wait for anything to end, and see what that means for the others."""
+        patience = max(0.0, self.again - self.runner.now())
+        for handle, outcome in self.runner.wait(list(self.handles.values()), patience):
+            name = next(name for name, one in self.handles.items() if one == handle)
+            del self.handles[name], self.running[name]
+            self.paces.pop(name, None)
+            self.again = self.runner.now()
+            yield Change(name, outcome.state, outcome.detail)
+            if outcome.state == "paused":
+                self.waiting[name] = self.targets[name]
+                self.paths = self.paths.renewed(self.targets[name], self.runner.seconds)
+            elif outcome.state == "failed":
+                yield from (Change(lost, "dropped", name) for lost in self._drop(name))
+
+    def _pace(self, name: str) -> float:
+        return self.runner.seconds(self.targets[name], len(self.running[name].nodes))
+
+    def _surprising(self) -> bool:
+        """Whether a rate is another than when the paths were measured."""
+        return any(abs(self._pace(name) / pace - 1) > _SURPRISE for name, pace in self.paces.items() if pace)
+
+    def _share(self, name: str) -> float:
+        """What is left of a target that runs, of what it began with."""
+        pace = self._pace(name)
+        return max(0.0, 1 - (self.runner.now() - self.running[name].since) / pace) if pace else 0.0
+
+    def _drop(self, failed: str) -> list[str]:
+        """Take out of what waits whatever needs a failed target, directly or not."""
+        lost = [failed]
+        for name in [name for name in self.order if name in self.waiting]:  # needs come before those that need them
+            if any(need.name in lost for need in self.waiting[name].needed()):
+                lost.append(name)
+                del self.waiting[name]
+        return lost[1:]

@@ -51,6 +51,8 @@ class RunState:
             yield self._set(name, "not_run", f"{change.detail} failed")
         elif change.state == "started":
             yield self._set(name, "running")
+        elif change.state in ("waiting", "paused"):
+            yield self._set(name, "waiting", change.detail)
         else:
             yield from self.reports()
             yield self._set(name, "finished")

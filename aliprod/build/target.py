@@ -16,7 +16,7 @@ from aliprod.training.training_job import never
 
 @dataclass(frozen=True)
 class Resources:
-    """CPUs and GPUs, of a target or of a cluster."""
+    """CPUs and GPUs, of a rank or of a node."""
 
     cpus: int
     gpus: int
@@ -24,8 +24,8 @@ class Resources:
     def __add__(self, other: "Resources") -> "Resources":
         return Resources(self.cpus + other.cpus, self.gpus + other.gpus)
 
-    def fits(self, room: "Resources") -> bool:
-        return self.cpus <= room.cpus and self.gpus <= room.gpus
+    def __sub__(self, other: "Resources") -> "Resources":
+        return Resources(self.cpus - other.cpus, self.gpus - other.gpus)
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Site:
 
     Attributes:
         stop: whether the work is to end early; what can go on from a checkpoint writes one.
+        part: which part of it is made here, of how many: of what is made by several processes apart.
     """
 
     storage: Path
     catalogue: Path
     cluster: Cluster
     stop: Callable[[], bool] = never
+    part: tuple[int, int] = (0, 1)
 
     @classmethod
     def of(cls, opened: Opened) -> "Site":
@@ -83,7 +85,10 @@ class Target:
         place: its folder below the storage path; None while the facts are.
         make: makes it, in any process, without Ray; yields metrics now and then.
         cost: what is left of that to do.
-        ranks: processes of its process group; 0: it is made by one process alone.
+        resources: of one rank.
+        world_sizes: numbers of ranks that it may be made with, ascending; it can be stopped, and goes on with another
+            number. Ranks of a training are a process group, of all else parts of the work (`Site.part`). (): it is made
+            by one process, from its beginning to its end.
         job: the job whose state its failure shows; None: the whole plan's.
         goal: made for its own sake; what is no goal is made where something needs it.
         first: made before anything else is started, since it may refuse the plan.
@@ -98,7 +103,7 @@ class Target:
     needs: Mapping[str, tuple["Target", ...]] = field(default_factory=dict)
     cost: Cost = Cost()
     resources: Resources = Resources(1, 0)
-    ranks: int = 0
+    world_sizes: tuple[int, ...] = ()
     job: Job | None = None
     goal: bool = False
     first: bool = False
@@ -120,6 +125,11 @@ class Target:
             raise ValueError(f"{self.name} belongs to no job")
         return self.job
 
+    @property
+    def floor(self) -> int:
+        """The fewest ranks that it may be made with."""
+        return self.world_sizes[0] if self.world_sizes else 1
+
     def needed(self) -> Iterator["Target"]:
         """The targets that it needs, whatever their role."""
         for targets in self.needs.values():
@@ -139,6 +149,11 @@ class Target:
         """What its commit record says; None where it is not made."""
         found = None if self.place is None else commit.read(storage / self.place)
         return None if found is None or (self.latest and found.get("target") != self.key) else found
+
+
+def powers_of_two(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to ``most``."""
+    return tuple(2**power for power in range(most.bit_length()))
 
 
 def lacking(graph: Mapping[str, Target], storage: Path, goals: Iterable[Target] | None = None) -> dict[str, Target]:

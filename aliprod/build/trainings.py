@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aliprod.build.inputs import images_of
-from aliprod.build.target import Cost, Metrics, Resources, Site, Target
+from aliprod.build.target import Cost, Metrics, Resources, Site, Target, powers_of_two
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.epoch_size import epoch_size
@@ -32,11 +32,19 @@ def training(job: Job, needs: Mapping[str, Sequence[Target]], cost: Cost, cluste
         make=_train,
         needs={role: tuple(targets) for role, targets in needs.items() if targets},
         cost=cost,
-        resources=Resources(cluster.workers * cluster.cpus_per_worker, cluster.workers if gpu else 0),
-        ranks=cluster.workers,
+        resources=Resources(cluster.threads, 1 if gpu else 0),
+        world_sizes=world_sizes(job, cluster),
         job=job,
         goal=True,
     )
+
+
+def world_sizes(job: Job, cluster: Cluster) -> tuple[int, ...]:
+    """The numbers of ranks that a job may have: its shares can be dealt to each. A soup trains nothing: one has all."""
+    ranks, shares = cluster.ranks_of(job.name), job.stage.shares
+    if job.soup:
+        return (1,)
+    return powers_of_two(shares) if ranks is None and shares != "ranks" else (ranks or 1,)
 
 
 def inputs_of(target: Target, site: Site) -> Inputs:

@@ -140,8 +140,7 @@ def _forecast(estimate: dict[str, Any] | None, opened: "Opened", measure: str) -
 
     if estimate is None:
         return f"No forecast without the catalogue. Then this measures what it needs: {measure}"
-    cluster = opened.plan.cluster
-    return "\n".join(forecast.lines(estimate, cluster.workers, cluster.use_gpu is not False, measure))
+    return "\n".join(forecast.lines(estimate, opened.plan.cluster.use_gpu is not False, measure))
 
 
 def _drive(request: "Request", events: Iterator[Event], whole: bool) -> None:

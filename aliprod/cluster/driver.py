@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import ray
 
@@ -12,6 +13,7 @@ from aliprod.build.events import Ended, Event, Said
 from aliprod.build.graph import Chosen, targets
 from aliprod.build.outputs import scores, splits
 from aliprod.build.preflight import make_first, prepare
+from aliprod.build.room import check_room
 from aliprod.build.schedule import execute
 from aliprod.build.state import RunState
 from aliprod.build.target import Site, Target, lacking
@@ -19,6 +21,7 @@ from aliprod.cluster import session
 from aliprod.cluster.launch import start_launcher
 from aliprod.cluster.tasks import RayRunner
 from aliprod.errors import Failed
+from aliprod.forecast.seconds import Estimates
 from aliprod.plan.open import Opened, Request
 from aliprod.store import commit, lineage
 from aliprod.tracking.choices import choose, origin
@@ -141,18 +144,20 @@ class _Run:
     def _make(self, choices: Mapping[str, Choice]) -> Iterator[Event]:
         """Make what is missing on the cluster."""
         self._join()
-        settings = self.opened.plan.cluster
+        settings, nodes = self.opened.plan.cluster, session.nodes()
         gpu = session.uses_gpu(settings)
+        self.site = replace(self.site, cluster=session.with_cpus(settings))
         todo = self._missing(gpu)
+        check_room(todo, nodes, session.types(settings))
         for target in todo.values():
-            session.check_room(settings, target.resources)
             if target.kind == "checkpoint":
                 self.tracking.registry.download(choices[target.owner.name], target.folder(self.site.storage))
         todo = {name: target for name, target in todo.items() if target.kind != "checkpoint"}
         if any(target.kind == "ensemble" for target in todo.values()):
             yield Said(f"Adding up {len(self.opened.plan.ensemble.members)} members.")
-        launcher = start_launcher(self.site, gpu) if any(target.ranks for target in todo.values()) else None
-        runner = RayRunner(self.site, launcher, self.stop.is_set, lambda target: self._graph(gpu)[target.name])
+        launcher = start_launcher(self.site) if any(target.kind == "training" for target in todo.values()) else None
+        seconds = Estimates(self.opened).seconds
+        runner = RayRunner(self.site, launcher, self.stop.is_set, lambda target: self._graph(gpu)[target.name], seconds)
         for change in execute(todo, runner, settings.max_parallel_jobs):
             yield from self.state.reports()
             if change is not None:
@@ -161,7 +166,7 @@ class _Run:
                 raise KeyboardInterrupt
 
     def _graph(self, gpu: bool) -> dict[str, Target]:
-        return targets(self.opened, gpu, self.chosen)
+        return targets(self.opened.with_cluster(self.site.cluster), gpu, self.chosen)
 
     def _missing(self, gpu: bool) -> dict[str, Target]:
         """What is to be made now; an ensemble once its members are known."""

@@ -16,25 +16,23 @@ from aliprod.plan.schema import Cluster
 _MOST_JOBS = 256  # side by side: threads of the launcher
 
 
-def start_launcher(site: Site, gpu: bool) -> Any:
+def start_launcher(site: Site) -> Any:
     """Start the launcher of a run; it imports what it needs while the driver goes on.
 
     It runs on this node: on another it would die with that node even where its workers are elsewhere. Where it dies,
     Ray starts it anew and repeats what it was doing: each job goes on from its checkpoint.
 
-    Args:
-        gpu: whether a rank takes one.
     Returns:
         Its handle. Keep it: the launcher ends with the last handle.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=site.cluster.max_failures)(Launcher)
-    return actor.options(max_concurrency=_MOST_JOBS, scheduling_strategy=here).remote(site, gpu)
+    return actor.options(max_concurrency=_MOST_JOBS, scheduling_strategy=here).remote(site)
 
 
-def launch(launcher: Any, target: Target) -> Any:
+def launch(launcher: Any, target: Target, ranks: int) -> Any:
     """Start a job, which the dashboard lists by its name; the reference resolves to why it failed, or to ''."""
-    return launcher.fit.options(name=target.name).remote(target)
+    return launcher.fit.options(name=target.name).remote(target, ranks)
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
@@ -50,17 +48,17 @@ def environment(cluster: Cluster) -> dict[str, str]:
 class Launcher:
     """The actor: it fits each job's trainer in a thread of its own."""
 
-    def __init__(self, site: Site, gpu: bool) -> None:
-        self.site, self.gpu = site, gpu
+    def __init__(self, site: Site) -> None:
+        self.site = site
         os.environ |= environment(site.cluster) | os.environ  # what is set already stays
         _free_places()
         threading.Thread(target=_import_trainer, daemon=True).start()
 
-    def fit(self, target: Target) -> str:
+    def fit(self, target: Target, ranks: int) -> str:
         """Train a job; why it failed, or an empty text."""
         from aliprod.cluster.trainer import fit
 
-        return fit(target, self.site, self.gpu)
+        return fit(target, self.site, ranks)
 
 
 def _import_trainer() -> None:

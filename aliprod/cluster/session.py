@@ -12,6 +12,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from aliprod.build.room import Node, cpus_of_a_rank
 from aliprod.build.target import Resources
 from aliprod.errors import Refused, Unreachable
 from aliprod.plan.schema import Cluster
@@ -65,36 +66,27 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
-def capacity() -> Resources:
-    """CPUs and GPUs of all nodes together, busy or not."""
-    resources = ray.cluster_resources()
-    return Resources(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+def nodes() -> list[Node]:
+    """The nodes that are alive, with all they have, busy or not."""
+    found = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [Node(name, Resources(int(has.get("CPU", 0)), int(has.get("GPU", 0)))) for name, has in found]
+
+
+def types(cluster: Cluster) -> list[Resources]:
+    """What the plan says that the cluster can grow by, as one more node; none where it says nothing."""
+    there = sum((node.resources for node in nodes()), Resources(0, 0))
+    more = Resources(max(0, (cluster.max_cpus or 0) - there.cpus), max(0, (cluster.max_gpus or 0) - there.gpus))
+    return [] if more == Resources(0, 0) else [more]
 
 
 def uses_gpu(cluster: Cluster) -> bool:
     """Whether jobs take GPUs: as the plan says, or, left to ``auto``, where the cluster has any."""
-    return capacity().gpus > 0 if cluster.use_gpu == "auto" else cluster.use_gpu
+    return any(node.resources.gpus for node in nodes()) if cluster.use_gpu == "auto" else cluster.use_gpu
 
 
-def check_room(cluster: Cluster, needed: Resources) -> None:
-    """Refuse a plan whose jobs the cluster can never hold, since Ray would wait for ever.
-
-    Raises:
-        Unreachable: the cluster is too small.
-    """
-    has = limit(cluster)
-    if not needed.fits(has):
-        raise Unreachable(
-            f"a job takes {needed.cpus} CPUs and {needed.gpus} GPUs, the cluster has {has.cpus} and {has.gpus}.",
-            "[cluster]",
-            "Lower workers or cpus_per_worker; or, where the cluster grows on demand, set max_cpus and max_gpus.",
-        )
-
-
-def limit(cluster: Cluster) -> Resources:
-    """What may be asked for: what there is, or what the plan says the cluster can grow to."""
-    has = capacity()
-    return Resources(max(has.cpus, cluster.max_cpus or 0), max(has.gpus, cluster.max_gpus or 0))
+def with_cpus(cluster: Cluster) -> Cluster:
+    """The same, with the CPUs of a rank where the plan does not say how many."""
+    return cluster.model_copy(update={"cpus_per_worker": cpus_of_a_rank(cluster, nodes(), uses_gpu(cluster))})
 
 
 def probe(storage: Path) -> None:

@@ -1,12 +1,14 @@
 """A target becomes a Ray task, or a TorchTrainer where it has ranks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 import ray.exceptions
 
+from aliprod.build.room import Node
+from aliprod.build.schedule import Outcome
 from aliprod.build.target import Resources, Site, Target
 from aliprod.cluster import session
 from aliprod.cluster.launch import launch
@@ -22,33 +24,51 @@ class RayRunner:
         launcher: of `aliprod.cluster.launch.start_launcher`, where anything has ranks.
         stopping: whether nothing more is to be started.
         current: a target as it is now that what it needs is made.
+        seconds: what a target takes at a world size.
     """
 
     def __init__(
-        self, site: Site, launcher: Any, stopping: Callable[[], bool], current: Callable[[Target], Target]
+        self,
+        site: Site,
+        launcher: Any,
+        stopping: Callable[[], bool],
+        current: Callable[[Target], Target],
+        seconds: Callable[[Target, int], float],
     ) -> None:
-        self.site, self.launcher, self.stopping, self.current = site, launcher, stopping, current
+        self.site, self.launcher, self.stopping, self.current, self.seconds = site, launcher, stopping, current, seconds
 
-    def capacity(self) -> Resources:
-        """What may be asked for: what there is, or what the plan says the cluster can grow to."""
-        return session.limit(self.site.cluster)
+    def now(self) -> float:
+        return time.monotonic()
 
-    def start(self, target: Target) -> Any:
+    def nodes(self) -> Sequence[Node]:
+        return session.nodes()
+
+    def types(self) -> Sequence[Resources]:
+        return session.types(self.site.cluster)
+
+    def stop(self, handle: Any) -> None:
+        """It ends when it is done."""
+
+    def request(self, ranks: Sequence[Resources]) -> None:
+        """A cluster that grows is asked by what is started."""
+
+    def start(self, target: Target, nodes: Sequence[str]) -> Any:
         """Start to make a target; the reference resolves to why it failed, or ''."""
         target = self.current(target)
-        if target.ranks:
-            return launch(self.launcher, target)
+        if target.kind == "training":
+            return launch(self.launcher, target, len(nodes))
         named: dict[str, Any] = {"name": target.name}
         options = _make.options(num_cpus=target.resources.cpus, num_gpus=target.resources.gpus, **named)
         return options.remote(target, self.site)
 
-    def wait(self, handles: list[Any]) -> list[tuple[Any, str]]:
-        """Wait a moment for any of the handles; each that ended, with why it failed or ''."""
+    def wait(self, handles: list[Any], patience: float) -> list[tuple[Any, Outcome]]:
+        """Wait a moment for any of the handles; those that ended."""
+        tick = min(patience, TICK_SECONDS)
         if not handles:
-            time.sleep(TICK_SECONDS)
+            time.sleep(tick)
             return []
-        done, _ = ray.wait(handles, num_returns=1, timeout=TICK_SECONDS)
-        return [(handle, _failure(handle)) for handle in done]
+        done, _ = ray.wait(handles, num_returns=1, timeout=tick)
+        return [(handle, _outcome(handle)) for handle in done]
 
 
 @ray.remote(max_retries=3)
@@ -63,8 +83,9 @@ def _make(target: Target, site: Site) -> str:
     return ""
 
 
-def _failure(handle: Any) -> str:
+def _outcome(handle: Any) -> Outcome:
     try:
-        return str(ray.get(handle))
+        failure = str(ray.get(handle))
     except ray.exceptions.RayError as error:
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+        failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    return Outcome("failed", failure) if failure else Outcome("done")

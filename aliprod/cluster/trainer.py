@@ -50,15 +50,15 @@ class _FixedSize(FixedScalingPolicy):
         """Nothing is registered."""
 
 
-def fit(target: Target, site: Site, gpu: bool) -> str:
+def fit(target: Target, site: Site, ranks: int) -> str:
     """Train a job; why it failed, or an empty text."""
-    cluster = site.cluster
-    per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if gpu else {})
+    cluster, gpu = site.cluster, target.resources.gpus > 0
+    per_worker = {"CPU": target.resources.cpus} | ({"GPU": 1} if gpu else {})
     trainer = LightTrainer(
         train_rank,  # type: ignore[arg-type]  # Ray 2.60 passes on what it returns, its types do not say so
         train_loop_config={"target": target, "site": site},
         torch_config=TorchConfig("nccl" if gpu else "gloo", timeout_s=int(longest(cluster.watchdog_seconds))),
-        scaling_config=ScalingConfig(num_workers=target.ranks, use_gpu=gpu, resources_per_worker=per_worker),
+        scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=per_worker),
         run_config=RunConfig(
             name=f"{target.name.replace('/', '.')}-{str(target.key)[:12]}",  # Ray resumes a name: the key is in it
             storage_path=str(site.storage / "ray"),

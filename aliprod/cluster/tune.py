@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,7 @@ def search(request: Request, name: str, report: Callable[[Trial], None]) -> Foun
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # it prints tables whatever ``verbose`` says
     try:
         session.join(opened.places.address)
+        site = replace(site, cluster=session.with_cpus(site.cluster))
         grid = _tuner(target, site, opened.plan.tune, report).fit()
     finally:
         ray.shutdown()
@@ -112,7 +113,7 @@ def _check_searchable(opened: Opened, name: str) -> None:
 
 def _tuner(target: Target, site: Site, recipe: Tune, report: Callable[[Trial], None]) -> tune.Tuner:
     job, cluster = target.owner, site.cluster
-    resources = {"CPU": float(cluster.cpus_per_worker), "GPU": 1.0 if session.uses_gpu(cluster) else 0.0}
+    resources = {"CPU": float(cluster.threads), "GPU": 1.0 if session.uses_gpu(cluster) else 0.0}
     work = partial(_try, target=target, site=site, stage=short(job.stage, recipe))
     trainable = tune.with_resources(work, resources)
     backbone, heads = _rates(job.stage)

@@ -46,5 +46,7 @@ def _measured(opened: Opened, piece: Piece, steps: int) -> dict[str, Any]:
             return asdict(measure_prediction(job.stage, job.network, views, catalogue, batches, cluster))
         case part:
             stage = rates.bare(job.stage)
-            stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // cluster.workers)})
+            if stage.shares == "ranks":  # one of them is measured
+                ranks = cluster.ranks_of(job.name) or 1
+                stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // ranks)})
             return asdict(measure(part, stage, job.network, catalogue, steps, cluster))

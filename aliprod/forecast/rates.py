@@ -132,7 +132,7 @@ def _digest(opened: Opened, part: Part | Views, job: Job) -> str:
         "part": part,
         "network": job.network,
         "classes": opened.read_catalogue().num_classes,
-        "threads": cluster.cpus_per_worker,
+        "threads": cluster.threads,
         "loader_processes": cluster.loader_processes,
     }
     if part in get_args(Views):

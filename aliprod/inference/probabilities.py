@@ -24,10 +24,9 @@ from torch.utils.dlpack import from_dlpack
 
 from aliprod.errors import Failed
 from aliprod.store import commit
-from aliprod.store.resumable import SHARD_STEP, ResumableRows, Rows, shard_file
+from aliprod.store.resumable import ALL, Part, ResumableRows, Rows, rows_of_a_shard, shard_file
 
 STEM = "probabilities"
-SHARD_BYTES = 256 * 2**20
 _ADVICE = "Delete the folder and submit jobs/ensemble.py: only this member is predicted again."
 ROWS_PER_CHECK = 16  # rows summed in float64 at once: 6 MB at 50,030 classes
 
@@ -105,6 +104,7 @@ def write(
     labels: Labels | None = None,
     record: Mapping[str, Any] | None = None,
     rows_per_shard: int | None = None,
+    part: Part = ALL,
 ) -> dict[str, Any]:
     """Write probabilities as they come, checked, and commit them; resumed as `ResumableRows.finish` says.
 
@@ -115,9 +115,10 @@ def write(
             order, on any device; rounded to the nearest float16.
         labels: (N,) class ids, None where unknown.
         record: job, key, weights, split, views, ...: what the manifest is to say.
-        rows_per_shard: default: as many as make 256 MB, at most 8192, a multiple of `SHARD_STEP`.
+        rows_per_shard: default: that of `aliprod.store.resumable`.
+        part: of the shards, which is to be written here; the last of the parts commits all.
     Returns:
-        The record that now stands in the folder.
+        The record that now stands in the folder; {} while other parts are not there.
     Raises:
         Failed: a row holds NaN or does not sum to one; nothing is left behind.
         StorageFull: as `ResumableRows.finish`.
@@ -128,7 +129,7 @@ def write(
     known = pa.nulls(len(names), pa.int64()) if labels is None else pa.array(labels, pa.int64())
     if names.null_count or len(names.unique()) != len(names) or len(np.unique(numbers)) != len(numbers):
         raise ValueError("an image id or a class id occurs twice")
-    resumable = ResumableRows(folder, names, numbers, record, rows_per_shard or _rows_per_shard(len(numbers)))
+    resumable = ResumableRows(folder, names, numbers, record, rows_per_shard or rows_of_a_shard(len(numbers)))
     member, split = str(record.get("job", folder)), record.get("split", "")
 
     def checked(missing: Rows) -> Iterator[dict[str, Half]]:
@@ -151,7 +152,7 @@ def write(
         pq.write_table(pa.table({"class_id": numbers}), staging / "classes.parquet")
         return resumable.link(STEM, staging)
 
-    return resumable.finish(checked, fill)
+    return resumable.finish(checked, fill, part)
 
 
 def open_store(folder: Path) -> Probabilities:
@@ -218,11 +219,6 @@ def check(rows: Tensor, ids: pa.StringArray, numbers: Sequence[int], member: str
             "Nothing was written. Move the alias `member` to another version, or take the member out of the plan, "
             "and submit jobs/ensemble.py.",
         )
-
-
-def _rows_per_shard(num_classes: int) -> int:
-    rows = min(8192, SHARD_BYTES // (2 * max(1, num_classes)))
-    return max(SHARD_STEP, rows - rows % SHARD_STEP)
 
 
 def _fault(row: Tensor, total: float) -> str:

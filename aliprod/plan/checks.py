@@ -18,7 +18,7 @@ _MOST_MENDED = 20  # misspelt names, so that a hostile plan takes no minutes
 
 
 def names(plan: Plan) -> Iterator[Problem]:
-    """Jobs and overrides of backbones and stages that are not there, or are there twice."""
+    """Jobs, overrides and ranks of backbones and stages that are not there, or are there twice."""
     for backbone, stages in plan.jobs.items():
         key: Key = ("jobs", backbone)
         if backbone not in plan.backbones:
@@ -34,6 +34,10 @@ def names(plan: Plan) -> Iterator[Problem]:
         if target not in targets and target not in written:
             sentence = f"overrides: {shown(target)} is neither a backbone nor a job of this plan."
             yield unknown(("overrides", target), sentence, target, targets, "Backbones and jobs")
+    for job in plan.cluster.ranks if isinstance(plan.cluster.ranks, dict) else ():
+        if job not in targets and job not in written:
+            sentence = f"cluster.ranks: {shown(job)} is not a job of this plan."
+            yield unknown(("cluster", "ranks", job), sentence, job, _meant(plan), "Jobs")
 
 
 def members(plan: Plan) -> Iterator[Problem]:
@@ -82,38 +86,52 @@ def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
         wrong: keys of tables that have problems of their own; what they take part in is not asked about.
     """
     used = {name for stages in plan.jobs.values() for name in stages}
-    combinations: list[list[Key]] = [[("stages", name)] for name in plan.stages if name not in used]
+    combinations: list[tuple[str, list[Key]]] = [("", [("stages", name)]) for name in plan.stages if name not in used]
     for backbone, stages in plan.jobs.items():
         for name in dict.fromkeys(stages):
             own: list[Key] = [("overrides", backbone), ("overrides", f"{backbone}/{name}")]
             if name in plan.stages:
-                combinations.append([("stages", name), *(key for key in own if key[1] in plan.overrides)])
-    for keys in combinations:
+                keys: list[Key] = [("stages", name), *(key for key in own if key[1] in plan.overrides)]
+                combinations.append((f"{backbone}/{name}", keys))
+    for job, keys in combinations:
         if not wrong & {("defaults",), *keys}:
-            yield from _combined(plan, keys)
+            yield from _combined(plan, job, keys)
 
 
-def _combined(plan: Plan, keys: list[Key]) -> Iterator[Problem]:
+def _combined(plan: Plan, job: str, keys: list[Key]) -> Iterator[Problem]:
     """What is wrong with a job's merged settings, at the first table with which it is."""
     tables = [getattr(plan, str(group))[name] for group, name in keys]
-    if _clash(plan, tables):
-        reasons = ((key, _clash(plan, tables[:count])) for count, key in enumerate(keys, 1))
+    if _clash(plan, job, tables):
+        reasons = ((key, _clash(plan, job, tables[:count])) for count, key in enumerate(keys, 1))
         yield next(Problem(key, f"{dotted(key)}: {reason}.") for key, reason in reasons if reason)
 
 
-def _clash(plan: Plan, tables: list[Settings]) -> str:
+def _clash(plan: Plan, job: str, tables: list[Settings]) -> str:
     try:
         stage = effective(plan.seed, plan.defaults, tables)
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return _uneven(plan, stage) or _off_grid(stage) or _untaught(stage)
+    return _undealt(stage, plan.cluster.ranks_of(job)) or _off_grid(stage) or _untaught(stage)
 
 
-def _uneven(plan: Plan, stage: Stage) -> str:
-    workers = plan.cluster.workers
-    if stage.batch_size % workers == 0:
+def _undealt(stage: Stage, ranks: int | None) -> str:
+    """A step that cannot be dealt to its shares, or these to the ranks that are asked for."""
+    if stage.soup is not None:
         return ""
-    return f"batch_size = {stage.batch_size} cannot be dealt evenly to {workers} workers; a multiple of {workers} can"
+    if stage.shares == "ranks" and ranks is None:
+        return 'shares = "ranks" makes results depend on the ranks: say how many, [cluster] ranks = 2'
+    group = needs(stage.objective.name, stage.objective.options).group
+    shares = ranks if stage.shares == "ranks" else stage.shares
+    if shares is not None and stage.batch_size // group % shares:
+        whole = f"{shares} shares" + (f" in groups of {group} images of one class" if group > 1 else "")
+        fits = shares * group
+        return f"batch_size = {stage.batch_size} cannot be dealt to {whole}; a multiple of {fits} can"
+    if ranks is None or stage.shares == "ranks":
+        return ""
+    if ranks > stage.shares:
+        advice = f'say shares = {1 << (ranks - 1).bit_length()}, or shares = "ranks"'
+        return f"[cluster] ranks = {ranks} is more than shares = {stage.shares}, into which a step falls: {advice}"
+    return f"[cluster] ranks = {ranks} is no power of two, as shares are" if ranks & (ranks - 1) else ""
 
 
 def _untaught(stage: Stage) -> str:

@@ -94,7 +94,11 @@ def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | No
     network, edges = plan.backbones[backbone], plan.edges(backbone, stage_name)
     stage = _with_weights_file(plan.stage(backbone, stage_name), network)
     keys = {edge: [before[parent].key for parent in names] for edge, names in edges.items()}
-    facts = None if fingerprint is None else _facts(stage, network, keys, fingerprint, tree)
+    facts = None
+    if fingerprint is not None:
+        facts = _facts(stage, network, keys, fingerprint, tree)
+        if stage.shares == "ranks":
+            facts["stage"]["shares"] = {"ranks": plan.cluster.ranks_of(name)}
     return Job(
         name=name,
         backbone=backbone,

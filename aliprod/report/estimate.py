@@ -5,8 +5,7 @@ from typing import Any
 
 from aliprod.errors import listing
 
-HEADER = ["takes", "from", "to", "images/s", "seen in"]
-_WORTH = 0.95  # of the time: what another width must save to be named
+HEADER = ["takes", "from", "to", "ranks", "images/s", "seen in"]
 
 
 def cells(job: Mapping[str, Any]) -> list[object]:
@@ -14,14 +13,14 @@ def cells(job: Mapping[str, Any]) -> list[object]:
     if job["seconds"] == 0 and job["source"] is None:
         return [""] * len(HEADER)
     times = ["" if job[name] is None else duration(job[name]) for name in ("seconds", "begin", "end")]
-    return [*times, job["images_per_second"], job["source"] or "not measured"]
+    ranks = ", then ".join(map(str, job["ranks"]))
+    return [*times, ranks, job["images_per_second"], job["source"] or "not measured"]
 
 
-def lines(estimate: Mapping[str, Any], workers: int, on_gpus: bool, measure: str) -> Iterator[str]:
-    """What the plan takes, and what would change it.
+def lines(estimate: Mapping[str, Any], on_gpus: bool, measure: str) -> Iterator[str]:
+    """What the plan takes.
 
     Args:
-        workers: the plan's.
         on_gpus: whether its jobs may run on GPUs.
         measure: the command that measures what is missing.
     """
@@ -34,11 +33,8 @@ def lines(estimate: Mapping[str, Any], workers: int, on_gpus: bool, measure: str
     seconds, bound = estimate["seconds"], estimate["lower_bound_seconds"]
     yield (
         f"On {estimate['gpus']} {unit}s: {duration(seconds)}, {estimate['gpu_hours']:,.2f} {unit}-hours, "
-        f"{duration(estimate['prediction_seconds'])} of them predictions; {duration(bound)} at least, in any order."
+        f"{duration(estimate['prediction_seconds'])} of them predictions; {duration(bound)} at least, at best."
     )
-    best = min(estimate["workers"], key=lambda width: float(width["seconds"]), default=None)
-    if best is not None and best["seconds"] < _WORTH * seconds:
-        yield f"Quicker with cluster.workers = {best['workers']} than with {workers}: {duration(best['seconds'])}."
     if on_gpus and "cpu" in estimate["devices"]:
         yield "Rates were seen on a CPU; a GPU's are others. Measure on one, or say use_gpu = false in [cluster]."
 

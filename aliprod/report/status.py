@@ -26,7 +26,8 @@ def line(event: Event, clock: float | None = None) -> str:
         case Reported():
             return f"{stamp}  {event.job:<26} epoch {event.line['epoch'] + 1}: {_numbers(event.line)}"
         case Changed():
-            return f"{stamp}  {event.job:<26} {event.state.replace('_', ' ')}{_after(event)}"
+            said = event.detail if event.state == "waiting" and event.detail else event.state.replace("_", " ")
+            return f"{stamp}  {event.job:<26} {said}{_after(event)}"
     return ""
 
 
@@ -137,6 +138,8 @@ def _reported(path: Path) -> dict[str, str]:
 
 def _after(event: Changed) -> str:
     """What follows the state in an event's line."""
+    if event.state == "waiting":
+        return ""
     if event.state not in DONE:
         return f": {event.detail}" if event.detail else ""
     error = event.record.get("top1_error")

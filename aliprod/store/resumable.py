@@ -29,6 +29,10 @@ from aliprod.store.keys import canonical
 
 SHARD_STEP = 256  # a shard has a multiple of so many rows: whole batches, so that one predicted again sees the same
 
+SHARD_BYTES = 256 * 2**20  # of probabilities in float16
+
+Part = tuple[int, int]  # of the shards: every so many, counted from which
+ALL: Part = (0, 1)
 Rows = npt.NDArray[np.int64]
 Block = Mapping[str, npt.NDArray[Any]]  # arrays by name: the same rows of each
 
@@ -50,7 +54,10 @@ class ResumableRows:
     per_shard: int
 
     def finish(
-        self, blocks: Callable[[Rows], Iterable[Block]], fill: Callable[[Path], Mapping[str, str] | None]
+        self,
+        blocks: Callable[[Rows], Iterable[Block]],
+        fill: Callable[[Path], Mapping[str, str] | None],
+        part: Part = ALL,
     ) -> dict[str, Any]:
         """Write the shards that are missing, then commit the folder, and remove the shards.
 
@@ -61,8 +68,9 @@ class ResumableRows:
         Args:
             blocks: called with the rows that are missing, ascending and whole shards: their blocks, in that order.
             fill: as of `aliprod.store.commit.write`, called when all shards are there.
+            part: of the shards, which is written here; the folder is committed by the part that finds all others there.
         Returns:
-            The record that now stands in the folder.
+            The record that now stands in the folder; {} while shards of other parts are missing.
         Raises:
             Failed: from ``blocks``; nothing is left behind.
             StorageFull: no room; finished shards are kept.
@@ -72,7 +80,9 @@ class ResumableRows:
             return there
         self._sweep()
         try:
-            self._write(blocks)
+            self._write(blocks, part)
+            if not all(path.exists() for path in self._shards) and commit.read(self.folder) is None:
+                return {}
             written = commit.read(self.folder) or commit.write(self.folder, fill, dict(self.record), room=self._room)
         except StorageFull:
             if (there := commit.read(self.folder)) is None:
@@ -126,11 +136,11 @@ class ResumableRows:
             if other != self._room:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def _write(self, blocks: Callable[[Rows], Iterable[Block]]) -> None:
-        missing = self._missing()
+    def _write(self, blocks: Callable[[Rows], Iterable[Block]], part: Part) -> None:
+        missing = self._missing(part)
         if not len(missing):
             return
-        if len(missing) < len(self.ids):
+        if part == ALL and len(missing) < len(self.ids):
             log.info("%s: %d of %d rows are left to predict.", self._room, len(missing), len(self.ids))
         growing = self._room / f".{uuid.uuid4().hex[:8]}.partial"
         try:
@@ -150,10 +160,11 @@ class ResumableRows:
             with suppress(OSError):  # it holds finished shards
                 self._room.rmdir()
 
-    def _missing(self) -> Rows:
-        """Rows of the shards that are not there. One whose bytes are not those that were written is set aside."""
+    def _missing(self, part: Part) -> Rows:
+        """Rows of the part's shards that are not there. One whose bytes are others than were written is set aside."""
         missing = [np.empty(0, np.int64)]
-        for shard, path in enumerate(self._shards):
+        first, step = part
+        for shard, path in list(enumerate(self._shards))[first::step]:
             if path.exists() and commit.verify(path):
                 log.warning("%s is damaged and is predicted again.", path)
                 with suppress(FileNotFoundError):  # another writer has seen it too
@@ -177,6 +188,17 @@ class ResumableRows:
                     yield rows[start:stop], {name: array[start:stop] for name, array in block.items()}
         if done != len(missing):
             raise ValueError(f"{done} rows of probabilities for {len(missing)} images")
+
+
+def rows_of_a_shard(num_classes: int) -> int:
+    """As many rows as make 256 MB of probabilities, at most 8192, a multiple of `SHARD_STEP`."""
+    rows = min(8192, SHARD_BYTES // (2 * max(1, num_classes)))
+    return max(SHARD_STEP, rows - rows % SHARD_STEP)
+
+
+def shards(rows: int, num_classes: int) -> int:
+    """How many shards probabilities of so many rows have."""
+    return -(-rows // rows_of_a_shard(num_classes))
 
 
 def append(stem: Path, rows: npt.NDArray[Any], row: int, total: int, per_shard: int) -> None:

@@ -39,7 +39,7 @@ class Place:
         return {
             "torch": torch.__version__,
             "device": name,
-            "threads": self.machine.cpus_per_worker,
+            "threads": self.machine.threads,
             "compiled": self.machine.compile,
             "exact": self.machine.exact,
         }
@@ -50,7 +50,7 @@ def place(machine: Machine) -> Place:
 
     Sets the number of threads (sums differ with it) and, where ``exact``, kernels that give the same bytes each time.
     """
-    torch.set_num_threads(machine.cpus_per_worker)
+    torch.set_num_threads(machine.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(machine.exact, warn_only=True)
     # nothing here reads memory that it has not written

@@ -21,6 +21,7 @@ resnet = "resnet50.tv_in1k"
 net-b3 = "efficientnet_b3.ra2_in1k"
 
 [defaults]
+shares = 2
 resize = 64
 crop = 64
 pretrained = true
@@ -57,7 +58,7 @@ members = [
 
 [cluster]
 storage = "results"
-workers = 2
+ranks = 2
 """
 
 

@@ -58,7 +58,8 @@ def test_one_stage_changes_its_jobs_and_their_descendants_only() -> None:
     "flag",
     [
         "name=other",
-        "cluster.workers=4",
+        "cluster.ranks=1",
+        "cluster.cpus_per_worker=4",
         "cluster.storage=elsewhere",
         "catalogue.path=elsewhere",
         'ensemble.members=["resnet50/dcl"]',
@@ -78,6 +79,12 @@ def test_what_changes_no_result_changes_no_key(flag: str) -> None:
 )
 def test_what_changes_every_result_changes_every_key(flag: str) -> None:
     assert changed(flag) == set(keys())  # through their parents also the stages that state another crop
+
+
+def test_ranks_are_part_of_a_key_where_they_are_what_a_step_falls_into() -> None:
+    assert keys("defaults.shares=4") == keys("defaults.shares=4", "cluster.ranks=2") != keys()
+    two, four = (keys("defaults.shares='ranks'", f"cluster.ranks={ranks}") for ranks in (2, 4))
+    assert not set(two.values()) & set(four.values())
 
 
 def test_a_network_changes_the_jobs_of_its_backbone() -> None:

@@ -1,0 +1,245 @@
+"""Who gets how many ranks, and on which nodes: a pure function of what is left, what runs and what room there is.
+
+A plan cannot end before its longest path at its widest has, nor before all work, spread evenly over the room, is done:
+the later of the two is the deadline. Each target that could run gets the fewest ranks with which its path meets the
+deadline, the longest path first; what is left over doubles the ranks of whichever path is then the longest.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from aliprod.build.paths import Paths
+from aliprod.build.room import Node, Room, slots
+from aliprod.build.target import Resources, Target
+
+RESTART_SECONDS = 15.0  # that a target loses where it is stopped and started again
+CALM_SECONDS = 10 * RESTART_SECONDS  # that lie between two changes of a target, and that one must have left for another
+
+
+@dataclass(frozen=True)
+class Running:
+    """A target that is being made.
+
+    Attributes:
+        nodes: of each rank. since: when it began there.
+        share: of what it began with, that is left.
+        stopping: it has been asked to end with a checkpoint, and holds its room until it has.
+    """
+
+    nodes: tuple[str, ...]
+    since: float
+    share: float = 1.0
+    stopping: bool = False
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a decision depends on.
+
+    Attributes:
+        targets: all that are not made, each behind what it needs.
+        paths: of these and others, each as if it just began.
+        types: of the nodes that the cluster may still start by itself, one entry a node.
+        most: targets side by side.
+    """
+
+    targets: Mapping[str, Target]
+    running: Mapping[str, Running]
+    nodes: Sequence[Node]
+    paths: Paths
+    now: float = 0.0
+    types: Sequence[Resources] = ()
+    most: int | None = None
+
+    @property
+    def slots(self) -> int:
+        """How many of the largest ranks the nodes hold."""
+        return sum(slots(node.resources, self.paths.rank) for node in self.nodes)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now.
+
+    Attributes:
+        start: the node of each rank, by target. stop: what is to end with a checkpoint, to go on otherwise.
+        waiting: what each target waits for that neither runs nor starts, in words.
+        wanted: ranks for which there is no room.
+        patience: seconds after which to look again, whatever happens.
+    """
+
+    start: Mapping[str, tuple[str, ...]]
+    stop: Sequence[str]
+    waiting: Mapping[str, str]
+    wanted: Sequence[Resources]
+    patience: float
+
+
+def decide(situation: Situation) -> Decision:
+    """Say what to start, where, and what to stop so that it goes on with more or fewer ranks."""
+    running = situation.running
+    paths = situation.paths.left(situation.targets, {name: one.share for name, one in running.items()})
+    blocked = dict(_blocked(situation))
+    line = paths.in_order(name for name in situation.targets if name not in blocked)
+    leaving = set(_leaving(situation))
+    keep = {name for name, one in running.items() if not one.stopping} - leaving
+    held = {name for name in keep if not _may_change(situation, paths, name)}
+    sizes = _divide(situation, paths, line, keep)
+    if held != keep:
+        other = _divide(situation, paths, line, held)
+        gain = _makespan(situation, paths, sizes) - _makespan(situation, paths, other)
+        sizes = other if gain > RESTART_SECONDS else sizes
+    stop = [name for name in line if name in keep and sizes[name] != len(running[name].nodes)]
+    stop += [name for name in leaving if not running[name].stopping]
+    start, room = _start(situation, line, sizes, bool(stop))
+    calm = (CALM_SECONDS - (situation.now - running[name].since) for name in held)
+    return Decision(
+        start,
+        stop,
+        blocked | _short_of_room(situation, line, start, room),
+        _wanted(situation, paths, line, sizes),
+        min((seconds for seconds in calm if seconds > 0), default=math.inf),
+    )
+
+
+def _blocked(situation: Situation) -> Iterator[tuple[str, str]]:
+    """What cannot run yet, with what it waits for."""
+    for name, target in situation.targets.items():
+        for need in target.needed():
+            if need.name in situation.targets:
+                yield name, f"waiting for {need.name}"
+                break
+
+
+def _leaving(situation: Situation) -> Iterator[str]:
+    """What can be stopped, and runs on a node that is about to go."""
+    there = {node.name for node in situation.nodes}
+    for name, one in situation.running.items():
+        if situation.targets[name].world_sizes and not there.issuperset(one.nodes):
+            yield name
+
+
+def _may_change(situation: Situation, paths: Paths, name: str) -> bool:
+    """Whether a target has run for long enough, and has enough left, to be started again otherwise."""
+    one = situation.running[name]
+    left = paths.own(name, len(one.nodes))
+    return bool(situation.targets[name].world_sizes) and min(left, situation.now - one.since) >= CALM_SECONDS
+
+
+def _divide(situation: Situation, paths: Paths, line: Sequence[str], held: Iterable[str]) -> dict[str, int]:
+    """The ranks of each target; 0: it has to wait.
+
+    Args:
+        line: what could run, the most urgent first. held: what runs, and stays as it is.
+    """
+    room, places = Room(situation.nodes), dict[str, tuple[str, ...]]()
+    for name in held:
+        places[name] = situation.running[name].nodes
+        room.take(situation.targets[name].resources, places[name])
+    growing, deadline, full = set[str](), paths.deadline(situation.slots), set[Resources]()
+    for name in line:
+        target = situation.targets[name]
+        if name in places or len(places) == situation.most or target.resources in full:
+            continue
+        if nodes := _place(room, target, paths.needed(name, deadline)):
+            places[name] = nodes
+            growing.add(name)
+            room.take(target.resources, nodes)
+            continue
+        if not full:
+            room.reserve(target.resources, target.floor, situation.nodes)
+        full.add(target.resources)
+    _widen(paths, room, growing, places)
+    return {name: len(places.get(name, ())) for name in line}
+
+
+def _place(room: Room, target: Target, size: int) -> tuple[str, ...]:
+    """Nodes for as many ranks as it can be made with, and there is room for, up to ``size``; () where for none."""
+    for fewer in reversed(target.world_sizes or (1,)):
+        if fewer <= max(size, target.floor) and (nodes := room.place(target.resources, fewer)):
+            return nodes
+    return ()
+
+
+def _widen(paths: Paths, room: Room, growing: set[str], places: dict[str, tuple[str, ...]]) -> None:
+    """Double the ranks of the longest path, for as long as there is room."""
+    while growing:
+        name = max(growing, key=lambda name: (paths.seconds(name, len(places[name])), name))
+        target, now = paths.targets[name], places[name]
+        larger = min((size for size in target.world_sizes if size > len(now)), default=0)
+        room.give(target.resources, now)
+        if larger and (nodes := room.place(target.resources, larger)):
+            places[name] = nodes
+        else:
+            growing.remove(name)
+        room.take(target.resources, places[name])
+
+
+def _makespan(situation: Situation, paths: Paths, sizes: Mapping[str, int]) -> float:
+    """About when the plan would end: the longest path, or all work over all room, with what idles until the next end.
+
+    What waits begins when the first of those that run has ended.
+    """
+    given = {name: size for name, size in sizes.items() if size}
+    following = min((paths.own(name, size) for name, size in given.items()), default=0.0)
+    longest = max((paths.seconds(name, size) for name, size in given.items()), default=0.0)
+    later = max((paths.seconds(name) for name, size in sizes.items() if not size), default=-following)
+    work, idle = paths.least_work, float(situation.slots)
+    for name, size in given.items():
+        work += paths.work(name, size) - paths.work(name, paths.targets[name].floor)
+        idle -= paths.weight(name) * size
+    return max(longest, following + later, (work + max(0.0, idle) * following) / max(1, situation.slots))
+
+
+def _start(
+    situation: Situation, line: Sequence[str], sizes: Mapping[str, int], stops: bool
+) -> tuple[dict[str, tuple[str, ...]], Room]:
+    """Nodes for what is to begin and has room now, and the room that is left.
+
+    Args:
+        stops: something is about to give room: what does not fit as it should waits for that.
+    """
+    room, start = Room(situation.nodes), dict[str, tuple[str, ...]]()
+    for name, one in situation.running.items():
+        room.take(situation.targets[name].resources, one.nodes)
+        stops = stops or one.stopping
+    for name in line:
+        if not sizes[name] or name in situation.running:
+            continue
+        target = situation.targets[name]
+        nodes = room.place(target.resources, sizes[name]) if stops else _place(room, target, sizes[name])
+        if nodes:
+            start[name] = nodes
+            room.take(target.resources, nodes)
+    return start, room
+
+
+def _short_of_room(
+    situation: Situation, line: Sequence[str], start: Mapping[str, object], room: Room
+) -> dict[str, str]:
+    """What could run, and does not, with what it waits for."""
+    waits = [name for name in line if name not in start and name not in situation.running]
+    if situation.most is not None and len(situation.running) + len(start) >= situation.most:
+        return dict.fromkeys(waits, f"waiting for another to end: max_parallel_jobs = {situation.most}")
+    shapes = {(target.resources, target.floor) for target in map(situation.targets.__getitem__, waits)}
+    words = {shape: room.lacks(*shape) for shape in shapes}
+    return {name: words[situation.targets[name].resources, situation.targets[name].floor] for name in waits}
+
+
+def _wanted(situation: Situation, paths: Paths, line: Sequence[str], sizes: Mapping[str, int]) -> list[Resources]:
+    """Ranks that a larger cluster would be given: as many as the deadline asks for that it would have."""
+    if not situation.types:
+        return []
+    more = sum(slots(machine, paths.rank) for machine in situation.types)
+    deadline = paths.deadline(situation.slots + more)
+    return [
+        situation.targets[name].resources
+        for name in line
+        for _ in range(_asked(situation.targets[name], paths.needed(name, deadline)) - sizes[name])
+    ]
+
+
+def _asked(target: Target, size: int) -> int:
+    """The most ranks that a target may have up to ``size``, or the fewest that it may have at all."""
+    return max((one for one in target.world_sizes if one <= size), default=target.floor)

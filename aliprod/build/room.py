@@ -1,0 +1,129 @@
+"""Room is a matter of nodes, not of sums: a rank needs its CPUs and its GPU on one node."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from aliprod.build.target import Resources, Target
+from aliprod.errors import Unreachable
+from aliprod.plan.schema import Cluster
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster: all its resources, busy or not."""
+
+    name: str
+    resources: Resources
+
+
+def slots(free: Resources, rank: Resources) -> int:
+    """How many such ranks there is room for; of what takes nothing, one."""
+    return max(
+        0, min((has // one for has, one in ((free.cpus, rank.cpus), (free.gpus, rank.gpus)) if one > 0), default=1)
+    )
+
+
+class Room:
+    """What is free on each node, as it is taken and given back."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.free = {node.name: node.resources for node in nodes}
+
+    def place(self, rank: Resources, count: int) -> tuple[str, ...]:
+        """The nodes of so many ranks, as few nodes as possible, the fullest that will do; () where there is no room."""
+        fits = {name: room for name, free in self.free.items() if (room := slots(free, rank))}
+        if sum(fits.values()) < count:
+            return ()
+        if enough := [name for name, room in fits.items() if room >= count]:
+            best = min(enough, key=lambda name: (0 if rank.gpus else self.free[name].gpus, fits[name]))
+            return (best,) * count
+        largest_first = sorted(fits, key=lambda name: -fits[name])
+        return tuple(name for name in largest_first for _ in range(fits[name]))[:count]
+
+    def reserve(self, rank: Resources, count: int, nodes: Iterable[Node]) -> None:
+        """Take the room of ranks that have to wait for it, where there is most of it already: what remains is below
+        zero, so that nothing smaller takes it before them."""
+        for node in sorted(nodes, key=lambda node: -slots(self.free[node.name], rank)):
+            taken = min(count, slots(node.resources, rank))
+            self.take(rank, (node.name,) * taken)
+            count -= taken
+
+    def take(self, rank: Resources, names: Iterable[str]) -> None:
+        """Use room; on nodes that are not there, none."""
+        for name in names:
+            if name in self.free:
+                self.free[name] -= rank
+
+    def give(self, rank: Resources, names: Iterable[str]) -> None:
+        """Give room back."""
+        for name in names:
+            if name in self.free:
+                self.free[name] += rank
+
+    def lacks(self, rank: Resources, count: int) -> str:
+        """What so many ranks wait for, in words."""
+        gpus = sum(max(0, free.gpus) for free in self.free.values())
+        if rank.gpus and gpus >= rank.gpus * count:
+            return f"waiting for room: no node has {_counted(rank.cpus, 'CPU')} free beside a GPU"
+        what = _counted(rank.gpus * count, "GPU") if rank.gpus else _counted(rank.cpus * count, "CPU")
+        return f"waiting for {what}"
+
+
+def check_room(targets: Mapping[str, Target], nodes: Sequence[Node], types: Sequence[Resources] = ()) -> None:
+    """Refuse what the cluster can never hold, since it would wait for ever.
+
+    Args:
+        types: of the nodes that the cluster may still start by itself, one entry a node.
+    Raises:
+        Unreachable: naming the target and the largest node.
+    """
+    machines = [*(node.resources for node in nodes), *types]
+    for target in targets.values():
+        rank, floor = target.resources, target.floor
+        room = sum(slots(machine, rank) for machine in machines)
+        if room >= floor:
+            continue
+        takes = _said(rank) if floor == 1 else f"{floor} ranks of {_said(rank)} each"
+        if room:
+            raise Unreachable(
+                f"{target.name} takes {takes}, and the nodes have room for {room}.",
+                "[cluster]",
+                "Lower ranks, or cpus_per_worker.",
+            )
+        largest = max(
+            machines, key=lambda machine: (machine.gpus > 0) == (rank.gpus > 0) and machine.cpus, default=None
+        )
+        has = "there is none" if largest is None else f"the largest has {_said(largest)}"
+        free = sum(machine.gpus for machine in machines)
+        beside = f" ({_counted(free, 'GPU')} in all, and beside none of them {_counted(rank.cpus, 'CPU')})"
+        raise Unreachable(
+            f"{target.name} takes {takes}, and no node can hold that: {has}"
+            + (beside if rank.gpus and free else "")
+            + ".",
+            "[cluster]",
+            "Lower cpus_per_worker"
+            + ("" if free or not rank.gpus else ", or say use_gpu = false")
+            + "; or, where the cluster grows on demand, set max_cpus and max_gpus.",
+        )
+
+
+def cpus_of_a_rank(cluster: Cluster, nodes: Sequence[Node], gpu: bool) -> int:
+    """CPUs of a rank where the plan does not say: what the nodes have for each GPU; without GPUs one, since the number
+    of threads is part of a CPU's arithmetic.
+
+    Args:
+        gpu: whether a rank takes one.
+    """
+    if cluster.cpus_per_worker is not None:
+        return cluster.cpus_per_worker
+    shares = [node.resources.cpus // node.resources.gpus for node in nodes if gpu and node.resources.gpus]
+    return max(1, min(shares, default=1))
+
+
+def _said(resources: Resources) -> str:
+    cpus = _counted(resources.cpus, "CPU")
+    return f"{cpus} and {_counted(resources.gpus, 'GPU')}" if resources.gpus else cpus
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
