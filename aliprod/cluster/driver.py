@@ -30,6 +30,7 @@ from aliprod.tracking.runs import EnsembleResult, JobProgress, PlanProgress, Sta
 from aliprod.tracking.sync import Tracking
 
 _FLUSH_SECONDS = 60.0
+_FRESH_SECONDS = 30.0  # between two looks at the rates that jobs tell
 _HURRIED_SECONDS = 10.0  # of a run that was told to stop
 
 
@@ -156,7 +157,7 @@ class _Run:
         if any(target.kind == "ensemble" for target in todo.values()):
             yield Said(f"Adding up {len(self.opened.plan.ensemble.members)} members.")
         launcher = start_launcher(self.site) if any(target.kind == "training" for target in todo.values()) else None
-        seconds = Estimates(self.opened).seconds
+        seconds = Estimates(self.opened, _FRESH_SECONDS).seconds
         runner = RayRunner(self.site, launcher, self.stop.is_set, lambda target: self._graph(gpu)[target.name], seconds)
         for change in execute(todo, runner, settings.max_parallel_jobs):
             yield from self.state.reports()

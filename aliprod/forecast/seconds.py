@@ -1,6 +1,7 @@
 """How long each target takes at each world size: measured rates, else a guess, so that a scheduler has a number."""
 
 import math
+import time
 from collections.abc import Callable
 from functools import cache
 
@@ -32,13 +33,29 @@ def apart(ranks: int) -> float:
 
 
 class Estimates:
-    """Seconds of a plan's targets, of what their costs say is left to do."""
+    """Seconds of a plan's targets, of what their costs say is left to do.
 
-    def __init__(self, opened: Opened) -> None:
-        self.rates = Rates(opened)
-        self.training, self.predicting = cache(self.rates.training), cache(self.rates.predicting)
+    Args:
+        fresh_seconds: after which rates are read anew: jobs that run tell theirs.
+    """
+
+    def __init__(self, opened: Opened, fresh_seconds: float = math.inf) -> None:
+        self.opened, self.fresh_seconds = opened, fresh_seconds
+        self._renew()
+
+    def training(self, job: Job) -> Rate | None:
+        """Its rate in training."""
+        return self._training(job.name)
+
+    def predicting(self, job: Job, views: Views) -> Rate | None:
+        """The rate at which its network looks at images."""
+        return self._predicting(job.name, views)
+
+    def _renew(self) -> None:
+        rates, jobs, self.read = Rates(self.opened), self.opened.jobs, time.monotonic()
+        self._training = cache(lambda name: rates.training(jobs[name]))
+        self._predicting = cache(lambda name, views: rates.predicting(jobs[name], views))
         self._pace = cache(self._typical)
-        self.jobs = opened.jobs
 
     def known(self, target: Target, world_size: int) -> float:
         """By measured rates; `UNKNOWN` where one is missing."""
@@ -53,6 +70,8 @@ class Estimates:
 
     def seconds(self, target: Target, world_size: int) -> float:
         """Always a number: where no rate is known, by images and pixels, at the pace of what is known of the plan."""
+        if time.monotonic() - self.read > self.fresh_seconds:
+            self._renew()
         known = self.known(target, world_size)
         if not math.isnan(known):
             return known
@@ -60,7 +79,7 @@ class Estimates:
 
     def _typical(self) -> float:
         """Pixels a second in training, the mean of the jobs whose rate is known."""
-        rates = [(job, rate) for job in self.jobs.values() if not job.soup and (rate := self.training(job))]
+        rates = [(job, rate) for job in self.opened.jobs.values() if not job.soup and (rate := self.training(job))]
         paces = [rate.images_per_second / speed_up(rate.ranks) * job.stage.crop**2 for job, rate in rates]
         return sum(paces) / len(paces) if paces else _GUESS
 

@@ -14,6 +14,7 @@ from aliprod.plan.load import load
 from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
 from aliprod.store import commit
+from aliprod.store.resumable import shards
 from aliprod.synth.synth import synthesise
 
 ROOT = Path(__file__).parents[2]
@@ -71,12 +72,18 @@ def test_facts_are_plain_json_and_no_two_targets_share_a_key(path: Path, photos:
     assert len({target.place for target in found.values()}) == len(found)
 
 
-def test_a_job_takes_a_gpu_a_rank_and_a_prediction_one(photos: Path, tmp_path: Path) -> None:
-    plan = opened(PLANS[0], photos, tmp_path, "cluster.workers=4", "cluster.cpus_per_worker=3")
-    taken = {
-        (t.kind, t.resources, t.ranks) for t in targets(plan, True).values() if t.kind in ("training", "prediction")
-    }
-    assert taken == {("training", Resources(12, 4), 4), ("prediction", Resources(3, 1), 0)}
+def test_a_rank_takes_a_gpu_and_a_job_may_have_as_many_as_shares_or_as_is_said(photos: Path, tmp_path: Path) -> None:
+    sets = ["cluster.cpus_per_worker=3", "defaults.shares=4", "stages.dcl.shares='ranks'"]
+    sets += ["cluster.ranks={ 'resnet50/dcl' = 3, 'seresnext50/dcl' = 3, 'resnet50/full' = 2 }"]
+    found = targets(opened(PLANS[1], photos, tmp_path, *sets, "stages.dcl.batch_size=6"), True)
+    kinds = [target for target in found.values() if target.kind in ("training", "prediction")]
+    assert {target.resources for target in kinds} == {Resources(3, 1)}
+    names = ("resnet50/full", "resnet50/balanced", "resnet50/dcl")
+    assert [found[name].world_sizes for name in names] == [(2,), (1, 2, 4), (3,)]
+
+
+def test_a_prediction_may_have_as_many_parts_as_shards() -> None:
+    assert [shards(rows, 50_030) for rows in (1, 2560, 2561, 250_000)] == [1, 1, 2, 98]
 
 
 SHOP = """\

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aliprod.build.graph import targets
 from aliprod.build.target import Resources, Target
 from aliprod.catalogue import sources
 from aliprod.errors import Refused
 from aliprod.forecast import rates
-from aliprod.forecast.simulate import Estimate, forecast, lower_bound, simulate, speed_up
+from aliprod.forecast.seconds import Estimates, speed_up
+from aliprod.forecast.simulate import STARTING_SECONDS as START
+from aliprod.forecast.simulate import forecast, lower_bound, machines, simulate
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
@@ -91,13 +95,16 @@ def test_a_job_takes_its_images_at_the_measured_rates(prepared: Opened) -> None:
     balanced = 4 / 10 + len(catalogue.val) / 40  # 2 classes of 2
     accuracy = 2 * (20 / 10 + len(catalogue.val) / 40)
     ten_crop = len(catalogue.test) / 4
-    assert [job.seconds for job in found.jobs] == pytest.approx([full, balanced, accuracy])
+    assert [job.seconds for job in found.jobs] == pytest.approx([START + full, START + balanced, START + accuracy])
     assert found.prediction_seconds == pytest.approx(ten_crop)
-    assert found.seconds == pytest.approx(full + balanced + accuracy + ten_crop) == found.lower_bound_seconds
+    assert found.lower_bound_seconds == pytest.approx(full + balanced + accuracy + ten_crop)
+    assert found.seconds == pytest.approx(3 * START + found.lower_bound_seconds)
     assert found.gpu_hours == pytest.approx(found.seconds / 3600)
     assert {job.source for job in found.jobs} == {"benchmark, cpu"}
+    assert {job.ranks for job in found.jobs} == {(1,)}
     both = forecast(prepared, 2)  # balanced beside accuracy
-    assert both.seconds == both.lower_bound_seconds == pytest.approx(full + accuracy + ten_crop)
+    assert both.lower_bound_seconds == pytest.approx(full + accuracy + ten_crop)
+    assert both.seconds == pytest.approx(2 * START + both.lower_bound_seconds)
     assert both.gpu_hours == pytest.approx(found.gpu_hours)
 
 
@@ -112,8 +119,9 @@ def test_what_a_job_has_told_goes_before_its_twin_and_that_before_the_benchmark(
 
 def test_what_several_ranks_have_told_is_scaled_to_those_asked_for(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "photos").symlink_to(photos)
-    prepared = prepare(tmp_path, "cluster.workers=4")
+    prepared = prepare(tmp_path, "cluster.ranks=4", "defaults.shares=4")
     told(prepared, "net/full", 70.0, device="NVIDIA H100", **{"speed/ranks": 2})
+    measured(prepared, {"train": 1.0, "ten_crop": 4.0})
     full = forecast(prepared, 4).jobs[0]
     assert full.images_per_second == pytest.approx(70.0 * speed_up(4) / speed_up(2))
 
@@ -139,13 +147,13 @@ def test_a_job_on_its_way_costs_what_lies_behind_its_newest_checkpoint(prepared:
     for step in (5, 7):  # of 15; an epoch has 5
         (prepared.job_folder("net/full") / "resume" / f"step-{step:010d}").mkdir(parents=True)
     full = forecast(prepared, 1).jobs[0]
-    assert full.seconds == pytest.approx(8 * 4 / 10 + 2 * len(prepared.catalogue.val) / 40)
+    assert full.seconds == pytest.approx(START + 8 * 4 / 10 + 2 * len(prepared.catalogue.val) / 40)
 
 
 def test_without_a_rate_there_is_no_total_and_it_is_said_of_what(prepared: Opened) -> None:
     told(prepared, "net/full", 10.0)
     found = forecast(prepared, 1)
-    assert (found.seconds, found.gpu_hours, found.lower_bound_seconds, found.workers) == (None, None, None, [])
+    assert (found.seconds, found.gpu_hours, found.lower_bound_seconds) == (None, None, None)
     assert found.missing == ["net/accuracy", "net/accuracy test"]
     full, _, accuracy = found.jobs
     assert (accuracy.seconds, accuracy.begin, accuracy.source) == (None, None, None)
@@ -167,16 +175,34 @@ def test_what_is_made_for_a_job_is_counted_where_it_can_be_and_named_where_not(t
 def test_a_job_that_is_wider_than_the_gpus_is_refused(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "photos").symlink_to(photos)
     with pytest.raises(Refused, match="2 is less than the 4"):
-        forecast(prepare(tmp_path, "cluster.workers=4"), 2)
+        forecast(prepare(tmp_path, "cluster.ranks=4", "defaults.shares=4"), 2)
 
 
-def test_other_widths_are_those_that_a_batch_can_be_dealt_to(prepared: Opened) -> None:
+def test_jobs_of_several_shares_take_the_gpus_that_are_there(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "photos").symlink_to(photos)
+    prepared = prepare(tmp_path, "defaults.shares=4", "stages.full.epochs=3000")
     measured(prepared, {"train": 10.0, "center": 40.0, "ten_crop": 4.0})
-    found = forecast(prepared, 6)
-    assert [width.workers for width in found.workers] == [1, 2, 4], "batches are of 4"
-    seconds = [width.seconds for width in found.workers]
-    assert seconds[0] == found.seconds
-    assert seconds == sorted(seconds, reverse=True), "a chain of jobs with GPUs to spare"
+    found = forecast(prepared, 4)
+    full = found.jobs[0]
+    assert full.ranks == (4,), "nothing else could run"
+    alone = 3000 * (20 / 10 + len(prepared.catalogue.val) / 40) if prepared.catalogue else 0
+    assert full.seconds == pytest.approx(START + alone / speed_up(4))
+    assert (
+        found.seconds < 1.1 * found.lower_bound_seconds < forecast(prepare(tmp_path, "stages.full.epochs=3000"), 4).seconds
+    )
+
+
+def test_there_is_a_number_for_every_target_whatever_is_known(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "photos").symlink_to(photos)
+    prepared = prepare(tmp_path, 'stages.balanced.duplicates="drop"')
+    told(prepared, "net/full", 10.0)
+    estimates = Estimates(prepared)
+    todo = targets(prepared, gpu=True)
+    seconds = {name: estimates.seconds(one, 1) for name, one in todo.items()}
+    assert all(map(math.isfinite, seconds.values()))
+    images = 2 * (20 + len(prepared.read_catalogue().val) / 3)
+    assert seconds["net/accuracy"] == pytest.approx(images / 10), "by its pixels, at the pace of net/full"
+    assert seconds["net/accuracy test"] == pytest.approx(10 * len(prepared.read_catalogue().test) / 3 / 10)
 
 
 def test_what_changes_the_cost_of_a_step_is_measured_anew_and_nothing_else(tmp_path: Path, photos: Path) -> None:
@@ -205,7 +231,7 @@ def test_a_damaged_file_of_rates_tells_nothing(prepared: Opened) -> None:
     assert forecast(prepared, 1).seconds is None
 
 
-def target(name: str, needs: Iterable[Target], gpus: int) -> Target:
+def target(name: str, needs: Iterable[Target], gpus: int, world_sizes: tuple[int, ...] = (1,)) -> Target:
     return Target(
         kind="training",
         name=name,
@@ -214,42 +240,46 @@ def target(name: str, needs: Iterable[Target], gpus: int) -> Target:
         make=lambda target, context: (),
         needs={"needs": tuple(needs)},
         resources=Resources(1, gpus),
+        world_sizes=world_sizes,
     )
 
 
 @st.composite
-def works(draw: st.DrawFn) -> list[Estimate]:
-    """Up to 12 targets that fit on the GPUs, each needing some of those before it."""
-    found: list[Estimate] = []
+def works(draw: st.DrawFn) -> dict[Target, float]:
+    """Up to 12 targets that fit on the GPUs, each needing some of those before it, with its seconds."""
+    found: dict[Target, float] = {}
     for number in range(draw(st.integers(1, 12))):
-        before = [work.target for work in found]
-        needs = draw(st.sets(st.sampled_from(before), max_size=2)) if before else set()
-        seconds = draw(st.floats(0, 1e6, allow_subnormal=False))
-        found.append(Estimate(target(f"target {number}", needs, draw(st.integers(0, GPUS))), seconds))
+        needs = draw(st.sets(st.sampled_from(list(found)), max_size=2)) if found else set()
+        sizes = draw(st.sampled_from([(1,), (2,), (1, 2, 4)]))
+        one = target(f"target {number}", needs, draw(st.integers(0, 1)), sizes)
+        found[one] = draw(st.floats(0, 1e6, allow_subnormal=False))
     return found
 
 
 @given(works(), st.none() | st.integers(1, 3))
-def test_no_schedule_beats_the_bound_takes_more_gpus_or_begins_before_its_needs(
-    works: list[Estimate], most: int | None
-) -> None:
-    spans = simulate(works, GPUS, most)
-    assert set(spans) == {work.target.name for work in works}
-    assert max(end for _, end in spans.values()) >= lower_bound(works, GPUS) * (1 - 1e-9)
-    for work in works:
-        begin, end = spans[work.target.name]
-        assert end == begin + work.seconds
-        assert all(spans[need.name][1] <= begin for need in work.target.needed())
-        at_once = [w for w in works if spans[w.target.name][0] <= begin < spans[w.target.name][1]]
-        assert sum(w.target.resources.gpus for w in at_once) <= GPUS
-        assert most is None or len(at_once) <= most
+def test_no_schedule_beats_the_bound_or_makes_less_than_all(works: dict[Target, float], most: int | None) -> None:
+    todo = {one.name: one for one in works}
+
+    def seconds(target: Target, ranks: int) -> float:
+        return works[target] / speed_up(ranks)
+
+    spans = simulate(todo, seconds, machines(GPUS), most)
+    assert set(spans) == set(todo)
+    assert max(one[-1].end for one in spans.values()) >= lower_bound(todo, seconds, GPUS) * (1 - 1e-9)
+    for name, one in todo.items():
+        assert all(spans[need.name][-1].end <= spans[name][0].begin for need in one.needed())
+        begin, end, ranks = spans[name][0]
+        if len(spans[name]) == 1:
+            assert end == pytest.approx(begin + START + works[one] / speed_up(ranks))
 
 
 @given(st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=12))
 def test_a_chain_takes_its_sum_and_no_less_is_possible(seconds: list[float]) -> None:
-    works: list[Estimate] = []
-    for number, some in enumerate(seconds):
-        works.append(Estimate(target(f"target {number}", [work.target for work in works[-1:]], 1), some))
-    spans = simulate(works, GPUS)
-    assert max(end for _, end in spans.values()) == pytest.approx(sum(seconds))
-    assert lower_bound(works, GPUS) == pytest.approx(sum(seconds))
+    chain: list[Target] = []
+    for number in range(len(seconds)):
+        chain.append(target(f"target {number}", chain[-1:], 1))
+    todo = {one.name: one for one in chain}
+    lasts = dict(zip(chain, seconds, strict=True))
+    spans = simulate(todo, lambda target, ranks: lasts[target], machines(GPUS))
+    assert max(one[-1].end for one in spans.values()) == pytest.approx(sum(seconds) + len(seconds) * START)
+    assert lower_bound(todo, lambda target, ranks: lasts[target], GPUS) == pytest.approx(sum(seconds))

@@ -115,8 +115,13 @@ def test_a_small_plan_is_accepted(load_text: Any, small: str) -> None:
         ('"net-b3/dcl",', '"resnet/full",', '    "resnet/full"', 'member "resnet/full" stands there 2 times'),
         ('"net-b3/dcl",', "3,", "members", "ensemble.members.1 = 3 must be a string"),
         ("ranks = 2", "ranks = 4", "[stages.full]", "ranks = 4 is more than shares = 2|say shares = 4, or"),
-        ("shares = 2", "shares = 512", "[stages.full]", "batch_size = 256 cannot be dealt to 512 shares; a multiple of"),
-        ("shares = 2", "shares = 3", "shares", "shares = 3 must be a power of two"),
+        (
+            "shares = 2",
+            "shares = 512",
+            "[stages.full]",
+            "batch_size = 256 cannot be dealt to 512 shares; a multiple of",
+        ),
+        ("shares = 2", "shares = 3", "shares", "defaults.shares: 3 is no power of two"),
         ("shares = 2", "shares = 4\nbatch_size = 6", "[stages.full]", "batch_size = 6 cannot be dealt to 4 shares"),
         ("ranks = 2", "ranks = { 'net-b3/dlc' = 2 }", "ranks", '"net-b3/dlc" is not a job|Did you mean net-b3/dcl?'),
         ("ranks = 2", "rank = 2", "rank", "cluster has no setting rank.|Did you mean ranks?"),
@@ -157,12 +162,10 @@ def test_no_members_is_refused(load_text: Any, small: str) -> None:
 
 
 def test_all_problems_are_found_at_once(load_text: Any, small: str) -> None:
-    text = (
-        small.replace("ranks", "rank").replace("epochs = 2", "epohcs = 2").replace('"net-b3/dcl",', '"net-b3/dlc",')
-    )
+    text = small.replace("ranks", "rank").replace("epochs = 2", "epohcs = 2").replace('"net-b3/dcl",', '"net-b3/dlc",')
     message = refusal(load_text, text)
     assert "3 problems" in message
-    assert all(words in message for words in ("no setting worker.", "no setting epohcs.", 'member "net-b3/dlc"'))
+    assert all(words in message for words in ("no setting rank.", "no setting epohcs.", 'member "net-b3/dlc"'))
 
 
 def test_at_most_twenty_problems_are_listed(load_text: Any, small: str) -> None:
