@@ -118,7 +118,8 @@ def lower_bound(todo: Mapping[str, Target], seconds: Callable[[Target, int], flo
     Args:
         todo: each behind what it needs.
     """
-    return Paths.of(todo, seconds).deadline(gpus) if todo else 0.0
+    work = sum(seconds(target, target.floor) * target.floor * target.resources.gpus for target in todo.values())
+    return max(Paths.of(todo, seconds).longest, work / gpus) if todo else 0.0
 
 
 def machines(gpus: int) -> list[Node]:

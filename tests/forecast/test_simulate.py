@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aliprod.build.graph import targets
@@ -187,9 +187,10 @@ def test_jobs_of_several_shares_take_the_gpus_that_are_there(tmp_path: Path, pho
     assert full.ranks == (4,), "nothing else could run"
     alone = 3000 * (20 / 10 + len(prepared.catalogue.val) / 40) if prepared.catalogue else 0
     assert full.seconds == pytest.approx(START + alone / speed_up(4))
-    assert (
-        found.seconds < 1.1 * found.lower_bound_seconds < forecast(prepare(tmp_path, "stages.full.epochs=3000"), 4).seconds
-    )
+    assert found.seconds < 1.1 * found.lower_bound_seconds
+    one_share = prepare(tmp_path, "stages.full.epochs=3000")
+    measured(one_share, {"train": 10.0, "center": 40.0, "ten_crop": 4.0})
+    assert forecast(one_share, 4).seconds > 3 * found.seconds
 
 
 def test_there_is_a_number_for_every_target_whatever_is_known(tmp_path: Path, photos: Path) -> None:
@@ -256,6 +257,7 @@ def works(draw: st.DrawFn) -> dict[Target, float]:
     return found
 
 
+@settings(max_examples=40, deadline=None)
 @given(works(), st.none() | st.integers(1, 3))
 def test_no_schedule_beats_the_bound_or_makes_less_than_all(works: dict[Target, float], most: int | None) -> None:
     todo = {one.name: one for one in works}
@@ -273,6 +275,7 @@ def test_no_schedule_beats_the_bound_or_makes_less_than_all(works: dict[Target, 
             assert end == pytest.approx(begin + START + works[one] / speed_up(ranks))
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=12))
 def test_a_chain_takes_its_sum_and_no_less_is_possible(seconds: list[float]) -> None:
     chain: list[Target] = []
