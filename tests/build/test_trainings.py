@@ -14,7 +14,7 @@ from aliprod.build.trainings import epoch_of
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import training_set
-from aliprod.forecast.simulate import speed_up
+from aliprod.forecast.seconds import speed_up
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
 from aliprod.recipe import Machine, Stage

@@ -59,6 +59,33 @@ def test_every_array_goes_on_at_the_first_shard_that_is_not_finished(tmp_path: P
     assert finished(rows) == []
 
 
+def test_parts_write_each_its_own_shards_and_the_last_of_them_commits(tmp_path: Path) -> None:
+    rows, asked = resumable(tmp_path / "rows"), list[list[int]]()
+
+    def ask(missing: Rows) -> Iterator[Block]:
+        asked.append(missing.tolist())
+        return blocks(missing)
+
+    def fill(staging: Path) -> dict[str, str]:
+        return rows.link("numbers", staging) | rows.link("halves", staging)
+
+    assert rows.finish(ask, fill, part=(1, 2)) == {}
+    assert commit.read(tmp_path / "rows") is None
+    assert resumable(tmp_path / "rows").finish(ask, fill, part=(0, 2)) == rows.record
+    assert asked == [[4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10]]
+    whole = resumable(tmp_path / "whole")
+    whole.finish(blocks, lambda staging: whole.link("numbers", staging) | whole.link("halves", staging))
+    for file in (tmp_path / "whole").glob("*.npy"):
+        assert (tmp_path / "rows" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_part_that_was_stopped_goes_on_whatever_number_of_parts_there_is_then(tmp_path: Path) -> None:
+    rows = resumable(tmp_path / "rows")
+    with pytest.raises(Killed):
+        rows.finish(lambda missing: blocks(missing, stop=9), lambda _: None, part=(0, 2))
+    assert finished(resumable(tmp_path / "rows")) == [4, 5, 6, 7, 8, 9, 10]
+
+
 def test_rows_of_another_record_are_written_anew_and_the_old_shards_swept(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         resumable(tmp_path / "rows").finish(lambda missing: blocks(missing, stop=6), lambda _: None)
