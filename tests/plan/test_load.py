@@ -115,14 +115,20 @@ def test_a_small_plan_is_accepted(load_text: Any, small: str) -> None:
         ('"net-b3/dcl",', '"resnet/full",', '    "resnet/full"', 'member "resnet/full" stands there 2 times'),
         ('"net-b3/dcl",', "3,", "members", "ensemble.members.1 = 3 must be a string"),
         ("ranks = 2", "ranks = 4", "[stages.full]", "ranks = 4 is more than shares = 2|say shares = 4, or"),
+        ("shares = 2", "shares = 3", "[stages.full]", "shares = 3 is no power of two"),
+        ("shares = 2", "shares = 4\nbatch_size = 6", "[stages.full]", "batch_size = 6 cannot be dealt to 4 shares"),
+        (
+            'name = "dcl", parts = 2',
+            'name = "lio", positives = 4',
+            "[stages.dcl]",
+            "batch_size = 256 cannot be dealt to 2 shares in groups of 5 images of one class; a multiple of 10 can",
+        ),
         (
             "shares = 2",
-            "shares = 512",
+            'shares = "ranks"\nbatch_size = 7',
             "[stages.full]",
-            "batch_size = 256 cannot be dealt to 512 shares; a multiple of",
+            "batch_size = 7 cannot be dealt to 2 shares",
         ),
-        ("shares = 2", "shares = 3", "shares", "defaults.shares: 3 is no power of two"),
-        ("shares = 2", "shares = 4\nbatch_size = 6", "[stages.full]", "batch_size = 6 cannot be dealt to 4 shares"),
         ("ranks = 2", "ranks = { 'net-b3/dlc' = 2 }", "ranks", '"net-b3/dlc" is not a job|Did you mean net-b3/dcl?'),
         ("ranks = 2", "rank = 2", "rank", "cluster has no setting rank.|Did you mean ranks?"),
         ("ranks = 2", "use_gpu = 1", "use_gpu", 'cluster.use_gpu = 1 must be "auto" or true or false'),
@@ -159,6 +165,11 @@ def test_what_is_wrong_is_said_with_line_key_and_nearest_name(
 
 def test_no_members_is_refused(load_text: Any, small: str) -> None:
     assert "members = [] must be a list of at least 1" in refusal(load_text, small, "ensemble.members=[]")
+
+
+def test_ranks_that_results_depend_on_must_be_said(load_text: Any, small: str) -> None:
+    text = small.replace("shares = 2", 'shares = "ranks"').replace("ranks = 2", 'ranks = "auto"')
+    assert "say how many, [cluster] ranks = 2" in refusal(load_text, text)
 
 
 def test_all_problems_are_found_at_once(load_text: Any, small: str) -> None:
