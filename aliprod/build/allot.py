@@ -7,7 +7,7 @@ deadline, the longest path first; what is left over doubles the ranks of whichev
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aliprod.build.paths import Paths
 from aliprod.build.room import Node, Room, slots
@@ -42,6 +42,7 @@ class Situation:
         paths: of these and others, each as if it just began.
         types: of the nodes that the cluster may still start by itself, one entry a node.
         most: targets side by side.
+        elsewhere: what another driver makes, with who that is.
     """
 
     targets: Mapping[str, Target]
@@ -51,6 +52,7 @@ class Situation:
     now: float = 0.0
     types: Sequence[Resources] = ()
     most: int | None = None
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def slots(self) -> int:
@@ -106,10 +108,9 @@ def decide(situation: Situation) -> Decision:
 def _blocked(situation: Situation) -> Iterator[tuple[str, str]]:
     """What cannot run yet, with what it waits for."""
     for name, target in situation.targets.items():
-        for need in target.needed():
-            if need.name in situation.targets:
-                yield name, f"waiting for {need.name}"
-                break
+        needs = [need.name for need in target.needed() if need.name in situation.targets]
+        if words := [*needs, *filter(None, [situation.elsewhere.get(name)])]:
+            yield name, f"waiting for {words[0]}"
 
 
 def _leaving(situation: Situation) -> Iterator[str]:

@@ -41,7 +41,7 @@ def check_storage(storage: Path) -> None:
     """
     try:
         commit.write_file(storage / ".writable", "")
-        (storage / ".writable").unlink()
+        (storage / ".writable").unlink(missing_ok=True)  # another driver may be here too
     except (StorageFull, OSError) as error:
         what = error.what if isinstance(error, StorageFull) else str(error)
         advice = "Give --storage a folder that you may write, with room."

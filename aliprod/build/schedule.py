@@ -14,6 +14,7 @@ from aliprod.build.paths import Paths
 from aliprod.build.room import Node
 from aliprod.build.target import Resources, Target
 
+_ELSEWHERE_SECONDS = 5.0  # between two looks at what other drivers make
 _SURPRISE = 0.2  # by which a rate must differ from what was known for the room to be divided anew
 
 
@@ -40,6 +41,9 @@ class Runner(Protocol):
 
     def types(self) -> Sequence[Resources]:
         """Nodes that the cluster may still start by itself, one entry each; () where it cannot."""
+
+    def elsewhere(self, target: Target, /) -> str:
+        """Which other driver makes a target now; '' where none does."""
 
     def seconds(self, target: Target, world_size: int) -> float:
         """What a target takes from the checkpoint that it began with, or would begin with, at the rates known now."""
@@ -122,8 +126,9 @@ class _Making:
         running = {name: replace(one, share=self._share(name)) for name, one in self.running.items()}
         if self._surprising():
             self.paths = Paths.of(left, self.runner.seconds)
-        decision = decide(Situation(left, running, self.nodes, self.paths, now, self.runner.types(), self.most))
-        self.again = now + decision.patience
+        others = self._elsewhere(left)
+        decision = decide(Situation(left, running, self.nodes, self.paths, now, self.runner.types(), self.most, others))
+        self.again = now + min(decision.patience, _ELSEWHERE_SECONDS if others else math.inf)
         for name in decision.stop:
             self.running[name] = replace(self.running[name], stopping=True)
             self.runner.stop(self.handles[name])
@@ -155,6 +160,11 @@ class _Making:
                 self.paths = self.paths.renewed(self.targets[name], self.runner.seconds)
             elif outcome.state == "failed":
                 yield from (Change(lost, "dropped", name) for lost in self._drop(name))
+
+    def _elsewhere(self, left: Mapping[str, Target]) -> dict[str, str]:
+        """What could run, and another driver makes, with who that is."""
+        ready = [one for one in self.waiting.values() if not any(need.name in left for need in one.needed())]
+        return {target.name: words for target in ready if (words := self.runner.elsewhere(target))}
 
     def _pace(self, name: str) -> float:
         return self.runner.seconds(self.targets[name], len(self.running[name].nodes))

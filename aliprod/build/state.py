@@ -49,10 +49,12 @@ class RunState:
             return  # what was made for a job may have failed first
         elif change.state == "dropped":
             yield self._set(name, "not_run", f"{change.detail} failed")
-        elif change.state == "started":
-            yield self._set(name, "running")
+        elif change.state == "started":  # another driver may have made it while this one waited for it
+            yield self._set(name, "running" if self.opened.record(name) is None else "reused")
         elif change.state in ("waiting", "paused"):
             yield self._set(name, "waiting", change.detail)
+        elif self.states[name] == "reused":
+            return
         else:
             yield from self.reports()
             yield self._set(name, "finished")

@@ -35,6 +35,7 @@ class Site:
     Attributes:
         stop: whether the work is to end early; what can go on from a checkpoint writes one.
         part: which part of it is made here, of how many: of what is made by several processes apart.
+        driver: token of the driver whose leases hold while it is made; "" where none holds any.
     """
 
     storage: Path
@@ -42,6 +43,7 @@ class Site:
     cluster: Cluster
     stop: Callable[[], bool] = never
     part: tuple[int, int] = (0, 1)
+    driver: str = ""
 
     @classmethod
     def of(cls, opened: Opened) -> "Site":

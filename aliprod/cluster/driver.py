@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from aliprod.errors import Failed
 from aliprod.forecast.seconds import Estimates
 from aliprod.plan.open import Opened, Request
 from aliprod.store import commit, lineage
+from aliprod.store.lease import Leases
 from aliprod.tracking.choices import choose, origin
 from aliprod.tracking.registry import Choice
 from aliprod.tracking.runs import EnsembleResult, JobProgress, PlanProgress, Status
@@ -32,6 +34,7 @@ from aliprod.tracking.sync import Tracking
 _FLUSH_SECONDS = 60.0
 _FRESH_SECONDS = 30.0  # between two looks at the rates that jobs tell
 _HURRIED_SECONDS = 10.0  # of a run that was told to stop
+_LOOK_SECONDS, _REMIND_SECONDS = 0.5, 60.0  # of a run that waits for another driver
 
 
 def run(request: Request) -> Iterator[Event]:
@@ -70,7 +73,7 @@ class _Run:
     def __init__(self, opened: Opened, whole: bool) -> None:
         self.opened, self.whole, self.state = opened, whole, RunState(opened)
         self.site = Site.of(opened)
-        self.stop, self.lease, self.said = threading.Event(), None, list[str]()
+        self.stop, self.said = threading.Event(), list[str]()
         self.chosen: dict[str, Chosen] = {}
         self.result: EnsembleResult | None = None
 
@@ -80,13 +83,28 @@ class _Run:
         todo = self._missing(gpu=False)
         if todo:
             make_first(self.opened, [target for target in todo.values() if target.first], self.site)
-        self.tracking = Tracking.connect(places.tracking_uri, plan.name, places.artifacts, self.said.append)
-        try:
-            if self._untrained():
-                self._join()  # first: where another driver has this plan, nothing of ours is shown
-            yield from self._tracked()
-        finally:
-            ray.shutdown()
+        with Leases(places.storage, f"plan {plan.name}") as self.leases:
+            self.site = replace(self.site, driver=self.leases.token)
+            yield from self._alone(f"plan-{plan.name}")
+            self.state = RunState(self.opened)  # as the driver before has left it
+            yield from self._alone("mlflow")  # the first one migrates its database
+            self.tracking = Tracking.connect(places.tracking_uri, plan.name, places.artifacts, self.said.append)
+            self.leases.release("mlflow")
+            try:
+                if self._untrained():
+                    self._join()  # first: where there is no cluster, MLflow is shown nothing
+                yield from self._tracked()
+            finally:
+                ray.shutdown()
+
+    def _alone(self, name: str) -> Iterator[Event]:
+        """Take a lease. While another driver holds it, say who that is, once a minute."""
+        said = -_REMIND_SECONDS
+        while holder := self.leases.take(name):
+            if time.monotonic() - said >= _REMIND_SECONDS:
+                said = time.monotonic()
+                yield Said(f"Waiting for {holder}, which is at work in {self.opened.places.storage}.")
+            time.sleep(_LOOK_SECONDS)
 
     def _tracked(self) -> Iterator[Event]:
         status: Status = "FAILED"
@@ -103,8 +121,10 @@ class _Run:
             raise
         finally:
             ray.shutdown()  # what runs ends now, not after MLflow has been sent the rest
-            self._show(status)
-            unsent = self.tracking.flush(_HURRIED_SECONDS if status == "KILLED" else _FLUSH_SECONDS)
+            unsent: list[str] = []
+            if not self.leases.lost:  # else another driver shows it
+                self._show(status)
+                unsent = self.tracking.flush(_HURRIED_SECONDS if status == "KILLED" else _FLUSH_SECONDS)
         yield from self._drained()
         yield from map(Said, unsent)
         yield Said(f"MLflow: {self.tracking.page}")
@@ -117,6 +137,7 @@ class _Run:
         yield from self.state.reuse()
         choices: dict[str, Choice] = {}
         while not self.state.jobs_in("failed", "not_run"):
+            self.leases.check()
             trained = all(self.opened.record(name) is not None for name in self.opened.plan.ensemble.members)
             if trained:
                 self._show()
@@ -140,6 +161,7 @@ class _Run:
             "not_run": self.state.jobs_in("not_run"),
             "ensemble": self.result.result if self.result else None,
         }
+        self.leases.check()
         commit.write_file(self.opened.folder / "result.json", json.dumps(outcome, indent=1))
 
     def _make(self, choices: Mapping[str, Choice]) -> Iterator[Event]:
@@ -158,8 +180,16 @@ class _Run:
             yield Said(f"Adding up {len(self.opened.plan.ensemble.members)} members.")
         launcher = start_launcher(self.site) if any(target.kind == "training" for target in todo.values()) else None
         seconds = Estimates(self.opened, _FRESH_SECONDS).seconds
-        runner = RayRunner(self.site, launcher, self.stop.is_set, lambda target: self._graph(gpu)[target.name], seconds)
+        runner = RayRunner(
+            self.site,
+            launcher,
+            self.stop.is_set,
+            lambda target: self._graph(gpu)[target.name],
+            seconds,
+            self.leases,
+        )
         for change in execute(todo, runner, settings.max_parallel_jobs):
+            self.leases.check()
             yield from self.state.reports()
             if change is not None:
                 yield from self.state.apply(todo[change.name], change)
@@ -200,14 +230,13 @@ class _Run:
             lineage.keep(opened.folder / "submission.csv", origin(opened, choices, key, result))
 
     def _join(self) -> None:
-        """Join the cluster, when there is something to do on it, and hold the lease on the plan."""
-        if self.lease is not None:
+        """Join the cluster, when there is something to do on it."""
+        if ray.is_initialized():
             return
         session.join(self.opened.places.address)
         if threading.current_thread() is threading.main_thread():  # after ray.init, which sets handlers of its own
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._ask_to_stop)
-        self.lease = session.hold(self.opened.plan.name, self.opened.places.storage)
         session.probe(self.opened.places.storage)
 
     def _ask_to_stop(self, *_: object) -> None:

@@ -2,11 +2,11 @@
 
 import logging
 import os
+import shutil
 import socket
 import uuid
 import warnings
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.exceptions
@@ -14,11 +14,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aliprod.build.room import Node, cpus_of_a_rank
 from aliprod.build.target import Resources
-from aliprod.errors import Refused, Unreachable
+from aliprod.errors import Unreachable
 from aliprod.plan.schema import Cluster
 from aliprod.store import commit
 
-NAMESPACE = "aliprod"
 _PROBE_SECONDS = 60
 _KNOCK_SECONDS = 10
 
@@ -47,7 +46,6 @@ def join(address: str | None) -> None:
                 include_dashboard=None if address else False,
                 logging_level=logging.WARNING,
                 log_to_driver=False,
-                namespace=NAMESPACE,
             )
     except (OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError) as error:
         first = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
@@ -95,7 +93,8 @@ def probe(storage: Path) -> None:
     Raises:
         Unreachable: a node does not see the path, or may not write there.
     """
-    folder, token = storage / ".probe", uuid.uuid4().hex
+    token = uuid.uuid4().hex
+    folder = storage / f".probe-{token[:8]}"  # of its own: another driver may be at it too
     commit.write_file(folder / "driver", token)
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
@@ -106,47 +105,16 @@ def probe(storage: Path) -> None:
         for node in others
     }
     done, late = ray.wait(list(refs), num_returns=len(refs), timeout=_PROBE_SECONDS) if refs else ([], [])
-    for ref in done:
-        answer = folder / refs[ref]["NodeID"]
-        if ray.get(ref) != token or not answer.exists() or answer.read_text() != token:
-            _refuse(storage, refs[ref])
-    for ref in late:
-        _refuse(storage, refs[ref])
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-
-
-def hold(plan: str, storage: Path) -> Any:
-    """Take the lease on a plan: one driver at a time. It ends with this driver, however that ends.
-
-    The lease only saves GPU hours: results are addressed by key and written once, so two drivers harm nothing.
-
-    Returns:
-        The lease, held for as long as it is referred to.
-
-    Raises:
-        Refused: another driver of this cluster runs the plan.
-    """
-    name = f"{plan} in {storage}"
     try:
-        lease: Any = ray.remote(num_cpus=0)(_Lease).options(name=name).remote(os.getpid())
-    except ValueError as error:  # Ray's ActorAlreadyExistsError is one
-        raise Refused(
-            "another driver of this cluster runs this plan in this storage path.",
-            name,
-            "Wait for it, or stop it (`ray job stop`); what it has finished is kept.",
-        ) from error
-    ray.get(lease.holder.remote())
-    return lease
-
-
-class _Lease:
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def holder(self) -> int:
-        return self.pid
+        for ref in done:
+            node, found = refs[ref], ray.get(ref)
+            answer = folder / node["NodeID"]
+            if found != token or not answer.exists() or answer.read_text() != token:
+                _refuse(storage, node, "" if found == token else f" ({found})")
+        for ref in late:
+            _refuse(storage, refs[ref], f" (no answer in {_PROBE_SECONDS} s)")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -155,13 +123,13 @@ def _probe(folder: Path, node: str) -> str:
         token = (folder / "driver").read_text()
         (folder / node).write_text(token)
     except OSError as error:
-        return str(error)
+        return str(error.strerror)
     return token
 
 
-def _refuse(storage: Path, node: dict[str, object]) -> None:
+def _refuse(storage: Path, node: dict[str, object], why: str) -> None:
     raise Unreachable(
-        f"node {node['NodeManagerHostname']} does not share this storage path.",
+        f"node {node['NodeManagerHostname']} does not share this storage path, or may not write there{why}.",
         storage,
         "Give --storage a folder that every node of the cluster reads and writes (NFS, EFS, Lustre, ...).",
     )

@@ -13,8 +13,10 @@ from aliprod.build.target import Resources, Site, Target
 from aliprod.cluster import session
 from aliprod.cluster.launch import launch
 from aliprod.errors import AliprodError
+from aliprod.store.lease import Leases
 
 TICK_SECONDS = 0.2
+_RACED = "another driver was faster"
 
 
 class RayRunner:
@@ -25,6 +27,7 @@ class RayRunner:
         stopping: whether nothing more is to be started.
         current: a target as it is now that what it needs is made.
         seconds: what a target takes at a world size.
+        leases: of the driver, who holds one of each training that runs.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class RayRunner:
         stopping: Callable[[], bool],
         current: Callable[[Target], Target],
         seconds: Callable[[Target, int], float],
+        leases: Leases,
     ) -> None:
         self.site, self.launcher, self.stopping, self.current, self.seconds = site, launcher, stopping, current, seconds
+        self.leases, self.leased = leases, dict[Any, str]()
 
     def now(self) -> float:
         return time.monotonic()
@@ -56,10 +61,14 @@ class RayRunner:
         """Start to make a target; the reference resolves to why it failed, or ''."""
         target = self.current(target)
         if target.kind == "training":
-            return launch(self.launcher, target, len(nodes))
+            return self._train(target, str(target.key), len(nodes))
         named: dict[str, Any] = {"name": target.name}
         options = _make.options(num_cpus=target.resources.cpus, num_gpus=target.resources.gpus, **named)
         return options.remote(target, self.site)
+
+    def elsewhere(self, target: Target) -> str:
+        """Which other driver trains a target now; '' where none does."""
+        return self.leases.holder(str(target.key)) if target.kind == "training" else ""
 
     def wait(self, handles: list[Any], patience: float) -> list[tuple[Any, Outcome]]:
         """Wait a moment for any of the handles; those that ended."""
@@ -68,7 +77,18 @@ class RayRunner:
             time.sleep(tick)
             return []
         done, _ = ray.wait(handles, num_returns=1, timeout=tick)
+        for handle in done:
+            self.leases.release(self.leased.pop(handle, ""))
         return [(handle, _outcome(handle)) for handle in done]
+
+    def _train(self, target: Target, key: str, ranks: int) -> Any:
+        """Launch a training once its lease is ours. Another driver may have it by now, or may have finished it."""
+        if self.leases.take(key):
+            return ray.put(_RACED)
+        made = target.record(self.site.storage) is not None
+        handle = ray.put("") if made else launch(self.launcher, target, ranks)
+        self.leased[handle] = key
+        return handle
 
 
 @ray.remote(max_retries=3)
@@ -88,4 +108,6 @@ def _outcome(handle: Any) -> Outcome:
         failure = str(ray.get(handle))
     except ray.exceptions.RayError as error:
         failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    if failure == _RACED:
+        return Outcome("paused", failure)
     return Outcome("failed", failure) if failure else Outcome("done")

@@ -4,6 +4,7 @@ from typing import Any
 
 from aliprod.build.target import Site, Target
 from aliprod.errors import NonFiniteLoss, Refused
+from aliprod.store import lease
 
 
 def train_rank(config: dict[str, Any]) -> str:
@@ -19,6 +20,9 @@ def train_rank(config: dict[str, Any]) -> str:
 
     target: Target = config["target"]
     site: Site = config["site"]
+    if lease.is_lost(site.storage, str(target.key), site.driver):
+        return "another driver has taken it over."
+    lease.follow(site.storage, str(target.key), site.driver)
     try:
         for metrics in target.make(target, site):
             ray.train.report(dict(metrics))

@@ -57,6 +57,9 @@ class Clock:
     def stopping(self) -> bool:
         return False
 
+    def elsewhere(self, _: Target) -> str:
+        return ""
+
     def seconds(self, target: Target, world_size: int) -> float:
         return self._seconds(target, world_size) * self._left.get(target.name, 1.0)
 

@@ -74,6 +74,7 @@ class Machine:
     wanted: list[Sequence[Resources]] = field(default_factory=list)
     done: list[Stretch] = field(default_factory=list)
     could_start: tuple[Resources, ...] = ()
+    others: dict[str, float] = field(default_factory=dict)  # until when another driver makes a target
     most: int | None = None
 
     def now(self) -> float:
@@ -85,6 +86,9 @@ class Machine:
             for node in self.there
             if self.coming.get(node.name, 0) <= self.clock < self.dying.get(node.name, math.inf)
         ]
+
+    def elsewhere(self, target: Target) -> str:
+        return "another driver" if self.clock < self.others.get(target.name, 0) else ""
 
     def types(self) -> Sequence[Resources]:
         return self.could_start
@@ -249,6 +253,18 @@ def test_stopping_starts_nothing_more_and_waits_for_what_runs(case: Case, stop_a
     case.run()
     assert all(one.begin < stop_at for one in case.machine.done)
     assert case.machine.running == {}
+
+
+def test_what_another_driver_makes_is_waited_for_and_keeps_no_room() -> None:
+    shared = target("shared")
+    machine = Machine({"shared": HOUR, "child": HOUR, "own": HOUR}, others={"shared": HOUR / 2})
+    changes = Case(machine, [shared, target("child", [shared]), target("own")]).run()
+    assert next(change.detail for change in changes if change.name == "shared") == "waiting for another driver"
+    assert next(change.name for change in changes if change.state == "started") == "own"
+    assert {one.name: HOUR / 2 <= one.begin <= HOUR / 2 + 5 for one in machine.done if one.name == "shared"} == {
+        "shared": True
+    }
+    assert {one.name for one in machine.done} == {"shared", "child", "own"}
 
 
 def test_a_long_chain_gets_the_gpus_that_let_it_end_with_the_others() -> None:
