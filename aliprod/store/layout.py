@@ -4,6 +4,7 @@ jobs/BACKBONE/STAGE/KEY/    metrics.jsonl, resume/, last/, weights/ (its commit 
                             kept/, probabilities/, labels that it made or took
 hashes/FINGERPRINT/         of a catalogue's training images
 pretrained/NETWORK/         ImageNet weights
+.leases/                    who is at work on which plan and job
 PLAN/                       submission.csv, result.json, ensemble/, ...: what people open
 """
 

@@ -93,7 +93,9 @@ class Leases:
             "" where it is ours now, else who holds it.
         Raises:
             StorageFull: the storage path cannot be written.
+            Failed: as in `check`.
         """
+        self.check()
         with self._lock, commit.storage(self.folder):
             if name in self._held:
                 return ""

@@ -37,6 +37,20 @@ with Leases(Path(sys.argv[1]), "plan other", float(sys.argv[2])) as leases:
             print(error.what, flush=True)
 """
 
+RIVAL = """
+import os, sys, time
+from pathlib import Path
+from aliprod.store.lease import Leases
+log = os.open(sys.argv[2], os.O_APPEND | os.O_WRONLY)
+with Leases(Path(sys.argv[1]), "plan other", float(sys.argv[3])) as leases:
+    while True:
+        if not leases.take("x"):
+            os.write(log, b"enter %d\\n" % os.getpid())
+            time.sleep(0.01)
+            os.write(log, b"leave %d\\n" % os.getpid())
+            leases.release("x")
+"""
+
 
 @contextmanager
 def other(storage: Path) -> Iterator["subprocess.Popen[str]"]:
@@ -258,6 +272,32 @@ def test_of_many_that_ask_at_once_one_has_it(tmp_path: Path, free: bool) -> None
                 rival.check()
         if not free:
             break
+
+
+def test_no_two_processes_are_ever_at_work_at_once_though_they_are_killed_at_any_moment(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    command = [sys.executable, "-c", RIVAL, tmp_path, log, "60"]
+    rivals = [subprocess.Popen(command) for _ in range(2)]
+    killed = set()
+    try:
+        for _ in range(3):
+            seen = len(log.read_bytes().splitlines())
+            until(lambda seen=seen: len(log.read_bytes().splitlines()) > seen + 20, 30)
+            victim = rivals.pop(0)
+            killed.add(str(victim.pid))
+            victim.kill()
+            rivals.append(subprocess.Popen(command))
+            victim.wait()
+    finally:
+        for rival in rivals:
+            rival.kill()
+            rival.wait()
+    at_work = ""
+    for what, pid in (line.split() for line in log.read_text().splitlines()):
+        assert at_work in ("", *killed) if what == "enter" else at_work == pid
+        at_work = pid if what == "enter" else ""
+    assert len({line.split()[1] for line in log.read_text().splitlines()}) >= 3
 
 
 def test_a_lease_that_changed_hands_since_it_was_judged_is_not_taken_from_the_new_holder(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 
 @pytest.fixture
-def stranger(cluster: Any, tmp_path: Path) -> Iterator[Path]:
-    """A storage path of which a second node of the cluster has an empty file system of its own."""
+def stranger(cluster: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A storage path that a second node of the cluster has mounted as the parameter says."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
         pytest.skip("needs the right to make a mount namespace (unshare --mount, as root)")
     storage = tmp_path / "storage"
@@ -29,7 +29,7 @@ def stranger(cluster: Any, tmp_path: Path) -> Iterator[Path]:
     log = tmp_path / "node.log"
     with log.open("wb") as output:
         node = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs tmpfs {storage} && exec {ray} {options}"],
+            ["unshare", "--mount", "sh", "-c", f"{request.param.format(storage)} && exec {ray} {options}"],
             env=cluster.environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -49,12 +49,22 @@ def stranger(cluster: Any, tmp_path: Path) -> Iterator[Path]:
     cluster.until(lambda: alive() == 1, seconds=180)  # the other tests have the cluster as it was
 
 
+@pytest.mark.parametrize(
+    ("stranger", "why"),
+    [
+        ("mount -t tmpfs tmpfs {0}", "No such file or directory"),
+        ("mount --bind {0} {0} && mount -o remount,bind,ro {0}", "Read-only file system"),
+    ],
+    indirect=["stranger"],
+    ids=["has another folder", "has it read-only"],
+)
 def test_a_node_that_does_not_share_the_storage_path_is_found_before_the_first_job(
-    cluster: Any, plan: Path, stranger: Path
+    cluster: Any, plan: Path, stranger: Path, why: str
 ) -> None:
     run = cluster.aliprod("run", plan, "--storage", stranger)
     assert run.returncode == 3, run.stdout + run.stderr
     assert "does not share this storage path" in run.stderr
+    assert why in run.stderr
     assert str(stranger) in run.stderr
     assert "--storage" in run.stderr
     assert "Traceback" not in run.stderr
