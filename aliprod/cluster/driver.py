@@ -80,10 +80,10 @@ class _Run:
     def events(self) -> Iterator[Event]:
         """Make what is missing; the outcome ends up in result.json."""
         places, plan = self.opened.places, self.opened.plan
-        todo = self._missing(gpu=False)
-        if todo:
-            make_first(self.opened, [target for target in todo.values() if target.first], self.site)
-        with Leases(places.storage, f"plan {plan.name}") as self.leases:
+        with Leases(places.storage, f"plan {plan.name}") as self.leases:  # it watches other drivers from now on
+            todo = self._missing(gpu=False)
+            if todo:
+                make_first(self.opened, [target for target in todo.values() if target.first], self.site)
             self.site = replace(self.site, driver=self.leases.token)
             yield from self._alone(f"plan-{plan.name}")
             self.state = RunState(self.opened)  # as the driver before has left it

@@ -133,8 +133,18 @@ def _check_address(uri: str) -> None:
             redacted(uri),
             "Give http://HOST:PORT of a server, or sqlite:////ABSOLUTE/mlflow.db.",
         )
-    if scheme == "sqlite":
-        Path(urlsplit(uri).path[1:]).parent.mkdir(parents=True, exist_ok=True)
+    if scheme == "sqlite" and not (path := Path(urlsplit(uri).path[1:])).exists():
+        _make_database(path)
+
+
+def _make_database(path: Path) -> None:
+    """Run all migrations beside a new database, then let it appear: one whose migrations were killed is of no use."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        fresh = Path(folder, path.name)
+        MlflowClient(f"sqlite:///{fresh}", f"sqlite:///{fresh}").search_experiments(max_results=1)
+        if not path.exists():  # another driver may have been faster
+            fresh.replace(path)
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> Experiment:

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import sqlite3
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -347,6 +349,16 @@ def test_a_database_of_another_release_is_told_how_to_upgrade(place):
     with pytest.raises(Unreachable, match="mlflow db upgrade sqlite:///") as told:
         place.driver()
     assert told.value.status == 3
+
+
+def test_a_driver_killed_while_it_makes_the_database_leaves_none_that_is_half_made(tmp_path):
+    program = "import sys; from aliprod.tracking.server import reach; reach(sys.argv[1])"
+    with subprocess.Popen([sys.executable, "-c", program, f"sqlite:///{tmp_path}/mlflow.db"]) as process:
+        while not [path for path in tmp_path.glob(".mlflow.db.*/mlflow.db") if path.stat().st_size > 200_000]:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_a_file_that_is_no_database_is_told_in_a_sentence(tmp_path):
