@@ -44,7 +44,7 @@ def run(request: Request) -> Iterator[Event]:
         Events; the last is `Ended`.
     Raises:
         Refused: the input is wrong, nothing was started. Unreachable: cluster, storage or, at the start, MLflow.
-        Failed: the ensemble cannot be made. KeyboardInterrupt: it was told to stop.
+        Failed: the ensemble cannot be made, or another driver has taken over. KeyboardInterrupt: it was told to stop.
     """
     yield from _say(request.places.note)
     yield from _Run(prepare(request), whole=True).events()
