@@ -1,8 +1,10 @@
-"""What a job's metrics.jsonl says: a line an epoch, written by training, read by whoever wants to know."""
+"""What a training job tells of itself, for whoever wants to know: a line an epoch, and its pace between them."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+from aliprod.store.layout import PACE, RESUME
 
 TOP1 = "val/top1_error"  # mean over classes, 0 to 1: what checkpoints are picked by
 
@@ -29,3 +31,15 @@ def parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("epoch"), int) else None
+
+
+def pace(folder: Path) -> dict[str, Any] | None:
+    """How far a job is, and how fast: ``step``, ``images_per_second`` of its ``ranks`` on a ``device``, ``time_ms``.
+
+    None before its second step, and once it is finished.
+    """
+    try:
+        told = json.loads((folder / RESUME / PACE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None

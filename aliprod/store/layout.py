@@ -11,6 +11,7 @@ PLAN/                       submission.csv, result.json, ensemble/, ...: what pe
 from pathlib import Path
 
 METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
+PACE = "pace.json"  # beside the checkpoints: how far a job is, and how fast
 MODEL = "model.safetensors"  # in a folder of weights
 
 
@@ -27,4 +28,9 @@ def job_folder(storage: Path, name: str, key: str) -> Path:
 def newest_step(folder: Path) -> int | None:
     """The step of a job's newest resume checkpoint, whose bytes are not looked at; None where there is none."""
     steps = (path for path in (folder / RESUME).glob("step-*") if path.suffix != ".bad")
-    return max((int(path.name.removeprefix("step-")) for path in steps), default=None)
+    return max(map(step_of, steps), default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a resume checkpoint was written after."""
+    return int(checkpoint.name.removeprefix("step-"))

@@ -7,24 +7,27 @@ the parts of the folder.
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.training_set import training_set
+from aliprod.errors import StorageFull
 from aliprod.models import weights
 from aliprod.models.classifier import normalisation
 from aliprod.objectives import needs_of
 from aliprod.store import commit, epochs
-from aliprod.store.layout import LAST, METRICS, RESUME, WEIGHTS
+from aliprod.store.layout import LAST, METRICS, PACE, RESUME, WEIGHTS, step_of
 from aliprod.training import checkpoint, soup
 from aliprod.training.background import Background, background
 from aliprod.training.candidates import Candidate
@@ -32,6 +35,8 @@ from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, Step, steps
 from aliprod.training.training_job import TrainingJob, never, without_training
 from aliprod.training.watchdog import Watchdog
+
+_PACE_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +57,11 @@ def run(job: TrainingJob, catalogue: Catalogue, stop: Callable[[], bool] = never
     if resume is not None:
         log.info("%s goes on from %s.", job.name, resume)
     with background() as writer, closing(Watchdog(job.machine.watchdog_seconds)) as watchdog:
-        results = _Results(job, catalogue, writer, began)
+        results, pace = _Results(job, catalogue, writer, began), _Pace(job, step_of(resume) if resume else 0)
         for event in _events(job, catalogue, partial(steps, resume=resume, stop=stop), watchdog):
             if isinstance(event, Step):
                 writer.check()
+                pace.add(event)
                 continue
             if event.place.rank == 0:
                 results.keep(event)
@@ -160,6 +166,38 @@ class _Results:
         classes = weights.Classes(tuple(self.catalogue.classes.tolist()), self.catalogue.names)
         fill = partial(weights.save, tensors=candidate.tensors, config=config, classes=classes)
         commit.write(job.folder / name, fill, record)
+
+
+class _Pace:
+    """How far a job is, and how fast its steps are: rank 0 tells now and then, as an epoch may take hours."""
+
+    def __init__(self, job: TrainingJob, step: int) -> None:
+        self.job, self.step = job, step
+        self.silent = dist.is_initialized() and dist.get_rank() > 0
+        self.steps, self.seconds, self.told = 0, 0.0, -math.inf
+        self.before: float | None = None
+
+    def add(self, step: Step) -> None:
+        """Count a step. It took the time since the one before, of the same epoch."""
+        now = time.monotonic()
+        self.step += 1
+        if self.before is not None:
+            self.steps, self.seconds = self.steps + 1, self.seconds + now - self.before
+        self.before = None if step.last else now
+        if self.steps and now - self.told >= _PACE_SECONDS and not self.silent:
+            self._tell()
+            self.steps, self.seconds, self.told = 0, 0.0, now
+
+    def _tell(self) -> None:
+        told = {
+            "step": self.step,
+            "images_per_second": self.steps * self.job.stage.batch_size / self.seconds,
+            "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "time_ms": time.time_ns() // 1_000_000,
+        }
+        with suppress(StorageFull):  # nothing is lost with it; a checkpoint will say so
+            commit.write_file(self.job.folder / RESUME / PACE, json.dumps(told))
 
 
 def _line(progress: Progress, epoch: int) -> dict[str, Any]:

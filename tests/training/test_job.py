@@ -16,7 +16,8 @@ from aliprod.errors import StorageFull
 from aliprod.inference.validate import top1_errors
 from aliprod.models import weights
 from aliprod.recipe import Machine, Stage
-from aliprod.store import commit
+from aliprod.store import commit, epochs
+from aliprod.training.job import run
 from aliprod.training.training_job import TrainingJob
 
 NETWORK = "test_resnet.r160_in1k"
@@ -65,6 +66,21 @@ def test_each_line_tells_the_device_and_the_number_of_ranks(undisturbed: dict[bo
     lines = [json.loads(line) for line in (undisturbed[True].folder / "metrics.jsonl").read_text().splitlines()]
     place = (commit.read(undisturbed[True].folder / "weights") or {})["environment"]
     assert [(line["device"], line["speed/ranks"]) for line in lines] == [(place["device"], 1)] * 3
+
+
+def test_a_job_tells_its_pace_before_its_first_epoch_has_ended_until_it_is_finished(
+    packages: Catalogue, tmp_path: Path
+) -> None:
+    work = work_in(tmp_path, stage_with(averaged=False))
+    progress = run(work, packages)
+    first = next(progress)
+    assert (first.state.step, first.last) == (3, None), "in mid-epoch"
+    pace = epochs.pace(work.folder)
+    assert pace is not None
+    assert (pace["step"], pace["ranks"], pace["device"]) == (2, 1, first.place.environment()["device"])
+    assert pace["images_per_second"] > 0
+    assert list(progress)
+    assert epochs.pace(work.folder) is None
 
 
 # 8 pictures a step, 24 after an epoch; checkpoints after steps 3, 4, 6, 8 and 9.
