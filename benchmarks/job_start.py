@@ -178,7 +178,7 @@ def watched(folder: Path) -> tuple[list[Sample], dict[str, float], Counter[str]]
 
 def running(path: Path) -> list[str]:
     """The jobs that the driver says are running."""
-    states = json.loads(path.read_text())["jobs"] if path.exists() else {}
+    states = json.loads(path.read_text())["states"] if path.exists() else {}
     return [name for name, state in states.items() if state == "running"]
 
 

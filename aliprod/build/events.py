@@ -2,20 +2,38 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # whoever reads arguments imports this
+    from aliprod.build.room import Node
+    from aliprod.plan.open import Opened
 
 JobState = Literal["waiting", "running", "finished", "failed", "not_run", "reused"]
 DONE: tuple[JobState, ...] = ("finished", "reused")
 
 
 @dataclass(frozen=True)
+class Began:
+    """The jobs of the plan are known; nothing has been started yet."""
+
+    opened: "Opened"
+
+
+@dataclass(frozen=True)
 class Changed:
-    """A job has another state; ``detail`` says why it failed or was not run."""
+    """A job has another state.
+
+    Attributes:
+        detail: why it failed or was not run.
+        seconds: from its start to its end, waiting for processes and room included; None where this run saw neither.
+    """
 
     job: str
     state: JobState
     detail: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    world_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,49 @@ class Reported:
 
     job: str
     line: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A target that is being made, or has been made. An event, too, at both ends of what is no training.
+
+    Attributes:
+        job: whose state its failure shows; None: the whole plan's.
+        nodes: of each of its ranks.
+        since, until: seconds since the epoch; ``until`` is None while it is being made.
+    """
+
+    name: str
+    kind: str
+    job: str | None
+    nodes: tuple[str, ...]
+    since: float
+    until: float | None = None
+
+    @property
+    def world_size(self) -> int:
+        return len(self.nodes)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands: what its file of states says, and an event about once a second.
+
+    Attributes:
+        states: of each job.
+        reasons: what a waiting job waits for, why another failed or was not run.
+        tasks: what is being made, and what has been made, trainings included.
+        nodes: of the cluster.
+    """
+
+    states: Mapping[str, JobState] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    tasks: tuple[Task, ...] = ()
+    nodes: "tuple[Node, ...]" = ()
+
+    @property
+    def running(self) -> list[Task]:
+        return [task for task in self.tasks if task.until is None]
 
 
 @dataclass(frozen=True)
@@ -40,4 +101,4 @@ class Ended:
     outcome: Mapping[str, Any]
 
 
-Event = Changed | Reported | Said | Ended
+Event = Began | Changed | Reported | Task | Standing | Said | Ended

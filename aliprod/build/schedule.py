@@ -7,6 +7,7 @@ clock.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from aliprod.build.allot import Running, Situation, decide
@@ -79,17 +80,24 @@ class Change:
     nodes: tuple[str, ...] = ()
 
 
-def execute(targets: Mapping[str, Target], runner: Runner, most: int | None = None) -> Iterator[Change | None]:
+def execute(
+    targets: Mapping[str, Target],
+    runner: Runner,
+    most: int | None = None,
+    running: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> Iterator[Change | None]:
     """Make all targets, each behind what it needs. A need that is not among them is made.
 
     One that fails drops those that need it, and nothing else.
 
     Args:
         most: targets side by side.
+        running: the nodes of each that runs at the beginning; it is started there first.
     Yields:
         Each change, and None after each wait, for whoever watches what runs.
     """
     making = _Making(dict(targets), runner, most)
+    making.begin(running)
     while making.waiting or making.running:
         if runner.stopping():
             making.waiting.clear()
@@ -112,6 +120,13 @@ class _Making:
         self.again, self.said, self.wanted = runner.now(), dict[str, str](), list[Resources]()
         self.nodes, self.paces = list[Node](), dict[str, float]()
         self.paths = Paths.of(waiting, runner.seconds)
+
+    def begin(self, running: Mapping[str, tuple[str, ...]]) -> None:
+        """Start targets on given nodes."""
+        for name, nodes in running.items():
+            self.handles[name] = self.runner.start(self.waiting.pop(name), nodes)
+            self.running[name] = Running(nodes, self.runner.now())
+        self.paces = {name: self._pace(name) for name in self.running}
 
     def surprised(self) -> bool:
         """Whether anything is otherwise than when the room was divided."""

@@ -1,33 +1,41 @@
-"""The state of a run: of every job, in a file that `aliprod status` reads, and as events."""
+"""The state of a run: of every job and task, in a file that `aliprod status` reads, and as events."""
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from aliprod.build.events import Changed, Event, JobState, Reported
+from aliprod.build.events import DONE, Changed, Event, JobState, Reported, Standing, Task
+from aliprod.build.room import Node
 from aliprod.build.schedule import Change
-from aliprod.build.target import Target
+from aliprod.build.target import Resources, Target
+from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.store import commit, epochs
 from aliprod.store.layout import METRICS
 
 FILE = "state.json"
+_STANDING_SECONDS = 1.0
 
 
 class RunState:
-    """The states of a run's jobs.
+    """The states of a run's jobs, and its tasks.
 
     Attributes:
         failure: why the plan as a whole has failed; '' while it has not.
+        nodes: of the cluster; none before it is joined.
     """
 
     def __init__(self, opened: Opened) -> None:
-        self.opened, self.failure = opened, ""
+        self.opened, self.failure, self.nodes = opened, "", tuple[Node, ...]()
         self.states: dict[str, JobState] = dict.fromkeys(opened.jobs, "waiting")
-        self.details: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+        self.tasks: dict[str, Task] = {}
         self._tails = {name: _Tail(opened.job_folder(name) / METRICS) for name in opened.jobs}
+        self._stood = 0.0
 
     def reuse(self) -> Iterator[Event]:
         """Report what was finished before this run began."""
@@ -37,34 +45,29 @@ class RunState:
         self._publish()
 
     def apply(self, target: Target, change: Change) -> Iterator[Event]:
-        """Report what a change of a target means for its job: of what is no training only that it failed."""
-        if target.job is None:
-            self.failure = change.detail if change.state == "failed" else self.failure
-            return
-        name, trains = target.job.name, target.kind == "training"
-        if change.state == "failed":
-            what = "" if trains else f"{target.name.removeprefix(name).strip()}: "
-            yield self._set(name, "failed", what + change.detail)
-        elif not trains or (change.state == "dropped" and self.states[name] == "failed"):
-            return  # what was made for a job may have failed first
-        elif change.state == "dropped":
-            yield self._set(name, "not_run", f"{change.detail} failed")
-        elif change.state == "started":  # another driver may have made it while this one waited for it
-            yield self._set(name, "running" if self.opened.record(name) is None else "reused")
-        elif change.state in ("waiting", "paused"):
-            yield self._set(name, "waiting", change.detail)
-        elif self.states[name] == "reused":
-            return
-        else:
-            yield from self.reports()
-            yield self._set(name, "finished")
+        """Report what a change of a target means: for its job, where it is a training, else for itself."""
+        task = self._task(target, change)
+        if target.kind == "training":
+            yield from self._trained(target.name, change, task)
+        elif task is not None:
+            yield task
+        if change.state == "failed" and target.job is None:
+            self.failure = change.detail
+        elif change.state == "failed" and target.kind != "training" and target.job is not None:
+            what = target.name.removeprefix(target.job.name).strip()
+            yield self._set(target.job.name, "failed", f"{what}: {change.detail}")
         self._publish()
 
     def reports(self) -> Iterator[Event]:
-        """Report what running jobs have written since the last call."""
-        for name, tail in self._tails.items():
-            if self.states[name] == "running":
-                yield from (Reported(name, line) for line in tail.lines())
+        """Report what running jobs have written since the last call and, about once a second, how the run stands."""
+        yield from self._lines()
+        if time.monotonic() - self._stood >= _STANDING_SECONDS:
+            self._stood = time.monotonic()
+            yield self.standing()
+
+    def standing(self) -> Standing:
+        reasons = waits(self.opened.jobs, self.states) | self.reasons
+        return Standing(dict(self.states), reasons, tuple(self.tasks.values()), self.nodes)
 
     def jobs_in(self, *states: JobState) -> list[str]:
         return [name for name, state in self.states.items() if state in states]
@@ -72,20 +75,106 @@ class RunState:
     def table(self) -> str:
         """All jobs in Markdown, for the description of the plan's run in MLflow."""
         rows = ["| job | state | top-1 error | best epoch | key |", "|---|---|---|---|---|"]
+        reasons = self.standing().reasons
         for name, job in self.opened.jobs.items():
             record = self.opened.record(name) or {}
-            error = record.get("top1_error")
-            cells = [name, self.states[name], "" if error is None else f"{error:.2%}", record.get("best_epoch", "")]
+            error, state = record.get("top1_error"), self.states[name].replace("_", " ")
+            if reason := reasons.get(name):
+                state += f" for {reason}" if state == "waiting" else f": {reason}"
+            cells = [name, state, "" if error is None else f"{error:.2%}", record.get("best_epoch", "")]
             rows.append(f"| {' | '.join(map(str, cells))} | {str(job.key)[:12]} |")
         return "\n".join(rows)
 
-    def _set(self, name: str, state: JobState, detail: str = "") -> Changed:
-        self.states[name], self.details[name] = state, detail
-        return Changed(name, state, detail, self.opened.record(name) or {})
+    def _task(self, target: Target, change: Change) -> Task | None:
+        """The task that a change begins or ends."""
+        if change.state == "started":
+            job = target.job.name if target.job else None
+            task = Task(target.name, target.kind, job, change.nodes, time.time())
+        elif target.name in self.tasks and change.state in ("done", "failed"):
+            task = replace(self.tasks[target.name], until=time.time())
+        else:
+            if change.state == "paused":
+                del self.tasks[target.name]
+            return None
+        self.tasks[target.name] = task
+        return task
+
+    def _trained(self, name: str, change: Change, task: Task | None) -> Iterator[Event]:
+        match change.state:
+            case "started":  # another driver may have made it while this one waited for it
+                yield self._set(name, "running" if self.opened.record(name) is None else "reused", task=task)
+            case "waiting":  # no event: there may be hundreds
+                self._set(name, "waiting", change.detail.removeprefix("waiting for "))
+            case "paused":
+                yield self._set(name, "waiting", "paused, to go on with other ranks")
+            case "failed":
+                yield self._set(name, "failed", change.detail)
+            case "dropped" if self.states[name] != "failed":  # what was made for it may have failed first
+                yield self._set(name, "not_run", f"{change.detail} failed")
+            case "done" if self.states[name] != "reused":
+                yield from self._lines()
+                yield self._set(name, "finished", task=task)
+
+    def _lines(self) -> Iterator[Event]:
+        for name, tail in self._tails.items():
+            if self.states[name] == "running":
+                yield from (Reported(name, line) for line in tail.lines())
+
+    def _set(self, name: str, state: JobState, reason: str = "", task: Task | None = None) -> Changed:
+        self.states[name] = state
+        self.reasons.pop(name, None)
+        if reason:
+            self.reasons[name] = reason
+        seconds = task.until - task.since if task and task.until else None
+        ranks = task.world_size if task else 1
+        return Changed(name, state, reason, self.opened.record(name) or {}, seconds, ranks)
 
     def _publish(self) -> None:
-        state = {"host": os.uname().nodename, "pid": os.getpid(), "jobs": self.states}
-        commit.write_file(self.opened.folder / FILE, json.dumps(state))
+        said = {"host": os.uname().nodename, "pid": os.getpid(), **asdict(self.standing())}
+        commit.write_file(self.opened.folder / FILE, json.dumps(said))
+
+
+def waits(jobs: Mapping[str, Job], states: Mapping[str, JobState]) -> dict[str, str]:
+    """The jobs that each waiting job waits for; those that wait for none are left out."""
+    found = {}
+    for name, job in jobs.items():
+        missing = [parent for parent in job.parents if states[parent] not in DONE]
+        if states[name] == "waiting" and missing:
+            found[name] = ", ".join(missing)
+    return found
+
+
+def told(opened: Opened) -> Standing:
+    """How a plan stands, by its committed weights and what the last driver said.
+
+    What ran in a driver of this machine that is gone runs no more.
+    """
+    said, gone = _said(opened.folder / FILE)
+    states: dict[str, JobState] = {}
+    for name in opened.jobs:
+        state = said.states.get(name, "waiting")
+        if opened.record(name) is not None:
+            states[name] = "reused" if state == "reused" else "finished"
+        else:
+            states[name] = "waiting" if state in DONE or (gone and state == "running") else state
+    kept = {name: why for name, why in said.reasons.items() if said.states.get(name) in ("failed", "not_run")}
+    if not gone:
+        kept |= {name: why for name, why in said.reasons.items() if states.get(name) == "waiting"}
+    tasks = tuple(task for task in said.tasks if task.until is not None or not gone)
+    return Standing(states, waits(opened.jobs, states) | kept, tasks, said.nodes)
+
+
+def _said(path: Path) -> tuple[Standing, bool]:
+    """What a driver has said, and whether it is known to be gone."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        tasks = tuple(Task(**task | {"nodes": tuple(task["nodes"])}) for task in said["tasks"])
+        nodes = tuple(Node(node["name"], Resources(**node["resources"])) for node in said["nodes"])
+        standing = Standing(dict(said["states"]), dict(said["reasons"]), tasks, nodes)
+    except (OSError, ValueError, TypeError, KeyError):
+        return Standing(), True
+    here = said.get("host") == os.uname().nodename
+    return standing, here and not Path(f"/proc/{said.get('pid')}").exists()
 
 
 class _Tail:

@@ -1,7 +1,8 @@
 """The commands that look at a plan and run it."""
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,12 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
              aliprod plan jobs/aliproducts.toml --gpus 8
     """
     opened = asked.opened()
+    from aliprod.build.state import told
+
     estimate = None if gpus is None or opened.catalogue is None else _estimate(opened, gpus)
     rows = [_row(opened, name) for name in opened.jobs]
     members, missing = list(opened.plan.ensemble.members), _missing(opened)
-    text = _jobs_table(rows, estimate) + f"\n{len(rows)} jobs, "
+    text = _jobs_table(rows, estimate, told(opened).states) + f"\n{len(rows)} jobs, "
     text += f"{sum(row['state'] == 'waiting' for row in rows)} to train, {len(members)} members."
     if missing:
         text += f" To make: {', '.join(f'{kind} {count}' for kind, count in missing.items())}."
@@ -49,7 +52,7 @@ def run_command(asked: Asked) -> None:
     \b
     Example: aliprod run jobs/quickstart.toml --set catalogue.path=photos --storage /shared/aliprod
     """
-    request = asked.request()
+    request = _announced(asked)
     from aliprod.cluster import driver
 
     _drive(request, driver.run(request), whole=True)
@@ -63,7 +66,7 @@ def ensemble_command(asked: Asked) -> None:
     \b
     Example: aliprod ensemble jobs/aliproducts.toml --storage /shared/aliprod
     """
-    request = asked.request()
+    request = _announced(asked)
     from aliprod.cluster import driver
 
     _drive(request, driver.ensemble(request), whole=False)
@@ -80,10 +83,15 @@ def status_command(asked: Asked) -> None:
     Example: aliprod status jobs/quickstart.toml
     """
     opened = asked.opened()
+    from aliprod.build import state
+    from aliprod.forecast.left import Outlook
     from aliprod.report import status
 
-    rows = status.states(opened)
-    answer({"plan": opened.plan.name, "jobs": rows}, status.states_table(rows))
+    standing, now = state.told(opened), time.time()
+    left = Outlook(opened).left(standing, now) if standing.running else None
+    jobs, tasks = status.states(opened, standing, left.ends if left else {}), status.tasks(standing, now)
+    found = {"plan": opened.plan.name, "jobs": jobs, "tasks": tasks, "eta_seconds": left.seconds if left else None}
+    answer(found, status.text(found))
 
 
 def _missing(opened: "Opened") -> dict[str, int]:
@@ -114,15 +122,17 @@ def _row(opened: "Opened", name: str) -> dict[str, Any]:
     }
 
 
-def _jobs_table(rows: list[dict[str, Any]], estimate: dict[str, Any] | None) -> str:
+def _jobs_table(rows: list[dict[str, Any]], estimate: dict[str, Any] | None, states: Mapping[str, str]) -> str:
+    """The jobs for people, with their states as a run tells them."""
     from aliprod.report import estimate as forecast
     from aliprod.report import status
 
     header = ["job", "needs", "key", "state", "member"]
-    shown: list[list[object]] = [
-        [row["name"], ", ".join(row["parents"]), (row["key"] or "-")[:12], row["state"], "yes" if row["member"] else ""]
-        for row in rows
-    ]
+    shown: list[list[object]] = []
+    for row in rows:
+        state = row["state"] if row["state"] == "finished" else states[row["name"]].replace("_", " ")
+        member = "yes" if row["member"] else ""
+        shown.append([row["name"], ", ".join(row["parents"]), (row["key"] or "-")[:12], state, member])
     if estimate is not None:
         header += forecast.HEADER
         shown = [[*row, *forecast.cells(job)] for row, job in zip(shown, estimate["jobs"], strict=True)]
@@ -143,19 +153,28 @@ def _forecast(estimate: dict[str, Any] | None, opened: "Opened", measure: str) -
     return "\n".join(forecast.lines(estimate, opened.plan.cluster.use_gpu is not False, measure))
 
 
+def _announced(asked: Asked) -> "Request":
+    """The request; said at once, since what runs it takes seconds to import."""
+    request = asked.request()
+    from aliprod.report.status import stamped
+
+    say(stamped(f"Plan {request.plan.name}, in the storage path {request.places.storage}."))
+    return request
+
+
 def _drive(request: "Request", events: Iterator[Event], whole: bool) -> None:
     """Print what happens as it happens, and write the report; exit 1 where a job failed."""
+    from aliprod.cli.watch import watched
     from aliprod.report import status
 
-    failures: list[Changed] = []
-    for event in events:
+    failures, outcome = list[Changed](), dict[str, Any]()
+    for event in watched(events):
         if isinstance(event, Changed) and event.state in ("failed", "not_run"):
             failures.append(event)
         if isinstance(event, Ended):
-            _report(request)
-            answer(event.outcome if whole else event.outcome["ensemble"], status.summary(event.outcome))
-        elif text := status.line(event):
-            say(text)
+            outcome |= event.outcome
+    _report(request)
+    answer(outcome if whole else outcome["ensemble"], status.summary(outcome))
     if failures:
         for failure in failures:
             click.echo(f"Error: {failure.job} {failure.state.replace('_', ' ')}: {failure.detail}", err=True)

@@ -5,12 +5,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 
 import ray
 
-from aliprod.build.events import Ended, Event, Said
+from aliprod.build.events import Began, Ended, Event, Said
 from aliprod.build.graph import Chosen, targets
 from aliprod.build.outputs import scores, splits
 from aliprod.build.preflight import make_first, prepare
@@ -21,14 +22,16 @@ from aliprod.build.target import Site, Target, lacking
 from aliprod.cluster import session
 from aliprod.cluster.launch import start_launcher
 from aliprod.cluster.tasks import RayRunner
-from aliprod.errors import Failed
+from aliprod.errors import Failed, listing
 from aliprod.forecast.seconds import Estimates
 from aliprod.plan.open import Opened, Request
+from aliprod.plan.places import catalogue_path
 from aliprod.store import commit, lineage
 from aliprod.store.lease import Leases
 from aliprod.tracking.choices import choose, origin
 from aliprod.tracking.registry import Choice
 from aliprod.tracking.runs import EnsembleResult, JobProgress, PlanProgress, Status
+from aliprod.tracking.server import redacted
 from aliprod.tracking.sync import Tracking
 
 _FLUSH_SECONDS = 60.0
@@ -46,8 +49,8 @@ def run(request: Request) -> Iterator[Event]:
         Refused: the input is wrong, nothing was started. Unreachable: cluster, storage or, at the start, MLflow.
         Failed: the ensemble cannot be made, or another driver has taken over. KeyboardInterrupt: it was told to stop.
     """
-    yield from _say(request.places.note)
-    yield from _Run(prepare(request), whole=True).events()
+    opened = yield from _opened(request)
+    yield from _Run(opened, whole=True).events()
 
 
 def ensemble(request: Request) -> Iterator[Event]:
@@ -56,8 +59,7 @@ def ensemble(request: Request) -> Iterator[Event]:
     Raises:
         Failed: a member is not trained yet. Else as `run`.
     """
-    yield from _say(request.places.note)
-    opened = prepare(request)
+    opened = yield from _opened(request)
     if missing := [name for name in request.plan.ensemble.members if opened.record(name) is None]:
         raise Failed(f"not trained yet: {', '.join(missing)}.", request.plan.name, "Run the plan first.")
     yield from _Run(opened, whole=False).events()
@@ -83,15 +85,19 @@ class _Run:
         with Leases(places.storage, f"plan {plan.name}") as self.leases:  # it watches other drivers from now on
             todo = self._missing(gpu=False)
             if todo:
-                make_first(self.opened, [target for target in todo.values() if target.first], self.site)
+                first = [target for target in todo.values() if target.first]
+                yield Said(f"Checking {listing(plan.backbones.values())}{', fetching their weights' if first else ''}.")
+                make_first(self.opened, first, self.site)
             self.site = replace(self.site, driver=self.leases.token)
             yield from self._alone(f"plan-{plan.name}")
             self.state = RunState(self.opened)  # as the driver before has left it
+            yield Said(f"Opening MLflow: {redacted(places.tracking_uri)}.")
             yield from self._alone("mlflow")  # the first one migrates its database
             self.tracking = Tracking.connect(places.tracking_uri, plan.name, places.artifacts, self.said.append)
             self.leases.release("mlflow")
             try:
                 if self._untrained():
+                    yield Said(f"Joining Ray at {places.address}." if places.address else "Starting Ray here.")
                     self._join()  # first: where there is no cluster, MLflow is shown nothing
                 yield from self._tracked()
             finally:
@@ -176,8 +182,9 @@ class _Run:
             if target.kind == "checkpoint":
                 self.tracking.registry.download(choices[target.owner.name], target.folder(self.site.storage))
         todo = {name: target for name, target in todo.items() if target.kind != "checkpoint"}
-        if any(target.kind == "ensemble" for target in todo.values()):
-            yield Said(f"Adding up {len(self.opened.plan.ensemble.members)} members.")
+        kinds = Counter(target.kind.replace("_", " ") for target in todo.values())
+        yield Said(f"To make: {', '.join(f'{kind} {count}' for kind, count in kinds.items())}.")
+        self.state.nodes = tuple(nodes)
         launcher = start_launcher(self.site) if any(target.kind == "training" for target in todo.values()) else None
         seconds = Estimates(self.opened, _FRESH_SECONDS).seconds
         runner = RayRunner(
@@ -248,7 +255,7 @@ class _Run:
         """Have MLflow show the run as it is."""
         state, opened, facts = self.state, self.opened, {"host": os.uname().nodename}
         jobs = tuple(
-            JobProgress(job, opened.job_folder(name), state.states[name], state.details.get(name, ""), facts)
+            JobProgress(job, opened.job_folder(name), state.states[name], state.reasons.get(name, ""), facts)
             for name, job in opened.jobs.items()
         )
         self.tracking.show(PlanProgress(opened.text, opened.plan.digest, status, state.table(), jobs, self.result))
@@ -256,6 +263,17 @@ class _Run:
     def _drained(self) -> Iterator[Event]:
         while self.said:
             yield Said(self.said.pop(0))
+
+
+def _opened(request: Request) -> Generator[Event, None, Opened]:
+    """Say what is run and where, then read the catalogue; return the plan with its jobs."""
+    plan, places = request.plan, request.places
+    yield from _say(places.note)
+    path = catalogue_path(plan, places)
+    yield Said(f"{'Reading' if path.exists() else 'Rendering'} the catalogue {path}.")
+    opened = prepare(request)
+    yield Began(opened)
+    return opened
 
 
 def _say(text: str) -> Iterator[Event]:

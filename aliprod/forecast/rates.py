@@ -6,7 +6,7 @@ Never a count of operations: measured training throughput of these backbones dif
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, get_args
 
@@ -14,10 +14,11 @@ from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.plan.options import needs
 from aliprod.recipe import NO_COST, LearningRate, Part, Stage, Views
-from aliprod.store import commit
+from aliprod.store import commit, epochs
 from aliprod.store.keys import key_of
 
 FILE = "benchmark.json"
+FORWARD = 3  # times as fast as training, about, where nobody has measured it
 
 # The cost of a step depends on none of these. What is not listed stays in a digest: a setting too many there costs a
 # second measurement, one too few a wrong forecast. Rates so low that no measurement diverges.
@@ -105,16 +106,18 @@ class Rates:
         """Find what the job itself has reported, else one of the plan with the same digest, else the benchmark."""
         if job.name in self._reported:
             return self._reported[job.name]
-        digest = _digest(self._opened, "train", job)
-        return self._alike.get(digest) or self._measured(digest)
+        return self._alike.get(_digest(self._opened, "train", job)) or self.measured(job, "train")
 
     def predicting(self, job: Job, views: Views) -> Rate | None:
-        """The benchmark; of the centre view, else, what training does: it is no slower to look at an image alone."""
-        rate = self._measured(_digest(self._opened, views, job))
-        return self.training(job) if rate is None and views == "center" and not job.soup else rate
+        """The benchmark; of the centre view, else, what training says, whose steps go forward and back."""
+        rate, trained = self.measured(job, views), None if job.soup else self.training(job)
+        if rate is None and views == "center" and trained is not None:
+            return replace(trained, images_per_second=FORWARD * trained.images_per_second)
+        return rate
 
-    def _measured(self, digest: str) -> Rate | None:
-        entry = self._known.get(digest)
+    def measured(self, job: Job, part: Part | Views) -> Rate | None:
+        """The benchmark alone."""
+        entry = self._known.get(_digest(self._opened, part, job))
         return None if entry is None else Rate(entry["images_per_second"], 1, entry["device"], "benchmark")
 
 
@@ -144,8 +147,12 @@ def _digest(opened: Opened, part: Part | Views, job: Job) -> str:
 
 
 def _reported(opened: Opened, job: Job) -> Rate | None:
-    """What a job's metrics say; the median, since the first epoch warms up and a disturbed one is slow."""
+    """What a job says of itself: the median of its epochs, since the first one warms up and a disturbed one is slow;
+    before the first has ended, its pace."""
     lines = [line for line in opened.metrics(job.name) if line.get("speed/images_per_second")]
+    pace = epochs.pace(opened.job_folder(job.name)) if job.key and not lines else None
+    if pace is not None:
+        return Rate(pace["images_per_second"], pace["ranks"], pace["device"], job.name)
     if not lines:
         return None
     return Rate(

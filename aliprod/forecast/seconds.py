@@ -3,18 +3,21 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from statistics import fmean
 
-from aliprod.build.target import Cost, Target
-from aliprod.forecast.rates import Rate, Rates
+from aliprod.build.target import Target
+from aliprod.forecast.rates import FORWARD, Rate, Rates
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
+from aliprod.plan.options import needs
 from aliprod.recipe import Views
 
 UNKNOWN = math.nan  # seconds of what nobody has measured; whatever depends on it is unknown too
 LOSS = 0.02
+_BESIDE = 0.71  # of its rate alone: what a job has beside another on two cores, benchmarks/RESULTS.md
 _GUESS = 500 * 224**2  # pixels a second that a network is guessed to train on where no rate is known at all
-_FORWARD = 3  # times as fast as training
 _CROPS: dict[Views, int] = {"ten_crop": 10, "center": 1}
 
 
@@ -37,10 +40,13 @@ class Estimates:
 
     Args:
         fresh_seconds: after which rates are read anew: jobs that run tell theirs.
+        beside: whether ranks run side by side: on CPUs they slow each other, which no benchmark of one has seen.
+    Attributes:
+        paces: pixels a second in training of one rank, of the jobs whose rate is known.
     """
 
-    def __init__(self, opened: Opened, fresh_seconds: float = math.inf) -> None:
-        self.opened, self.fresh_seconds = opened, fresh_seconds
+    def __init__(self, opened: Opened, fresh_seconds: float = math.inf, beside: bool = False) -> None:
+        self.opened, self.fresh_seconds, self.beside = opened, fresh_seconds, beside
         self._renew()
 
     def training(self, job: Job) -> Rate | None:
@@ -53,9 +59,15 @@ class Estimates:
 
     def _renew(self) -> None:
         rates, jobs, self.read = Rates(self.opened), self.opened.jobs, time.monotonic()
-        self._training = cache(lambda name: rates.training(jobs[name]))
-        self._predicting = cache(lambda name, views: rates.predicting(jobs[name], views))
-        self._pace = cache(self._typical)
+        self._training = cache(lambda name: self._slowed(rates.training(jobs[name])))
+        self._predicting = cache(lambda name, views: self._slowed(rates.predicting(jobs[name], views)))
+        found = [(job, rate) for job in jobs.values() if not job.soup and (rate := self.training(job))]
+        self.paces = {job.name: _pixels(job) * rate.images_per_second / speed_up(rate.ranks) for job, rate in found}
+
+    def _slowed(self, rate: Rate | None) -> Rate | None:
+        if rate is None or not self.beside or (rate.source, rate.device) != ("benchmark", "cpu"):
+            return rate
+        return replace(rate, images_per_second=_BESIDE * rate.images_per_second)
 
     def known(self, target: Target, world_size: int) -> float:
         """By measured rates; `UNKNOWN` where one is missing."""
@@ -72,16 +84,19 @@ class Estimates:
         """Always a number: where no rate is known, by images and pixels, at the pace of what is known of the plan."""
         if time.monotonic() - self.read > self.fresh_seconds:
             self._renew()
-        known = self.known(target, world_size)
+        known, cost = self.known(target, world_size), target.cost
         if not math.isnan(known):
             return known
-        return _pixels(target.cost) / self._pace() / speed_up(world_size)
+        if cost.job is None:
+            return 0.0
+        looks = cost.seen * _CROPS[cost.views] / FORWARD * cost.job.stage.crop**2
+        return (cost.trained * _pixels(cost.job) + looks) / self._pace(cost.job) / speed_up(world_size)
 
-    def _typical(self) -> float:
-        """Pixels a second in training, the mean of the jobs whose rate is known."""
-        rates = [(job, rate) for job in self.opened.jobs.values() if not job.soup and (rate := self.training(job))]
-        paces = [rate.images_per_second / speed_up(rate.ranks) * job.stage.crop**2 for job, rate in rates]
-        return sum(paces) / len(paces) if paces else _GUESS
+    def _pace(self, job: Job) -> float:
+        """Pixels a second in training, the mean of the plan's jobs of the same network, else of all."""
+        jobs = self.opened.jobs
+        alike = [pace for name, pace in self.paces.items() if jobs[name].network == job.network]
+        return fmean(alike or self.paces.values() or [_GUESS])
 
 
 def scaled(rate: Rate, ranks: int) -> float:
@@ -95,9 +110,7 @@ def _lasts(images: int, rate: Rate | None, ranks: int, faster: Callable[[int], f
     return UNKNOWN if rate is None else images * speed_up(rate.ranks) / rate.images_per_second / faster(ranks)
 
 
-def _pixels(cost: Cost) -> float:
-    """As a training counts them: an image that is only looked at is a third."""
-    job: Job | None = cost.job
-    if job is None:
-        return 0.0
-    return (cost.trained + cost.seen * _CROPS[cost.views] / _FORWARD) * job.stage.crop**2
+def _pixels(job: Job) -> float:
+    """What a step of a job looks at for each image."""
+    asked = needs(job.stage.objective.name, job.stage.objective.options)
+    return float(job.stage.crop**2 * (2 if asked.distorts or asked.second else 1))

@@ -78,7 +78,7 @@ def forecast(opened: Opened, gpus: int) -> Forecast:
     if (most := max((target.floor for target in todo.values()), default=0)) > gpus:
         what = f"{gpus} is less than the {most} that a job takes ([cluster] ranks)."
         raise Refused(what, "--gpus", 'Give more, or --set cluster.ranks="auto".')
-    estimates = Estimates(opened)
+    estimates = Estimates(opened, beside=gpus > 1)
     if missing := [name for name, target in todo.items() if math.isnan(estimates.known(target, target.floor))]:
         alone = {name: estimates.known(target, target.floor) for name, target in todo.items()}
         return Forecast(gpus, [_row(job, estimates, alone.get(job.name), ()) for job in _jobs(opened)], missing=missing)

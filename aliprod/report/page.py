@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from aliprod.build.state import told
 from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.catalogue.decode import Unreadable, decode_anyway
 from aliprod.errors import AliprodError
@@ -46,7 +47,7 @@ def _facts(request: Request) -> dict[str, Any]:
         "plan": plan,
         "note": opened.note,
         "settings": plan.model_dump_json(indent=1, exclude={"cluster"}, exclude_defaults=True),  # no password of MLflow
-        "rows": [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(opened)],
+        "rows": [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(opened, told(opened), {})],
         "ensemble": result,
         "figures": list(_figures(opened.jobs, errors, result)),
         **_error_analysis(opened.catalogue, opened.folder / "ensemble", result),

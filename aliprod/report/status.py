@@ -1,15 +1,13 @@
 """Lines and tables for a terminal."""
 
-import json
-import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from aliprod.build.events import DONE, Changed, Event, Reported, Said
+from aliprod.build.events import DONE, Began, Changed, Event, Reported, Said, Standing, Task
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
+from aliprod.report.estimate import duration
 from aliprod.store import epochs
 
 
@@ -17,18 +15,30 @@ def line(event: Event, clock: float | None = None) -> str:
     """One line for an event; '' for one that says nothing to a person.
 
     Args:
-        clock: seconds since the epoch to put in front; None: now.
+        clock: as `stamped` takes it.
     """
-    stamp = time.strftime("%H:%M:%S", time.localtime(clock))
     match event:
+        case Began():
+            return stamped(_begun(event.opened), clock)
         case Said():
-            return f"{stamp}  {event.text}"
+            return stamped(event.text, clock)
         case Reported():
-            return f"{stamp}  {event.job:<26} epoch {event.line['epoch'] + 1}: {_numbers(event.line)}"
+            return stamped(f"{event.job:<26} epoch {event.line['epoch'] + 1}: {_numbers(event.line)}", clock)
         case Changed():
-            said = event.detail if event.state == "waiting" and event.detail else event.state.replace("_", " ")
-            return f"{stamp}  {event.job:<26} {said}{_after(event)}"
+            return stamped(f"{event.job:<26} {event.state.replace('_', ' ')}{_after(event)}", clock)
+        case Task():
+            ended = "begins" if event.until is None else f"ended after {duration(event.until - event.since)}"
+            return stamped(f"{event.name:<26} {event.kind.replace('_', ' ')} {ended}", clock)
     return ""
+
+
+def stamped(text: str, clock: float | None = None) -> str:
+    """A line behind the time of day.
+
+    Args:
+        clock: seconds since the epoch; None: now.
+    """
+    return f"{time.strftime('%H:%M:%S', time.localtime(clock))}  {text}"
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
@@ -42,29 +52,53 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
-def states(opened: Opened) -> list[dict[str, Any]]:
-    """What `aliprod status --json` says of each job, from the storage path alone."""
-    reported = _reported(opened.folder / "state.json")
-    found = {name: _state(opened, name, reported.get(name, "waiting")) for name in opened.jobs}
-    return [row | {"gain": _gain(opened.jobs[name], found)} for name, row in found.items()]
+def states(opened: Opened, standing: Standing, left: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What `aliprod status --json` says of each job.
+
+    Args:
+        standing: `aliprod.build.state.told`. left: seconds to a job's end, where that is known.
+    """
+    sizes = {task.name: task.world_size for task in standing.tasks}
+    found = {name: _state(opened, name, standing) | {"world_size": sizes.get(name)} for name in opened.jobs}
+    for name, row in found.items():
+        row |= {"eta_seconds": 0.0 if row["state"] in DONE else left.get(name), "gain": _gain(opened.jobs[name], found)}
+    return list(found.values())
+
+
+def tasks(standing: Standing, now: float) -> list[dict[str, Any]]:
+    """What `aliprod status --json` says of each task that is being made and is no training."""
+    return [
+        {"name": task.name, "kind": task.kind, "job": task.job, "seconds": now - task.since}
+        for task in standing.running
+        if task.kind != "training"
+    ]
 
 
 def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of `states`."""
-    header = ["job", "state", "epoch", "top-1 error, %", "gain, points", "images/s", "seconds left"]
+    header = ["job", "state", "ranks", "epoch", "top-1 error, %", "gain, points", "images/s", "left", "why"]
     shown = [
         [
             row["name"],
             row["state"].replace("_", " "),
+            row["world_size"] if row["state"] == "running" else None,
             f"{row['epoch']}/{row['epochs']}",
             _percent(row["top1_error"]),
             "" if row["gain"] is None else f"{100 * row['gain']:+6.2f}",
             row["images_per_second"],
-            row["eta_seconds"],
+            duration(row["eta_seconds"]) if row["eta_seconds"] else "",
+            row["reason"],
         ]
         for row in rows
     ]
     return table(shown, header)
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """What `aliprod status --json` says, for people."""
+    tasks = [f"{one['name']}: {one['kind'].replace('_', ' ')} for {duration(one['seconds'])}" for one in found["tasks"]]
+    left = [] if found["eta_seconds"] is None else [f"About {duration(found['eta_seconds'])} left."]
+    return "\n".join([states_table(found["jobs"]), *tasks, *left])
 
 
 def summary(outcome: Mapping[str, Any]) -> str:
@@ -88,31 +122,20 @@ def outcome_table(outcome: Mapping[str, Any]) -> str:
     return table(rows, ["member", f"top-1 error on {ensemble['split'] or 'nothing labelled'}, %", "version"])
 
 
-def _state(opened: Opened, name: str, reported: str) -> dict[str, Any]:
+def _state(opened: Opened, name: str, standing: Standing) -> dict[str, Any]:
     job, record, lines = opened.jobs[name], opened.record(name), opened.metrics(name)
     last: Mapping[str, Any] = lines[-1] if lines else {}
-    if record is None:
-        state = "waiting" if reported in DONE else reported
-    else:
-        state = "reused" if reported == "reused" else "finished"
+    pace = None if record or job.key is None else epochs.pace(opened.job_folder(name))
     return {
         "name": job.name,
         "key": job.key,
-        "state": state,
+        "state": standing.states[name],
+        "reason": standing.reasons.get(name),
         "epoch": len(lines),
         "epochs": job.stage.epochs,
         "top1_error": record["top1_error"] if record else last.get(epochs.TOP1),
-        "images_per_second": last.get("speed/images_per_second"),
-        "eta_seconds": _seconds_left(lines, job.stage.epochs) if record is None else 0.0,
+        "images_per_second": (pace or {}).get("images_per_second", last.get("speed/images_per_second")),
     }
-
-
-def _seconds_left(lines: Sequence[Mapping[str, Any]], wanted: int) -> float | None:
-    """As many times the last epoch as are to come; None before the second epoch."""
-    if len(lines) < 2:
-        return None
-    seconds: float = (lines[-1]["time_ms"] - lines[-2]["time_ms"]) / 1000
-    return seconds * (wanted - len(lines))
 
 
 def _gain(job: Job, states: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -124,29 +147,24 @@ def _gain(job: Job, states: Mapping[str, Mapping[str, Any]]) -> float | None:
     return None if own is None or before is None else own - before
 
 
-def _reported(path: Path) -> dict[str, str]:
-    """What the last driver said of the jobs; a running job of a driver of this machine that is gone waits again."""
-    try:
-        reported = json.loads(path.read_text(encoding="utf-8"))
-        jobs = dict(reported["jobs"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-    if reported.get("host") == os.uname().nodename and not Path(f"/proc/{reported.get('pid')}").exists():
-        jobs = {name: "waiting" if state == "running" else state for name, state in jobs.items()}
-    return jobs
+def _begun(opened: Opened) -> str:
+    """What a run is about to do."""
+    plan, count = opened.plan, len(opened.jobs)
+    done = sum(opened.record(name) is not None for name in opened.jobs)
+    jobs = f"{count} jobs, {f'{done} finished before, {count - done}' if done else 'all'} to train"
+    images = f"{len(opened.read_catalogue().train):,} training images"
+    return f"{jobs}; {len(plan.ensemble.members)} members; {images}. Results: {opened.folder}"
 
 
 def _after(event: Changed) -> str:
     """What follows the state in an event's line."""
-    if event.state == "waiting":
-        return ""
+    if event.state == "running":
+        return f" on {event.world_size} ranks" if event.world_size > 1 else ""
     if event.state not in DONE:
         return f": {event.detail}" if event.detail else ""
     error = event.record.get("top1_error")
-    seconds = f" in {event.record['seconds']:.0f} s" if event.state == "finished" else ""
-    return seconds + (
-        "" if error is None else f", top-1 error {error:.2%} after epoch {event.record['best_epoch'] + 1}"
-    )
+    seconds = "" if event.seconds is None else f" after {duration(event.seconds)}"
+    return seconds + ("" if error is None else f", top-1 error {error:.2%} of epoch {event.record['best_epoch'] + 1}")
 
 
 def _numbers(line: Mapping[str, Any]) -> str:

@@ -1,15 +1,18 @@
 """The state of a run: what a change of a target means for its job, events, the file that `aliprod status` reads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aliprod.build.events import Changed, Event, Reported
+from aliprod.build.events import Changed, Event, Reported, Standing, Task
 from aliprod.build.graph import targets
+from aliprod.build.room import Node
 from aliprod.build.schedule import Change
-from aliprod.build.state import RunState
+from aliprod.build.state import RunState, told
+from aliprod.build.target import Resources
 from aliprod.catalogue import sources
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
@@ -47,6 +50,10 @@ def apply(state: RunState, name: str, *change: Any) -> list[Event]:
     return list(state.apply(targets(state.opened, gpu=False)[name], Change(name, *change)))
 
 
+def reported(state: RunState) -> list[Event]:
+    return [event for event in state.reports() if isinstance(event, Reported)]
+
+
 def finish(opened: Opened, record: dict[str, Any]) -> None:
     """Commit weights, as a job's training would."""
 
@@ -68,7 +75,7 @@ def epoch(opened: Opened, number: int, end: str = "\n") -> dict[str, float]:
 
 
 def stated(opened: Opened) -> dict[str, str]:
-    return dict(json.loads((opened.folder / "state.json").read_text())["jobs"])
+    return dict(json.loads((opened.folder / "state.json").read_text())["states"])
 
 
 def test_a_job_is_waiting_running_finished(state: RunState, opened: Opened) -> None:
@@ -78,7 +85,8 @@ def test_a_job_is_waiting_running_finished(state: RunState, opened: Opened) -> N
     record = {"top1_error": 0.5, "best_epoch": 0, "seconds": 1.0}
     finish(opened, record)
     [finished] = apply(state, "net/full", "done")
-    assert finished == Changed("net/full", "finished", "", record)
+    assert isinstance(finished, Changed)
+    assert (finished.state, finished.record, finished.seconds is not None) == ("finished", record, True)
     assert stated(opened) == {"net/full": "finished", "net/accuracy": "waiting"}
     assert state.jobs_in("finished") == ["net/full"]
     assert "| net/full | finished | 50.00% | 0 |" in state.table()
@@ -91,27 +99,77 @@ def test_a_failure_names_its_cause_and_what_it_keeps_from_running(state: RunStat
     assert (failed.state, failed.detail) == ("failed", "ValueError: no")
     assert (lost.state, lost.detail) == ("not_run", "net/full failed")
     assert stated(opened) == {"net/full": "failed", "net/accuracy": "not_run"}
+    assert told(opened).reasons == {"net/full": "ValueError: no", "net/accuracy": "net/full failed"}
+    assert "| net/full | failed: ValueError: no |" in state.table()
+    assert "| net/accuracy | not run: net/full failed |" in state.table()
 
 
-def test_a_prediction_shows_when_it_fails_and_only_then(state: RunState) -> None:
-    assert [*apply(state, "net/accuracy test", "started"), *apply(state, "net/accuracy test", "done")] == []
-    assert (apply(state, "net/accuracy test", "dropped", "net/full")) == []
+def test_a_waiting_job_says_what_for_until_it_runs(state: RunState, opened: Opened) -> None:
+    list(state.reuse())
+    assert told(opened).reasons == {"net/accuracy": "net/full"}
+    assert "| net/accuracy | waiting for net/full |" in state.table()
+    finish(opened, {"top1_error": 0.5, "best_epoch": 0, "seconds": 1.0})
+    apply(state, "net/full", "started")
+    apply(state, "net/full", "done")
+    apply(state, "net/accuracy", "started")
+    assert told(opened).reasons == {}
+
+
+def test_what_a_job_waits_for_is_what_the_scheduler_says_and_no_event(state: RunState, opened: Opened) -> None:
+    assert apply(state, "net/full", "waiting", "waiting for 2 GPUs") == []
+    assert told(opened).reasons["net/full"] == "2 GPUs"
+    assert "| net/full | waiting for 2 GPUs |" in state.table()
+
+
+def test_a_paused_job_waits_and_its_task_is_gone(state: RunState) -> None:
+    apply(state, "net/full", "started", "", ("a",))
+    [paused] = apply(state, "net/full", "paused")
+    assert (paused.state, paused.detail) == ("waiting", "paused, to go on with other ranks")
+    assert state.standing().tasks == ()
+
+
+def test_how_a_run_stands_is_told_once_a_second_and_is_what_its_file_says(state: RunState, opened: Opened) -> None:
+    state.nodes = (Node("a", Resources(2, 0)),)
+    apply(state, "net/full", "started", "", ("a", "a"))
+    found = [event for _ in range(50) for event in state.reports()]
+    assert found == [state.standing()], "fifty looks take no second"
+    assert isinstance(found[0], Standing)
+    assert told(opened) == found[0]
+    assert [(task.name, task.world_size) for task in found[0].tasks] == [("net/full", 2)]
+
+
+def test_a_prediction_is_a_task_and_its_failure_is_its_jobs(state: RunState) -> None:
+    [begun] = apply(state, "net/accuracy test", "started", "", ("a",))
+    assert isinstance(begun, Task)
+    assert (begun.name, begun.kind, begun.job, begun.until) == (
+        "net/accuracy test",
+        "prediction",
+        "net/accuracy",
+        None,
+    )
+    assert state.standing().running == [begun]
+    [ended] = apply(state, "net/accuracy test", "done")
+    assert ended == replace(begun, until=ended.until)
+    assert ended.until >= begun.since
+    assert state.standing().running == []
+    assert apply(state, "net/accuracy test", "dropped", "net/full") == []
     assert state.states["net/accuracy"] == "waiting"
-    [failed] = apply(state, "net/accuracy test", "failed", "it holds NaN")
+    apply(state, "net/accuracy test", "started")
+    [_, failed] = apply(state, "net/accuracy test", "failed", "it holds NaN")
     assert (failed.job, failed.state, failed.detail) == ("net/accuracy", "failed", "test: it holds NaN")
 
 
 def test_every_epoch_of_this_run_is_reported_once_and_whole(opened: Opened, state: RunState) -> None:
     epoch(opened, 0)
     state = RunState(opened)  # of a later driver: what lies there was reported by an earlier one
-    assert list(state.reports()) == [], "it does not run yet"
+    assert reported(state) == [], "it does not run yet"
     apply(state, "net/full", "started")
     line = epoch(opened, 1, end="")
-    assert list(state.reports()) == [], "half a line"
+    assert reported(state) == [], "half a line"
     with (opened.job_folder("net/full") / "metrics.jsonl").open("a") as lines:
         lines.write("\n{torn\n")
-    assert list(state.reports()) == [Reported("net/full", line)]
-    assert list(state.reports()) == []
+    assert reported(state) == [Reported("net/full", line)]
+    assert reported(state) == []
 
 
 def test_what_was_finished_before_is_reused(opened: Opened, state: RunState) -> None:
@@ -122,7 +180,8 @@ def test_what_was_finished_before_is_reused(opened: Opened, state: RunState) -> 
 
 
 def test_an_ensemble_that_fails_fails_the_plan(state: RunState) -> None:
-    assert apply(state, "ensemble", "failed", "it holds NaN") == []
+    apply(state, "ensemble", "started")
+    assert [event.name for event in apply(state, "ensemble", "failed", "it holds NaN")] == ["ensemble"]
     assert state.failure == "it holds NaN"
     assert state.jobs_in("failed") == []
 

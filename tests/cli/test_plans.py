@@ -1,5 +1,6 @@
 """Plans: answers for programs, and a sentence, never a traceback, for wrong input."""
 
+import json
 import shutil
 import socket
 import time
@@ -28,6 +29,15 @@ def test_plan_tells_each_job_and_what_is_done(shop: Shop) -> None:
             "member": True,
         },
     }
+
+
+def test_plan_for_people_says_which_jobs_run_or_have_failed(shop: Shop) -> None:
+    said = {"states": {"net/full": "failed", "net/accuracy": "not_run"}, "reasons": {}, "tasks": [], "nodes": []}
+    (shop.storage / "shop").mkdir(parents=True)
+    (shop.storage / "shop" / "state.json").write_text(json.dumps({"host": "another", "pid": 1, **said}))
+    full, accuracy = aliprod("plan", shop.plan).stdout.splitlines()[2:4]
+    assert (full.split()[-1], accuracy.split()[-3:]) == ("failed", ["not", "run", "yes"])
+    assert [job["state"] for job in answer("plan", shop.plan)["jobs"]] == ["waiting", "waiting"]
 
 
 def test_plan_for_people_counts_what_is_to_be_trained(shop: Shop) -> None:
@@ -61,8 +71,10 @@ def test_status_tells_the_state_of_each_job(shop: Shop) -> None:
     shop.finish("net/full")
     told = answer("status", shop.plan)
     full, accuracy = told["jobs"]
-    columns = {"name", "key", "state", "epoch", "epochs", "top1_error", "images_per_second", "eta_seconds", "gain"}
-    assert (set(told), set(full)) == ({"plan", "jobs"}, columns)
+    columns = {"name", "key", "state", "reason", "world_size", "epoch", "epochs", "top1_error", "images_per_second"}
+    assert (set(told), set(full)) == ({"plan", "jobs", "tasks", "eta_seconds"}, columns | {"eta_seconds", "gain"})
+    assert (told["tasks"], told["eta_seconds"]) == ([], None), "nothing runs"
+    assert (full["reason"], accuracy["reason"]) == (None, None), "nothing is missing but a run"
     assert (full["state"], full["top1_error"], accuracy["state"]) == ("finished", 0.25, "waiting")
     assert "25.00" in aliprod("status", shop.plan).stdout
 

@@ -60,11 +60,11 @@ def prepare(folder: Path, *sets: str) -> Opened:
     return Opened(plan, PLAN, places, catalogue, jobs_of(plan, catalogue.fingerprint))
 
 
-def measured(prepared: Opened, speeds: Mapping[str, float]) -> None:
+def measured(prepared: Opened, speeds: Mapping[str, float], device: str = "NVIDIA H100") -> None:
     """As `aliprod benchmark train PLAN` would keep it."""
     for piece in rates.pieces(prepared, "train"):
         if piece.part in speeds:
-            rates.keep(prepared, piece, {"images_per_second": speeds[piece.part], "device": "cpu"})
+            rates.keep(prepared, piece, {"images_per_second": speeds[piece.part], "device": device})
 
 
 def told(prepared: Opened, name: str, *speeds: float, **facts: Any) -> None:
@@ -100,7 +100,7 @@ def test_a_job_takes_its_images_at_the_measured_rates(prepared: Opened) -> None:
     assert found.lower_bound_seconds == pytest.approx(full + balanced + accuracy + ten_crop)
     assert found.seconds == pytest.approx(3 * START + found.lower_bound_seconds)
     assert found.gpu_hours == pytest.approx(found.seconds / 3600)
-    assert {job.source for job in found.jobs} == {"benchmark, cpu"}
+    assert {job.source for job in found.jobs} == {"benchmark, NVIDIA H100"}
     assert {job.ranks for job in found.jobs} == {(1,)}
     both = forecast(prepared, 2)  # balanced beside accuracy
     assert both.lower_bound_seconds == pytest.approx(full + accuracy + ten_crop)
@@ -114,7 +114,7 @@ def test_what_a_job_has_told_goes_before_its_twin_and_that_before_the_benchmark(
     full, balanced, accuracy = forecast(prepared, 1).jobs
     assert (full.images_per_second, full.source) == (10.0, "net/full, NVIDIA H100")
     assert (balanced.images_per_second, balanced.source) == (10.0, "net/full, NVIDIA H100"), "the same step"
-    assert (accuracy.images_per_second, accuracy.source) == (1.0, "benchmark, cpu"), "another objective"
+    assert (accuracy.images_per_second, accuracy.source) == (1.0, "benchmark, NVIDIA H100"), "another objective"
 
 
 def test_what_several_ranks_have_told_is_scaled_to_those_asked_for(tmp_path: Path, photos: Path) -> None:
@@ -157,7 +157,9 @@ def test_without_a_rate_there_is_no_total_and_it_is_said_of_what(prepared: Opene
     assert found.missing == ["net/accuracy", "net/accuracy test"]
     full, _, accuracy = found.jobs
     assert (accuracy.seconds, accuracy.begin, accuracy.source) == (None, None, None)
-    assert full.seconds == pytest.approx(3 * (20 + len(prepared.catalogue.val)) / 10), "val at no better rate"
+    assert full.seconds == pytest.approx(3 * (20 / 10 + len(prepared.catalogue.val) / 30)), (
+        "val at three times the rate"
+    )
 
 
 def test_what_is_made_for_a_job_is_counted_where_it_can_be_and_named_where_not(tmp_path: Path, photos: Path) -> None:
@@ -218,7 +220,7 @@ def test_what_changes_the_cost_of_a_step_is_measured_anew_and_nothing_else(tmp_p
         assert digests(same) == before
     two_branches = digests("stages.accuracy.objective='bbn'") - before
     assert len(two_branches) == 3, "training, centre, ten crops"
-    for other in ("crop=24", "batch_size=2", "shares=2", "precision='bfloat16'", "ema=0.9"):
+    for other in ("crop=24", "batch_size=2", "accumulate=2", "precision='bfloat16'", "ema=0.9"):
         assert not {p.digest for p in rates.pieces(prepare(tmp_path, f"defaults.{other}"), "step")} & {
             p.digest for p in rates.pieces(prepare(tmp_path), "step")
         }
@@ -286,3 +288,14 @@ def test_a_chain_takes_its_sum_and_no_less_is_possible(seconds: list[float]) -> 
     spans = simulate(todo, lambda target, ranks: lasts[target], machines(GPUS))
     assert max(one[-1].end for one in spans.values()) == pytest.approx(sum(seconds) + len(seconds) * START)
     assert lower_bound(todo, lambda target, ranks: lasts[target], GPUS) == pytest.approx(sum(seconds))
+
+
+def test_ranks_side_by_side_on_cpus_are_slower_than_one_that_was_measured_alone(prepared: Opened) -> None:
+    measured(prepared, {"train": 10.0, "center": 40.0, "ten_crop": 4.0}, device="cpu")
+    alone, beside = forecast(prepared, 1).jobs[0], forecast(prepared, 2).jobs[0]
+    assert (alone.images_per_second, beside.images_per_second) == (
+        10.0,
+        pytest.approx(7.1 * speed_up(beside.ranks[-1])),
+    )
+    told(prepared, "net/full", 8.0, device="cpu")
+    assert forecast(prepared, 2).jobs[0].images_per_second == pytest.approx(8.0 * speed_up(beside.ranks[-1]))

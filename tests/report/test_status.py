@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aliprod.build.events import Changed, Ended, Reported, Said
+from aliprod.build.events import Changed, Ended, Reported, Said, Task
+from aliprod.build.state import told
 from aliprod.plan.jobs import Job, jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
@@ -46,11 +49,14 @@ class Shop:
     def folder(self, name: str) -> Path:
         return self.opened.job_folder(name)
 
-    def told(self, pid: int, host: str = os.uname().nodename, **states: str) -> None:
+    def told(self, pid: int, host: str = os.uname().nodename, tasks: Sequence[Task] = (), **states: str) -> None:
+        """As a driver leaves it, whose jobs did not end well for a reason each."""
         file = self.places.of(self.plan) / "state.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         jobs = {f"net/{name}": state for name, state in states.items()}
-        file.write_text(json.dumps({"host": host, "pid": pid, "jobs": jobs}))
+        reasons = {name: f"why {state}" for name, state in jobs.items() if state in ("waiting", "failed", "not_run")}
+        said = {"states": jobs, "reasons": reasons, "tasks": [asdict(task) for task in tasks], "nodes": []}
+        file.write_text(json.dumps({"host": host, "pid": pid, **said}))
 
     def epoch(self, name: str, epoch: int, seconds: float, error: float = 0.5) -> None:
         line = {"epoch": epoch, "time_ms": round(1000 * seconds), "val/top1_error": error}
@@ -62,7 +68,7 @@ class Shop:
         commit.write(self.folder(name) / "weights", lambda new: (new / "model").touch(), {"top1_error": error})
 
     def states(self) -> dict[str, dict[str, Any]]:
-        return {row["name"]: row for row in status.states(self.opened)}
+        return {row["name"]: row for row in status.states(self.opened, told(self.opened), {"net/full": 20.0})}
 
 
 @pytest.fixture
@@ -84,23 +90,29 @@ def test_nothing_is_known_of_jobs_that_have_not_begun(shop: Shop) -> None:
         "name": "net/full",
         "key": shop.jobs["net/full"].key,
         "state": "waiting",
+        "reason": None,
+        "world_size": None,
         "epoch": 0,
         "epochs": 4,
         "top1_error": None,
         "images_per_second": None,
-        "eta_seconds": None,
+        "eta_seconds": 20.0,
         "gain": None,
     }
+    assert shop.states()["net/accuracy"]["eta_seconds"] is None
+    assert shop.states()["net/accuracy"]["reason"] == "net/full"
 
 
-def test_a_running_job_shows_its_epochs_and_the_time_that_they_leave(shop: Shop) -> None:
-    shop.told(os.getpid(), full="running")
+def test_a_running_job_shows_its_ranks_its_epochs_and_its_pace(shop: Shop) -> None:
+    shop.told(os.getpid(), tasks=[Task("net/full", "training", "net/full", ("a", "a", "b", "b"), 0.0)], full="running")
     shop.epoch("net/full", 0, seconds=100, error=0.75)
-    assert shop.states()["net/full"]["eta_seconds"] is None, "one epoch does not say how long an epoch lasts"
     shop.epoch("net/full", 1, seconds=110, error=0.25)
     row = shop.states()["net/full"]
     assert (row["state"], row["epoch"], row["top1_error"], row["images_per_second"]) == ("running", 2, 0.25, 80.0)
-    assert row["eta_seconds"] == pytest.approx((4 - 2) * 10)
+    assert (row["world_size"], row["reason"]) == (4, None)
+    (shop.folder("net/full") / "resume").mkdir()
+    (shop.folder("net/full") / "resume" / "pace.json").write_text(json.dumps({"step": 3, "images_per_second": 90.5}))
+    assert shop.states()["net/full"]["images_per_second"] == 90.5
 
 
 @pytest.mark.parametrize("told", ["waiting", "running", "failed", "not_run", "finished", None])
@@ -144,8 +156,35 @@ def test_a_job_that_was_told_finished_and_has_no_weights_waits_again(shop: Shop,
 
 
 def test_a_driver_that_is_gone_runs_nothing(shop: Shop, gone: int) -> None:
-    shop.told(gone, full="failed", accuracy="running")
-    assert [row["state"] for row in shop.states().values()] == ["failed", "waiting"]
+    shop.told(gone, tasks=[Task("hashes", "hashes", None, ("a",), 0.0)], full="waiting", accuracy="running")
+    assert [row["state"] for row in shop.states().values()] == ["waiting", "waiting"]
+    assert [row["reason"] for row in shop.states().values()] == [None, "net/full"]
+    assert told(shop.opened).running == []
+
+
+def test_why_jobs_failed_is_known_when_their_driver_is_gone(shop: Shop, gone: int) -> None:
+    shop.told(gone, full="failed", accuracy="not_run")
+    rows = shop.states().values()
+    assert [(row["state"], row["reason"]) for row in rows] == [("failed", "why failed"), ("not_run", "why not_run")]
+    assert "why not_run" in status.states_table(list(rows))
+
+
+def test_what_a_job_waits_for_is_what_its_driver_says(shop: Shop) -> None:
+    shop.told(os.getpid(), full="waiting", accuracy="waiting")
+    assert shop.states()["net/full"]["reason"] == "why waiting"
+
+
+def test_tasks_that_are_no_trainings_are_told_while_they_are_made(shop: Shop) -> None:
+    tasks = [
+        Task("net/full", "training", "net/full", ("a",), 100.0),
+        Task("net/full test", "prediction", "net/full", ("a",), 100.0),
+        Task("hashes", "hashes", None, ("a",), 40.0, 90.0),
+    ]
+    shop.told(os.getpid(), tasks=tasks, full="running")
+    rows = status.tasks(told(shop.opened), now=110.0)
+    assert rows == [{"name": "net/full test", "kind": "prediction", "job": "net/full", "seconds": 10.0}]
+    text = status.text({"jobs": list(shop.states().values()), "tasks": rows, "eta_seconds": 90.0})
+    assert text.splitlines()[-2:] == ["net/full test: prediction for 10 s", "About 1 min 30 s left."]
 
 
 def test_a_driver_on_another_machine_is_taken_at_its_word(shop: Shop, gone: int) -> None:
@@ -153,7 +192,7 @@ def test_a_driver_on_another_machine_is_taken_at_its_word(shop: Shop, gone: int)
     assert shop.states()["net/accuracy"]["state"] == "running"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": 1, "jobs": 3}', "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": 1, "states": 3}', '{"jobs": {}}', "null"])
 def test_a_damaged_file_of_states_tells_nothing(shop: Shop, text: str) -> None:
     shop.told(1)
     (shop.places.of(shop.plan) / "state.json").write_text(text)
@@ -170,13 +209,23 @@ def test_jobs_without_keys_wait(shop: Shop) -> None:
 
 def test_a_line_names_the_job_and_what_came_of_it() -> None:
     record = {"seconds": 61.4, "top1_error": 0.125, "best_epoch": 2}
-    finished = status.line(Changed("net/full", "finished", record=record), 0)
-    assert finished.split(maxsplit=1)[1] == f"{'net/full':<26} finished in 61 s, top-1 error 12.50% after epoch 3"
+    finished = status.line(Changed("net/full", "finished", record=record, seconds=71.0), 0)
+    told = f"{'net/full':<26} finished after 1 min 11 s, top-1 error 12.50% of epoch 3"
+    assert finished.split(maxsplit=1)[1] == told, "from when it was said to run"
     failed = status.line(Changed("net/full", "failed", "ValueError: no"), 0)
     assert failed.endswith("failed: ValueError: no")
     assert status.line(Changed("net/full", "not_run", "net/full failed"), 0).endswith("not run: net/full failed")
-    unscored = status.line(Changed("net/full", "finished", record=record | {"top1_error": None}), 0)
-    assert unscored.endswith("finished in 61 s")
+    unscored = status.line(Changed("net/full", "finished", record=record | {"top1_error": None}, seconds=9.0), 0)
+    assert unscored.endswith("finished after 9 s")
+    assert status.line(Changed("net/full", "running", world_size=4), 0).endswith(
+        "net/full                   running on 4 ranks"
+    )
+
+
+def test_a_line_tells_when_a_task_begins_and_ends() -> None:
+    task = Task("net/full test", "soft_labels", "net/full", ("a",), 100.0)
+    assert status.line(task, 0).endswith("net/full test              soft labels begins")
+    assert status.line(replace(task, until=165.0), 0).endswith("soft labels ended after 1 min 05 s")
 
 
 def test_an_epoch_is_counted_from_one_for_people() -> None:
