@@ -16,6 +16,7 @@ from aliprod.errors import AliprodError
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Request, open_plan
 from aliprod.report import error_analysis, figures, status
+from aliprod.report.estimate import duration
 from aliprod.store import commit, epochs
 
 FILE = "report.html"
@@ -43,11 +44,13 @@ def _facts(request: Request) -> dict[str, Any]:
     lines = {name: opened.metrics(name) for name in opened.jobs}
     result = _ensemble(opened.folder / "result.json")
     errors = {name: [line.get(epochs.TOP1) for line in own] for name, own in lines.items()}
+    standing = told(opened)
     return {
         "plan": plan,
         "note": opened.note,
         "settings": plan.model_dump_json(indent=1, exclude={"cluster"}, exclude_defaults=True),  # no password of MLflow
-        "rows": [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(opened, told(opened), {})],
+        "rows": [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(opened, standing, {})],
+        "took": {task.name: duration(task.until - task.since) for task in standing.tasks if task.until is not None},
         "ensemble": result,
         "figures": list(_figures(opened.jobs, errors, result)),
         **_error_analysis(opened.catalogue, opened.folder / "ensemble", result),
