@@ -106,16 +106,16 @@ class Rates:
         """Find what the job itself has reported, else one of the plan with the same digest, else the benchmark."""
         if job.name in self._reported:
             return self._reported[job.name]
-        return self._alike.get(_digest(self._opened, "train", job)) or self.measured(job, "train")
+        return self._alike.get(_digest(self._opened, "train", job)) or self._measured(job, "train")
 
     def predicting(self, job: Job, views: Views) -> Rate | None:
         """The benchmark; of the centre view, else, what training says, whose steps go forward and back."""
-        rate, trained = self.measured(job, views), None if job.soup else self.training(job)
+        rate, trained = self._measured(job, views), None if job.soup else self.training(job)
         if rate is None and views == "center" and trained is not None:
             return replace(trained, images_per_second=FORWARD * trained.images_per_second)
         return rate
 
-    def measured(self, job: Job, part: Part | Views) -> Rate | None:
+    def _measured(self, job: Job, part: Part | Views) -> Rate | None:
         """The benchmark alone."""
         entry = self._known.get(_digest(self._opened, part, job))
         return None if entry is None else Rate(entry["images_per_second"], 1, entry["device"], "benchmark")

@@ -220,7 +220,7 @@ def test_what_changes_the_cost_of_a_step_is_measured_anew_and_nothing_else(tmp_p
         assert digests(same) == before
     two_branches = digests("stages.accuracy.objective='bbn'") - before
     assert len(two_branches) == 3, "training, centre, ten crops"
-    for other in ("crop=24", "batch_size=2", "accumulate=2", "precision='bfloat16'", "ema=0.9"):
+    for other in ("crop=24", "batch_size=2", "shares=2", "precision='bfloat16'", "ema=0.9"):
         assert not {p.digest for p in rates.pieces(prepare(tmp_path, f"defaults.{other}"), "step")} & {
             p.digest for p in rates.pieces(prepare(tmp_path), "step")
         }

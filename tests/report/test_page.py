@@ -106,8 +106,8 @@ def test_a_plan_that_has_not_run_has_a_report_of_its_jobs(request_of: Request) -
 def test_jobs_that_did_not_end_well_say_why_and_the_others_how_long_they_took(request_of: Request) -> None:
     states = {"net/full": "failed", "net/accuracy": "not_run"}
     reasons = {"net/full": "the loss is <not finite>", "net/accuracy": "net/full failed"}
-    task = {"name": "net/full", "kind": "training", "job": "net/full", "world_size": 1, "since": 100.0, "until": 165.0}
-    said = {"host": "gone", "pid": 1, "states": states, "reasons": reasons, "tasks": [task], "slots": 1}
+    task = {"name": "net/full", "kind": "training", "job": "net/full", "nodes": ["a"], "since": 100.0, "until": 165.0}
+    said = {"host": "gone", "pid": 1, "states": states, "reasons": reasons, "tasks": [task], "nodes": []}
     commit.write_file(request_of.places.storage / "shop" / "state.json", json.dumps(said))
     words = seen(request_of).words
     for told in ("failed: the loss is <not finite>", "not run: net/full failed", "1 min 05 s"):
