@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
@@ -21,6 +19,7 @@ from aliprod.build.state import RunState
 from aliprod.build.target import Site, Target, lacking
 from aliprod.cluster import session
 from aliprod.cluster.launch import start_launcher
+from aliprod.cluster.signals import Signals
 from aliprod.cluster.tasks import RayRunner
 from aliprod.errors import Failed, listing
 from aliprod.forecast.seconds import Estimates
@@ -75,13 +74,14 @@ class _Run:
     def __init__(self, opened: Opened, whole: bool) -> None:
         self.opened, self.whole, self.state = opened, whole, RunState(opened)
         self.site = Site.of(opened)
-        self.stop, self.said = threading.Event(), list[str]()
+        self.signals, self.said = Signals(), list[str]()
         self.chosen: dict[str, Chosen] = {}
         self.result: EnsembleResult | None = None
 
     def events(self) -> Iterator[Event]:
         """Make what is missing; the outcome ends up in result.json."""
         places, plan = self.opened.places, self.opened.plan
+        self.signals.listen()
         with Leases(places.storage, f"plan {plan.name}") as self.leases:  # it watches other drivers from now on
             todo = self._missing(gpu=False)
             if todo:
@@ -190,18 +190,20 @@ class _Run:
         runner = RayRunner(
             self.site,
             launcher,
-            self.stop.is_set,
+            lambda: self.signals.told,
             lambda target: self._graph(gpu)[target.name],
             seconds,
             self.leases,
         )
-        for change in execute(todo, runner, settings.max_parallel_jobs):
+        self.signals.gently = True
+        for change in runner.as_begun(execute(todo, runner, settings.max_parallel_jobs)):
             self.leases.check()
             yield from self.state.reports()
             if change is not None:
                 yield from self.state.apply(todo[change.name], change)
-            if self.stop.is_set():  # what it has running ends with its session of Ray
-                raise KeyboardInterrupt
+        self.signals.gently = False
+        if self.signals.told:
+            raise KeyboardInterrupt
 
     def _graph(self, gpu: bool) -> dict[str, Target]:
         return targets(self.opened.with_cluster(self.site.cluster), gpu, self.chosen)
@@ -240,16 +242,9 @@ class _Run:
         """Join the cluster, when there is something to do on it."""
         if ray.is_initialized():
             return
-        session.join(self.opened.places.address)
-        if threading.current_thread() is threading.main_thread():  # after ray.init, which sets handlers of its own
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._ask_to_stop)
+        with self.signals.starting_others():
+            session.join(self.opened.places.address)
         session.probe(self.opened.places.storage)
-
-    def _ask_to_stop(self, *_: object) -> None:
-        if self.stop.is_set():  # twice: at once
-            raise KeyboardInterrupt
-        self.stop.set()
 
     def _show(self, status: Status = "RUNNING") -> None:
         """Have MLflow show the run as it is."""

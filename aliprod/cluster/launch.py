@@ -5,11 +5,13 @@ Importing this module is cheap: neither the driver nor the launcher's first seco
 
 import os
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from aliprod.build.schedule import Outcome
 from aliprod.build.target import Site, Target
 from aliprod.plan.schema import Cluster
 
@@ -26,13 +28,28 @@ def start_launcher(site: Site) -> Any:
         Its handle. Keep it: the launcher ends with the last handle.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=site.cluster.max_failures)(Launcher)
-    return actor.options(max_concurrency=_MOST_JOBS, scheduling_strategy=here).remote(site)
+    options: Any = {"max_restarts": -1, "max_task_retries": site.cluster.max_failures, "scheduling_strategy": here}
+    options |= {"num_cpus": 0, "max_concurrency": _MOST_JOBS, "concurrency_groups": {"talk": 2}}
+    return ray.remote(**options)(Launcher).remote(site)
 
 
-def launch(launcher: Any, target: Target, ranks: int) -> Any:
-    """Start a job, which the dashboard lists by its name; the reference resolves to why it failed, or to ''."""
-    return launcher.fit.options(name=target.name).remote(target, ranks)
+@dataclass(frozen=True)
+class Start:
+    """A start of a job.
+
+    Attributes:
+        number: it tells one start of a job from the next.
+        nodes: of each rank.
+    """
+
+    number: int
+    target: Target
+    nodes: tuple[str, ...]
+
+
+def launch(launcher: Any, start: Start) -> Any:
+    """Start a job, which the dashboard lists by its name; the reference resolves to its `Outcome`."""
+    return launcher.fit.options(name=start.target.name).remote(start)
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
@@ -40,25 +57,41 @@ def environment(cluster: Cluster) -> dict[str, str]:
     return {
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard has no Train tab
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(cluster.poll_seconds),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a node that is about to go is the scheduler's business
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",  # then it is looked whether the nodes are still there
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
 
 
 class Launcher:
-    """The actor: it fits each job's trainer in a thread of its own."""
+    """The actor: it fits each job's trainer in a thread of its own, and stands between the driver and rank 0."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        self.stops, self.begun = frozenset[int](), set[int]()
         os.environ |= environment(site.cluster) | os.environ  # what is set already stays
         _free_places()
         threading.Thread(target=_import_trainer, daemon=True).start()
 
-    def fit(self, target: Target, ranks: int) -> str:
-        """Train a job; why it failed, or an empty text."""
+    def fit(self, start: Start) -> Outcome:
+        """Train a job."""
         from aliprod.cluster.trainer import fit
 
-        return fit(target, self.site, ranks)
+        me = ray.get_runtime_context().current_actor
+        return fit(start, self.site, me, lambda: start.number in self.stops)
+
+    @ray.method(concurrency_group="talk")
+    def hear(self, stops: frozenset[int]) -> frozenset[int]:
+        """Take down which starts are to stop; which ones have begun. It is asked again and again by the driver."""
+        self.stops = stops
+        return frozenset(self.begun)
+
+    @ray.method(concurrency_group="talk")
+    def is_to_stop(self, number: int) -> bool:
+        """Whether a start is to stop; asked again and again by its rank 0, from its beginning on."""
+        self.begun.add(number)
+        return number in self.stops
 
 
 def _import_trainer() -> None:

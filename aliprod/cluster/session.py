@@ -1,15 +1,19 @@
 """The Ray cluster: joining it, what it has, and whether all its nodes see the storage path."""
 
+import json
 import logging
 import os
 import shutil
 import socket
 import uuid
 import warnings
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import ray
 import ray.exceptions
+from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aliprod.build.room import Node, cpus_of_a_rank
@@ -20,6 +24,8 @@ from aliprod.store import commit
 
 _PROBE_SECONDS = 60
 _KNOCK_SECONDS = 10
+_HEAD = "node:__internal_head__"  # a resource of the head alone
+_CONFIG = "~/ray_bootstrap_config.yaml"  # on the head, by `ray up`
 
 
 def join(address: str | None) -> None:
@@ -38,7 +44,6 @@ def join(address: str | None) -> None:
         else:
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # by default one a core
             os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # for a dashboard, which is not started
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes our one node away
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own deprecations are none of the user's business
             ray.init(
@@ -65,16 +70,49 @@ def _knock(address: str) -> None:
 
 
 def nodes() -> list[Node]:
-    """The nodes that are alive, with all they have, busy or not."""
-    found = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return [Node(name, Resources(int(has.get("CPU", 0)), int(has.get("GPU", 0)))) for name, has in found]
+    """The nodes that are alive, and that nobody is about to take away, with all they have, busy or not."""
+    going = state.get_draining_nodes()
+    found = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going]
+    return [Node(node["NodeID"], _resources(node["Resources"])) for node in found]
 
 
 def types(cluster: Cluster) -> list[Resources]:
-    """What the plan says that the cluster can grow by, as one more node; none where it says nothing."""
-    there = sum((node.resources for node in nodes()), Resources(0, 0))
-    more = Resources(max(0, (cluster.max_cpus or 0) - there.cpus), max(0, (cluster.max_gpus or 0) - there.gpus))
-    return [] if more == Resources(0, 0) else [more]
+    """The nodes that the cluster may still start by itself, one entry each.
+
+    `ray up` leaves its configuration with the head. Other autoscalers (KubeRay's) tell nobody what they may start:
+    then it is what the plan says the cluster can grow to, as one more node.
+    """
+    there = [node.resources for node in nodes()]
+    config = _autoscaler(ray.get_runtime_context().get_job_id())
+    if config is None:
+        has = sum(there, Resources(0, 0))
+        more = Resources(max(0, (cluster.max_cpus or 0) - has.cpus), max(0, (cluster.max_gpus or 0) - has.gpus))
+        return [] if more == Resources(0, 0) else [more]
+    most, found = int(config.get("max_workers", 0)) - (len(there) - 1), list[Resources]()
+    for name, kind in config["available_node_types"].items():
+        one = _resources(kind.get("resources", {}))
+        count = 0 if name == config.get("head_node_type") else int(kind.get("max_workers", most))
+        found += [one] * (count - there.count(one))
+    return found[: max(0, most)]
+
+
+@cache
+def _autoscaler(_: str) -> dict[str, Any] | None:
+    """What `ray up` has left with the head; None where nothing is there. Asked once a session."""
+    [head] = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
+    there = NodeAffinitySchedulingStrategy(head, soft=False)
+    text = ray.get(_read.options(name="what the autoscaler may start", scheduling_strategy=there).remote(_CONFIG))
+    return dict(json.loads(text)) if text else None
+
+
+@ray.remote(num_cpus=0)
+def _read(path: str) -> str:
+    file = Path(path).expanduser()
+    return file.read_text() if file.exists() else ""
+
+
+def _resources(has: Mapping[str, float]) -> Resources:
+    return Resources(int(has.get("CPU", 0)), int(has.get("GPU", 0)))
 
 
 def uses_gpu(cluster: Cluster) -> bool:

@@ -1,32 +1,60 @@
-"""A target becomes a Ray task, or a TorchTrainer where it has ranks."""
+"""A target on the cluster: a training goes to the launcher, all else becomes Ray tasks, each rank on its node."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aliprod.build.room import Node
-from aliprod.build.schedule import Outcome
+from aliprod.build.schedule import Change, Outcome
 from aliprod.build.target import Resources, Site, Target
 from aliprod.cluster import session
-from aliprod.cluster.launch import launch
+from aliprod.cluster.launch import Start, launch
 from aliprod.errors import AliprodError
+from aliprod.store.layout import newest_step
 from aliprod.store.lease import Leases
 
 TICK_SECONDS = 0.2
-_RACED = "another driver was faster"
+_ASK_AGAIN_SECONDS = 5.0
+_PATIENCE_SECONDS = 10.0  # a rank's process starts in as many
+_PAUSED = Outcome("paused")
+
+
+@dataclass(eq=False)
+class Work:
+    """A target that is being made.
+
+    Attributes:
+        refs: Ray's, of what has not ended.
+        stopped: it was asked to.
+        whole: the task that is left makes all that the others have not.
+    """
+
+    start: Start
+    refs: list[Any]
+    stopped: bool = False
+    whole: bool = False
+
+    @property
+    def trains(self) -> bool:
+        return self.start.target.kind == "training"
 
 
 class RayRunner:
     """Makes targets on the cluster.
 
     Args:
-        launcher: of `aliprod.cluster.launch.start_launcher`, where anything has ranks.
-        stopping: whether nothing more is to be started.
+        launcher: of `aliprod.cluster.launch.start_launcher`, where anything is to be trained.
+        stopping: whether nothing more is to be started, and what runs is to stop.
         current: a target as it is now that what it needs is made.
-        seconds: what a target takes at a world size.
+        estimate: seconds that a target takes at a world size.
         leases: of the driver, who holds one of each training that runs.
     """
 
@@ -36,11 +64,16 @@ class RayRunner:
         launcher: Any,
         stopping: Callable[[], bool],
         current: Callable[[Target], Target],
-        seconds: Callable[[Target, int], float],
+        estimate: Callable[[Target, int], float],
         leases: Leases,
     ) -> None:
-        self.site, self.launcher, self.stopping, self.current, self.seconds = site, launcher, stopping, current, seconds
-        self.leases, self.leased = leases, dict[Any, str]()
+        self.site, self.launcher, self.stopping, self.current = site, launcher, stopping, current
+        self.estimate, self.leases = estimate, leases
+        self.numbers, self.begun, self.works = count(), frozenset[int](), dict[str, Work]()
+        self.targets = dict[str, Target]()  # as they were when they were started, or have paused
+        self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step
+        self.answer: Any = None
+        self.wanted, self.asked, self.asked_at = Counter[Resources](), dict[Any, Resources](), 0.0
 
     def now(self) -> float:
         return time.monotonic()
@@ -51,63 +84,168 @@ class RayRunner:
     def types(self) -> Sequence[Resources]:
         return session.types(self.site.cluster)
 
-    def stop(self, handle: Any) -> None:
-        """It ends when it is done."""
+    def seconds(self, target: Target, world_size: int) -> float:
+        return self.estimate(self.targets.get(target.name, target), world_size)
+
+    def start(self, target: Target, nodes: Sequence[str]) -> Work:
+        """Start to make a target, a rank on each of the nodes."""
+        target = self.targets[target.name] = self.current(target)
+        start = Start(next(self.numbers), target, tuple(nodes))
+        if target.kind == "training":
+            refs = [self._train(start)]
+        else:
+            refs = [self._task(start, node, (part, len(nodes))) for part, node in enumerate(nodes)]
+        self.works[target.name] = Work(start, refs)
+        return self.works[target.name]
+
+    def stop(self, handle: Work) -> None:
+        """Ask it to end: a training with a checkpoint at its next step; a prediction keeps its finished shards."""
+        handle.stopped = True
+        if not handle.trains:
+            for ref in handle.refs:
+                ray.cancel(ref, force=True)
 
     def request(self, ranks: Sequence[Resources]) -> None:
-        """A cluster that grows is asked by what is started."""
+        """Have a cluster that grows start nodes for ranks that have no room.
 
-    def start(self, target: Target, nodes: Sequence[str]) -> Any:
-        """Start to make a target; the reference resolves to why it failed, or ''."""
-        target = self.current(target)
-        if target.kind == "training":
-            return self._train(target, str(target.key), len(nodes))
-        named: dict[str, Any] = {"name": target.name}
-        options = _make.options(num_cpus=target.resources.cpus, num_gpus=target.resources.gpus, **named)
-        return options.remote(target, self.site)
+        Tasks that do nothing wait for that room: they end with this driver, however that ends, where a request to
+        the autoscaler itself would stay, and keep nodes that nobody uses.
+        """
+        self.wanted, self.asked_at = Counter(ranks if self.types() else ()), self.now()
+        lacking = Counter(self.wanted)
+        for ref, rank in list(self.asked.items()):
+            if lacking[rank]:
+                lacking[rank] -= 1
+            else:
+                ray.cancel(ref)
+                del self.asked[ref]
+        for rank in lacking.elements():
+            named: dict[str, Any] = {"num_cpus": rank.cpus, "num_gpus": rank.gpus, "name": "waits for a node"}
+            self.asked[_nothing.options(**named).remote()] = rank
+
+    def wait(self, handles: Sequence[Work], patience: float) -> list[tuple[Work, Outcome]]:
+        """Wait a moment for any of the handles; those that ended."""
+        if self.stopping():
+            for handle in handles:
+                if not handle.stopped:
+                    self.stop(handle)
+        self._talk(handles)
+        if self.wanted and self.now() - self.asked_at > _ASK_AGAIN_SECONDS:
+            done, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)
+            self.asked = {ref: rank for ref, rank in self.asked.items() if ref not in done}
+            self.request(list(self.wanted.elements()))
+        if refs := [ref for handle in handles for ref in handle.refs]:
+            ray.wait(refs, num_returns=1, timeout=min(patience, TICK_SECONDS))
+        else:
+            time.sleep(min(patience, TICK_SECONDS))
+        ended = [(handle, outcome) for handle in handles if (outcome := self._outcome(handle))]
+        for handle, _ in ended:
+            self.leases.release(str(handle.start.target.key))
+        return ended
 
     def elsewhere(self, target: Target) -> str:
         """Which other driver trains a target now; '' where none does."""
         return self.leases.holder(str(target.key)) if target.kind == "training" else ""
 
-    def wait(self, handles: list[Any], patience: float) -> list[tuple[Any, Outcome]]:
-        """Wait a moment for any of the handles; those that ended."""
-        tick = min(patience, TICK_SECONDS)
-        if not handles:
-            time.sleep(tick)
-            return []
-        done, _ = ray.wait(handles, num_returns=1, timeout=tick)
-        for handle in done:
-            self.leases.release(self.leased.pop(handle, ""))
-        return [(handle, _outcome(handle)) for handle in done]
+    def has_begun(self, work: Work) -> bool:
+        """Whether Ray has placed it, and its first rank is at work."""
+        return not work.trains or work.start.number in self.begun
 
-    def _train(self, target: Target, key: str, ranks: int) -> Any:
+    def as_begun(self, changes: Iterable[Change | None]) -> Iterator[Change | None]:
+        """Say that a target has been started once it has begun; until then, after some seconds, that it waits."""
+        held, since = dict[str, Change](), dict[str, float]()
+        for change in changes:
+            for name in [name for name in held if self.has_begun(self.works[name])]:
+                yield held.pop(name)
+            if change is None:
+                for name in [name for name in held if self.now() - since.get(name, math.inf) > _PATIENCE_SECONDS]:
+                    del since[name]
+                    ranks = len(held[name].nodes)
+                    yield Change(name, "waiting", f"waiting for Ray to start {ranks} rank{'s' if ranks > 1 else ''}")
+            elif change.state == "started":
+                held[change.name], since[change.name] = change, self.now()
+                continue
+            elif (started := held.pop(change.name, None)) is not None and change.state != "paused":
+                yield started
+            yield change
+
+    def _talk(self, handles: Sequence[Work]) -> None:
+        """Tell the launcher what is to stop, and hear from it what has begun."""
+        if self.launcher is None or (self.answer is not None and not ray.wait([self.answer], timeout=0)[0]):
+            return
+        if self.answer is not None:
+            self.begun = ray.get(self.answer)
+        self.answer = self.launcher.hear.remote(frozenset(h.start.number for h in handles if h.stopped))
+
+    def _outcome(self, handle: Work) -> Outcome | None:
+        """How it has ended; None where it has not."""
+        start = handle.start
+        if handle.trains and self.stopping() and not self.has_begun(handle):
+            return _PAUSED  # nothing is lost where it ends with its session of Ray
+        done, handle.refs = ray.wait(handle.refs, num_returns=len(handle.refs), timeout=0)
+        found = [_result(ref) for ref in done]
+        if any(outcome.state != "done" for outcome in found):
+            for ref in handle.refs:
+                ray.cancel(ref, force=True)
+            return self._unfinished(handle, next(outcome for outcome in found if outcome.state != "done"))
+        if handle.refs:
+            return None
+        parts = len(start.nodes) > 1 and not handle.trains and not handle.whole
+        if parts and start.target.record(self.site.storage) is None:  # what others have written may be seen later
+            handle.refs, handle.whole = [self._task(start, start.nodes[0], (0, 1))], True
+            return None
+        return Outcome("done")
+
+    def _unfinished(self, handle: Work, outcome: Outcome) -> Outcome:
+        """What the scheduler is told of something that was stopped, has failed, or has lost a node."""
+        target, name = handle.start.target, handle.start.target.name
+        lost = not {node.name for node in self.nodes()}.issuperset(handle.start.nodes)
+        if not handle.stopped and not lost:
+            return outcome
+        self.targets[name] = self.current(target)
+        if lost and not handle.stopped:
+            step = newest_step(target.folder(self.site.storage).parent) if handle.trains else None
+            since, times = self.losses.get(name, (step, 0))
+            self.losses[name] = (step, times + 1 if since == step else 1)
+            if self.losses[name][1] > self.site.cluster.max_failures:
+                return Outcome("failed", f"its nodes were lost {times + 1} times without a new checkpoint.")
+        return _PAUSED
+
+    def _task(self, start: Start, node: str, part: tuple[int, int]) -> Any:
+        target, there = start.target, NodeAffinitySchedulingStrategy(node, soft=False)
+        named: dict[str, Any] = {"name": target.name, "scheduling_strategy": there}
+        options = _make.options(num_cpus=target.resources.cpus, num_gpus=target.resources.gpus, **named)
+        return options.remote(target, replace(self.site, part=part))
+
+    def _train(self, start: Start) -> Any:
         """Launch a training once its lease is ours. Another driver may have it by now, or may have finished it."""
-        if self.leases.take(key):
-            return ray.put(_RACED)
-        made = target.record(self.site.storage) is not None
-        handle = ray.put("") if made else launch(self.launcher, target, ranks)
-        self.leased[handle] = key
-        return handle
+        if self.leases.take(str(start.target.key)):
+            return ray.put(_PAUSED)
+        if start.target.record(self.site.storage) is not None:
+            return ray.put(Outcome("done"))
+        return launch(self.launcher, start)
 
 
 @ray.remote(max_retries=3)
-def _make(target: Target, site: Site) -> str:
+def _make(target: Target, site: Site) -> Outcome:
     if target.record(site.storage) is not None:
-        return ""
+        return Outcome("done")
     try:
         for _ in target.make(target, site):
             pass
     except AliprodError as error:
-        return str(error)
-    return ""
+        return Outcome("failed", str(error))
+    return Outcome("done")
 
 
-def _outcome(handle: Any) -> Outcome:
+@ray.remote(max_retries=0)
+def _nothing() -> None:
+    """Wait for room, no more."""
+
+
+def _result(ref: Any) -> Outcome:
     try:
-        failure = str(ray.get(handle))
+        outcome: Outcome = ray.get(ref)
     except ray.exceptions.RayError as error:
-        failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
-    if failure == _RACED:
-        return Outcome("paused", failure)
-    return Outcome("failed", failure) if failure else Outcome("done")
+        return Outcome("failed", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
+    return outcome

@@ -5,17 +5,25 @@ imports, or waits for that. Here the controller runs in the launcher, which has 
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from ray.train import FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.result import Result
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from aliprod.build.target import Site, Target
+from aliprod.build.schedule import Outcome
+from aliprod.build.target import Site
+from aliprod.cluster import session
+from aliprod.cluster.launch import Start
 from aliprod.cluster.worker import train_rank
 from aliprod.training.watchdog import longest
 
@@ -27,15 +35,19 @@ class LightTrainer(TorchTrainer):
     it true.
     """
 
+    given_up: Callable[[], bool] = staticmethod(lambda: False)
+
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
-        policy = _FixedSize(self.scaling_config)  # type: ignore[arg-type]  # mypy sees the trainer of Train V1
-        controller = TrainController(**arguments | {"scaling_policy": policy})
+        arguments["scaling_policy"] = _FixedSize(self.scaling_config)  # type: ignore[arg-type]  # mypy sees Train V1's
+        failures: Any = self.run_config.failure_config
+        arguments["failure_policy"] = _OnItsNodes(failures, self.given_up)
+        controller = TrainController(**arguments)
         asyncio.run(controller.run())
         return controller.get_result()
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without the processes for Ray Data, which is not used, and for placement groups, which the launcher frees."""
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # likewise
+        callbacks = super()._create_default_callbacks()
         return [one for one in callbacks if not isinstance(one, DatasetsCallback | PlacementGroupCleanerCallback)]
 
 
@@ -50,25 +62,48 @@ class _FixedSize(FixedScalingPolicy):
         """Nothing is registered."""
 
 
-def fit(target: Target, site: Site, ranks: int) -> str:
-    """Train a job; why it failed, or an empty text."""
-    cluster, gpu = site.cluster, target.resources.gpus > 0
-    per_worker = {"CPU": target.resources.cpus} | ({"GPU": 1} if gpu else {})
+class _OnItsNodes(DefaultFailurePolicy):
+    """Whatever fails is tried again, as often as the plan says, on the same nodes, for as long as they are there and
+    nobody wants the job to stop."""
+
+    def __init__(self, config: FailureConfig, given_up: Callable[[], bool]) -> None:
+        super().__init__(config)
+        self.given_up = given_up
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        decision = super().make_decision(training_failed_error)
+        return FailureDecision.RAISE if self.given_up() else decision
+
+
+def fit(start: Start, site: Site, launcher: Any, stopped: Callable[[], bool]) -> Outcome:
+    """Train a job, each rank on its node. It is paused where one of these goes.
+
+    Args:
+        launcher: whom rank 0 asks whether to stop. stopped: the same, here.
+    """
+    target, cluster, gpu = start.target, site.cluster, start.target.resources.gpus > 0
     trainer = LightTrainer(
-        train_rank,  # type: ignore[arg-type]  # Ray 2.60 passes on what it returns, its types do not say so
-        train_loop_config={"target": target, "site": site},
+        train_rank,
+        train_loop_config={"target": target, "site": site, "launcher": launcher, "number": start.number},
         torch_config=TorchConfig("nccl" if gpu else "gloo", timeout_s=int(longest(cluster.watchdog_seconds))),
-        scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=per_worker),
+        scaling_config=ScalingConfig(
+            num_workers=len(start.nodes),
+            use_gpu=gpu,
+            resources_per_worker={"CPU": target.resources.cpus} | ({"GPU": target.resources.gpus} if gpu else {}),
+            label_selector=[{"ray.io/node-id": node} for node in start.nodes],
+        ),
         run_config=RunConfig(
             name=f"{target.name.replace('/', '.')}-{str(target.key)[:12]}",  # Ray resumes a name: the key is in it
             storage_path=str(site.storage / "ray"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
+    trainer.given_up = lambda: stopped() or not {node.name for node in session.nodes()}.issuperset(start.nodes)
     try:
-        return str(trainer.fit().return_value or "")  # type: ignore[attr-defined]
+        outcome: Outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except TrainingFailedError as error:
-        return _cause(error)
+        return Outcome("paused") if trainer.given_up() else Outcome("failed", _cause(error))
+    return outcome
 
 
 def _cause(error: TrainingFailedError) -> str:
