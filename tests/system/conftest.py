@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -11,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,41 @@ class Cluster:
         """The processes that train."""
         return [process for process in self.process.children(recursive=True) if _title(process) == "RayTrainWorker"]
 
+    @contextmanager
+    def node(self, *options: str, mount: str = "") -> Iterator[subprocess.Popen[bytes]]:
+        """Another node, by what `ray start` is told of it, in a process group of its own; killed in the end.
+
+        Args:
+            mount: a command that mounts something for it alone.
+        """
+        [port] = _free_ports(1)
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={self.address}"]
+        ray += ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0", *options]
+        ray += [f"--dashboard-agent-listen-port={port}", "--object-store-memory=100000000"]
+        if mount:
+            ray = ["unshare", "--mount", "sh", "-c", f"{mount} && exec {shlex.join(ray)}"]
+        before, log = self.alive(), self.home / f"node-{port}.log"
+        with log.open("wb") as output:
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            node = subprocess.Popen(ray, env=self.environment, cwd=self.home, start_new_session=True, **streams)
+        try:
+            self.until(lambda: node.poll() is not None or self.alive() > before, seconds=180)
+            assert node.poll() is None, log.read_text()
+            yield node
+        finally:
+            node.terminate()  # what is killed at once is missed for 20 s
+            with suppress(subprocess.TimeoutExpired):
+                node.wait(20)
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+            self.until(lambda: self.alive() <= before, seconds=180)  # the other tests have the cluster as it was
+
+    def alive(self) -> int:
+        """How many nodes it has."""
+        nodes = self.ask("/api/v0/nodes")["data"]["result"]["result"]
+        return sum(node["state"] == "ALIVE" for node in nodes)
+
     def until(self, true: Callable[[], bool], seconds: float = 300) -> None:
         """Wait for something to happen on it."""
         end = time.monotonic() + seconds
@@ -141,6 +177,7 @@ def cluster() -> Iterator[Cluster]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # of nodes that are told to end
         "RAY_memory_monitor_refresh_ms": "0",  # it counts the whole machine: other programs would get ours killed
     }
     command = [
@@ -192,11 +229,10 @@ def _free_ports(count: int) -> list[int]:
 
 def _answers(cluster: Cluster) -> bool:
     try:
-        nodes = cluster.ask("/api/v0/nodes")["data"]["result"]["result"]
+        return cluster.alive() > 0
     except (OSError, ValueError, KeyError, TypeError):
         time.sleep(0.3)
         return False
-    return any(node["state"] == "ALIVE" for node in nodes)
 
 
 def _title(process: psutil.Process) -> str:

@@ -1,11 +1,7 @@
 """Several nodes need one storage path: a node that sees another folder under its name is found before the first job."""
 
-import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,33 +16,8 @@ def stranger(cluster: Any, tmp_path: Path, request: pytest.FixtureRequest) -> It
         pytest.skip("needs the right to make a mount namespace (unshare --mount, as root)")
     storage = tmp_path / "storage"
     storage.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = f"--num-cpus=1 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port={port}"
-    ray = (
-        f"{sys.executable} -m ray.scripts.scripts start --block --address={cluster.address} --node-ip-address=127.0.0.1"
-    )
-    log = tmp_path / "node.log"
-    with log.open("wb") as output:
-        node = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", f"{request.param.format(storage)} && exec {ray} {options}"],
-            env=cluster.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-
-    def alive() -> int:
-        nodes = cluster.ask("/api/v0/nodes")["data"]["result"]["result"]
-        return sum(node["state"] == "ALIVE" for node in nodes)
-
-    cluster.until(lambda: node.poll() is not None or alive() == 2, seconds=180)
-    assert node.poll() is None, log.read_text()
-    yield storage
-    os.killpg(node.pid, signal.SIGKILL)
-    node.wait()
-    cluster.until(lambda: alive() == 1, seconds=180)  # the other tests have the cluster as it was
+    with cluster.node("--num-cpus=1", mount=request.param.format(storage)):
+        yield storage
 
 
 @pytest.mark.parametrize(
