@@ -69,6 +69,16 @@ class PlanProgress:
     ensemble: EnsembleResult | None = None
 
 
+def status_of(plan: PlanProgress, progress: JobProgress) -> str:
+    """MLflow's word for the state of a job: one that waits anew, stopped with a checkpoint, is SCHEDULED, and whatever
+    has not ended when its plan does was KILLED."""
+    if progress.state == "failed":
+        return "FAILED"
+    if progress.state in DONE:
+        return "FINISHED"
+    return "KILLED" if plan.status != "RUNNING" else ("RUNNING" if progress.state == "running" else "SCHEDULED")
+
+
 @dataclass(frozen=True)
 class Runs:
     """The runs of a plan, on a server with its experiment."""
@@ -119,8 +129,7 @@ class Runs:
         self._write(self._plan_run(), errors)
         if weights:
             self._publish(run, progress, weights, {record["epoch"]: record for record in records})
-        status = {"running": "RUNNING", "failed": "FAILED"}.get(progress.state, "FINISHED")
-        self._set_status(run, status, records[-1]["time_ms"] if weights and records else None)
+        self._set_status(run, status_of(self.plan, progress), records[-1]["time_ms"] if weights and records else None)
 
     def show_ensemble(self, ensemble: EnsembleResult) -> None:
         """The run of an ensemble, which names each member's version and bytes, with its table and submission."""
@@ -227,7 +236,7 @@ class Runs:
         """Decorate: a run's status is never the truth, as a killed driver leaves it running."""
         if run.info.status == status:
             return
-        if status == "RUNNING":
+        if status in ("RUNNING", "SCHEDULED"):
             self.server.client.update_run(run.info.run_id, status=status)
         else:
             self.server.client.set_terminated(run.info.run_id, status, end_ms)  # now, where it is not said

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from aliprod.store.layout import METRICS
 from aliprod.tracking.registry import Registry
-from aliprod.tracking.runs import JobProgress, PlanProgress, Runs
+from aliprod.tracking.runs import JobProgress, PlanProgress, Runs, status_of
 from aliprod.tracking.server import Server, connect, sentence
 
 LOOK_SECONDS = 2.0  # between two looks at what has changed
@@ -113,6 +113,7 @@ class Tracking:
 
     def __init__(self, server: Server, say: Callable[[str], None]) -> None:
         self._server, self._sender = server, Sender(server.probe, say)
+        self._begun = set[str]()  # jobs that have a run, since they have run here
         self.registry = Registry(server)  # versions and aliases; its methods block and raise
         self.page = server.page(f"experiments/{server.experiment_id}/runs")  # where a person sees the runs
 
@@ -135,6 +136,7 @@ class Tracking:
 
     def show(self, plan: PlanProgress) -> None:
         """Make MLflow show this, and a running job's metrics as they grow. Returns at once, never raises."""
+        self._begun |= {progress.job.name for progress in plan.jobs if progress.state not in ("waiting", "not_run")}
         self._sender.show(partial(self._parts, plan))
 
     def flush(self, seconds: float) -> list[str]:
@@ -148,8 +150,8 @@ class Tracking:
         if plan.status == "RUNNING":
             yield own
         for progress in plan.jobs:
-            if progress.state not in ("waiting", "not_run"):
-                yield Part(progress.job.name, _state(progress), partial(runs.show_job, progress))
+            if progress.job.name in self._begun:
+                yield Part(progress.job.name, _state(plan, progress), partial(runs.show_job, progress))
         if plan.ensemble:
             yield Part("ensemble", plan.ensemble.key, partial(runs.show_ensemble, plan.ensemble))
         if plan.status != "RUNNING":
@@ -165,10 +167,10 @@ def _failure(call: Callable[[], None]) -> str:
     return ""
 
 
-def _state(progress: JobProgress) -> tuple[object, ...]:
+def _state(plan: PlanProgress, progress: JobProgress) -> tuple[object, ...]:
     """What a job's part depends on; while it runs, the size of its metrics shows that an epoch was added."""
     try:
         size = (progress.folder / METRICS).stat().st_size if progress.state == "running" else 0
     except OSError:
         size = 0
-    return progress.state, progress.detail, dict(progress.facts), size
+    return status_of(plan, progress), progress.state, progress.detail, dict(progress.facts), size

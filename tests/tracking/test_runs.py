@@ -204,6 +204,18 @@ def test_a_failed_job_says_why_until_it_is_started_again(place, job):
     assert "aliprod.error" not in run_of(client, "job").data.tags
 
 
+def test_a_job_that_was_stopped_is_scheduled_and_none_runs_on_when_its_plan_was_interrupted(place, job):
+    full, client, tracking = job(), MlflowClient(place.uri), place.driver()
+    seen = []
+    for state, plan in (("running", "RUNNING"), ("waiting", "RUNNING"), ("running", "RUNNING"), ("waiting", "KILLED")):
+        place.show(tracking, JobProgress(full, place.storage, state), status=plan)
+        assert tracking.flush(60) == []
+        seen.append(run_of(client, "job").info.status)
+    place.show(tracking, JobProgress(full, place.storage, "running"), status="KILLED")
+    assert tracking.flush(60) == []
+    assert [*seen, run_of(client, "job").info.status] == ["RUNNING", "SCHEDULED", "RUNNING", "KILLED", "KILLED"]
+
+
 def test_a_trained_job_whose_prediction_failed_keeps_its_run_and_is_finished_once_reused(place, job, trained):
     full, client = job(), MlflowClient(place.uri)
     folder = trained(full)
