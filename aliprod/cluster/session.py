@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.exceptions
