@@ -28,8 +28,7 @@ import pyarrow as pa
 
 from aliprod.catalogue import shards
 from aliprod.catalogue.catalogue import Catalogue, Images
-from aliprod.ingest.prepare import write_index
-from aliprod.ingest.stored import SHARD
+from aliprod.ingest.prepare import SHARD
 from aliprod.store import commit
 
 CLASSES = 50_030
@@ -143,7 +142,8 @@ def write_catalogue(out: Path, rows: int) -> None:
     )
 
     def fill(folder: Path) -> None:
-        write_index(folder, catalogue)
+        for images in catalogue.splits:
+            shards.write_rows(folder, images.split, images.ids, images.labels)
         for name in record.file_names():
             (folder / name).touch()
 

@@ -20,8 +20,7 @@ from transform import STAGE
 from aliprod.catalogue.sources import read
 from aliprod.data import pixels, selection
 from aliprod.data.augment import train_view
-from aliprod.ingest.prepare import prepare
-from aliprod.ingest.stored import Settings
+from aliprod.ingest.prepare import Settings, prepare
 
 
 def main() -> None:

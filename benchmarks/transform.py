@@ -30,7 +30,7 @@ from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _
 from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data import pixels
 from aliprod.data.augment import on_device, train_view
-from aliprod.ingest.stored import Settings, stored
+from aliprod.ingest.prepare import Settings, stored
 from aliprod.recipe import Stage
 
 STAGE = Stage(augmentation=("random_resized_crop", "flip", "auto_augment", "cutout"), scale=(0.08, 1.0), crop=224)

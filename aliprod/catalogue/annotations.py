@@ -1,13 +1,30 @@
-"""JSON files of a catalogue: what is wrong with a whole file is said with its line; nothing is repaired in silence."""
+"""What a catalogue's files say: rows and the product tree, as JSON, and the names in them, which become paths.
+
+What is wrong with a whole file is said with its line; nothing is repaired in silence. A tree (nodes of ``name``,
+``children`` and ``class_id``; the keys of AliProducts' own are not public) costs the names and levels, never the rest.
+"""
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from aliprod.errors import Refused, did_you_mean, listing
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TREE = "product_tree.json"
+DEEPEST = 64  # levels that are read: AliProducts has four
+
 _LAYOUT = 'It should be {"images": [{"image_id": "1301307.jpg", "class_id": "0"}, ...]}.'
+# One name on any system: no separator, no control character (NUL among them), no half of a surrogate pair.
+_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,255}")
+_CLASS = re.compile(r"[0-9]{1,18}")  # fits int64
 
 
 class Repeated(dict[str, Any]):
@@ -86,6 +103,128 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
+    kinds = {type(None): "null", dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+    return kinds.get(type(value), "a number")
+
+
+def name_fault(name: Any) -> str:
+    """Why a text cannot be the name of a file inside its folder; '' where it can."""
+    if type(name) is not str:
+        return f"its id is {_shown(name)}, not a text"
+    if _NAME.fullmatch(name) and name not in (".", "..") and (len(name) < 64 or len(name.encode()) <= 255):
+        return ""
+    if not name:
+        return "its id is empty"
+    if "/" in name or "\\" in name or name in (".", ".."):
+        return "its id is a path, not a name: it would lead out of its folder"
+    if _NAME.fullmatch(name[:255]):
+        return "its id is longer than the 255 bytes that a file name may have"
+    return "its id has a control character or half a character, which no file name may have"
+
+
+def path_fault(path: str) -> str:
+    """Why a text cannot be a path below the catalogue's folder, with `/` between its names; '' where it can."""
+    return next(filter(None, map(name_fault, path.split("/"))), "").replace("its id", "a name in its path")
+
+
+def class_number(class_id: Any) -> int | None:
+    """``"7"``, ``"00007"`` and ``7`` are class 7; None for whatever else."""
+    if type(class_id) is str:
+        return int(class_id) if _CLASS.fullmatch(class_id) else None
+    return class_id if type(class_id) is int and 0 <= class_id < 10**18 else None
+
+
+def class_fault(class_id: Any) -> str:
+    """Why a value is no class id."""
+    return f"its class id is {_shown(class_id)}, not a number such as 7 or 00007"
+
+
+def printable(text: str) -> str:
+    """A stranger's text that any stream of UTF-8 can carry."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _shown(value: Any) -> str:
     if value is None:
-        return "null"
-    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(type(value), "a number")
+        return "missing"
+    text = printable(repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A class in the tree: its name and the nodes above it, from the one below the root down to itself."""
+
+    class_id: int
+    name: str
+    nodes: tuple[int, ...]
+
+
+def leaves(root: Path) -> tuple[dict[int, Leaf], list[str]]:
+    """The leaves of a catalogue's tree by class id, and what is wrong with it; nothing of both without the file."""
+    if not (root / TREE).is_file():
+        return {}, []
+    try:
+        found = list(_walk(document(root / TREE)))
+    except Refused as refused:
+        return {}, [f"{refused.what} Names and levels of the classes are left out"]
+    if not found:
+        return {}, ["no node has a class_id: names and levels of the classes are left out"]
+    first = {leaf.class_id: leaf for leaf in reversed(found)}
+    return first, [
+        f"class {leaf.class_id} is twice in the tree ({first[leaf.class_id].name}, {leaf.name}): the first counts"
+        for leaf in found
+        if leaf is not first[leaf.class_id]
+    ]
+
+
+def ancestors(leaves: dict[int, Leaf], classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(L, K) int64: the node of every class on every level, numbered within it by first appearance in ``classes``.
+
+    Ragged trees are padded by repeating the leaf; a class that is not in the tree is its own ancestor. The last level
+    is 0 to K - 1, the classes themselves.
+    """
+    paths = [leaves[class_id].nodes if class_id in leaves else () for class_id in classes.tolist()]
+    # the last node of a path is the class: written as itself, negative, so that it is no inner node's number
+    levels = [
+        [path[level] if level < len(path) - 1 else -1 - label for label, path in enumerate(paths)]
+        for level in range(max(1, *map(len, paths)))
+    ]
+    return renumbered(np.array(levels, np.int64))
+
+
+def renumbered(levels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number the nodes of every level, (L, K) int64, by first appearance."""
+    numbered = np.empty_like(levels)
+    for level, nodes in enumerate(levels):
+        _, first, inverse = np.unique(nodes, return_index=True, return_inverse=True)
+        numbered[level] = np.argsort(np.argsort(first))[inverse]
+    return numbered
+
+
+def without_pictures(leaves: dict[int, Leaf], classes: NDArray[np.int64]) -> str:
+    """One sentence about the classes of the tree that have no training image, or ''."""
+    missing = sorted(leaves.keys() - set(classes.tolist()))
+    what = f"{len(missing):,} of its classes have no training image and are left out: {listing(map(str, missing))}"
+    return what if missing else ""
+
+
+def _walk(top: Any) -> Iterator[Leaf]:
+    """Depth first, in the file's order, without recursion: a hostile tree may be deep."""
+    number = 0
+    below_the_root = top["children"] if isinstance(top, dict) and isinstance(top.get("children"), list) else top
+    stack: list[tuple[Any, tuple[int, ...]]] = [(below_the_root, ())]
+    while stack:
+        node, above = stack.pop()
+        if not isinstance(node, dict):
+            stack += [(child, above) for child in reversed(node)] if isinstance(node, list) else []
+            continue
+        number += 1
+        nodes = (*above, number)
+        class_id = class_number(node.get("class_id", node.get("category_id")))
+        if class_id is not None:
+            name = node.get("name")
+            yield Leaf(class_id, name if isinstance(name, str) else "", nodes)
+        children = node.get("children")
+        if isinstance(children, list) and len(nodes) < DEEPEST:
+            stack += [(child, nodes) for child in reversed(children)]

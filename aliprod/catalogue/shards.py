@@ -34,6 +34,7 @@ from aliprod.store import commit
 
 SPLITS = ("train", "val", "test")
 FORMAT = 1
+_ROWS = {split: f"{split}.arrow" for split in SPLITS}  # the file of ids and labels of a split
 _AGAIN = "Copy it here once more, or prepare the catalogue again."
 
 log = logging.getLogger(__name__)
@@ -91,26 +92,16 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05}.parquet"
 
 
-def rows_name(split: str) -> str:
-    """The file of ids and labels of a split."""
-    return f"{split}.arrow"
-
-
 def manifest(root: Path) -> Manifest:
     """The manifest of a prepared catalogue.
 
     Raises:
         Refused: there is none, or a file of another size than it says.
     """
-    file = root / commit.MANIFEST
-    try:
-        digests = commit.digests(root)  # first: one parsed manifest at a time is in memory
-        says = commit.read(root)
-    except FileNotFoundError:
-        says = None
-    if says is None:
-        raise Refused("is damaged, or a file that it lists is not there or of another size.", file, _AGAIN)
-    return parsed(says, digests, file)
+    if (says := commit.read(root)) is None:
+        what = "is damaged, or a file that it lists is not there or of another size."
+        raise Refused(what, root / commit.MANIFEST, _AGAIN)
+    return parsed(says, commit.digests(root), root / commit.MANIFEST)
 
 
 def parsed(record: object, digests: dict[str, str], where: str | Path) -> Manifest:
@@ -121,7 +112,7 @@ def parsed(record: object, digests: dict[str, str], where: str | Path) -> Manife
     """
     try:
         says = Record.model_validate(record)
-        return Manifest(says, {name: digests[name] for name in (*says.file_names(), *map(rows_name, SPLITS))})
+        return Manifest(says, {name: digests[name] for name in (*says.file_names(), *_ROWS.values())})
     except (ValidationError, KeyError) as error:
         raise Refused("is not the manifest of a prepared catalogue of this version.", where, _AGAIN) from error
 
@@ -129,7 +120,7 @@ def parsed(record: object, digests: dict[str, str], where: str | Path) -> Manife
 def write_rows(folder: Path, split: str, ids: pa.StringArray, labels: NDArray[np.int64]) -> None:
     """Write the ids and labels of a split: uncompressed, so that 2.5 M rows are read as they lie."""
     rows = pa.record_batch({"label": pa.array(labels.astype(np.int32)), "image_id": ids})
-    with pa.OSFile(str(folder / rows_name(split)), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+    with pa.OSFile(str(folder / _ROWS[split]), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
         writer.write_batch(rows)
 
 
@@ -139,11 +130,11 @@ def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, 
     Raises:
         Failed: the file is not the one that was written.
     """
-    path = root / rows_name(split)
+    path = root / _ROWS[split]
     with _reading(path):
         if commit.sha256(path) != found.digests[path.name]:
             raise _damaged(path)
-        labels = _numbers(_column(path, 0))
+        labels = np.from_dlpack(_column(path, 0)).astype(np.int64)  # `to_numpy` imports pandas: 34 MB a process
         ids = _column(path, 1)
         ids.validate(full=True)
     count = sum(shard[0] for shard in found.record.shards[split])
@@ -266,11 +257,6 @@ def _jpegs(path: Path, digest: str, rows: int) -> list[bytes]:
     if len(jpegs) != rows or not all(isinstance(jpeg, bytes) for jpeg in jpegs):
         raise _damaged(path)
     return jpegs
-
-
-def _numbers(column: pa.Int32Array) -> NDArray[np.int64]:
-    """Not by ``to_numpy``, which imports pandas: 34 MB in every process."""
-    return np.frombuffer(column.buffers()[1] or b"", np.int32)[: len(column)].astype(np.int64)
 
 
 def _column(path: Path, number: int) -> pa.Array:

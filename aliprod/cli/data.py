@@ -74,8 +74,7 @@ def prepare_command(catalogue: str, out: str, short_side: int, quality: int, max
     \b
     Example: aliprod data prepare photos prepared
     """
-    from aliprod.ingest.prepare import prepare
-    from aliprod.ingest.stored import Settings
+    from aliprod.ingest.prepare import Settings, prepare
 
     done = _watched(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores()))
     answer(done.as_json(), done.text())

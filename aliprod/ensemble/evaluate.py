@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aliprod.catalogue.annotations import rows, utf8
-from aliprod.catalogue.identity import class_number
+from aliprod.catalogue.annotations import class_number, rows, utf8
 from aliprod.ensemble.add import read_predictions
 from aliprod.ensemble.score import aligned, predicted_classes, score
 from aliprod.errors import Refused, listing

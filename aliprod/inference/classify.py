@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES
 from aliprod.catalogue.decode import Unreadable, decode
-from aliprod.catalogue.identity import PICTURE_SUFFIXES
 from aliprod.data.augment import square
 from aliprod.errors import Refused
 from aliprod.inference.predict import Ready, look, ready

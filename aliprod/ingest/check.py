@@ -14,9 +14,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES, printable
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.catalogue.decode import Unreadable, animated, content_of, decode
-from aliprod.catalogue.identity import PICTURE_SUFFIXES, printable
 from aliprod.catalogue.sources import read
 from aliprod.errors import listing
 from aliprod.processes import pool

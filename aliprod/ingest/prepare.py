@@ -1,30 +1,58 @@
-"""The images of a catalogue become shards: each is read once, judged and normalised (`stored`).
+"""The images of a catalogue become shards: each is read once, judged and normalised.
 
-Each shard is a committed folder beside OUT, so that a call that was killed goes on after the last of them; OUT itself
-appears when all are there.
+A JPEG that is upright RGB and small enough is stored byte for byte: encoding it again would lose detail for nothing.
+All others are written anew, without chroma subsampling, so that the second loss stays small beside the first.
+
+A shard is a function of its rows and the settings, whichever process makes it: a committed folder beside OUT, so that a
+call that was killed goes on after the last of them. OUT itself appears when all are there.
 """
 
 import hashlib
+import io
 import shutil
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, features
+from pydantic import BaseModel
 
-from aliprod.catalogue import shards, tree
-from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
+from aliprod.catalogue import shards
+from aliprod.catalogue.annotations import renumbered
+from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
+from aliprod.catalogue.decode import LEAST_SIDE, decode_anyway, plain_jpeg
 from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
 from aliprod.catalogue.sources import read
 from aliprod.errors import Refused
-from aliprod.ingest.check import first_picture, not_listed
-from aliprod.ingest.stored import SHARD, Settings, ShardRecipe, make_shard
+from aliprod.ingest.check import first_picture, judged, not_listed
 from aliprod.processes import Pool, pool
 from aliprod.store import commit
+from aliprod.store.keys import key_of
+
+SHARD = 512  # rows: some 25 MB of photographs, what one process makes in seconds
+ROW_GROUP = 128  # rows, measured best in order: 64 to 256
+MOST_SIDE = 65_500  # that a JPEG can have in libjpeg
+MOST_STORED = 8 * 2**20  # bytes of a JPEG that is kept as it is; what has more is mostly no picture
+
+_RESULT = "made.json"
+_SCHEMA = pa.schema(
+    [pa.field("image_id", pa.string(), nullable=False), ("class_id", pa.int64()), pa.field("jpeg", pa.binary(), False)]
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the stored bytes depend on besides the pictures."""
+
+    short_side: int = 512
+    quality: int = 90
 
 
 @dataclass(frozen=True)
@@ -59,13 +87,13 @@ class PreparedCatalogue:
         """For ``aliprod data prepare --json``."""
         return {name: value for name, value in vars(self).items() if name != "problems"}
 
-    def text(self, most: int = 20) -> str:
+    def text(self) -> str:
         """For a terminal: the first problems, and what is there."""
-        lines = [f"{problem.path}: {problem.problem}" for problem in self.problems[:most]]
-        if len(self.problems) > most:
-            lines.append(f"... and {len(self.problems) - most:,} more, in {self.path}/{commit.MANIFEST}")
-        said = f"{self.path}: {self.images:,} images, {self.skipped:,} skipped, {self.bytes:,} bytes"
-        return "\n".join([*lines, said])
+        lines = [f"{problem.path}: {problem.problem}" for problem in self.problems[:20]]
+        if len(self.problems) > 20:
+            lines.append(f"... and {len(self.problems) - 20:,} more, in {self.path}/{commit.MANIFEST}")
+        lines.append(f"{self.path}: {self.images:,} images, {self.skipped:,} skipped, {self.bytes:,} bytes")
+        return "\n".join(lines)
 
 
 def prepare(
@@ -75,12 +103,10 @@ def prepare(
 
     Args:
         path, out: of this machine, or URIs of what pyarrow reaches: pictures are read from there one by one, and
-            shards are made on this machine's disk first (`shards.cache`).
-        out: must not exist, be empty, or hold what this very call has written before.
+            shards are made on this machine's disk first (`shards.cache`). ``out`` must not exist, be empty, or hold
+            what this very call has written before.
         max_skipped: the share of all images that may be unreadable.
         processes: that work side by side; they change no byte.
-    Yields:
-        A PrepareProgress per shard; at the end the PreparedCatalogue.
     Raises:
         Refused: as `sources.read`; too much is unreadable, then nothing is left behind; ``out`` holds something else.
         StorageFull: no room; what is done is kept.
@@ -92,12 +118,16 @@ def prepare(
         if isinstance(target, Path):
             local = target.resolve()
         elif (says := target.manifest()) is not None:
-            yield _prepared_there(target, says, catalogue, settings)
+            files = says.get("files", {})
+            sizes, digests = ({name: file[what] for name, file in files.items()} for what in ("bytes", "sha256"))
+            found = shards.parsed(says.get("record"), digests, target.shown)
+            yield _prepared(found, sizes, target.shown, catalogue, settings)
             return
         else:
             local = shards.cache() / "uploads" / hashlib.sha256(target.shown.encode()).hexdigest()
         yield from _prepare(catalogue, local, settings, max_skipped, processes)
-        done = _prepared_here(local, catalogue, settings)
+        sizes = {file.name: file.stat().st_size for file in local.iterdir()}
+        done = _prepared(shards.manifest(local), sizes, str(local), catalogue, settings)
         if isinstance(target, RemoteFolder):
             target.upload(local)
             shutil.rmtree(local)
@@ -138,7 +168,7 @@ def _prepare(
 
 
 class _Run:
-    """One call: what it is asked for, and the count of what has been done."""
+    """One call, and the count of what has been done."""
 
     def __init__(self, catalogue: Catalogue, work: Path, settings: Settings, max_skipped: float, makers: Pool) -> None:
         self.catalogue, self.work, self.settings, self.makers = catalogue, work, settings, makers
@@ -154,15 +184,18 @@ class _Run:
         train = yield from self._make(self.catalogue.train)
         val = yield from self._make(self._of_classes(train))
         yield from self._make(self.catalogue.test)
-        left = replace(self.catalogue, train=train, val=val, prepared="")
-        self._publish(out, _without_empty_classes(left))
+        self._publish(out, _without_empty_classes(replace(self.catalogue, train=train, val=val, prepared="")))
 
     def _make(self, images: Images) -> Generator[PrepareProgress, None, Images]:
         """Make the shards of a split; the images that are in them."""
         left_out: list[int] = []
         sizes = self.sizes[images.split] = []
         advice = "Take out the picture that kills it; the same command goes on."
-        recipes = self._recipes(images)
+        class_ids = np.append(self.catalogue.classes, -1)  # the last: of label -1
+        recipes = (
+            ShardRecipe(self.work / f"{images.split}-{number:05}", part, class_ids[part.labels], self.settings)
+            for number, part in enumerate(images.chunks(SHARD))
+        )
         made = self.makers.ordered_map(make_shard, recipes, lambda recipe: first_picture(recipe.images), advice)
         for number, result in enumerate(made):
             left_out += [number * SHARD + row for row in result.left_out]
@@ -172,12 +205,6 @@ class _Run:
             self._count_broken(result.problems, len(result.left_out) + result.shown_anyway)
             yield PrepareProgress(self.images, self.of, self.found, self.broken)
         return images.take(np.delete(np.arange(len(images)), left_out)) if left_out else images
-
-    def _recipes(self, images: Images) -> Iterator[ShardRecipe]:
-        class_ids = np.append(self.catalogue.classes, -1)  # the last: of label -1
-        for number, part in enumerate(images.chunks(SHARD)):
-            folder = self.work / Path(shards.shard_name(images.split, number)).stem
-            yield ShardRecipe(folder, part, class_ids[part.labels], self.settings)
 
     def _count_broken(self, problems: list[Flaw], images: int) -> None:
         """Refuse as soon as it is certain that too much is broken, not after hours: perhaps a mount is gone."""
@@ -196,12 +223,10 @@ class _Run:
         if not len(train):
             advice = "`aliprod data check` lists them all."
             raise Refused("has no training image that can be read.", train.location, advice)
-        val = self.catalogue.val
-        lost = np.setdiff1d(np.arange(self.catalogue.num_classes), train.labels)
-        self.problems += [
-            Flaw("train", f"class {class_id}: no training image can be read, so it is no class")
-            for class_id in self.catalogue.classes[lost].tolist()
-        ]
+        val, classes = self.catalogue.val, self.catalogue.classes
+        lost = np.setdiff1d(np.arange(len(classes)), train.labels)
+        what = "class {}: no training image can be read, so it is no class"
+        self.problems += [Flaw("train", what.format(class_id)) for class_id in classes[lost].tolist()]
         without = np.isin(val.labels, lost)
         paths = val.paths.filter(pa.array(without)).to_pylist()
         self.images += len(paths)
@@ -231,7 +256,9 @@ class _Run:
         def fill(folder: Path) -> None:
             for name in record.file_names():
                 commit.link(self.work / Path(name).stem / name, folder / name)
-            write_index(folder, left)
+            for images in left.splits:
+                known = left.test_labels if images.split == "test" else None
+                shards.write_rows(folder, images.split, images.ids, images.labels if known is None else known)
 
         shards.remove_partials(out)
         if out.exists():
@@ -251,40 +278,14 @@ def _without_empty_classes(catalogue: Catalogue) -> Catalogue:
         train=train,
         val=val,
         test_labels=None if catalogue.test_labels is None else label[catalogue.test_labels],
-        ancestor=None if catalogue.ancestor is None else tree.renumbered(catalogue.ancestor[:, kept]),
+        ancestor=None if catalogue.ancestor is None else renumbered(catalogue.ancestor[:, kept]),
     )
 
 
-def write_index(folder: Path, catalogue: Catalogue) -> None:
-    """Write the ids and labels of all splits."""
-    unknown = catalogue.test.labels if catalogue.test_labels is None else catalogue.test_labels
-    shards.write_rows(folder, "train", catalogue.train.ids, catalogue.train.labels)
-    shards.write_rows(folder, "val", catalogue.val.ids, catalogue.val.labels)
-    shards.write_rows(folder, "test", catalogue.test.ids, unknown)
-
-
-# What is there
-
-
-def _prepared_here(out: Path, catalogue: Catalogue, settings: Settings) -> PreparedCatalogue:
-    found = shards.manifest(out)
-    size = sum((out / name).stat().st_size for name in found.record.file_names())
-    return _prepared(str(out), found, size, catalogue, settings)
-
-
-def _prepared_there(
-    out: RemoteFolder, says: dict[str, Any], catalogue: Catalogue, settings: Settings
-) -> PreparedCatalogue:
-    """By its manifest, which was written last."""
-    files = says.get("files", {})
-    found = shards.parsed(says.get("record"), {name: file["sha256"] for name, file in files.items()}, out.shown)
-    size = sum(files[name]["bytes"] for name in found.record.file_names())
-    return _prepared(out.shown, found, size, catalogue, settings)
-
-
 def _prepared(
-    out: str, found: shards.Manifest, size: int, catalogue: Catalogue, settings: Settings
+    found: shards.Manifest, sizes: dict[str, int], out: str, catalogue: Catalogue, settings: Settings
 ) -> PreparedCatalogue:
+    """What is there, in files of these sizes; refused where it is not what was asked for."""
     record = found.record
     asked = (catalogue.fingerprint, settings.short_side, settings.quality)
     if (record.source, record.short_side, record.quality) != asked:
@@ -299,6 +300,100 @@ def _prepared(
         images=sum(rows for split in record.shards.values() for rows, _ in split),
         skipped=len(record.skipped),
         fingerprint=found.fingerprint,
-        bytes=size,
+        bytes=sum(sizes[name] for name in record.file_names()),
         problems=tuple(Flaw(path, problem) for path, problem in (*record.skipped, *record.problems)),
     )
+
+
+# One shard
+
+
+@dataclass(frozen=True)
+class ShardRecipe:
+    """What one shard is made of, and its folder, named as its file. ``class_ids``: (n,), -1 unknown."""
+
+    folder: Path
+    images: Images
+    class_ids: Integers
+    settings: Settings
+
+
+class ShardResult(BaseModel):
+    """What became of the rows of a shard. ``found``: by an earlier call."""
+
+    rows: int
+    left_out: list[int] = []
+    shown_anyway: int = 0  # test rows whose picture is damaged
+    jpeg_bytes: int = 0
+    problems: list[Flaw] = []
+    found: bool = False
+
+
+def make_shard(recipe: ShardRecipe) -> ShardResult:
+    """Make a shard, or find it: by all that its bytes depend on but the pictures' contents, with its bytes verified."""
+    folder, images = recipe.folder, recipe.images
+    facts = {
+        "versions": [shards.FORMAT, SHARD, ROW_GROUP, PIL.__version__, features.version("jpg"), pa.__version__],
+        "settings": asdict(recipe.settings),
+        "source": [images.location, images.store and images.store.fingerprint],
+        "rows": [images.ids.to_pylist(), recipe.class_ids.tolist(), images.paths.to_pylist()],
+    }
+    record = {"digest": key_of(facts)}
+    if commit.read(folder) == record and not commit.verify(folder):
+        made = (folder / _RESULT).read_text(encoding="utf-8")
+        return ShardResult.model_validate_json(made).model_copy(update={"found": True})
+    shutil.rmtree(folder, ignore_errors=True)
+    result = ShardResult(rows=len(images))
+    commit.write(folder, lambda staging: _write(staging, recipe, result), record)
+    return result
+
+
+def _write(folder: Path, recipe: ShardRecipe, result: ShardResult) -> None:
+    with pq.ParquetWriter(
+        folder / f"{recipe.folder.name}.parquet",
+        _SCHEMA,
+        compression={"image_id": "zstd", "class_id": "zstd", "jpeg": "none"},
+        use_dictionary=["class_id"],
+        write_statistics=["image_id", "class_id"],
+        write_page_checksum=True,
+    ) as file:
+        for start in range(0, result.rows, ROW_GROUP):
+            rows = range(start, min(start + ROW_GROUP, result.rows))
+            jpegs = {row: jpeg for row in rows if (jpeg := _jpeg(recipe, row, result)) is not None}
+            result.jpeg_bytes += sum(map(len, jpegs.values()))
+            if jpegs:
+                ids, class_ids = recipe.images.ids.take(pa.array(jpegs, pa.int64())), recipe.class_ids[list(jpegs)]
+                known = pa.array(class_ids, pa.int64(), mask=class_ids < 0)
+                table = pa.table([ids, known, pa.array(jpegs.values(), pa.binary())], schema=_SCHEMA)
+                file.write_table(table, row_group_size=ROW_GROUP)
+    (folder / _RESULT).write_text(result.model_dump_json(), encoding="utf-8")
+
+
+def _jpeg(recipe: ShardRecipe, row: int, result: ShardResult) -> bytes | None:
+    """The JPEG of a row, None where it is left out; a test row never is, as the submission needs it."""
+    content, image, flaw = judged(recipe.images, row)
+    if flaw:
+        result.problems.append(flaw)
+    if image:
+        return stored(content, image, recipe.settings)
+    if recipe.images.split != "test":
+        result.left_out.append(row)
+        return None
+    result.shown_anyway += 1
+    return _encoded(decode_anyway(content)[0], recipe.settings)
+
+
+def stored(content: bytes, image: Image.Image, settings: Settings) -> bytes:
+    """A picture as it is stored: upright RGB, never enlarged, as JPEG. ``image``: ``content``, decoded."""
+    fits = min(image.size) <= settings.short_side and len(content) <= MOST_STORED
+    return content if fits and plain_jpeg(content) else _encoded(image, settings)
+
+
+def _encoded(image: Image.Image, settings: Settings) -> bytes:
+    scale = min(1.0, settings.short_side / min(image.size), MOST_SIDE / max(image.size))
+    if scale < 1:
+        width, height = (max(LEAST_SIDE, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=settings.quality, subsampling="4:4:4", comment=b"")
+    return file.getvalue()

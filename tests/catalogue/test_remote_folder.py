@@ -18,8 +18,7 @@ from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
 from aliprod.catalogue.sources import read
 from aliprod.cli import app
 from aliprod.errors import Refused, Unreachable
-from aliprod.ingest.prepare import PreparedCatalogue, prepare
-from aliprod.ingest.stored import Settings
+from aliprod.ingest.prepare import PreparedCatalogue, Settings, prepare
 from aliprod.store.commit import MANIFEST
 
 server = pytest.importorskip("moto.server", reason="needs moto, of the extra `test`")

@@ -17,8 +17,7 @@ from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.selection import balanced
 from aliprod.data.training_set import base_rows, read_pseudo_labels, training_set, write_pseudo_labels
 from aliprod.errors import Refused
-from aliprod.ingest.prepare import prepare
-from aliprod.ingest.stored import Settings
+from aliprod.ingest.prepare import Settings, prepare
 from aliprod.recipe import Inputs, PerClass, PseudoLabels, Stage
 from aliprod.store import commit
 

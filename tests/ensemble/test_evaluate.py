@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aliprod.catalogue.identity import name_fault
+from aliprod.catalogue.annotations import name_fault
 from aliprod.ensemble.add import submission, write_ensemble
 from aliprod.ensemble.evaluate import evaluate
 from aliprod.errors import Refused

@@ -1,6 +1,7 @@
 """prepare: shards hold what the catalogue shows, whoever makes them and however often it is killed."""
 
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -31,10 +32,8 @@ from aliprod.cli import app
 from aliprod.data.loader import Feed, TrainBatches, squared_batches
 from aliprod.data.training_set import training_set
 from aliprod.errors import Failed, Refused
-from aliprod.ingest import stored
 from aliprod.ingest.check import check
-from aliprod.ingest.prepare import PreparedCatalogue, PrepareProgress, prepare
-from aliprod.ingest.stored import Settings
+from aliprod.ingest.prepare import PreparedCatalogue, PrepareProgress, Settings, prepare, stored
 from aliprod.recipe import Stage
 from aliprod.store import commit
 
@@ -66,9 +65,8 @@ def record(out: Path) -> dict[str, Any]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of 8 rows in row groups of 4, in this process."""
-    for module in ("aliprod.ingest.prepare", "aliprod.ingest.stored"):
-        monkeypatch.setattr(f"{module}.SHARD", 8)
-    monkeypatch.setattr(stored, "ROW_GROUP", 4)
+    monkeypatch.setattr("aliprod.ingest.prepare.SHARD", 8)
+    monkeypatch.setattr("aliprod.ingest.prepare.ROW_GROUP", 4)
 
 
 def test_broken_ends_as_expected_says(shared: Path, tmp_path: Path) -> None:
@@ -170,7 +168,7 @@ def test_only_a_jpeg_that_is_as_it_shall_be_is_kept_byte_for_byte(
     image = Image.linear_gradient("L").resize(size).convert(options.get("mode", "RGB"))
     image.save(tmp_path / "picture", options.get("format", "JPEG"), exif=exif, comment=b"private")
     before = (tmp_path / "picture").read_bytes()
-    after = stored.stored(before, decode(before), Settings())
+    after = stored(before, decode(before), Settings())
     assert (after == before) is kept
     if not kept:
         assert b"private" not in after
@@ -179,20 +177,20 @@ def test_only_a_jpeg_that_is_as_it_shall_be_is_kept_byte_for_byte(
 
 @given(st.integers(8, 200), st.integers(8, 200), st.integers(8, 64))
 def test_a_picture_is_never_enlarged_and_keeps_its_ratio(width: int, height: int, short_side: int) -> None:
-    file = stored.io.BytesIO()
+    file = io.BytesIO()
     Image.new("RGB", (width, height)).save(file, "PNG")
     content = file.getvalue()
-    image = decode(stored.stored(content, decode(content), Settings(short_side=short_side)))
+    image = decode(stored(content, decode(content), Settings(short_side=short_side)))
     assert min(image.size) == min(width, height, short_side)
     scale = min(image.size) / min(width, height)
     assert abs(max(image.size) - max(width, height) * scale) <= 0.5
 
 
 def test_a_picture_that_no_jpeg_can_hold_is_made_smaller_still() -> None:
-    file = stored.io.BytesIO()
+    file = io.BytesIO()
     Image.new("RGB", (70_000, 20)).save(file, "PNG")
     content = file.getvalue()
-    assert decode(stored.stored(content, decode(content), Settings())).size == (65_500, 19)
+    assert decode(stored(content, decode(content), Settings())).size == (65_500, 19)
 
 
 def test_a_catalogue_comes_back_as_it_went_in(packages: Catalogue, tmp_path: Path, small_shards: None) -> None:
@@ -252,9 +250,9 @@ def test_processes_change_no_byte(packages: Catalogue, tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from aliprod.ingest import prepare, stored
-prepare.SHARD = stored.SHARD = 8
-for done, _ in enumerate(prepare.prepare(Path(sys.argv[1]), Path(sys.argv[2]), stored.Settings()), 1):
+from aliprod.ingest import prepare
+prepare.SHARD = 8
+for done, _ in enumerate(prepare.prepare(Path(sys.argv[1]), Path(sys.argv[2]), prepare.Settings()), 1):
     if done == int(sys.argv[3]):
         os.kill(os.getpid(), 9)
 """
@@ -262,13 +260,13 @@ for done, _ in enumerate(prepare.prepare(Path(sys.argv[1]), Path(sys.argv[2]), s
 
 @pytest.mark.parametrize("shards_done", [1, 7])
 def test_a_killed_call_goes_on_to_the_same_bytes(
-    packages: Catalogue, tmp_path: Path, small_shards: None, shards_done: int
+    packages: Catalogue, tmp_path: Path, small_shards: None, shards_done: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(packages.root), str(out), str(shards_done)]
     assert subprocess.run(command, check=False).returncode == -9
     assert not out.exists()
-    stored.ROW_GROUP = 128  # as in the process that was killed
+    monkeypatch.setattr("aliprod.ingest.prepare.ROW_GROUP", 128)  # as in the process that was killed
     torn = tmp_path / ".out.preparing/train-00000/train-00000.parquet"
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")  # found, but not as it was left
     *progress, done = prepare(packages.root, out, Settings())

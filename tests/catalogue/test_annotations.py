@@ -1,4 +1,4 @@
-"""tree: names and ancestors of the classes."""
+"""annotations: names and ancestors of the classes."""
 
 import json
 from itertools import pairwise
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aliprod.catalogue import tree
+from aliprod.catalogue import annotations
 from aliprod.catalogue.sources import read
 
 
-def leaves_of(folder: Path, top: Any) -> tuple[dict[int, tree.Leaf], list[str]]:
-    (folder / tree.FILE).write_text(json.dumps(top))
-    return tree.leaves(folder)
+def leaves_of(folder: Path, top: Any) -> tuple[dict[int, annotations.Leaf], list[str]]:
+    (folder / annotations.TREE).write_text(json.dumps(top))
+    return annotations.leaves(folder)
 
 
 def ancestors(folder: Path, top: Any, *classes: int) -> list[list[int]]:
-    levels: list[list[int]] = tree.ancestors(leaves_of(folder, top)[0], np.array(classes)).tolist()
+    levels: list[list[int]] = annotations.ancestors(leaves_of(folder, top)[0], np.array(classes)).tolist()
     return levels
 
 
@@ -66,26 +66,26 @@ def test_the_order_of_the_file_does_not_matter(tmp_path: Path) -> None:
     "content", ["", "{", "[]", "7", '{"Level1": {"Level2": ["a"]}}', "[" * 50_000, '{"children": {"a": 1}}']
 )
 def test_a_tree_that_cannot_be_read_costs_the_names_and_not_the_catalogue(tmp_path: Path, content: str) -> None:
-    (tmp_path / tree.FILE).write_text(content)
+    (tmp_path / annotations.TREE).write_text(content)
     (tmp_path / "train.json").write_text('{"images": [{"image_id": "a.jpg", "class_id": 7}]}')
     catalogue = read(tmp_path)
     assert catalogue.ancestor is None
     assert catalogue.names == ("",)
-    assert [problem.path for problem in catalogue.problems] == [tree.FILE]
+    assert [problem.path for problem in catalogue.problems] == [annotations.TREE]
 
 
 def test_a_deep_tree_does_not_grow_the_catalogue_without_bound(tmp_path: Path) -> None:
     deep = leaf(0)
     for _ in range(300):
         deep = inner(deep)
-    assert len(ancestors(tmp_path, inner(deep, leaf(1)), 0, 1)) <= tree.DEEPEST
+    assert len(ancestors(tmp_path, inner(deep, leaf(1)), 0, 1)) <= annotations.DEEPEST
 
 
 def test_without_a_tree_there_are_no_levels_and_no_complaint(tmp_path: Path) -> None:
-    assert tree.leaves(tmp_path) == ({}, [])
+    assert annotations.leaves(tmp_path) == ({}, [])
 
 
 def test_a_class_twice_and_a_class_without_pictures_are_named(shared: Path) -> None:
-    said = [problem.problem for problem in read(shared / "data/broken").problems if problem.path == tree.FILE]
+    said = [problem.problem for problem in read(shared / "data/broken").problems if problem.path == annotations.TREE]
     assert ["class 3 is twice" in text for text in said].count(True) == 1
     assert [text.endswith(": 5") for text in said].count(True) == 1
