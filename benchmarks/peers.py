@@ -24,8 +24,8 @@ from PIL import Image
 from ratio import header, interleave, show
 from transform import STAGE, arguments, describe, picture_sets
 
-from aliprod.data import pixels
-from aliprod.data.augment import train_view
+from aliprod.data import augment
+from aliprod.data.augment import picture_of, train_view
 from aliprod.recipe import Stage
 
 Batch = tuple[Path, ...]
@@ -42,7 +42,7 @@ def main() -> None:
     """Measure each peer in turn with ours."""
     asked = arguments(__doc__)
     torch.set_num_threads(1)
-    decoder = "simplejpeg" if pixels.simplejpeg else "Pillow"
+    decoder = "simplejpeg" if augment.simplejpeg else "Pillow"
     print(header(("timm", "torch", "torchvision", "pillow")), f"decoder {decoder}", asked.interpolation, sep=", ")
     for module, name in {**ITS_OWN, "nvidia.dali": "DALI", "ffcv": "FFCV"}.items():
         print(f"  {name}: {why_left_out(module)}")
@@ -91,9 +91,7 @@ def our_views(contents: dict[Path, bytes], interpolation: str, stage: Stage) -> 
     places = {path: 1000 * number for number, path in enumerate(contents)}
 
     def views(batch: Batch, number: int) -> object:
-        return [
-            train_view(pixels.picture_of(contents[path]), stage, places[path] + number, interpolation) for path in batch
-        ]
+        return [train_view(picture_of(contents[path]), stage, places[path] + number, interpolation) for path in batch]
 
     return views
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transform import STAGE
 
 from aliprod.catalogue.sources import read
-from aliprod.data import pixels, selection
+from aliprod.data import augment, selection
 from aliprod.data.augment import train_view
 from aliprod.ingest.prepare import Settings, prepare
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--interpolation", choices=["bicubic", "bilinear"], default="bicubic")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    print(header(), f"decoder {'simplejpeg' if pixels.simplejpeg else 'Pillow'}", asked.interpolation, sep=", ")
+    print(header(), f"decoder {'simplejpeg' if augment.simplejpeg else 'Pillow'}", asked.interpolation, sep=", ")
     with tempfile.TemporaryDirectory(prefix="read-rows-") as folder:
         os.environ["ALIPROD_CACHE"] = f"{folder}/cache"
         for _ in prepare(asked.catalogue, Path(folder) / "prepared", Settings()):
@@ -43,7 +43,7 @@ def main() -> None:
             jpegs = {row: images.source(row) for row in rows}
 
             def transform(row: int, number: int, jpegs: dict[int, Path | bytes] = jpegs) -> Tensor:
-                return train_view(pixels.picture_of(jpegs[row]), STAGE, 1000 * number + row, asked.interpolation)[0]
+                return train_view(augment.picture_of(jpegs[row]), STAGE, 1000 * number + row, asked.interpolation)[0]
 
             reading, view = interleave(
                 {"reading": lambda row, _: images.source(row), "transform": transform}, rows, asked.rounds

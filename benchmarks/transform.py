@@ -28,7 +28,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 
 from aliprod.catalogue.decode import Unreadable, decode
-from aliprod.data import pixels
+from aliprod.data import augment
 from aliprod.data.augment import on_device, train_view
 from aliprod.ingest.prepare import Settings, stored
 from aliprod.recipe import Stage
@@ -53,7 +53,7 @@ def main() -> None:
     """Check, then measure."""
     asked = arguments(__doc__)
     torch.set_num_threads(1)
-    print(header(), f"decoder {'simplejpeg' if pixels.simplejpeg else 'Pillow'}", asked.interpolation, sep=", ")
+    print(header(), f"decoder {'simplejpeg' if augment.simplejpeg else 'Pillow'}", asked.interpolation, sep=", ")
     ours, theirs = our_view(asked.interpolation), older_view(asked.interpolation)
     with tempfile.TemporaryDirectory(prefix="transform-") as folder:
         sets = picture_sets(asked.folder, Path(folder), asked.pictures)
@@ -73,7 +73,7 @@ View = Callable[[Path, int], Tensor]
 
 def our_view(interpolation: str) -> View:
     """As the loader makes it: (224, 224, 3) uint8."""
-    return lambda path, seed: train_view(pixels.picture_of(path), STAGE, seed, interpolation)[0]
+    return lambda path, seed: train_view(augment.picture_of(path), STAGE, seed, interpolation)[0]
 
 
 def older_view(interpolation: str) -> Callable[[Path, int], tuple[Image.Image, Tensor]]:

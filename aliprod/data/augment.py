@@ -2,27 +2,55 @@
 
 The views are those of torchvision's transforms on PIL images, draw for draw; what is resized differs by two grey levels
 at most. Pixels lie as (H, W, 3), so that a crop is a view and a batch is channels last, and stay 8 bit until they are
-on the device, where they are normalised and cut out.
+on the device, where they are normalised and cut out. To turn a Pillow image into pixels costs a large one a tenth of
+its decoding, so it is done to a crop.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode, RandomCrop, RandomResizedCrop, RandomRotation
+from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
 from torchvision.transforms.v2 import functional as F
 
-from aliprod.data import auto_augment
-from aliprod.data.auto_augment import GREY
-from aliprod.data.pixels import Picture, as_image, as_pixels, cropped
+from aliprod.catalogue.decode import baseline_jpeg, content_of, decode
 from aliprod.recipe import Stage
 
+try:
+    import simplejpeg  # the extra `fast`
+except ImportError:
+    simplejpeg = None
+
+Picture = Tensor | Image.Image  # (H, W, 3) uint8, or RGB: the same pixels
+
+GREY = (128, 128, 128)  # fills what is uncovered (JDAI-CV/DCL, ImageNetPolicy)
+_POLICY = AutoAugment(AutoAugmentPolicy.IMAGENET)
+_MAGNITUDES = _POLICY._augmentation_space(10, (1, 1))
+_EVEN = {"Invert", "Rotate", "ShearX"}  # pictures that differ by a grey level do so afterwards, and by no more
 _RATIO = (3 / 4, 4 / 3)
 _ROTATION_DEGREES = 15.0  # JDAI-CV/DCL, config
 _CUTOUT_SHARE = 4  # side of the crop over side of the square: 56 at 224
+
+
+def picture_of(source: Path | bytes) -> Picture:
+    """A picture as `decode` shows it, pixel for pixel and refusal for refusal; faster with the extra ``fast``.
+
+    Raises:
+        Unreadable: as `decode`.
+    """
+    content = content_of(source)
+    if simplejpeg and baseline_jpeg(content):
+        try:
+            return torch.from_numpy(simplejpeg.decode_jpeg(content))
+        except ValueError:
+            pass  # it is damaged, and Pillow judges how much
+    return decode(content)
 
 
 def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) -> tuple[Tensor, Tensor]:
@@ -39,23 +67,23 @@ def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) ->
     torch.default_generator.manual_seed(seed)
     height, width = picture.shape[:2] if isinstance(picture, Tensor) else picture.size[::-1]
     steps = list(_drawn(stage, height, width))
-    operations = [step for _, step in steps if isinstance(step, auto_augment.Operation)]
-    by_torch = stage.resizing == "torch" or all(step.even for step in operations)
+    # how exactly a picture must be resized depends on what is done to it afterwards
+    by_torch = stage.resizing == "torch" or all(drawn[0] in _EVEN for name, drawn in steps if name == "auto_augment")
     resized = _resized_by_torch if by_torch else _resized_by_pillow
     centre = torch.full((2,), -1, dtype=torch.int64)
     seen = picture
     for name, drawn in steps:
         match name:
             case "crop":
-                seen = cropped(seen, *drawn)
+                seen = _cropped(seen, *drawn)
             case "resize":
                 seen = resized(seen, drawn, interpolation)
             case "rotation":
-                seen = F.rotate(as_image(seen), drawn, InterpolationMode.BILINEAR, fill=GREY)
+                seen = F.rotate(_as_image(seen), drawn, InterpolationMode.BILINEAR, fill=GREY)
             case "flip":
                 seen = F.horizontal_flip(seen) if isinstance(seen, Image.Image) else seen.flip(1)
             case "auto_augment":
-                seen = auto_augment.applied(drawn, seen)
+                seen = _apply_op(_as_image(seen), *drawn, InterpolationMode.NEAREST, GREY)
             case "cutout":  # on the device after normalising
                 centre = drawn
     return as_pixels(seen).contiguous(), centre
@@ -75,7 +103,7 @@ def _drawn(stage: Stage, height: int, width: int) -> Iterator[tuple[str, Any]]:
         elif name == "flip" and torch.rand(1) < 0.5:
             yield name, None
         elif name == "auto_augment":
-            yield from ((name, operation) for operation in auto_augment.drawn())
+            yield from ((name, operation) for operation in _drawn_operations())
         elif name == "cutout":
             yield name, torch.randint(stage.crop, (2,))
 
@@ -88,6 +116,15 @@ def _drawn_crop(name: str, stage: Stage, like: Tensor) -> Iterator[tuple[str, An
         yield "crop", RandomCrop.get_params(like, (stage.crop, stage.crop))
     else:
         yield "resize", stage.crop
+
+
+def _drawn_operations() -> Iterator[tuple[str, float]]:
+    """AutoAugment (Cubuk et al., CVPR 2019) with ImageNet's policy: what is done to a picture, and how strongly."""
+    for name, probability, level in _POLICY.policies[int(torch.randint(len(_POLICY.policies), ()))]:
+        if torch.rand(()) <= probability:
+            magnitudes, signed = _MAGNITUDES[name]
+            magnitude = 0.0 if level is None else float(magnitudes[level])
+            yield name, -magnitude if signed and torch.rand(()) <= 0.5 else magnitude
 
 
 def square(image: Image.Image, side: int, interpolation: str) -> Tensor:
@@ -105,9 +142,7 @@ def eval_view(image: Tensor, resize: int, crop: int, interpolation: str = "bicub
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (..., 3, H, W) -> float32 of the same shape: (pixels / 255 - mean) / std."""
-    shape = (3, 1, 1)
-    offset = torch.tensor(mean, device=pixels.device).view(shape)
-    scale = torch.tensor(std, device=pixels.device).view(shape)
+    offset, scale = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
     return (pixels.float() / 255 - offset) / scale
 
 
@@ -150,9 +185,25 @@ def _resized_by_torch(picture: Picture, side: int, interpolation: str) -> Tensor
 
 
 def _resized_by_pillow(picture: Picture, side: int, interpolation: str) -> Image.Image:
-    return as_image(picture).resize((side, side), Image.Resampling[interpolation.upper()])
+    return _as_image(picture).resize((side, side), Image.Resampling[interpolation.upper()])
 
 
 def _channels_first(pixels: Tensor) -> Tensor:
     """(..., H, W, 3) seen as (..., 3, H, W)."""
     return pixels.movedim(-1, -3)
+
+
+def _cropped(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
+    """A part of a picture, on the side it is on; of pixels a view."""
+    if isinstance(picture, Image.Image):
+        return picture.crop((left, top, left + width, top + height))
+    return picture[top : top + height, left : left + width]
+
+
+def as_pixels(picture: Picture) -> Tensor:
+    """(H, W, 3) uint8."""
+    return torch.from_numpy(np.array(picture)) if isinstance(picture, Image.Image) else picture
+
+
+def _as_image(picture: Picture) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture.numpy())

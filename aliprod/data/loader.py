@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from aliprod.catalogue.catalogue import Images
 from aliprod.catalogue.decode import LEAST_SIDE, Unreadable, decode_anyway
 from aliprod.data import augment, selection, soft_labels
-from aliprod.data.auto_augment import GREY
+from aliprod.data.augment import GREY, Picture, picture_of
 from aliprod.data.epoch_size import epoch_size
-from aliprod.data.pixels import Picture, picture_of
 from aliprod.data.training_set import TrainingSet
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of

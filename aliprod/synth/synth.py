@@ -23,8 +23,7 @@ from aliprod.errors import Refused
 from aliprod.processes import pool
 from aliprod.randomness import seed_of
 from aliprod.store.commit import storage
-from aliprod.synth.packages import face, look
-from aliprod.synth.photograph import photograph
+from aliprod.synth.packages import face, look, photograph
 
 LEAST = 5  # training images a class
 TAIL = 5.0  # largest class / smallest class: as in the quickstart's first measurement

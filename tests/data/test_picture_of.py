@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aliprod.catalogue.decode import Unreadable, decode
-from aliprod.data.pixels import picture_of
+from aliprod.data.augment import picture_of
 
 pytest.importorskip("simplejpeg", reason="needs the extra `fast`")
 
