@@ -92,11 +92,11 @@ def _fetch(target: Target, site: Site) -> Made:
 
 
 def _hash(target: Target, site: Site) -> Made:
-    from aliprod.data import hashes
+    from aliprod.data.duplicates import write_hashes
 
     processes = site.cluster.threads
     images = sources.read(site.catalogue).train
-    hashes.write(target.folder(site.storage), images, processes if processes > 1 else 0)
+    write_hashes(target.folder(site.storage), images, processes if processes > 1 else 0)
     return ()
 
 
@@ -137,7 +137,7 @@ def _teach(target: Target, site: Site) -> Made:
 
 def _label(target: Target, site: Site) -> Made:
     from aliprod.data.training_set import write_pseudo_labels
-    from aliprod.ensemble.pseudo_labelling import confident
+    from aliprod.ensemble.add import confident
     from aliprod.inference import probabilities
 
     recipe = target.owner.stage.pseudo_labels
@@ -147,7 +147,7 @@ def _label(target: Target, site: Site) -> Made:
     opened = [probabilities.open_store(need.folder(site.storage)) for need in predictions]
     labels = confident(opened, recipe.threshold, recipe.per_class)
     record = {"labellers": {need.job.name: need.job.key for need in predictions if need.job}}
-    write_pseudo_labels(target.folder(site.storage), labels.ids, labels.class_ids, labels.probabilities, record)
+    write_pseudo_labels(target.folder(site.storage), *labels, record)
     return ()
 
 

@@ -111,7 +111,6 @@ def _predict(target: Target, site: Site) -> Made:
     import torch
     from torch import Tensor
 
-    from aliprod.ensemble.score import as_labels
     from aliprod.inference import probabilities
     from aliprod.inference.predict import predicted, ready
 
@@ -126,7 +125,7 @@ def _predict(target: Target, site: Site) -> Made:
     def blocks(rows: Integers) -> Iterator[Tensor]:
         yield from predicted(model, images.take(rows), record["views"])
 
-    labels = None if known is None else as_labels(known, catalogue.classes)
+    labels = None if known is None else probabilities.as_labels(known, catalogue.classes)
     folder, ids = target.folder(site.storage), model.classes.ids
     probabilities.write(folder, images.ids, ids, blocks, labels, record, part=site.part)
     return ()

@@ -86,7 +86,7 @@ def predict_command(model: str, inputs: tuple[Path, ...], storage: Path | None, 
     Example: aliprod predict models:/quickstart.resnet50.dcl@member photos/
     """
     folders = _weights(model, storage, tracking_uri)
-    from aliprod.inference.classify import classify
+    from aliprod.inference.predict import classify
 
     failed = False
     for found in classify(folders, inputs):

@@ -3,10 +3,15 @@
 An image becomes 64 bits that survive another size and another JPEG; images that a chain of near hashes connects are
 one group; of a group one image stays, or none where its images bear several labels. The report filtered "duplicated
 labels" without saying how; the DCT hash is the field's usual one.
+
+Reading every picture is all of the cost, so it is done once for a catalogue: a committed folder holds ``bits.npy``
+(N, 8) uint8, the 64 bits of each training image, and ``readable.npy`` (N,) bool.
 """
 
 import math
+from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,7 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from aliprod.catalogue.catalogue import Integers
+from aliprod.catalogue.catalogue import Images, Integers
+from aliprod.catalogue.decode import Unreadable, decode
+from aliprod.data.loader import data_loader
+from aliprod.errors import Refused
+from aliprod.store import commit
 
 Words = NDArray[np.uint64]
 Rule = Literal["drop", "majority", "teacher"]
@@ -25,18 +34,50 @@ LEAST_IMAGES = 5  # of a class, whatever is wrong with them
 _SIDE, _KEPT = 32, 8
 _BITS = _KEPT * _KEPT
 _BATCH = 4096  # images in float64 at a time: 32 MiB
+_READ = 256  # pictures that a process is handed at once
 _CROWD = 512  # rows of a bucket from which it is split again, not compared pair by pair
 _ROW_COST, _TABLE_COST = 40, 20_000  # of sorting, in comparisons of a pair (measured)
 
 
-def gray32(image: Image.Image) -> Tensor:
-    """What is hashed: the grey picture, squeezed into a square, without the aliases of skipped pixels.
+def write_hashes(folder: Path, images: Images, processes: int) -> None:
+    """Hash all images of a split with this many processes beside this one (0: this one alone)."""
+    rows = [range(low, min(low + _READ, len(images))) for low in range(0, len(images), _READ)]
+    loader = data_loader(partial(_grey, images), rows, processes)
 
-    Args:
-        image: RGB, of any size.
-    Returns:
-        (32, 32) uint8.
+    def fill(staging: Path) -> None:
+        bits, readable = zip(*((dct_hash(grey), known) for grey, known in loader), strict=True)
+        np.save(staging / "bits.npy", np.packbits(torch.cat(bits).numpy(), axis=1))
+        np.save(staging / "readable.npy", torch.cat(readable).numpy())
+
+    commit.write(folder, fill, {"images": len(images)})
+
+
+def hashed_groups(folder: Path, count: int, threshold: int) -> Integers:
+    """(N,) the lowest row of each image's group, by `groups`; an image that cannot be read is alone.
+
+    Raises:
+        Refused: there are no hashes, or not of ``count`` images.
     """
+    if commit.read(folder) is None:
+        raise Refused("holds no hashes of the training images.", folder, "Run the plan again: they are made anew.")
+    bits, readable = np.load(folder / "bits.npy"), np.load(folder / "readable.npy")
+    if len(bits) != count:
+        raise Refused(f"holds hashes of {len(bits):,} images, not of {count:,}.", folder, "Delete the folder.")
+    found: Integers = np.arange(count)
+    rows = np.flatnonzero(readable)
+    found[rows] = rows[groups(torch.from_numpy(np.unpackbits(bits[rows], axis=1)), threshold).numpy()]
+    return found
+
+
+def _grey(images: Images, row: int) -> tuple[Tensor, bool]:
+    try:
+        return gray32(decode(images.source(row))), True
+    except Unreadable:
+        return torch.zeros(_SIDE, _SIDE, dtype=torch.uint8), False
+
+
+def gray32(image: Image.Image) -> Tensor:
+    """What is hashed of an RGB image: (32, 32) uint8, grey, squeezed into a square, without aliasing."""
     small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(small))
 
@@ -44,14 +85,15 @@ def gray32(image: Image.Image) -> Tensor:
 def dct_hash(gray32: Tensor) -> Tensor:
     """Which low frequencies, the top left 8 x 8 of the DCT-II, lie above their median.
 
-    Args:
-        gray32: (n, 32, 32) uint8.
-    Returns:
-        (n, 64) uint8 of 0 and 1, row by row of the 8 x 8.
+    (n, 32, 32) uint8 -> (n, 64) uint8 of 0 and 1, row by row of the 8 x 8.
     """
     frequency, place = torch.arange(_KEPT, dtype=torch.float64), torch.arange(_SIDE, dtype=torch.float64)
     basis = 2 * torch.cos(math.pi / _SIDE * torch.outer(frequency, place + 0.5))  # (8, 32)
-    return torch.cat([_above_median(basis @ part.double() @ basis.T) for part in gray32.split(_BATCH)])
+    parts = [basis @ part.double() @ basis.T for part in gray32.split(_BATCH)]
+    # Rounded: what is zero or equal by symmetry (a blank picture) is so in any order of summation.
+    flat = torch.cat(parts).flatten(1).round(decimals=6)
+    middle = flat.sort(dim=1).values[:, _BITS // 2 - 1 : _BITS // 2 + 1]
+    return (flat > middle.mean(dim=1, keepdim=True)).to(torch.uint8)
 
 
 def groups(hashes: Tensor, threshold: int) -> Tensor:
@@ -61,11 +103,7 @@ def groups(hashes: Tensor, threshold: int) -> Tensor:
     they meet in at least one of the C(B, threshold) tables that are sorted by B - ``threshold`` bands. More bands
     make longer keys and more tables: the cheapest B for this many hashes is taken. Equal hashes count once. In a
     bucket that is still crowded what is known to be connected is not compared again, and the rest is split by its
-    other bits.
-
-    Threshold 6, one core: 0.02 s for 10^4 hashes, 1 s for 10^5, 11 s for 10^6, whether random or half of them in
-    clusters, with 0.14 GB beside the hashes for 10^6; time grows a little faster than n, memory as n. Slower is a
-    dense crowd: 4 s for 10^5 hashes with 5 flipped bits each.
+    other bits. Threshold 6, one core: 1 s for 10^5 hashes, 11 s for 10^6; a dense crowd, 5 flipped bits each, 4 s.
 
     Args:
         hashes: (n, 64) of 0 and 1. threshold: at least 0; beyond 10 or so no table is cheaper than all pairs.
@@ -74,13 +112,11 @@ def groups(hashes: Tensor, threshold: int) -> Tensor:
     """
     packed = np.packbits(torch.as_tensor(hashes).cpu().numpy(), axis=1).view(">u8")[:, 0]
     words, first, inverse = np.unique(packed.astype(np.uint64), return_index=True, return_inverse=True)
-    components = _Components(words, threshold)
-    rows = np.arange(len(words))
+    components, rows = _Components(words, threshold), np.arange(len(words))
     _connect_crowd(components, rows, (1 << _BITS) - 1)
     root = components.of(rows)
-    lowest = first.copy()
-    np.minimum.at(lowest, root, first)
-    return torch.from_numpy(lowest[root][inverse])
+    np.minimum.at(first, root, first.copy())
+    return torch.from_numpy(first[root][inverse])
 
 
 def confirmed(groups: Integers, rows: Integers, embeddings: Tensor, cosine: float) -> Integers:
@@ -92,18 +128,14 @@ def confirmed(groups: Integers, rows: Integers, embeddings: Tensor, cosine: floa
     Returns:
         (n,) the lowest of ``rows`` in each one's group.
     """
-    found = rows.copy()
+    found, order = rows.copy(), np.argsort(groups, kind="stable")
     if not len(rows):
         return found
-    order = np.argsort(groups, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
-        near = embeddings[members]
-        lowest = torch.from_numpy(rows[members])
-        before = None
+        near, lowest, before = embeddings[members], torch.from_numpy(rows[members]), None
         while before is None or not torch.equal(lowest, before):  # the lowest name spreads from neighbour to neighbour
-            before = lowest
-            found_near = torch.cat([_lowest_near(part, near, lowest, cosine) for part in near.split(_BATCH)])
-            lowest = torch.minimum(lowest, found_near)  # an image without any feature is not near itself
+            before, parts = lowest, [_lowest_near(part, near, lowest, cosine) for part in near.split(_BATCH)]
+            lowest = torch.minimum(lowest, torch.cat(parts))  # an image without any feature is not near itself
         found[members] = lowest.numpy()
     return found
 
@@ -126,14 +158,12 @@ def kept(
 
     A group of one label keeps one image. Of several labels ``drop`` believes none and keeps no image; ``majority``
     keeps one image of the label that most of the group bear, ``teacher`` of the label whose images are believed most
-    on average; both none where labels share the lead. No class is
-    left with fewer than ``least_images``, or than it had: the first of its dropped images return, those of
-    undisputed label before the others.
+    on average; both none where labels share the lead. No class is left with fewer than ``least_images``, or than it
+    had: the first of its dropped images return, those of undisputed label before the others.
 
     Args:
         groups: (N,) a number for each group. labels: (N,) from 0.
-        rank: (N,) distinct: which of equals stays, the lowest first. Without it the row, which depends on the
-            file's order; the order of the image ids does not.
+        rank: (N,) distinct: which of equals stays, the lowest first; without it the row.
         belief: (N,) probability that a model gives each image's label, for ``teacher``.
     Returns:
         Rows, ascending.
@@ -157,13 +187,6 @@ def kept(
     return_order = np.arange(len(dropped)) - np.searchsorted(labels[dropped], labels[dropped])  # within the class
     stays[dropped[return_order < missing[labels[dropped]]]] = True
     return np.flatnonzero(stays)
-
-
-def _above_median(coefficients: Tensor) -> Tensor:
-    # Rounded: what is zero or equal by symmetry (a blank picture) is so in any order of summation.
-    flat = coefficients.flatten(1).round(decimals=6)
-    middle = flat.sort(dim=1).values[:, _BITS // 2 - 1 : _BITS // 2 + 1]
-    return (flat > middle.mean(dim=1, keepdim=True)).to(torch.uint8)
 
 
 class _Components:

@@ -12,19 +12,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from aliprod.ensemble.match import Places, match_columns, match_rows, submission_order
-from aliprod.ensemble.score import predicted_classes, top1_error
+from aliprod.data.selection import surest
 from aliprod.errors import Failed, Refused
+from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import Probabilities, check, tolerance
 from aliprod.store import commit
 from aliprod.store.resumable import append
@@ -34,16 +35,18 @@ TOP = 5  # classes kept for each image
 TILE = 2**18  # entries added at a time: they and the member's stay in a core's cache
 STRIP = 64
 BLOCK_BYTES = 64 * 2**20
+_FEW_ROWS = 64  # 13 MB of sums at 50,030 classes
+
+Places: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
     """Sums of the rows low to high (exclusive).
 
-    Attributes:
-        rounded: (n, K) float32, the nearest to each sum; below one that is the sum itself.
-        columns: (n, 5 or K) the highest sums' columns, ties to the first. values: those sums, exact, float64.
-        candidates: (n, k) columns, ascending, with all whose sum is one or more. candidate_sums: exact, float64.
+    ``rounded``: (n, K) float32, the nearest to each sum; below one that is the sum itself. ``columns``: (n, 5 or K) of
+    the highest sums, ties to the first; ``values``: those sums, exact, float64. ``candidates``: (n, k) columns,
+    ascending, with all whose sum is one or more; ``candidate_sums``: exact, float64.
     """
 
     low: int
@@ -61,12 +64,10 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class MatchedMembers:
-    """Members whose rows and columns have been matched.
+    """Members whose rows and columns have been matched, with weights above zero.
 
-    Attributes:
-        weights: whole numbers, above zero.
-        ids: (N,) in the order of the submission. classes: (K,) class ids, ascending.
-        rows: for each member, where its rows stand: (N,). columns: where its columns stand, None: in order.
+    ``ids``: (N,) in the order of the submission. ``classes``: (K,) class ids, ascending. ``rows``: where each member
+    has them, (N,); ``columns``: the same, None: in order.
     """
 
     members: tuple[Probabilities, ...]
@@ -84,24 +85,22 @@ class MatchedMembers:
         Raises:
             Failed: a row is no distribution; names member, image and row.
         """
-        parts = [self._part(member, low, high) for member in range(len(self.members))]
+        parts = []
+        for member, rows, columns in zip(self.members, self.rows, self.columns, strict=True):
+            part = from_dlpack(member.take(rows[low:high]))
+            parts.append(part if columns is None else part.index_select(1, columns))
         rounded = torch.empty(high - low, len(self.classes)) if out is None else out[: high - low]
         totals, candidates = _add(parts, self.weights, rounded)
         doubtful = ~((totals - 1).abs() <= tolerance(len(self.classes)) - 2**-14)  # NaN too; float32 sums err by less
-        for member in doubtful.any(dim=1).nonzero()[:, 0].tolist():
-            store, rows = self.members[member], self.rows[member][low:high]
-            check(parts[member], self.ids[low:high], rows.tolist(), store.name, store.split)
+        for number in doubtful.any(dim=1).nonzero()[:, 0].tolist():
+            store, rows = self.members[number], self.rows[number][low:high]
+            check(parts[number], self.ids[low:high], rows.tolist(), store.name, store.split)
         exact = sum(
             (part.gather(1, candidates).double() * weight for part, weight in zip(parts, self.weights, strict=True)),
             torch.zeros(candidates.shape, dtype=torch.float64),
         )
         rounded.scatter_(1, candidates, exact.float())
         return Sums(low, high, rounded, *_top(rounded, candidates, exact), candidates, exact)
-
-    def _part(self, member: int, low: int, high: int) -> Tensor:
-        part = from_dlpack(self.members[member].take(self.rows[member][low:high]))
-        columns = self.columns[member]
-        return part if columns is None else part.index_select(1, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +112,8 @@ class Predictions:
 
 
 def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None) -> MatchedMembers:
-    """Find each image's row and each class's column in every member.
+    """Find each image's row and each class's column in every member; those of weight 0 are not looked at.
 
-    Args:
-        weights: whole numbers, one a member, default 1; a member of weight 0 is not looked at.
     Raises:
         Refused: no member, or weights that cannot be added exactly.
         Failed: a member lacks an image or has another class list.
@@ -130,8 +127,8 @@ def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None
         )
     members = [member for member, weight in zip(members, weights, strict=True) if weight]
     names = [member.name for member in members]
-    ids, rows = match_rows(names, [member.ids for member in members])
-    classes, columns = match_columns(names, [member.classes for member in members])
+    ids, rows = _match_rows(names, [member.ids for member in members])
+    classes, columns = _match_columns(names, [member.classes for member in members])
     in_order = np.arange(len(classes))
     return MatchedMembers(
         tuple(members),
@@ -148,8 +145,6 @@ def each_block(ensemble: MatchedMembers, rows_per_block: int | None = None) -> I
 
     Args:
         rows_per_block: memory is bounded by it; default: as many as make 64 MB in float32.
-    Raises:
-        Failed: as in `MatchedMembers.sums`.
     """
     rows, num_classes = len(ensemble.ids), len(ensemble.classes)
     size = rows_per_block or max(1, BLOCK_BYTES // (4 * max(1, num_classes)))
@@ -176,11 +171,8 @@ def write_ensemble(
 
     Args:
         record: further facts of the manifest, beside the members' records, weights and digests.
-    Returns:
-        What these members' ensemble predicts.
     Raises:
-        Failed, Refused: as in `match` and `MatchedMembers.sums`; nothing was written.
-        StorageFull: no room; nothing was written.
+        Failed, Refused, StorageFull: as in `match` and `MatchedMembers.sums`, or no room; nothing was written.
     """
     ensemble = match(members, weights)
     origins = [
@@ -193,6 +185,25 @@ def write_ensemble(
     written: list[Predictions] = []  # another driver may replace what stands in the folder at any time
     commit.replace(folder, lambda staging: written.append(_fill(staging, ensemble, rows_per_block)), facts)
     return written[-1]
+
+
+def confident(
+    members: Sequence[Probabilities], threshold: float, per_class: int
+) -> tuple[pa.StringArray, Places, npt.NDArray[np.float32]]:
+    """Images whose mean probability reaches ``threshold``, at most ``per_class`` a class, the surest first (Lee 2013).
+
+    Returns:
+        Ids, class ids and mean probabilities (n,); memory grows with the ids alone.
+    Raises:
+        Failed: the members have other images or classes, or are damaged.
+    """
+    ensemble = match(members)
+    top, best = np.empty(len(ensemble.ids)), np.empty(len(ensemble.ids), dtype=np.int64)
+    for block in each_block(ensemble, _FEW_ROWS):
+        top[block.low : block.high] = block.values[:, 0] / len(members)
+        best[block.low : block.high] = block.columns[:, 0]
+    chosen = surest(top, best, threshold, per_class)
+    return ensemble.ids.take(pa.array(chosen)), ensemble.classes[best[chosen]], top[chosen].astype(np.float32)
 
 
 def read_predictions(folder: Path) -> Predictions:
@@ -215,15 +226,14 @@ def add_members(members: Sequence[tuple[Sequence[str], Tensor, Tensor]]) -> tupl
     Returns:
         ids in the order of the submission, classes (K,) ascending, sums (N, K) float64.
     Raises:
-        Refused: no member, or more than can be added exactly.
-        Failed: an image is missing, a class list is another, a row is no distribution; names the member.
+        Refused, Failed: as in `match`; a row is no distribution.
     """
     if not 1 <= len(members) <= MOST:
         raise Refused(f"{len(members)} members cannot be added exactly.", advice=f"Take 1 to {MOST}.")
     names = [f"member {number}" for number in range(len(members))]
     given = [pa.array(ids, pa.string()) for ids, _, _ in members]
-    ids, rows = match_rows(names, given)
-    classes, columns = match_columns(names, [part.cpu().numpy() for _, part, _ in members])
+    ids, rows = _match_rows(names, given)
+    classes, columns = _match_columns(names, [part.cpu().numpy() for _, part, _ in members])
     for name, named, (_, _, part) in zip(names, given, members, strict=True):
         check(part, named, range(len(named)), name)
     sums = torch.zeros(len(ids), len(classes), dtype=torch.float64)
@@ -233,22 +243,12 @@ def add_members(members: Sequence[tuple[Sequence[str], Tensor, Tensor]]) -> tupl
 
 
 def top_classes(sums: Tensor, classes: Tensor, count: int) -> Tensor:
-    """The classes of the highest sums, ties to the first in ``classes``.
-
-    Args:
-        sums: (N, K). classes: (K,) class ids.
-    Returns:
-        (N, count) class ids, from the highest sum down; K of them where there are fewer than count.
-    """
+    """The class ids (N, count or K) of the highest of sums (N, K), from the highest down, ties to the first."""
     return classes[_highest(sums, count)]
 
 
 def submission(ids: Sequence[str] | pa.StringArray, predicted: Tensor | Sequence[int]) -> str:
-    """The CSV that AliProducts takes: id,predicted, a line an image.
-
-    Args:
-        ids: (N,) as the catalogue gives them, in any order. predicted: (N,) class ids.
-    """
+    """The CSV that AliProducts takes: id,predicted, a line an image, of ids in any order and their class ids."""
     numbers: dict[str, int] = dict(zip(map(str, ids), map(int, predicted), strict=True))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -258,9 +258,8 @@ def submission(ids: Sequence[str] | pa.StringArray, predicted: Tensor | Sequence
 
 
 def _add(parts: Sequence[Tensor], weights: Sequence[int], sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Write float32 sums (n, K); return each part's row sums (members, n) and the columns of the k highest (n, k).
-
-    k is such that every sum of one or more is among them: all sums of a row add up to the weights' sum.
+    """Write float32 sums (n, K); return each part's row sums (members, n) and the columns of the k highest (n, k), such
+    that every sum of one or more is among them: all sums of a row add up to the weights' sum.
     """
     rows, num_classes = parts[0].shape
     k = min(num_classes, max(TOP + 1, int(sum(weights) * (1 + tolerance(num_classes)))))
@@ -328,25 +327,70 @@ def _fill(staging: Path, ensemble: MatchedMembers, rows_per_block: int | None) -
     (staging / "submission.csv").write_text(submission(found.ids, found.predicted), encoding="utf-8")
     pq.write_table(pa.table({"image_id": ensemble.ids, "label": labels}), staging / "rows.parquet")
     pq.write_table(pa.table({"class_id": ensemble.classes}), staging / "classes.parquet")
-    predictions = {
-        "image_id": ensemble.ids,
-        "class_id": best[:, 0].numpy(),
-        "top_classes": _lists(best),
-        "shares": _lists(shares),
-    }
-    pq.write_table(pa.table(predictions), staging / "predictions.parquet")
+    predictions = {"class_id": best[:, 0].numpy(), "top_classes": _lists(best), "shares": _lists(shares)}
+    pq.write_table(pa.table({"image_id": ensemble.ids} | predictions), staging / "predictions.parquet")
     return found
 
 
 def _scores(labels: pa.Int64Array, found: Predictions, members: Sequence[Probabilities]) -> dict[str, Any]:
     if labels.null_count == len(labels):
         return {"ensemble": None, "members": {member.name: None for member in members}}
-    return {
-        "ensemble": top1_error(labels, found.predicted.numpy()),
-        "members": {member.name: top1_error(member.labels, predicted_classes(member)) for member in members},
-    }
+    pairs = [(labels, found.predicted.numpy()), *((member.labels, member.predicted()) for member in members)]
+    ensemble, *errors = ((score(*pair) or {}).get("top1_error") for pair in pairs)
+    return {"ensemble": ensemble, "members": dict(zip((member.name for member in members), errors, strict=True))}
 
 
 def _lists(rows: Tensor) -> pa.ListArray:
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.flatten().numpy()))
+    return pa.ListArray.from_arrays(offsets, rows.flatten().numpy())
+
+
+def submission_order(name: str) -> tuple[int, int, str, str]:
+    """Sort key of image ids: stems that are all digits first, by that number; then the rest as strings."""
+    stem = name.rsplit(".", 1)[0]
+    if not (stem.isascii() and stem.isdigit()):
+        return (1, 0, "", name)
+    digits = stem.lstrip("0")
+    return (0, len(digits), digits, name)  # as int() would order them, but of any length
+
+
+def _match_rows(names: Sequence[str], ids: Sequence[pa.StringArray]) -> tuple[pa.StringArray, list[Places]]:
+    """The ids in the order of the submission, and where each member (of these names) has them."""
+    for name, own in zip(names, ids, strict=True):
+        if own is ids[0] or not own.equals(ids[0]):
+            _same_images(name, own, names[0], ids[0])
+    ordered = pa.array(sorted(ids[0].to_pylist(), key=submission_order), pa.string())
+    return ordered, [np.asarray(pc.index_in(ordered, value_set=own), dtype=np.int64) for own in ids]
+
+
+def _same_images(name: str, own: pa.StringArray, other_name: str, other: pa.StringArray) -> None:
+    advice = (
+        "Nothing was written. All members must have predicted one image set: delete the probabilities of the "
+        "member that is wrong and submit jobs/ensemble.py."
+    )
+    twice = pc.filter(own.value_counts().field("values"), pc.greater(own.value_counts().field("counts"), 1))
+    if len(twice):
+        raise Failed(f"has more than one row for image {twice[0]}.", name, advice)
+    for lacking, has, poor, rich in ((name, other_name, own, other), (other_name, name, other, own)):
+        missing = rich.filter(pc.invert(pc.is_in(rich, value_set=poor)))
+        if len(missing):
+            what = f"has no probabilities of image {missing[0]}, which {has} has ({len(missing):,} such images)."
+            raise Failed(what, lacking, advice)
+
+
+def _match_columns(names: Sequence[str], classes: Sequence[Places]) -> tuple[Places, list[Places]]:
+    """The class ids, ascending, and where each member (of these names) has them."""
+    order = np.argsort(classes[0])
+    ordered = classes[0][order]
+    orders = [order if np.array_equal(own, classes[0]) else np.argsort(own) for own in classes]
+    for name, own, places in zip(names, classes, orders, strict=True):
+        if np.array_equal(own[places], ordered) and (np.diff(ordered) > 0).all():
+            continue
+        other = np.setxor1d(own, ordered)
+        example = f"class {other[0]} is in only one of them" if len(other) else "a class id occurs twice"
+        raise Failed(
+            f"has another class list ({len(own):,} classes) than {names[0]} ({len(ordered):,}): {example}.",
+            name,
+            "Nothing was written. All members must have been trained on one catalogue.",
+        )
+    return ordered, orders

@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 
 from aliprod.catalogue.annotations import class_number, rows, utf8
 from aliprod.ensemble.add import read_predictions
-from aliprod.ensemble.score import aligned, predicted_classes, score
 from aliprod.errors import Refused, listing
+from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import STEM, open_store
 
 
@@ -28,7 +28,7 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
     """
     ids, predicted = _predictions(predictions)
     known_ids, known = _labels(labels)
-    found = score(aligned(ids, known_ids, known), predicted)
+    found = score(known.take(pc.index_in(ids, value_set=known_ids)), predicted)
     if found is None:
         raise Refused(
             f"no image of {predictions} has a label in it.", labels, "Ids are matched as they are, ending included."
@@ -54,7 +54,7 @@ def _predictions(path: Path) -> tuple[pa.StringArray, np.ndarray]:
             advice = "Give PLAN/ensemble or a member's store."
             raise Refused("holds neither an ensemble nor probabilities.", path, advice)
         store = open_store(path)
-        return store.ids, predicted_classes(store)
+        return store.ids, store.predicted()
     return _csv(path, "predicted")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aliprod.catalogue.catalogue import Catalogue, Images
-from aliprod.data import duplicates, hashes
+from aliprod.data import duplicates
 from aliprod.data.augment import normalise
 from aliprod.data.loader import squared_batches
 from aliprod.inference.predict import ready
@@ -34,11 +34,11 @@ def write_kept_rows(
     """Commit the rows of ``catalogue.train`` that stay, ascending.
 
     Args:
-        hashed: folder of `aliprod.data.hashes`. start: weights folder of the parent.
+        hashed: folder of `duplicates.write_hashes`. start: weights folder of the parent.
         processes: that read pictures.
     """
     images = catalogue.train
-    groups = hashes.groups(hashed, len(images), _HASH_BITS)
+    groups = duplicates.hashed_groups(hashed, len(images), _HASH_BITS)
     belief = np.zeros(len(images))
     if start is not None:
         rows = np.flatnonzero(np.bincount(groups, minlength=len(images))[groups] > 1)

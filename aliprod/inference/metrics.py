@@ -1,6 +1,9 @@
 """Top-1 error per image and per class, and top-k error: the metrics of a classifier (methods.md, 8)."""
 
+import numpy as np
+import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -51,3 +54,25 @@ def top_k_error(labels: Tensor, scores: Tensor, k: int) -> Tensor:
     behind = (scores < own) | ((scores == own) & later)  # the label itself is among them, unless it is NaN
     rank = scores.shape[1] - behind.sum(dim=1)  # from 0
     return (rank >= k).double().mean()
+
+
+def score(labels: pa.Int64Array, predicted: NDArray[np.int64]) -> dict[str, float | int] | None:
+    """Count the errors of predicted class ids.
+
+    Args:
+        labels: (N,) class ids, null where unknown: left out. predicted: (N,) class ids.
+    Returns:
+        top1_error (mean over classes), top1_error_per_image, images, classes; None without any label.
+    """
+    known = labels.is_valid().to_numpy(zero_copy_only=False)
+    if not known.any():
+        return None
+    truth, guess = labels.drop_null().to_numpy(), predicted[known]
+    classes, rows = np.unique(np.concatenate([truth, guess]), return_inverse=True)
+    places, guessed = torch.from_numpy(rows).split(len(truth))
+    return {
+        "top1_error": float(mean_class_error(places, guessed, len(classes))),
+        "top1_error_per_image": float(np.mean(truth != guess)),
+        "images": len(truth),
+        "classes": len(np.unique(truth)),
+    }

@@ -1,25 +1,35 @@
 """Probabilities of images: one forward path for validation, test-time augmentation and files of any kind."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
-from aliprod.catalogue.catalogue import Images
-from aliprod.data.augment import normalise
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES
+from aliprod.catalogue.catalogue import Catalogue, Images
+from aliprod.catalogue.decode import Unreadable, decode
+from aliprod.data.augment import normalise, square
 from aliprod.data.loader import Feed, squared_batches
+from aliprod.errors import Refused
+from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
-from aliprod.recipe import Views
+from aliprod.recipe import Stage, Views
+from aliprod.store.epochs import TOP1
 from aliprod.store.resumable import SHARD_STEP
 
 # Pictures in one forward pass, 256 or 320 crops: they bound the memory of activations, and divide a shard's rows. The
 # last batch of a split may be smaller: no padding, since nothing here compiles or tunes itself for a shape.
 BATCH = {"center": SHARD_STEP, "ten_crop": SHARD_STEP // 8}
+_TOP = 5  # classes that are said of a file
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,8 @@ class Ready:
 
 
 def ready(folder: Path, processes: int = 0) -> Ready:
-    """Load a weights folder onto this process's GPU where it has one.
+    """Load a weights folder onto this process's GPU where it has one; ``processes`` of them read pictures.
 
-    Args:
-        processes: number of them that read pictures.
     Raises:
         Refused: it is no weights folder, or one that is damaged.
     """
@@ -48,11 +56,7 @@ def ready(folder: Path, processes: int = 0) -> Ready:
 
 
 def precision(device: torch.device, stated: str = "auto") -> torch.dtype:
-    """The dtype of a forward pass on a device.
-
-    Args:
-        stated: as in a stage; ``auto`` is bfloat16 on GPUs that have it, else float32.
-    """
+    """The dtype of a forward pass, as in a stage: ``auto`` is bfloat16 on GPUs that have it, else float32."""
     if stated != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[stated]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -67,14 +71,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def predict(
     model: Classifier, images: Images, resize: int, crop: int, views: Views, feed: Feed
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Probabilities of a split in order, this rank's share of it.
+    """Probabilities of a split in order, this rank's share of it, by a model in eval mode on ``feed.device``.
 
     Each picture is decoded and squared once and sent as 8-bit pixels; it is cropped on the device. The probabilities
     of ten crops (test-time augmentation) are averaged after the softmax.
 
-    Args:
-        model: in eval mode, on ``feed.device``.
-        resize, crop: pixels.
     Yields:
         Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
     """
@@ -101,3 +102,90 @@ def look(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed)
     with autocast(feed.device, feed.dtype):
         logits: Tensor = model(images)
     return mean_probabilities(logits.float().view(*cut.shape[:2], -1))
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def top1_errors(
+    model: Classifier, catalogue: Catalogue, stage: Stage, feed: Feed, between: Callable[[], None] = nothing
+) -> dict[str, float]:
+    """Mean over classes and over images of the centre crop's top-1 error; empty without validation images.
+
+    Args:
+        between: called as often on each rank, before each block of images.
+    """
+    if not len(catalogue.val):
+        return {}
+    was_training = model.training
+    model.eval()
+    predicted = np.zeros(len(catalogue.val), dtype=np.int64)
+    blocks = predict(model, catalogue.val, stage.resize, stage.crop, "center", feed)
+    for _ in range(0, len(catalogue.val), BATCH["center"] * feed.world_size):
+        between()
+        for rows, probabilities in islice(blocks, 1):  # the last may be another rank's
+            predicted[rows] = probabilities.argmax(dim=1).numpy()
+    model.train(was_training)
+    everywhere = torch.from_numpy(predicted).to(feed.device)
+    if feed.world_size > 1:
+        dist.all_reduce(everywhere)  # each rank filled its own rows, the others are zero
+    labels = torch.from_numpy(catalogue.val.labels)
+    error = mean_class_error(labels, everywhere.cpu(), catalogue.num_classes)
+    return {
+        TOP1: float(error),
+        "val/top1_error_per_image": float((labels != everywhere.cpu()).double().mean()),
+    }
+
+
+def classify(folders: Sequence[Path], inputs: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Classify each picture in files and folders, without a cluster.
+
+    Args:
+        folders: of weights; their probabilities are averaged.
+    Yields:
+        path, class_id, name, probability and the top five; or path and error, for what is no picture.
+    Raises:
+        Refused: a folder holds no weights, or they know other classes than the first.
+    """
+    paths = [path for given in inputs for path in _files(given)]
+    members = [ready(folder) for folder in folders]
+    for folder, member in zip(folders, members, strict=True):
+        if member.classes.ids != members[0].classes.ids:
+            raise Refused("knows other classes than the first member.", folder, "Run the plan again.")
+    for low in range(0, len(paths), BATCH["ten_crop"]):
+        some = paths[low : low + BATCH["ten_crop"]]
+        seen = [_decoded(path) for path in some]
+        pictures = [picture for picture in seen if isinstance(picture, Image.Image)]
+        answers = iter(_answers(pictures, members) if pictures else ())
+        for path, picture in zip(some, seen, strict=True):
+            yield {"path": str(path), **({"error": picture} if isinstance(picture, str) else next(answers))}
+
+
+def _files(given: Path) -> list[Path]:
+    if given.is_dir():
+        return sorted(path for path in given.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    return [given]
+
+
+def _decoded(path: Path) -> Image.Image | str:
+    try:
+        return decode(path)
+    except Unreadable as reason:
+        return str(reason)
+
+
+def _answers(pictures: Sequence[Image.Image], members: Sequence[Ready]) -> Iterator[dict[str, Any]]:
+    """What each picture shows, by the mean of the members' ten-crop probabilities in float32."""
+    classes, total = members[0].classes, torch.zeros(())
+    for member in members:
+        config, feed = member.config, replace(member.feed, dtype=torch.float32)
+        pixels = torch.stack([square(picture, config.resize, config.interpolation) for picture in pictures])
+        total = total + look(member.model, pixels.to(feed.device), config.crop, "ten_crop", feed).cpu() / len(members)
+    for row in total:
+        values, places = row.topk(min(_TOP, len(row)))
+        top = [
+            {"class_id": classes.ids[place], "name": classes.names[place], "probability": round(value, 6)}
+            for value, place in zip(values.tolist(), places.tolist(), strict=True)
+        ]
+        yield {**top[0], "top": top}

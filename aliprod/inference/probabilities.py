@@ -30,6 +30,8 @@ STEM = "probabilities"
 _ADVICE = "Delete the folder and submit jobs/ensemble.py: only this member is predicted again."
 ROWS_PER_CHECK = 16  # rows summed in float64 at once: 6 MB at 50,030 classes
 
+_ROWS_PER_BLOCK = 1024
+
 Half = npt.NDArray[np.float16]
 Ids: TypeAlias = Sequence[str] | pa.StringArray
 Labels: TypeAlias = Sequence[int | None] | npt.NDArray[np.int64] | pa.Int64Array
@@ -87,6 +89,14 @@ class Probabilities:
             places = shards == shard
             taken[places] = self._of_shard(shard, rows[places])
         return taken
+
+    def predicted(self) -> npt.NDArray[np.int64]:
+        """Class ids (N,) of each row's highest probability, ties to the lowest id; a few rows in memory at once."""
+        order, best = np.argsort(self.classes), np.empty(len(self), np.int64)
+        for low in range(0, len(self), _ROWS_PER_BLOCK):
+            high = min(low + _ROWS_PER_BLOCK, len(self))
+            best[low:high] = self.rows(low, high)[:, order].argmax(axis=1)
+        return self.classes[order][best]
 
     def _of_shard(self, shard: int, rows: Rows) -> Half:
         inside = rows - shard * self.rows_per_shard
@@ -190,6 +200,12 @@ def open_store(folder: Path) -> Probabilities:
             _ADVICE,
         ) from error
     return store
+
+
+def as_labels(labels: Sequence[int] | Rows, classes: Rows) -> pa.Int64Array:
+    """Class ids of rows of a class list, null where negative."""
+    rows = np.asarray(labels, dtype=np.int64)
+    return pa.array(classes[np.maximum(rows, 0)], pa.int64(), mask=rows < 0)
 
 
 def tolerance(num_classes: int) -> float:

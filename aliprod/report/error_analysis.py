@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.ensemble.add import read_predictions
-from aliprod.ensemble.score import aligned
 from aliprod.inference.metrics import class_errors
 
 _SIZES = 6  # groups of classes by their number of training images
@@ -67,8 +66,8 @@ def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) ->
     labels = catalogue.test_labels if split == "test" else images.labels
     if labels is None:
         labels = np.full(len(images), -1)
-    guess = aligned(images.ids, found.ids, pa.array(found.predicted.numpy(), pa.int64()))
-    guesses = guess.fill_null(-1).to_numpy()
+    rows = pc.index_in(images.ids, value_set=found.ids).fill_null(-1).to_numpy()
+    guesses = np.append(found.predicted.numpy(), -1)[rows]
     places = np.minimum(np.searchsorted(catalogue.classes, guesses), catalogue.num_classes - 1)
     known = np.flatnonzero((labels >= 0) & (catalogue.classes[places] == guesses))
     return Scored(images, known, labels[known], places[known])

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from aliprod.inference.predict import autocast
-from aliprod.inference.validate import nothing
+from aliprod.inference.predict import autocast, nothing
 from aliprod.randomness import seed_of
 from aliprod.recipe import STATISTICS_BATCHES
 from aliprod.store.epochs import TOP1

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import TrainingSet, training_set
-from aliprod.inference.predict import autocast, precision
-from aliprod.inference.validate import nothing, top1_errors
+from aliprod.inference.predict import autocast, nothing, precision, top1_errors
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of

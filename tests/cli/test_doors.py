@@ -77,5 +77,5 @@ def test_the_commands_themselves_load_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_predicting_with_weights_needs_neither_ray_nor_mlflow() -> None:
-    program = "import sys, aliprod.inference.classify; sys.exit('ray' in sys.modules or 'mlflow' in sys.modules)"
+    program = "import sys, aliprod.inference.predict; sys.exit('ray' in sys.modules or 'mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

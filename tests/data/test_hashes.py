@@ -17,7 +17,7 @@ from PIL import Image
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
-from aliprod.data import hashes, loader
+from aliprod.data import duplicates, loader
 from aliprod.data.duplicates import dct_hash, gray32
 from aliprod.data.duplicates import groups as grouped
 from aliprod.errors import Refused
@@ -38,8 +38,8 @@ def copied(packages: Catalogue, tmp_path: Path) -> Catalogue:
 def test_groups_from_disk_are_those_of_the_pictures_and_the_unreadable_are_alone(
     copied: Catalogue, tmp_path: Path
 ) -> None:
-    hashes.write(tmp_path / "hashes", copied.train, 0)
-    found = hashes.groups(tmp_path / "hashes", 32, 6)
+    duplicates.write_hashes(tmp_path / "hashes", copied.train, 0)
+    found = duplicates.hashed_groups(tmp_path / "hashes", 32, 6)
     readable = [row for row in range(32) if row != 11]
     bits = dct_hash(torch.stack([gray32(decode(copied.train.path(row))) for row in readable]))
     assert np.array_equal(found[readable], np.array(readable)[grouped(bits, 6).numpy()])
@@ -49,7 +49,7 @@ def test_groups_from_disk_are_those_of_the_pictures_and_the_unreadable_are_alone
 
 def test_processes_that_help_change_no_byte(packages: Catalogue, tmp_path: Path) -> None:
     for name, processes in (("alone", 0), ("helped", 2)):
-        hashes.write(tmp_path / name, packages.train, processes)
+        duplicates.write_hashes(tmp_path / name, packages.train, processes)
     for file in ("bits.npy", "readable.npy"):
         assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "helped" / file).read_bytes()
 
@@ -71,14 +71,14 @@ def test_a_process_that_stands_still_is_waited_for_and_then_an_error(
     with ThreadPoolExecutor() as beside:
         process = beside.submit(stopped)
         with pytest.raises(RuntimeError, match="timed out") as _held:  # else the loader waits for the process to end
-            hashes.write(tmp_path / "hashes", images, 1)
+            duplicates.write_hashes(tmp_path / "hashes", images, 1)
         process.result().kill()
     assert not list(tmp_path.iterdir())
 
 
 def test_hashes_of_other_images_or_none_are_refused(packages: Catalogue, tmp_path: Path) -> None:
-    hashes.write(tmp_path / "hashes", packages.train.take(np.arange(9)), 0)
+    duplicates.write_hashes(tmp_path / "hashes", packages.train.take(np.arange(9)), 0)
     with pytest.raises(Refused, match="holds hashes of 9 images, not of 32"):
-        hashes.groups(tmp_path / "hashes", 32, 6)
+        duplicates.hashed_groups(tmp_path / "hashes", 32, 6)
     with pytest.raises(Refused, match="none: holds no hashes"):
-        hashes.groups(tmp_path / "none", 32, 6)
+        duplicates.hashed_groups(tmp_path / "none", 32, 6)

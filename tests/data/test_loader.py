@@ -15,9 +15,8 @@ from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
 from aliprod.data import selection, soft_labels
-from aliprod.data.augment import normalise, on_device, square, train_view
+from aliprod.data.augment import normalise, on_device, picture_of, square, train_view
 from aliprod.data.loader import Feed, TrainBatch, TrainBatches, squared_batches
-from aliprod.data.pixels import picture_of
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aliprod.data.selection import pseudo_labels
-from aliprod.ensemble.match import submission_order
-from aliprod.ensemble.pseudo_labelling import confident
+from aliprod.ensemble.add import confident, submission_order
 from aliprod.errors import Failed
 from aliprod.inference.probabilities import Probabilities, open_store, write
 
@@ -44,14 +43,14 @@ def test_labels_are_those_of_the_mean_table(
     found = tables(seed, members, 150, 5)  # three blocks of rows
     mean = torch.stack([table.double() for table in found]).mean(dim=0)
     rows, labels = pseudo_labels(mean, threshold, per_class)
-    chosen = confident(stored(tmp_path_factory.mktemp("stores"), found, seed), threshold, per_class)
+    chosen, class_ids, sure = confident(stored(tmp_path_factory.mktemp("stores"), found, seed), threshold, per_class)
     expected = {f"{7 * row}.jpg": 3 * label for row, label in zip(rows.tolist(), labels.tolist(), strict=True)}
-    ids = chosen.ids.to_pylist()
-    assert dict(zip(ids, chosen.class_ids.tolist(), strict=True)) == expected
+    ids = chosen.to_pylist()
+    assert dict(zip(ids, class_ids.tolist(), strict=True)) == expected
     assert ids == sorted(ids, key=submission_order)
-    assert max(Counter(chosen.class_ids.tolist()).values(), default=0) <= per_class
+    assert max(Counter(class_ids.tolist()).values(), default=0) <= per_class
     top = mean[rows].max(dim=1).values.float()
-    assert torch.equal(torch.from_numpy(chosen.probabilities), top)
+    assert torch.equal(torch.from_numpy(sure), top)
 
 
 def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from PIL import Image
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
-from aliprod.data import hashes
-from aliprod.data.duplicates import Rule
+from aliprod.data.duplicates import Rule, write_hashes
 from aliprod.inference.deduplicate import write_kept_rows
 from aliprod.models import weights
 from aliprod.models.classifier import normalisation
@@ -95,7 +94,7 @@ def shop(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
 @pytest.fixture(scope="module")
 def hashed(shop: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hashed") / "hashes"
-    hashes.write(folder, shop.train, 0)
+    write_hashes(folder, shop.train, 0)
     return folder
 
 
@@ -150,7 +149,7 @@ def test_what_stays_and_what_is_told_of_the_rest_does_not_hang_on_the_order_of_t
     other = doubled(shared / "data" / "tiny", tmp_path / "other", 1)
     assert other.fingerprint == shop.fingerprint
     assert not other.train.ids.equals(shop.train.ids)
-    hashes.write(tmp_path / "hashes", other.train, 0)
+    write_hashes(tmp_path / "hashes", other.train, 0)
     kept = kept_rows(tmp_path / "kept", rule, shop, hashed, parent)
     again = kept_rows(tmp_path / "again", rule, other, tmp_path / "hashes", parent)
     assert dropped(shop, kept) == dropped(other, again)
@@ -163,5 +162,5 @@ def test_what_stays_and_what_is_told_of_the_rest_does_not_hang_on_the_order_of_t
 
 def test_where_no_two_pictures_are_alike_all_stay(packages: Catalogue, parent: Path, tmp_path: Path) -> None:
     few = replace(packages, train=packages.train.take(np.arange(2)))
-    hashes.write(tmp_path / "hashes", few.train, 0)
+    write_hashes(tmp_path / "hashes", few.train, 0)
     assert kept_rows(tmp_path / "kept", "drop", few, tmp_path / "hashes", parent).tolist() == [0, 1]

@@ -13,7 +13,7 @@ from job_process import Death, ended, log_of, seen_by, start, train
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed
 from aliprod.errors import StorageFull
-from aliprod.inference.validate import top1_errors
+from aliprod.inference.predict import top1_errors
 from aliprod.models import weights
 from aliprod.recipe import Machine, Stage
 from aliprod.store import commit, epochs

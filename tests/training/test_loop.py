@@ -17,8 +17,7 @@ from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import training_set
 from aliprod.errors import NonFiniteLoss, Refused
 from aliprod.inference.metrics import mean_class_error
-from aliprod.inference.predict import predict
-from aliprod.inference.validate import top1_errors
+from aliprod.inference.predict import predict, top1_errors
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
 from aliprod.recipe import Inputs, LearningRate, Machine, Stage
