@@ -27,8 +27,7 @@ from aliprod.plan.open import Opened, Request
 from aliprod.plan.places import catalogue_path
 from aliprod.store import commit, lineage
 from aliprod.store.lease import Leases
-from aliprod.tracking.choices import choose, origin
-from aliprod.tracking.registry import Choice
+from aliprod.tracking.registry import Choice, choose, origin
 from aliprod.tracking.runs import EnsembleResult, JobProgress, PlanProgress, Status
 from aliprod.tracking.server import redacted
 from aliprod.tracking.sync import Tracking

@@ -32,22 +32,14 @@ Reduction = Literal["mean", "none"]
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may know before the first batch.
-
-    Args:
-        num_features: channels C of the backbone's feature map.
-        crop: side of the square training images, in pixels.
-        class_counts: (K,) int64, training images of each class; None where unknown.
-        ancestor: (L, K) int64, each class's node per level of the product tree, last = the class itself;
-            None without a product tree.
-    """
+    """What an objective may know before the first batch."""
 
     num_classes: int
-    num_features: int
-    crop: int
+    num_features: int  # channels C of the backbone's feature map
+    crop: int  # side of the square training images, in pixels
     epochs: int
-    class_counts: Tensor | None = None
-    ancestor: Tensor | None = None
+    class_counts: Tensor | None = None  # (K,) int64, training images of each class, where known
+    ancestor: Tensor | None = None  # (L, K) int64, each class's node per level of the product tree, last the class
 
 
 class Model(Protocol):
@@ -87,8 +79,6 @@ class Batch(Protocol):
 def build(name: str, options: Mapping[str, Any], context: Context) -> nn.Module:
     """The objective that a plan names, with ``needs`` set.
 
-    Args:
-        name: a file of this package ("dcl") or a user's importable module ("my_package.margin").
     Raises:
         Refused: no such objective, no such option, or an option that does not fit the context.
     """
@@ -130,11 +120,7 @@ def full_precision(values: Tensor) -> torch.autocast:
 
 
 def counts_of(context: Context, name: str) -> Tensor:
-    """(K,) int64, for the objective ``name``, which weighs classes by their images.
-
-    Raises:
-        Refused: the context does not know them.
-    """
+    """(K,) int64, for the objective ``name``, which weighs classes by their images; refused where unknown."""
     if context.class_counts is None:
         raise Refused(f"{name} needs the classes' image counts.", advice="Give Context.class_counts.")
     return context.class_counts
@@ -147,20 +133,14 @@ def require(holds: bool, what: str, advice: str) -> None:
 
 
 def needs_of(name: str) -> Needs:
-    """What an objective needs, whatever its options.
-
-    Raises:
-        Refused: as `find`.
-    """
+    """What an objective needs, whatever its options; refused as by `find`."""
     needs: Needs = getattr(find(name), "needs", Needs())
     return needs
 
 
 def find(name: str) -> type[nn.Module]:
-    """The class of an objective.
+    """The class of an objective: a file of this package ("dcl"), or a user's importable module ("my_package.margin").
 
-    Args:
-        name: a file of this package ("dcl") or a user's importable module ("my_package.margin").
     Raises:
         Refused: there is none.
     """

@@ -3,18 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from aliprod.objectives import Batch, Context, Model, Reduction, mean_over, precise, reduced
+from aliprod.objectives import Batch, Model, Reduction, mean_over, precise, reduced
 
 
 def loss(logits: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """The top-1 error to expect when the class is drawn from the softmax: 1 - p_t, in 0 to 1.
-
-    Equation 1 of the report is p_t / (p_t + 1 - p_t) at the true class t. Its gradient fades with p_t, so it
-    gives up on hopeless (often mislabelled) images: for two or three epochs on top of a good model only.
-
-    Written as a sigmoid, since at 50,030 classes 1 - p_t taken from a float32 softmax is rounding noise below
-    1e-5. Costs about 3 times cross entropy (64 x 50,030 logits, one CPU core), little beside the classifier.
-    """
+    """1 - p_t, in 0 to 1; as a sigmoid, since from a float32 softmax it is rounding noise below 1e-5."""
     logits, true = precise(logits), labels[:, None]
     ahead = (logits - logits.gather(1, true)).scatter_(1, true, -torch.inf)  # (B, K), without the true class
     return reduced(torch.sigmoid(ahead.logsumexp(dim=1)), reduction)
@@ -22,9 +15,6 @@ def loss(logits: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tenso
 
 class Objective(nn.Module):
     """1 - p_t of the classifier's logits, to finetune a balanced checkpoint."""
-
-    def __init__(self, context: Context) -> None:  # noqa: ARG002 (every objective is built with its context)
-        super().__init__()
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         return {"accuracy": mean_over(loss(model(batch.images), batch.labels, reduction="none"), batch)}

@@ -10,11 +10,7 @@ from aliprod.objectives import Batch, Context, Model, Needs, full_precision, mea
 
 
 def logits(features: Tensor, weight: Tensor, labels: Tensor, margin: int, blend: float) -> Tensor:
-    """Logits |x| cos theta_j, at the true class blended with the margin's |x| phi(theta_t); for cross entropy.
-
-    phi(theta) = (-1)^k cos(m theta) - 2k on [k pi/m, (k+1) pi/m] falls m times as fast as the cosine, so an image
-    must lie m times nearer to its class than to others. Made to identify faces never seen in training; the
-    report's authors gained nothing by it. Costs two normalisations and one more column than cross entropy.
+    """Logits |x| cos theta_j, at the true class blended with |x| phi(theta_t); for cross entropy.
 
     Args:
         features: (B, F). weight: (F, K), its columns are scaled to unit length here.
@@ -40,23 +36,14 @@ def blend(iteration: int) -> float:
 def _phi(cosine: Tensor, margin: int) -> Tensor:
     """(-1)^k cos(m theta) - 2k; k by counting, as acos has an infinite slope at 1 and -1. No gradient in k."""
     k = sum(((cosine < math.cos(j * math.pi / margin)).to(cosine) for j in range(1, margin)), torch.zeros_like(cosine))
-    return (1 - 2 * (k % 2)) * _cosine_of_multiple(cosine, margin) - 2 * k
-
-
-def _cosine_of_multiple(cosine: Tensor, multiple: int) -> Tensor:
-    """cos(m theta) by Chebyshev's recurrence: T_m = 2 c T_(m-1) - T_(m-2)."""
     before, now = torch.ones_like(cosine), cosine
-    for _ in range(multiple - 1):
+    for _ in range(margin - 1):  # cos(m theta) by Chebyshev's recurrence: T_m = 2 c T_(m-1) - T_(m-2)
         before, now = now, 2 * cosine * now - before
-    return now
+    return (1 - 2 * (k % 2)) * now - 2 * k
 
 
 class Objective(nn.Module):
-    """Cross entropy of A-softmax's logits. At inference the classifier's rows are of unit length, without margin.
-
-    Args:
-        margin: m; 4 is the paper's, 1 is none.
-    """
+    """Cross entropy of A-softmax's logits. At inference the classifier's rows are of unit length, without margin."""
 
     needs = Needs(unit_weights=True)
 
@@ -66,8 +53,7 @@ class Objective(nn.Module):
         self.margin = margin
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        features = model.pool(model.features(batch.images))
-        weight = model.classifier.weight.T
+        features, weight = model.pool(model.features(batch.images)), model.classifier.weight.T
         angular = logits(features, weight, batch.labels, self.margin, blend(batch.step))
         values = functional.cross_entropy(angular, batch.labels, reduction="none")
         return {"angular": mean_over(values, batch)}

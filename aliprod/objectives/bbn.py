@@ -21,9 +21,6 @@ def logits(
 ) -> Tensor:
     """W [2 alpha f_c ; 2 (1 - alpha) f_r] + b, equation 1 with the public code's factor 2.
 
-    One branch sees the images as they come, the other sees rare classes more often; training moves from the
-    first to the second. For long tails trained in one go; the doubled head costs twice cross entropy's.
-
     Args:
         uniform, reversed: (B, C) features of the conventional and of the re-balancing branch.
         weight: (K, 2C). bias: (K,), or None. alpha: see `alpha`; 0.5 at inference leaves both unscaled.
@@ -38,11 +35,7 @@ def logits(
 def loss(
     logits: Tensor, labels: Tensor, reversed_labels: Tensor, alpha: float, reduction: Reduction = "mean"
 ) -> Tensor:
-    """alpha CE(z, uniform labels) + (1 - alpha) CE(z, reversed labels), equation 3.
-
-    Args:
-        logits: of `logits`. labels, reversed_labels: of the two branches' images.
-    """
+    """alpha CE(z, uniform labels) + (1 - alpha) CE(z, reversed labels), equation 3."""
     logits = precise(logits)
     uniform = functional.cross_entropy(logits, labels, reduction="none")
     rebalancing = functional.cross_entropy(logits, reversed_labels, reduction="none")

@@ -39,9 +39,6 @@ def loss(
 ) -> Tensor:
     """sum_k y (log_t1 y - log_t1 p) - (y^(2-t1) - p^(2-t1)) / (2-t1), equation 8.
 
-    Below 1, t1 bounds what one far outlier can cost; above 1, t2 keeps mislabelled images near the border from
-    moving it. For noisy labels; costs about 40 times cross entropy (64 x 50,030 logits, one CPU core).
-
     Args:
         t1: at most 1. t2: at least 1. smoothing: share of the target that the other K-1 classes have.
         iterations: as in `probabilities`. The gradient is the formula's at these probabilities, not that of the

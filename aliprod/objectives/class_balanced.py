@@ -8,33 +8,22 @@ from aliprod.objectives import Batch, Context, Model, Reduction, counts_of, mean
 
 
 def weights(counts: Tensor, beta: float) -> Tensor:
-    """(K,) float64, proportional to (1 - beta) / (1 - beta^n), mean 1 over the classes that have images (equation 6).
-
-    Args:
-        counts: a class without images has weight 0. beta: in 0 to 1, 1 excluded.
-    """
+    """(K,) float64, proportional to (1 - beta) / (1 - beta^n), mean 1 over the classes that have images (equation 6);
+    a class without images has weight 0. ``beta``: in 0 to 1, 1 excluded."""
     n = counts.double()
     inverse = torch.where(n > 0, (1 - beta) / -torch.expm1(n * torch.tensor(beta, dtype=torch.float64).log()), 0.0)
     return inverse * (n > 0).sum() / inverse.sum()
 
 
 def loss(logits: Tensor, labels: Tensor, counts: Tensor, beta: float = 0.9999, reduction: Reduction = "mean") -> Tensor:
-    """w_t nll_t with `weights` w; beta 0 is cross entropy, towards 1 it weighs by 1/n.
-
-    The next image of a class adds the less the more there are, so that rare classes count more, yet not in full
-    proportion. Where a long tail is trained in one go; costs what cross entropy costs.
-    """
+    """w_t nll_t with `weights` w; beta 0 is cross entropy, towards 1 it weighs by 1/n."""
     logits = precise(logits)
     values = functional.cross_entropy(logits, labels, reduction="none")
     return reduced(weights(counts, beta).to(logits)[labels] * values, reduction)
 
 
 class Objective(nn.Module):
-    """Class-balanced cross entropy with the catalogue's class counts.
-
-    Args:
-        beta: 0.9, 0.99, 0.999 and 0.9999 are the paper's.
-    """
+    """Class-balanced cross entropy with the catalogue's class counts; the paper's beta are 0.9, 0.99, ... 0.9999."""
 
     counts: Tensor
 

@@ -7,11 +7,7 @@ from aliprod.objectives import Batch, Context, Model, Reduction, mean_over, prec
 
 
 def loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0, reduction: Reduction = "mean") -> Tensor:
-    """(1 - s) nll_t + s/K sum_k nll_k, with ``smoothing`` s in 0 to 1.
-
-    The negative log-likelihood of the true class. Smoothing (Szegedy et al. 2016, section 7) spreads the share
-    s of the target over all K classes, which keeps a model that trains long from growing overconfident.
-    """
+    """(1 - s) nll_t + s/K sum_k nll_k, with ``smoothing`` s in 0 to 1 (Szegedy et al. 2016, section 7)."""
     values = functional.cross_entropy(precise(logits), labels, reduction="none", label_smoothing=smoothing)
     return reduced(values, reduction)
 

@@ -1,8 +1,7 @@
 """DCL, destruction and construction learning (Chen et al., CVPR 2019).
 
-Each image is also shown cut into a grid and shuffled. The classifier must classify it all the same (so it looks at
-details), a swap head separates originals from destructed images, a location head says where each cell came from
-(so it learns how a product is put together). The heads are left out at inference.
+Each image is also shown cut into a grid and shuffled: the classifier must know it all the same, a swap head separates
+originals from destructed images, a location head says where each cell came from. Both are left out at inference.
 """
 
 from typing import Literal
@@ -17,13 +16,11 @@ STRIDE = 32  # pixels of a cell of the backbones' feature map
 
 
 def shuffle(parts: int, reach: float, generator: torch.Generator) -> Tensor:
-    """Draw the paper's destruction of one image (section 3.1): cells stay near where they were.
+    """The paper's destruction of an image into ``parts`` x ``parts`` cells (section 3.1), drawn on the CPU.
 
     First every row, then every column is put in the order of j + u_j, u_j uniform in (-reach, reach): no cell
     moves 2 reach or more along either.
 
-    Args:
-        parts: N, cells a side. reach: in cells. generator: on the CPU.
     Returns:
         (N, N) int64, the row-major index of the original cell now at each place.
     """
@@ -33,18 +30,11 @@ def shuffle(parts: int, reach: float, generator: torch.Generator) -> Tensor:
 def shuffles(images: int, parts: int, reach: float, generator: torch.Generator) -> Tensor:
     """`shuffle` for each of so many images at once: (images, N, N) int64."""
     noise = torch.rand(2, images, parts, parts, generator=generator, dtype=torch.float64)
-    rows, columns = reach * (2 * noise - 1)
-    return arranged(rows, columns)
+    return arranged(*(reach * (2 * noise - 1)))
 
 
 def arranged(row_noise: Tensor, column_noise: Tensor) -> Tensor:
-    """The destruction that these displacements make.
-
-    Args:
-        row_noise: (..., N, N), [r, c] displaces column c of row r. column_noise: [c, r] displaces row r of column c.
-    Returns:
-        (..., N, N) int64, as in `shuffle`.
-    """
+    """The destruction (..., N, N) that these displacements make, [r, c] of column c of row r, then [c, r] of row r."""
     places = torch.arange(row_noise.shape[-1], device=row_noise.device)
     in_rows = places[:, None] * len(places) + (places + row_noise).argsort(dim=-1)
     order = (places + column_noise).argsort(dim=-1).transpose(-1, -2)  # [r, c]: row that column c takes for row r
@@ -52,25 +42,16 @@ def arranged(row_noise: Tensor, column_noise: Tensor) -> Tensor:
 
 
 def jigsaw(image: Tensor, source: Tensor) -> Tensor:
-    """Cell (a, b) of the result is cell ``source[a, b]`` of the image, unresampled.
+    """Cell (a, b) of the result is cell ``source[a, b]`` of the image (..., H, W), unresampled.
 
-    Args:
-        image: (..., H, W) of any dtype. source: (N, N), as in `shuffle`, one for all leading dimensions.
     Raises:
         Refused: a side is not a multiple of N.
     """
-    leading = image.reshape(1, -1, *image.shape[-2:])
-    return _jigsaws(leading, source[None]).reshape(image.shape)
+    return _jigsaws(image.reshape(1, -1, *image.shape[-2:]), source[None]).reshape(image.shape)
 
 
 def location_targets(source: Tensor) -> Tensor:
-    """(source - floor(N²/2)) / N²: where each cell came from, in -1/2 to 1/2.
-
-    Args:
-        source: (..., N, N), as in `shuffle`.
-    Returns:
-        (..., N²) float64.
-    """
+    """(source - floor(N²/2)) / N²: where each cell came from, in -1/2 to 1/2; (..., N, N) -> (..., N²) float64."""
     cells = source.shape[-1] ** 2
     return (source.flatten(-2).double() - cells // 2) / cells
 
@@ -93,17 +74,14 @@ def heads(
     Raises:
         Refused: S is not a multiple of N.
     """
-    pooled = _pooled(features)
     locations = _locations(features, location_weight, location_bias, parts)
-    return _linear(pooled, class_weight), _linear(pooled, swap_weight), locations
+    return _linear(features, class_weight), _linear(features, swap_weight), locations
 
 
 def losses(
     logits: Tensor, swap_logits: Tensor, locations: Tensor, labels: Tensor, swap_labels: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
-    """The three means over all 2B rows (equations 2, 4 and 8), unweighted. A batch costs two forward passes.
-
-    For fine-grained classes, as a finetune at twice the resolution.
+    """The three means over all 2B rows (equations 2, 4 and 8), unweighted.
 
     Args:
         logits: (2B, K). swap_logits: (2B, 2). locations, targets: (2B, N²). labels: (2B,) int64.
@@ -136,11 +114,9 @@ def _interleaved(originals: Tensor, destructed: Tensor) -> Tensor:
     return torch.stack([originals, destructed], dim=1).flatten(0, 1)
 
 
-def _pooled(features: Tensor) -> Tensor:
-    return features.mean(dim=(2, 3), dtype=torch.promote_types(features.dtype, torch.float32))
-
-
-def _linear(pooled: Tensor, weight: Tensor) -> Tensor:
+def _linear(features: Tensor, weight: Tensor) -> Tensor:
+    """A head on the mean of the feature map."""
+    pooled = features.mean(dim=(2, 3), dtype=torch.promote_types(features.dtype, torch.float32))
     with full_precision(pooled):
         return functional.linear(pooled, precise(weight))
 
@@ -166,8 +142,8 @@ class Objective(nn.Module):
     """Class, swap and location loss of a batch of originals and their destructed copies.
 
     Args:
-        parts: cells a side; the crop must be a multiple of parts * 32.
-        reach: how far cells move, in cells. beta, gamma: weights of the swap and of the location loss.
+        parts: cells a side; the crop must be a multiple of parts * 32. reach: how far cells move, in cells.
+        beta, gamma: weights of the swap and of the location loss.
         swap: what the swap head separates: a "pair" of original and destructed, or "classes", each in both forms,
             2K rows (JDAI-CV/DCL, cls_mul: its recipe for birds; at 50,030 classes 205 million parameters).
     """
@@ -206,7 +182,7 @@ class Objective(nn.Module):
         logits, labels = precise(model.classify(features)), batch.labels.repeat_interleave(2)
         parts = losses(
             logits,
-            _linear(_pooled(features), self.swap_weight),
+            _linear(features, self.swap_weight),
             _locations(features, self.location_weight, self.location_bias, self.parts),
             labels,
             self._swap_labels(labels),

@@ -7,17 +7,9 @@ from aliprod.objectives import Batch, Context, Model, Needs, Reduction, mean_ove
 
 
 def loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    temperature: float,
-    weight: float,
-    reduction: Reduction = "mean",
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, weight: float, reduction: Reduction = "mean"
 ) -> Tensor:
     """a T^2 KL(softmax(q/T) || softmax(s/T)) + (1 - a) CE(s, t), section 2 of the paper.
-
-    The teacher's wrong classes say which products look alike, and at a temperature above 1 they weigh more. To
-    put an ensemble into one network; costs the teacher's forward pass or its stored probabilities.
 
     Args:
         student, teacher: (B, K) logits s and q; log-probabilities serve, -inf (a probability of 0) included.
@@ -32,11 +24,7 @@ def loss(
 
 
 class Objective(nn.Module):
-    """A student of the teachers that the stage names, by their mean probabilities of each image's centre crop.
-
-    Args:
-        temperature: T. weight: of the teachers, 1 - weight of the labels.
-    """
+    """A student of the teachers that the stage names, by their mean probabilities of each image's centre crop."""
 
     needs = Needs(teacher=True)
 

@@ -7,14 +7,7 @@ from aliprod.objectives import Batch, Context, Model, Reduction, mean_over, prec
 
 
 def loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, reduction: Reduction = "mean") -> Tensor:
-    """-(1 - p_t)^gamma log p_t: cross entropy that counts an image less the better it is known.
-
-    Made for detectors, where easy background swamps the rest; for a long tail of hard classes with clean labels.
-    The report's authors gained nothing by it. Costs what cross entropy costs.
-
-    Args:
-        gamma: 0 is cross entropy.
-    """
+    """-(1 - p_t)^gamma log p_t: cross entropy (gamma 0) that counts an image less the better it is known."""
     log_p = precise(logits).log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
     miss = -torch.expm1(log_p)
     # below gamma = 1 the slope at miss = 0 is infinite, and infinity times 0 is NaN

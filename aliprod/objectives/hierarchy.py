@@ -8,12 +8,9 @@ from aliprod.objectives import Batch, Context, Model, Needs, Reduction, mean_ove
 
 
 def level_probabilities(logits: Tensor, labels: Tensor, ancestor: Tensor) -> Tensor:
-    """P_l: what the softmax gives to all classes under the true class's ancestor at level l.
+    """P_l, (L, B): what the softmax gives to all classes under the true class's ancestor at level l.
 
-    Args:
-        ancestor: (L, K) int64, node of each class per level, from the root's side; the last is the class itself.
-    Returns:
-        (L, B), in 0 to 1.
+    ``ancestor``: (L, K) int64, node of each class per level, from the root's side; the last is the class itself.
     """
     return _level_log_probabilities(logits, labels, ancestor).exp()
 
@@ -21,14 +18,7 @@ def level_probabilities(logits: Tensor, labels: Tensor, ancestor: Tensor) -> Ten
 def marginal_loss(
     logits: Tensor, labels: Tensor, ancestor: Tensor, beta: float, reduction: Reduction = "mean"
 ) -> Tensor:
-    """nll of the class + beta * mean over the upper levels of -log P_l.
-
-    Cross entropy at every level of the tree at once, without a parameter of its own. For catalogues whose tree
-    follows looks; costs about 20 times cross entropy at four levels (64 x 50,030 logits, one CPU core).
-
-    Args:
-        ancestor: (L, K), as in `level_probabilities`.
-    """
+    """nll of the class + beta * mean over the upper levels of -log P_l; ``ancestor`` as in `level_probabilities`."""
     nll = -_level_log_probabilities(logits, labels, ancestor)
     upper = nll[:-1].sum(dim=0) / max(len(nll) - 1, 1)
     return reduced(nll[-1] + beta * upper, reduction)
@@ -39,11 +29,7 @@ def win_loss(
 ) -> Tensor:
     """1 - sum_l w_l P_l, after Wu, Tygert, LeCun 2017: the expected share of the path that is missed, in 0 to 1.
 
-    Like the accuracy loss, it gives up on hopeless images; its authors find it poor to train with from scratch.
-    For a finetune, or to score with; costs what `marginal_loss` costs.
-
-    Args:
-        ancestor: (L, K), as in `level_probabilities`. weights: (L,), sum 1.
+    ``ancestor``: (L, K), as in `level_probabilities`. ``weights``: (L,), sum 1.
     """
     levels = level_probabilities(logits, labels, ancestor)
     return reduced(1 - (weights.to(levels)[:, None] * levels).sum(dim=0), reduction)

@@ -1,8 +1,7 @@
 """LIO, look into object (Zhou et al., CVPR 2020).
 
-Images of one class share the object and not the background, so comparing them tells where the object is; a mask
-head learns that extent, a polar head how the object's cells lie around its most salient one. Both only train the
-backbone and are left out at inference.
+Images of one class share the object and not the background: a mask head learns its extent, a polar head how its cells
+lie around the most salient one. Both only train the backbone and are left out at inference.
 """
 
 import math
@@ -21,11 +20,7 @@ def pseudo_mask(features: Tensor) -> Tensor:
     """Where each image's object is: the mean over the group's other images of the best match of each cell.
 
     M_a(i) = mean over b != a of max_j (X_a^T X_b)_ij / C (section 3.2). Not detached.
-
-    Args:
-        features: (G, P+1, C, S, S), groups of one class.
-    Returns:
-        (G, P+1, S, S).
+    (G, P+1, C, S, S), groups of one class -> (G, P+1, S, S).
     """
     maps = precise(features)
     groups, images, channels, side, _ = maps.shape
@@ -44,12 +39,9 @@ def extent_loss(predicted: Tensor, pseudo: Tensor) -> Tensor:
 
 
 def polar_targets(anchor: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Distance and angle of every cell as seen from an anchor cell (section 3.3).
+    """Distance and angle (N, S²) float64 of every cell as seen from the anchor cells (N,) (section 3.3).
 
-    Args:
-        anchor: (N,) int64, row-major cell. size: S, cells a side.
-    Returns:
-        Distance, in sides of the map; angle in turns, in 0 (excluded) to 1, 0.5 at the anchor. (N, S²) float64.
+    Distance in sides of the map; angle in turns, in 0 (excluded) to 1, 0.5 at the anchor.
     """
     cells = torch.arange(size * size, device=anchor.device)
     # subtracted as integers: the -0.0 of a negated difference would turn an angle of 1 into 0
@@ -72,16 +64,9 @@ def context_loss(features: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -
 
 
 def losses(
-    features: Tensor,
-    labels: Tensor,
-    heads: Mapping[str, Tensor],
-    published: bool = False,
-    detach_target: bool = True,
+    features: Tensor, labels: Tensor, heads: Mapping[str, Tensor], published: bool = False, detach_target: bool = True
 ) -> dict[str, Tensor]:
     """Class, context and extent loss of groups of one class; total = class + 0.1 context + 0.1 extent.
-
-    For fine-grained classes, as a finetune; costs the pairwise products of the pooled maps, little beside the
-    backbone.
 
     Args:
         features: (G, P+1, C, S, S); the first image of a group is the main one. labels: (G,) int64.

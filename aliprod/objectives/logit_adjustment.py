@@ -7,14 +7,7 @@ from aliprod.objectives import Batch, Context, Model, Reduction, counts_of, mean
 
 
 def loss(logits: Tensor, labels: Tensor, counts: Tensor, tau: float = 1.0, reduction: Reduction = "mean") -> Tensor:
-    """Cross entropy of z + tau log prior; predict with z alone.
-
-    The prior is explained away while training, so that what the logits learn is fit for balanced classes. The
-    principled competitor of a balanced finetune, for training on all images; costs what cross entropy costs.
-
-    Args:
-        counts: 0 counts as 1. tau: 0 is cross entropy, 1 aims at the balanced error.
-    """
+    """Cross entropy of z + tau log prior; predict with z alone. 0 is cross entropy, 1 aims at the balanced error."""
     logits = precise(logits)
     adjusted = logits + tau * _log_prior(counts, logits)
     return reduced(functional.cross_entropy(adjusted, labels, reduction="none"), reduction)

@@ -11,13 +11,10 @@ from aliprod.objectives import Batch, Context, Model, mean_over, precise, requir
 class Objective(nn.Module):
     """Cross entropy of mixed images with mixed labels, a batch mixed or cut at even odds where both are on.
 
-    What lies between two images has the labels between theirs, which smooths a model that trains long. For base
-    training; not for finetunes, where it blurs what they look for. Costs what cross entropy costs. Mixed by
-    torchvision's transforms, which pair each image with the one before it in the shuffled batch.
+    Mixed by torchvision's transforms, which pair each image with the one before it in the shuffled batch.
 
     Args:
-        alpha: of the Beta distribution that a mixup's share is drawn from; 0: no mixup.
-        cutmix: the same of CutMix; 0: none.
+        alpha, cutmix: of the Beta distribution that a mixup's or a CutMix's share is drawn from; 0: none.
     """
 
     def __init__(self, context: Context, *, alpha: float = 0.2, cutmix: float = 0.0) -> None:

@@ -1,21 +1,24 @@
-"""Versions of registered models: what a person picks from, and what was picked."""
+"""Versions of registered models: what a person picks from, and what was picked, by an alias or as the best."""
 
 import json
 import re
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copytree, ignore_patterns
+from typing import Any
 
 from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from aliprod.errors import Failed, Refused, did_you_mean, listing
+from aliprod.build.graph import best
+from aliprod.errors import Failed, Refused, Unreachable, did_you_mean, listing
 from aliprod.plan.jobs import Job
-from aliprod.store import commit
-from aliprod.store.layout import MODEL
+from aliprod.plan.open import Opened
+from aliprod.store import commit, lineage
+from aliprod.store.layout import MODEL, WEIGHTS
 from aliprod.tracking.server import Server, asking, reach, suppress_missing
 
 
@@ -54,7 +57,7 @@ class Weights:
 
 
 class Registry:
-    """The registered models of one plan. Every method blocks."""
+    """The registered models of one plan. Every method blocks, and may find MLflow Unreachable."""
 
     def __init__(self, server: Server) -> None:
         self._server, self._client = server, server.client
@@ -68,7 +71,6 @@ class Registry:
 
         Raises:
             Refused: a model has no such alias, or it marks a version that aliprod did not write.
-            Unreachable: MLflow is away.
         """
         with asking(self._server.uri):
             found = {name: self._version(self.name(name), alias="member") for name in names}
@@ -84,7 +86,6 @@ class Registry:
 
         Raises:
             Refused: it is neither, or there is no such model, alias or version.
-            Unreachable: MLflow is away.
         """
         parts = re.fullmatch(r"models:/([^/@:]+)(?:@([^/@]+)|/(\d+))", model)
         if parts is None:
@@ -101,7 +102,6 @@ class Registry:
 
         Raises:
             Failed: they are not there, or not the bytes that the version's sha256 names.
-            Unreachable: MLflow is away.
         """
         with tempfile.TemporaryDirectory() as temporary:
             got = Path(temporary)
@@ -121,17 +121,13 @@ class Registry:
 
     def find(self, name: str, key: str, sha256: str) -> Choice | None:
         """The oldest version of these weights."""
-        found = self._client.search_model_versions(
-            f"name = '{name}' and tags.`key` = '{key}' and tags.`sha256` = '{sha256}'"
-        )
+        query = f"name = '{name}' and tags.`key` = '{key}' and tags.`sha256` = '{sha256}'"
+        found = self._client.search_model_versions(query)
         return self._choice(min(found, key=lambda version: int(version.version))) if found else None
 
     def publish(self, job: Job, run_id: str, weights: Weights, checkpoint: str) -> Choice:
-        """The version of these weights; made, with its files, where there is none.
-
-        Args:
-            checkpoint: what it is of its job: "best", "last" or "best, last".
-        """
+        """The version of these weights, its job's ``checkpoint`` ("best", "last" or "best, last"); made where there is
+        none."""
         name, key = self.name(job.name), str(job.key)
         if choice := self.find(name, key, weights.sha256):
             self._restore(choice.model_id, weights.folder)
@@ -236,12 +232,59 @@ class Registry:
         return f"{did_you_mean(alias, aliases)} Aliases of {name}: {listing(aliases) or 'none'}.".strip()
 
 
-def fetch(model: str, uri: str, folder: Path) -> Path:
-    """Bring the weights that ``models:/NAME@ALIAS`` names to a committed folder below ``folder``, once.
+def choose(opened: Opened, registry: Registry, complete: bool) -> tuple[dict[str, Choice], str]:
+    """Read the version that the alias ``member`` of each member marks; all of them are trained.
 
+    While MLflow is away, or not ``complete``, the choice last seen counts, at first the best.
+
+    Returns:
+        A choice for each member, and what a person should know about it, or ''.
     Raises:
-        Refused, Failed, Unreachable: as in `Registry.resolve` and `Registry.download`.
+        Refused: a model has no such alias, or it marks a version that aliprod did not write.
     """
+    names, file = opened.plan.ensemble.members, opened.folder / lineage.MEMBERS
+    try:
+        if not complete:
+            raise Unreachable("it lacks what this run has yet to send.")
+        choices, note = registry.members(names), ""
+    except Unreachable as error:
+        seen = {name: Choice(**choice) for name, choice in lineage.members(opened.folder).items()}
+        same = {n: choice for n, choice in seen.items() if n in names and choice.key == opened.jobs[n].key}
+        choices = {name: _best(opened, name, registry.name(name)) for name in names} | same
+        note = f"MLflow is away ({error.what}) The choice of checkpoints last seen counts, else each job's best."
+    commit.write_file(file, json.dumps({name: asdict(choice) for name, choice in choices.items()}, indent=1))
+    others = [name for name, choice in choices.items() if choice.key != opened.jobs[name].key]
+    if others:
+        note = f"{note} Chosen from another state of the plan: {', '.join(others)}.".strip()
+    return choices, note
+
+
+def origin(opened: Opened, choices: Mapping[str, Choice], key: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a submission (an ensemble with this key and result) was made of, as `aliprod trace` shows it."""
+    plan, catalogue = opened.plan, opened.read_catalogue()
+    return {
+        "members": {
+            name: {"version": choice.version, "epoch": choice.epoch, "weights": choice.sha256, "key": choice.key}
+            for name, choice in choices.items()
+        },
+        "plan": {"name": plan.name, "sha256": plan.digest, "settings": plan.model_dump(mode="json")},
+        "catalogue": {"path": str(catalogue.root), "fingerprint": catalogue.fingerprint},
+        "ensemble": key,
+        "top1_error": result["top1_error"],
+        "split": result["split"],
+    }
+
+
+def _best(opened: Opened, name: str, model: str) -> Choice:
+    """The best checkpoint of a finished job, as the storage path has it."""
+    found, record = best(opened, name), opened.record(name) or {}
+    if found is None:
+        raise ValueError(f"{name} is not trained, {WEIGHTS} are missing")
+    return Choice(model, None, found.key, found.sha256, int(record.get("best_epoch", -1)), "")
+
+
+def fetch(model: str, uri: str, folder: Path) -> Path:
+    """Bring the weights that ``models:/NAME@ALIAS`` names to a committed folder below ``folder``, once."""
     registry = Registry(reach(uri))
     choice = registry.resolve(model)
     there = folder / choice.sha256[:16]

@@ -33,19 +33,13 @@ Record = Mapping[str, Any]  # an epoch of metrics.jsonl: epoch, time_ms and metr
 
 @dataclass(frozen=True)
 class JobProgress:
-    """A job as MLflow is to show it; its metrics and weights are read from its folder.
-
-    Args:
-        detail: why it failed.
-        facts: what may differ between attempts (host, devices): tags ``aliprod.NAME``. The settings that the key
-            covers become params by themselves.
-    """
+    """A job as MLflow is to show it; its metrics and weights are read from its folder."""
 
     job: Job
     folder: Path
     state: JobState
-    detail: str = ""
-    facts: Mapping[str, object] = field(default_factory=dict)
+    detail: str = ""  # why it failed
+    facts: Mapping[str, object] = field(default_factory=dict)  # that differ between attempts (host): tags aliprod.NAME
 
 
 @dataclass(frozen=True)
@@ -180,11 +174,8 @@ class Runs:
         return self._find("plan", digest) or self._create("plan", digest, f"{self.server.experiment} {digest[:8]}")
 
     def _job_run(self, progress: JobProgress, records: Sequence[Record], result: str) -> Run:
-        """A job's run with its settings. One that is complete with another result makes way: its weights were lost.
-
-        Args:
-            result: sha256 of the manifest of its weights; "" where there are none yet.
-        """
+        """A job's run with its settings. One that is complete with another result (sha256 of the manifest of its
+        weights, "" where there are none yet) makes way: its weights were lost."""
         job, key = progress.job, str(progress.job.key)  # a job that runs has one
         run = self._find("job", key)
         if run and progress.state != "failed" and run.data.tags.get(RESULT, result) != result:
@@ -214,9 +205,8 @@ class Runs:
     ) -> Run:
         parent = {} if kind == "plan" else {"mlflow.parentRunId": self._plan_run().info.run_id}
         ours = {"aliprod.kind": kind, "aliprod.key": key, "aliprod.plan": self.plan.digest}
-        return self.server.client.create_run(
-            self.server.experiment_id, start_ms, ours | dict(tags or {}) | parent, name
-        )
+        tags = ours | dict(tags or {}) | parent
+        return self.server.client.create_run(self.server.experiment_id, start_ms, tags, name)
 
     def _write(self, run: Run, points: Iterable[Metric] = (), tags: Mapping[str, str] | None = None) -> None:
         """Send the points and tags that a run lacks.

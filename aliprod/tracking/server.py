@@ -78,6 +78,9 @@ def reach(uri: str) -> Server:
 def connect(uri: str, experiment: str, artifacts: Path | None) -> Server:
     """Reach MLflow, find or make the experiment, write and read back an artifact of 1 KB.
 
+    Args:
+        uri: ``http://HOST:PORT`` or ``sqlite:////ABSOLUTE/mlflow.db``.
+        artifacts: where a new experiment keeps its artifacts, where no server decides it.
     Raises:
         Refused, Unreachable: as in `reach`.
     """

@@ -35,9 +35,7 @@ class Part:
 class Sender:
     """A thread that sends the parts whose state has changed, in their order, again and again while MLflow is away.
 
-    Args:
-        probe: called after a failure; raises while MLflow is away.
-        say: prints one line.
+    ``probe`` is called after a failure, and raises while MLflow is away; ``say`` prints one line.
     """
 
     def __init__(self, probe: Callable[[], None], say: Callable[[str], None]) -> None:
@@ -121,16 +119,10 @@ class Tracking:
     def connect(
         cls, uri: str, experiment: str, artifacts: Path | None, say: Callable[[str], None] | None = None
     ) -> "Tracking":
-        """Reach MLflow before anything starts, and alone: in a fresh database this runs its migrations.
+        """Reach MLflow before anything starts, as `server.connect` does.
 
         Args:
-            uri: ``http://HOST:PORT`` or ``sqlite:////ABSOLUTE/mlflow.db``.
-            experiment: the plan's name.
-            artifacts: where a new experiment keeps its artifacts, where no server decides it.
             say: prints one line; to stderr by default.
-        Raises:
-            Refused: the address is of a kind that cannot work.
-            Unreachable: nothing answers within about 10 s, it refuses us, keeps no artifacts, or needs an upgrade.
         """
         return cls(connect(uri, experiment, artifacts), say or partial(print, file=sys.stderr, flush=True))
 
