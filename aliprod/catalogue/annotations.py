@@ -34,11 +34,8 @@ class Repeated(dict[str, Any]):
 
 
 def rows(file: Path) -> list[Any]:
-    """The list under ``images``; its rows are not yet looked at.
-
-    Raises:
-        Refused: not UTF-8, not JSON, no list ``images``, or a key twice at the top.
-    """
+    """The list under ``images``; its rows are not yet looked at. Refused: not UTF-8, not JSON, no list ``images``, or a
+    key twice at the top."""
     top = document(file)
     if not isinstance(top, dict):
         raise Refused(f"has {_kind(top)} at the top, so there is no key images.", file, _LAYOUT)
@@ -55,11 +52,8 @@ def rows(file: Path) -> list[Any]:
 
 
 def document(file: Path) -> Any:
-    """Any JSON file; an object that says a key twice is `Repeated`.
-
-    Raises:
-        Refused: empty, not UTF-8 or not JSON; the line is named.
-    """
+    """Any JSON file; an object that says a key twice is `Repeated`. Refused: empty, not UTF-8 or not JSON; the line is
+    named."""
     text = utf8(file)
     if not text.strip():
         raise Refused("is empty.", file, _LAYOUT)
@@ -76,11 +70,8 @@ def document(file: Path) -> Any:
 
 
 def utf8(file: Path) -> str:
-    """A text file, with or without a byte-order mark.
-
-    Raises:
-        Refused: it cannot be read, or is not UTF-8; the line is named.
-    """
+    """A text file, with or without a byte-order mark. Refused: it cannot be read, or is not UTF-8; the line is
+    named."""
     try:
         content = file.read_bytes()
     except OSError as error:

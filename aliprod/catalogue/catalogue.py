@@ -54,11 +54,8 @@ class Images:
         return len(self.labels)
 
     def path(self, row: int) -> Path:
-        """The file of a row, links followed; it need not be there.
-
-        Raises:
-            Unreadable: a link on the way leads out of the catalogue's folder.
-        """
+        """The file of a row, links followed; it need not be there. Unreadable: a link on the way leads out of the
+        catalogue's folder."""
         base = os.path.realpath(self.root)
         target = os.path.realpath(os.path.join(base, self.paths[row].as_py()))  # noqa: PTH118 - half the time, a row
         if os.path.commonpath((base, target)) != base:

@@ -59,8 +59,6 @@ def decode(source: Path | bytes) -> Image.Image:
 
     Of an animation the first frame. All of the file is decoded: half a JPEG is no picture. Safe in threads.
 
-    Args:
-        source: a file, or the bytes of one.
     Raises:
         Unreadable: no such file, none of the six formats, damaged, or of a size that is refused.
     """
@@ -75,13 +73,9 @@ def decode(source: Path | bytes) -> Image.Image:
 
 
 def decode_anyway(source: Path | bytes) -> tuple[Image.Image, str]:
-    """What can be seen of a picture that may not be left out, and what is wrong with it.
+    """What can be seen of a picture that may not be left out, and "" or the reason why it is not all there.
 
-    A test row stays in the submission whatever its picture: of a JPEG that breaks off the part that is there,
-    else a grey picture.
-
-    Returns:
-        The image as from `decode`, and "" or the reason why it is not all there.
+    A test row stays in the submission: of a JPEG that breaks off the part that is there, else a grey picture.
     """
     try:
         return decode(source), ""
@@ -97,11 +91,7 @@ def decode_anyway(source: Path | bytes) -> tuple[Image.Image, str]:
 
 
 def opened(source: Path | bytes) -> ImageFile.ImageFile:
-    """A picture whose header was read and judged, and whose pixels were not.
-
-    Raises:
-        Unreadable: as `decode`.
-    """
+    """A picture whose header was read and judged, and whose pixels were not. Unreadable: as `decode`."""
     content = content_of(source)
     parse = next((parse for start, parse in _FORMATS.items() if start.match(content)), None)
     if parse is None:
@@ -127,11 +117,8 @@ def animated(content: bytes) -> bool:
 
 
 def plain_jpeg(content: bytes) -> JpegImageFile | None:
-    """A picture, unread, where it is a JPEG of upright RGB, so that its pixels are what `decode` shows.
-
-    Raises:
-        Unreadable: as `decode`, where its header is reason enough.
-    """
+    """A picture, unread, where it is a JPEG of upright RGB, so that its pixels are what `decode` shows. Unreadable: as
+    `decode`, where its header is reason enough."""
     image = opened(content)
     if isinstance(image, JpegImageFile) and image.mode == "RGB" and _orientation(image) not in _UPRIGHT:
         return image
@@ -140,20 +127,13 @@ def plain_jpeg(content: bytes) -> JpegImageFile | None:
 
 def baseline_jpeg(content: bytes) -> bool:
     """Whether a picture is a plain JPEG of the kinds that every build of libjpeg-turbo decodes to the same pixels.
-
-    Raises:
-        Unreadable: as `plain_jpeg`.
-    """
+    Unreadable: as `plain_jpeg`."""
     image = plain_jpeg(content)
     return image is not None and "progressive" not in image.info and get_sampling(image) >= 0  # 4:4:4, 4:2:2, 4:2:0
 
 
 def content_of(source: Path | bytes) -> bytes:
-    """The bytes of a file that may be a picture.
-
-    Raises:
-        Unreadable: no such file, a folder, a pipe, or far too large.
-    """
+    """The bytes of a file that may be a picture. Unreadable: no such file, a folder, a pipe, or far too large."""
     if isinstance(source, bytes):
         return source
     try:

@@ -29,7 +29,10 @@ _NOT_THERE = re.compile(r"NO_SUCH_BUCKET|does not exist|HTTP status 404")
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder at a URI; travels to other processes as the text alone."""
+    """A folder at a URI; travels to other processes as the text alone.
+
+    All that it is asked raises Unreachable where it does not answer, Refused where it is not there or not for us.
+    """
 
     uri: str
 
@@ -40,12 +43,7 @@ class RemoteFolder:
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
 
     def content(self, path: str) -> bytes:
-        """The bytes of a file below.
-
-        Raises:
-            Unreadable: it is not there, or far too large.
-            Unreachable, Refused: the place is not there, or not for us.
-        """
+        """The bytes of a file below. Unreadable: it is not there, or far too large."""
         with self._opened() as folder:
             try:
                 with folder.open_input_file(path) as file:
@@ -58,9 +56,7 @@ class RemoteFolder:
     def outline(self, local: Path) -> None:
         """Write into ``local`` what `sources.read` looks at: annotations, and the names of folders and pictures.
 
-        Raises:
-            Refused: nothing is there, or a prepared catalogue.
-            Unreachable: it cannot be asked.
+        Refused: nothing is there, or a prepared catalogue.
         """
         with self._opened() as folder:
             found = {info.path: info for info in folder.get_file_info(fs.FileSelector("", recursive=True))}
@@ -81,12 +77,7 @@ class RemoteFolder:
                 target.touch()
 
     def manifest(self) -> dict[str, Any] | None:
-        """What the manifest there says; None where there is none.
-
-        Raises:
-            Refused: something else lies there.
-            Unreachable: it cannot be asked.
-        """
+        """What the manifest there says; None where there is none. Refused: something else lies there."""
         with self._opened() as folder:
             if folder.get_file_info(commit.MANIFEST).type == fs.FileType.NotFound:
                 return None
@@ -97,12 +88,7 @@ class RemoteFolder:
             raise Refused(f"holds a {commit.MANIFEST} that is none.", self.shown, "Name another folder.") from error
 
     def upload(self, local: Path) -> None:
-        """Copy a committed folder there, its manifest last.
-
-        Raises:
-            Unreachable: it broke off; the same call goes on.
-            Refused: we may not write there.
-        """
+        """Copy a committed folder there, its manifest last; after a break the same call goes on."""
         names = sorted((file.name for file in local.iterdir()), key=lambda name: (name == commit.MANIFEST, name))
         with self._opened() as folder:
             if not isinstance(folder.base_fs, fs.S3FileSystem):  # S3 has no folders, and a bucket is not ours to make
@@ -129,11 +115,8 @@ class RemoteFolder:
 
 
 def folder_at(path: str | Path) -> Path | RemoteFolder:
-    """A path of this machine, also where it is written as ``file://``, or a folder elsewhere.
-
-    Raises:
-        Refused: not a URI that pyarrow knows.
-    """
+    """A path of this machine, also where it is written as ``file://``, or a folder elsewhere. Refused: not a URI that
+    pyarrow knows."""
     if not _URI.match(str(path)):
         return Path(path)
     system, root = _resolved(str(path))

@@ -93,11 +93,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 def manifest(root: Path) -> Manifest:
-    """The manifest of a prepared catalogue.
-
-    Raises:
-        Refused: there is none, or a file of another size than it says.
-    """
+    """The manifest of a prepared catalogue. Refused: there is none, or a file of another size than it says."""
     if (says := commit.read(root)) is None:
         what = "is damaged, or a file that it lists is not there or of another size."
         raise Refused(what, root / commit.MANIFEST, _AGAIN)
@@ -105,11 +101,8 @@ def manifest(root: Path) -> Manifest:
 
 
 def parsed(record: object, digests: dict[str, str], where: str | Path) -> Manifest:
-    """A manifest from what it says of the catalogue and of its files.
-
-    Raises:
-        Refused: it is of something else, or of another version.
-    """
+    """A manifest from what it says of the catalogue and of its files. Refused: it is of something else, or of another
+    version."""
     try:
         says = Record.model_validate(record)
         return Manifest(says, {name: digests[name] for name in (*says.file_names(), *_ROWS.values())})
@@ -125,11 +118,7 @@ def write_rows(folder: Path, split: str, ids: pa.StringArray, labels: NDArray[np
 
 
 def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, NDArray[np.int64]]:
-    """The ids and labels of a split.
-
-    Raises:
-        Failed: the file is not the one that was written.
-    """
+    """The ids and labels of a split. Failed: the file is not the one that was written."""
     path = root / _ROWS[split]
     with _reading(path):
         if commit.sha256(path) != found.digests[path.name]:
@@ -170,10 +159,7 @@ class Store:
 
     def laid_out(self) -> Path:
         """The folder with the pictures end to end; filled where it is not there, by one process of this machine.
-
-        Raises:
-            Refused: somebody else owns the cache, and would choose what we train on.
-        """
+        Refused: somebody else owns the cache, and would choose what we train on."""
         folder = self.cache / self.fingerprint / self.split
         with commit.storage(folder):
             self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -223,11 +209,8 @@ def cache() -> Path:
 
 @contextmanager
 def alone(lock: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock that the system takes back when this process ends, however it ends.
-
-    Raises:
-        Refused: another process holds it, and we do not wait.
-    """
+    """Hold a lock that the system takes back when this process ends, however it ends. Refused: another process holds
+    it, and we do not wait."""
     with commit.storage(lock):
         file = lock.open("a")
     with file:

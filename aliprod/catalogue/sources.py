@@ -51,12 +51,8 @@ class _Rows:
 
 
 def read(path: Path) -> Catalogue:
-    """The catalogue in a folder.
-
-    Raises:
-        Refused: no such folder, none of the four layouts, an annotation file that cannot be read, or no
-            training row that can be used.
-    """
+    """The catalogue in a folder. Refused: no such folder, none of the four layouts, an annotation file that cannot be
+    read, or no training row that can be used."""
     if not path.is_dir():
         raise Refused("is a file, not the folder of a catalogue." if path.exists() else "is not there.", path, _ADVICE)
     root = path.resolve()

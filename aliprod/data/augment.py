@@ -40,10 +40,7 @@ _CUTOUT_SHARE = 4  # side of the crop over side of the square: 56 at 224
 
 def picture_of(source: Path | bytes) -> Picture:
     """A picture as `decode` shows it, pixel for pixel and refusal for refusal; faster with the extra ``fast``.
-
-    Raises:
-        Unreadable: as `decode`.
-    """
+    Unreadable: as `decode`."""
     content = content_of(source)
     if simplejpeg and baseline_jpeg(content):
         try:
@@ -57,7 +54,6 @@ def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) ->
     """One augmented view of a picture, as a function of ``seed``.
 
     Args:
-        picture: (H, W, 3) uint8, or an RGB image.
         stage: its ``augmentation`` in order; with random_crop the picture is squared to ``resize`` first.
         seed: 32 bits; reseeds torch's default generator.
         interpolation: of resizing, "bicubic" or "bilinear", with antialiasing.
@@ -147,13 +143,9 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def cutout_mask(size: int, side: int, centre: Tensor) -> Tensor:
-    """Where DeVries and Taylor (2017) erase: a square around ``centre``, clipped at the border.
+    """Where DeVries and Taylor (2017) erase, (..., size, size) bool: a square around ``centre``, clipped at the border.
 
-    Args:
-        size, side: pixels, of the crop and of the square.
-        centre: (..., 2) row and column; a negative one erases nothing.
-    Returns:
-        (..., size, size) bool, true = erased.
+    ``centre``: (..., 2) row and column; a negative one erases nothing. ``size``, ``side``: of the crop and the square.
     """
     centre = torch.as_tensor(centre)
     offset = torch.arange(size, device=centre.device) - centre[..., None] + side // 2  # (..., 2, size)
@@ -164,10 +156,7 @@ def cutout_mask(size: int, side: int, centre: Tensor) -> Tensor:
 def on_device(pixels: Tensor, centre: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """What is left of the transform once pixels are on the device: normalise, then cut out (set to 0).
 
-    Args:
-        pixels: (B, H, H, 3) uint8. centre: (B, 2).
-    Returns:
-        (B, 3, H, H) float32, channels last.
+    (B, H, H, 3) uint8 and centres (B, 2) -> (B, 3, H, H) float32, channels last.
     """
     images = normalise(_channels_first(pixels), mean, std)
     size = images.shape[-1]

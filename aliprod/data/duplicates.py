@@ -53,11 +53,8 @@ def write_hashes(folder: Path, images: Images, processes: int) -> None:
 
 
 def hashed_groups(folder: Path, count: int, threshold: int) -> Integers:
-    """(N,) the lowest row of each image's group, by `groups`; an image that cannot be read is alone.
-
-    Raises:
-        Refused: there are no hashes, or not of ``count`` images.
-    """
+    """(N,) the lowest row of each image's group, by `groups`; an image that cannot be read is alone. Refused: there are
+    no hashes, or not of ``count`` images."""
     if commit.read(folder) is None:
         raise Refused("holds no hashes of the training images.", folder, "Run the plan again: they are made anew.")
     bits, readable = np.load(folder / "bits.npy"), np.load(folder / "readable.npy")

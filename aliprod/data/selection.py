@@ -19,12 +19,7 @@ def balanced(labels: Integers, ids: pa.StringArray, class_ids: Integers, per_cla
     """At most ``per_class`` images of each class, all where there are fewer (section 1.2 of the report).
 
     Those with the smallest hash of (seed, class id, image id): independent of the file's order, and what a class
-    keeps does not change with the other classes.
-
-    Args:
-        labels: (N,) rows of ``class_ids``. ids: (N,) row ids of `Images`. class_ids: (K,).
-    Returns:
-        Rows, ascending.
+    keeps does not change with the other classes. Of labels (N,), rows of ``class_ids`` (K,): rows, ascending.
     """
     crowded = np.bincount(labels, minlength=len(class_ids)) > per_class
     among = np.flatnonzero(crowded[labels])
@@ -45,8 +40,6 @@ def grouped(labels: Integers, group: int, seed: int, epoch: int) -> Integers:
     Every image is seen, and once, but for those that complete the last group of their class: where it has as
     many images as a group, other images of the class; where it has fewer, its own again and again.
 
-    Args:
-        labels: (N,).
     Returns:
         (G, group) rows; G = sum over classes of ceil(n / group), the same in every epoch.
     """
@@ -62,27 +55,17 @@ def grouped(labels: Integers, group: int, seed: int, epoch: int) -> Integers:
 
 
 def class_balanced_order(labels: Integers, seed: int, epoch: int) -> Integers:
-    """As many draws as there are images, with replacement: every class equally often, then uniform inside it.
+    """(N,) rows, drawn with replacement: every class equally often, then uniform inside it.
 
     What retrains the classifier alone (cRT; Kang et al., ICLR 2020, section 4.1).
-
-    Args:
-        labels: (N,).
-    Returns:
-        (N,) rows.
     """
     return _drawn_by_class(labels, lambda counts: np.ones(len(counts)), seed, epoch)
 
 
 def reversed_order(labels: Integers, seed: int, epoch: int) -> Integers:
-    """As many draws as there are images, with replacement: the rare classes often (BBN's reversed sampler).
+    """(N,) rows, drawn with replacement: the rare classes often (BBN's reversed sampler).
 
     P(class i) is proportional to n_max / n_i, and uniform inside the class (Zhou et al., CVPR 2020, section 4.2).
-
-    Args:
-        labels: (N,).
-    Returns:
-        (N,) rows.
     """
     return _drawn_by_class(labels, lambda counts: 1 / counts, seed, epoch)
 
@@ -100,10 +83,8 @@ def _drawn_by_class(
 
 
 def pseudo_labels(probabilities: torch.Tensor, threshold: float, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that are predicted with confidence, at most ``per_class`` of each predicted class, the surest first.
+    """The rows of (N, K) that are predicted with confidence, at most ``per_class`` of each predicted class.
 
-    Args:
-        probabilities: (N, K).
     Returns:
         Rows, ascending, and their predicted labels, both int64; of equals the first row and the first class.
     """
@@ -114,11 +95,7 @@ def pseudo_labels(probabilities: torch.Tensor, threshold: float, per_class: int)
 
 
 def surest(top: NDArray[np.float64], labels: Integers, threshold: float, per_class: int) -> Integers:
-    """Rows, ascending, of at least ``threshold``, at most ``per_class`` of each label, the highest first.
-
-    Args:
-        top, labels: (N,) of each row's highest probability, and the class that has it.
-    """
+    """Rows, ascending, of at least ``threshold``, at most ``per_class`` of each label, of the highest ``top`` (N,)."""
     sure = np.flatnonzero(top >= threshold)
     ranked = sure[np.lexsort((-top[sure], labels[sure]))]
     return np.sort(ranked[_place_in_run(labels[ranked]) < per_class])

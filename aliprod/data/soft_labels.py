@@ -35,25 +35,16 @@ SHARD = 32 * SHARD_STEP  # rows that are kept together on the way: 3 MB
 
 @dataclass(frozen=True, eq=False)
 class SoftLabels:
-    """What one or more teachers think of the same images, memory-mapped.
-
-    Attributes:
-        stores: of each teacher (classes (n, k), probabilities (n, k)); places: (N,) the row of each image in each.
-    """
+    """What one or more teachers think of the same images, memory-mapped."""
 
     num_classes: int
-    stores: tuple[tuple[NDArray[np.int32], NDArray[np.float16]], ...]
-    places: tuple[Integers, ...]
+    stores: tuple[tuple[NDArray[np.int32], NDArray[np.float16]], ...]  # of each, classes and probabilities (n, k)
+    places: tuple[Integers, ...]  # (N,) the row of each image in each
 
     @classmethod
     def open(cls, folders: Sequence[Path], ids: pa.StringArray, class_ids: Integers) -> "SoftLabels":
-        """Open the soft labels of these images.
-
-        Args:
-            folders: one a teacher. ids: (N,) the images', in any order. class_ids: (K,).
-        Raises:
-            Refused: there are none, of another class list, or not of all the images.
-        """
+        """Open the soft labels of these images, a folder a teacher. Refused: there are none, of another class list, or
+        not of all the images."""
         stores, places = [], []
         for folder in folders:
             if commit.read(folder) is None:
@@ -77,10 +68,7 @@ class SoftLabels:
 def spread(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
     """The teachers' mean distribution: each one's kept probabilities, and what is left over all its other classes.
 
-    Args:
-        classes, probabilities: (n, teachers, k) of `SoftLabels.rows`.
-    Returns:
-        (n, K) float32, rows sum to 1.
+    (n, teachers, k) of `SoftLabels.rows` -> (n, K) float32, rows sum to 1.
     """
     kept = classes.shape[2]
     rest = (1 - probabilities.sum(dim=2, keepdim=True)).clamp_min(0) / max(1, num_classes - kept)
@@ -102,12 +90,9 @@ def write(
     """Commit a teacher's soft labels. Of a writer of the same that was killed, the finished shards are kept.
 
     Args:
-        ids: (n,). class_ids: (K,).
         blocks: called with the rows that are missing, ascending and whole shards: (m, K) probabilities of those rows,
             in that order.
         rows_per_shard: a multiple of `aliprod.store.resumable.SHARD_STEP`, for the same bytes as without a stop.
-    Raises:
-        StorageFull: no room; finished shards are kept.
     """
     kept = min(LARGEST, len(class_ids))
     resumable = ResumableRows(folder, ids, class_ids, record, rows_per_shard)

@@ -22,16 +22,11 @@ _PSEUDO_LABELS = "pseudo_labels.parquet"
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
-    """The images of a stage, in the catalogue's order.
-
-    Attributes:
-        weights: (N,) float32, of each image's loss; None: 1.
-        teacher: what the teachers make of the same images; None without teachers.
-    """
+    """The images of a stage, in the catalogue's order."""
 
     images: Images
-    weights: NDArray[np.float32] | None = None
-    teacher: SoftLabels | None = None
+    weights: NDArray[np.float32] | None = None  # (N,) of each image's loss; None: 1
+    teacher: SoftLabels | None = None  # what the teachers make of the same images
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +41,7 @@ class _Joined(Images):
 
 
 def training_set(catalogue: Catalogue, stage: Stage, inputs: Inputs = NO_INPUTS) -> TrainingSet:
-    """The images that a stage trains on.
-
-    Args:
-        inputs: ``kept``, ``pseudo_labels`` and ``teachers`` are read.
-    Raises:
-        Refused: the soft labels are of other images.
-    """
+    """The images that a stage trains on. Refused: the soft labels are of other images."""
     rows = base_rows(catalogue, stage, None if inputs.kept is None else np.load(inputs.kept / "kept.npy"))
     images = catalogue.train.take(rows)
     weights = None
@@ -77,32 +66,19 @@ def _with_pseudo_labels(
     rows, labels = read_pseudo_labels(folder, catalogue)
     added = catalogue.test.take(rows)
     ids = pa.concat_arrays([images.ids, pa.array([f"test/{name}" for name in added.ids.to_pylist()], pa.string())])
-    joined = _Joined(
-        "train",
-        ids,
-        np.concatenate([images.labels, labels]),
-        pa.concat_arrays([images.paths, added.paths]),
-        images.root,
-        parts=(images, added),
-    )
+    paths = pa.concat_arrays([images.paths, added.paths])
+    both = np.concatenate([images.labels, labels])
+    joined = _Joined("train", ids, both, paths, images.root, parts=(images, added))
     weights = np.ones(len(joined), np.float32)
     weights[len(images) :] = recipe.weight
     return joined, weights
 
 
 def write_pseudo_labels(
-    folder: Path,
-    ids: pa.StringArray,
-    class_ids: Integers,
-    probabilities: NDArray[np.floating[Any]],
-    record: dict[str, Any],
+    folder: Path, ids: pa.StringArray, class_ids: Integers, probabilities: NDArray[np.float32], record: dict[str, Any]
 ) -> None:
-    """Commit a folder with ``pseudo_labels.parquet``: a row for each test image that a stage also trains on, with what
-    it is taken for and how surely.
-
-    Args:
-        ids, class_ids, probabilities: (n,), kept as string, int64, float32. record: the labellers' jobs and keys.
-    """
+    """Commit ``pseudo_labels.parquet``: each test image that a stage also trains on, with what it is taken for and how
+    surely. ``record``: the labellers' jobs and keys."""
     table = pa.table(
         {"image_id": ids, "class_id": class_ids, "probability": np.asarray(probabilities, dtype=np.float32)}
     )
@@ -110,11 +86,8 @@ def write_pseudo_labels(
 
 
 def read_pseudo_labels(folder: Path, catalogue: Catalogue) -> tuple[Integers, Integers]:
-    """Rows of ``catalogue.test`` and their labels (rows of ``catalogue.classes``), both (n,).
-
-    Raises:
-        Refused: there are none, or they are of another catalogue.
-    """
+    """Rows of ``catalogue.test`` and their labels (rows of ``catalogue.classes``), both (n,). Refused: there are none,
+    or they are of another catalogue."""
     if commit.read(folder) is None:
         raise Refused("holds no pseudo labels.", folder, "Run the plan again: they are made anew.")
     table = pq.read_table(folder / _PSEUDO_LABELS)

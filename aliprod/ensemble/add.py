@@ -207,11 +207,7 @@ def confident(
 
 
 def read_predictions(folder: Path) -> Predictions:
-    """Read what a committed ensemble predicts.
-
-    Raises:
-        Failed: there is none.
-    """
+    """Read what a committed ensemble predicts. Failed: there is none."""
     if commit.read(folder) is None:
         raise Failed("holds no finished ensemble.", folder, "Submit jobs/ensemble.py: it is added up anew.")
     table = pq.read_table(folder / "predictions.parquet", columns=["image_id", "class_id"])

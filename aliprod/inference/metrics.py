@@ -28,25 +28,14 @@ def class_errors(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
 
 
 def mean_class_error(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """Mean over classes of the class's top-1 error: the metric of AliProducts, in 0 to 1.
-
-    Arguments as in `class_errors`; classes without images are left out.
-
-    Returns:
-        () float64; NaN where no image has a label.
-    """
+    """Mean of `class_errors` over the classes that have images: the metric of AliProducts, () float64 in 0 to 1; NaN
+    where no image has a label."""
     return class_errors(labels, predicted, num_classes).nanmean()
 
 
 def top_k_error(labels: Tensor, scores: Tensor, k: int) -> Tensor:
-    """Share of images whose label is not among the k highest scores; ties go to the first class.
-
-    Args:
-        labels: (N,) int64; images with a label below 0 are left out.
-        scores: (N, K) of any float dtype; a NaN at the label is an error.
-    Returns:
-        () float64 in 0 to 1; NaN where no image has a label.
-    """
+    """Share of images whose label (N,) is not among the k highest scores (N, K); ties go to the first class, and a NaN
+    at the label is an error. () float64; images with a label below 0 are left out, NaN where there are no others."""
     known = labels >= 0
     labels, scores = labels[known, None], scores[known]
     own = scores.gather(1, labels)

@@ -43,11 +43,8 @@ class Ready:
 
 
 def ready(folder: Path, processes: int = 0) -> Ready:
-    """Load a weights folder onto this process's GPU where it has one; ``processes`` of them read pictures.
-
-    Raises:
-        Refused: it is no weights folder, or one that is damaged.
-    """
+    """Load a weights folder onto this process's GPU where it has one; ``processes`` of them read pictures. Refused: it
+    is no weights folder, or one that is damaged."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, classes = weights.load(folder)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

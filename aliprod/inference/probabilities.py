@@ -63,22 +63,14 @@ class Probabilities:
         return str(self.record.get("split", ""))
 
     def rows(self, low: int, high: int) -> Half:
-        """Rows low to high (exclusive): (high - low, K), as `take`.
-
-        Raises:
-            IndexError: there are no such rows.
-        """
+        """Rows low to high (exclusive): (high - low, K), as `take`. IndexError: there are no such rows."""
         if not 0 <= low <= high <= len(self):
             raise IndexError(f"rows {low} to {high} of {len(self)}")
         return self.take(np.arange(low, high))
 
     def take(self, rows: Rows) -> Half:
         """The given rows in the given order: (len(rows), K); where they follow each other in one shard, a read-only
-        view of the file.
-
-        Raises:
-            IndexError: there is no such row.
-        """
+        view of the file. IndexError: there is no such row."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
         shards = rows // self.rows_per_shard
@@ -119,8 +111,7 @@ def write(
     """Write probabilities as they come, checked, and commit them; resumed as `ResumableRows.finish` says.
 
     Args:
-        ids: (N,) image ids, each once, in row order.
-        classes: (K,) class ids, each once, in column order.
+        ids, classes: (N,) image ids in row order, (K,) class ids in column order, each once.
         blocks: called with the rows that are missing, ascending and whole shards: (n, K) blocks of those rows, in that
             order, on any device; rounded to the nearest float16.
         labels: (N,) class ids, None where unknown.
@@ -166,18 +157,12 @@ def write(
 
 
 def open_store(folder: Path) -> Probabilities:
-    """Open committed probabilities; sizes are checked, bytes are not (`commit.verify` does).
-
-    Raises:
-        Failed: there are none, or they are damaged.
-    """
+    """Open committed probabilities; sizes are checked, bytes are not (`commit.verify` does). Failed: there are none, or
+    they are damaged."""
     record = commit.read(folder)
     if record is None:
-        raise Failed(
-            "holds no finished probabilities: there is no manifest, or a file has another size than it says.",
-            folder,
-            _ADVICE,
-        )
+        what = "holds no finished probabilities: there is no manifest, or a file has another size than it says."
+        raise Failed(what, folder, _ADVICE)
     try:
         rows, classes = pq.read_table(folder / "rows.parquet"), pq.read_table(folder / "classes.parquet")
         store = Probabilities(
@@ -194,11 +179,7 @@ def open_store(folder: Path) -> Probabilities:
             if shard.shape != expected or shard.dtype != np.float16:
                 raise ValueError(f"shard {number} is {shard.shape} {shard.dtype}, not {expected}")
     except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors and KeyErrors
-        raise Failed(
-            f"the probabilities are damaged: {error}.",
-            folder,
-            _ADVICE,
-        ) from error
+        raise Failed(f"the probabilities are damaged: {error}.", folder, _ADVICE) from error
     return store
 
 

@@ -29,14 +29,7 @@ def boxes(height: int, width: int, crop: int) -> Tensor:
 
 
 def crops(image: Tensor, crop: int) -> Tensor:
-    """The ten crops of an image or of a batch of them.
-
-    Args:
-        image: (..., C, H, W) of any dtype, on any device.
-        crop: side in pixels.
-    Returns:
-        (..., 10, C, crop, crop), in the order of `boxes`.
-    """
+    """The ten crops of images, in the order of `boxes`: (..., C, H, W) -> (..., 10, C, crop, crop)."""
     found = [
         image[..., top : top + crop, left : left + crop].flip(-1 if flipped else ())
         for top, left, flipped in boxes(image.shape[-2], image.shape[-1], crop).tolist()
@@ -47,9 +40,6 @@ def crops(image: Tensor, crop: int) -> Tensor:
 def mean_probabilities(logits: Tensor) -> Tensor:
     """Mean over crops of their softmaxes, not softmax of their mean: a member's row stays a distribution.
 
-    Args:
-        logits: (B, V, K) of any float dtype; V = 10 for ten crops.
-    Returns:
-        (B, K) float32, or float64 where the logits are.
+    (B, V, K) -> (B, K) float32, or float64 where the logits are.
     """
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=2).mean(dim=1)

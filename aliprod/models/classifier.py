@@ -24,9 +24,7 @@ class Classifier(nn.Module):
 
     Args:
         network: timm's name, with or without a weights tag.
-        num_classes: K.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the backbone.
+        drop_rate: dropout before the classifier. drop_path_rate: stochastic depth of the backbone.
         zero_init_last: zero the last norm scale of each residual bottleneck (where timm has not done so), without
             which deep squeeze-and-excitation networks do not learn from scratch.
         branches: copies of the last block side by side (BBN); the classifier sees their features in a row.
@@ -111,10 +109,7 @@ class Classifier(nn.Module):
 
 def check_network(network: str, where: str) -> None:
     """Refuse a name that timm does not know, with the nearest one that it does, and a network without a feature map.
-
-    Raises:
-        Refused: naming ``where`` (the key of the plan).
-    """
+    Refused: naming ``where`` (the key of the plan)."""
     architecture, _, tag = network.partition(".")
     if not timm.is_model(architecture):
         names = timm.list_models() + timm.list_pretrained()
@@ -167,20 +162,16 @@ _LAST = {  # of a family of timm's, the modules after which only pooling follows
 
 def _cut_last(network: str, backbone: nn.Module) -> nn.Module:
     """Take the last block out of a backbone; its parts are named after where they stood."""
-    names = _last_names(network, backbone)
-    last = nn.Sequential(OrderedDict((name.replace(".", "-"), backbone.get_submodule(name)) for name in names))
-    for name in names:
-        backbone.set_submodule(name, nn.Identity())
-    return last
-
-
-def _last_names(network: str, backbone: nn.Module) -> list[str]:
     pattern = _LAST.get(type(backbone).__name__)
     if pattern is None:
         advice = f"Families that can: {', '.join(_LAST)}."
         raise Refused(f"{network} ({type(backbone).__name__}) has no last block that can be branched.", advice=advice)
     blocks = backbone.get_submodule(pattern[0].partition(".")[0])
-    return [name.format(last=len(blocks) - 1) for name in pattern]  # type: ignore[arg-type]
+    names = [name.format(last=len(blocks) - 1) for name in pattern]  # type: ignore[arg-type]
+    last = nn.Sequential(OrderedDict((name.replace(".", "-"), backbone.get_submodule(name)) for name in names))
+    for name in names:
+        backbone.set_submodule(name, nn.Identity())
+    return last
 
 
 def branched(tensors: Mapping[str, Tensor], model: Classifier) -> dict[str, Tensor]:

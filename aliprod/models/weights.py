@@ -6,7 +6,7 @@ A weights folder holds ``model.safetensors``, ``config.json`` (network, input, w
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import timm
@@ -24,15 +24,8 @@ MODEL, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.json"
 
 @dataclass(frozen=True)
 class Config:
-    """What predicting with weights takes, beside the weights.
-
-    Attributes:
-        network: timm's name.
-        mean, std: of pixels in 0 to 1.
-        resize, crop: pixels; images are squared to ``resize``, views of ``crop`` are cut from that.
-        job, key, epoch, top1_error, kind: where the weights come from; kind as in training/candidates.py.
-        branches, unit_weights: of the classifier.
-    """
+    """What predicting with weights takes, beside the weights: images are squared to ``resize``, views of ``crop`` are
+    cut from that; mean and std are of pixels in 0 to 1. ``kind``: as in training/candidates.py."""
 
     network: str
     mean: tuple[float, ...]
@@ -54,7 +47,7 @@ class Classes:
     """Class id and name of each row of the classifier."""
 
     ids: tuple[int, ...]
-    names: tuple[str, ...] = field(default=())
+    names: tuple[str, ...] = ()
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: Classes) -> None:
@@ -65,11 +58,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: C
 
 
 def load(folder: Path) -> tuple[Classifier, Config, Classes]:
-    """The classifier of a weights folder, in eval mode.
-
-    Raises:
-        Refused: it is no weights folder, or one that is damaged.
-    """
+    """The classifier of a weights folder, in eval mode. Refused: it is no weights folder, or one that is damaged."""
     config, classes = describe(folder)
     model = Classifier(config.network, len(classes.ids), branches=config.branches, unit_weights=config.unit_weights)
     _fill(model, model.state_dict(), read(folder), folder / MODEL)
@@ -77,11 +66,8 @@ def load(folder: Path) -> tuple[Classifier, Config, Classes]:
 
 
 def describe(folder: Path) -> tuple[Config, Classes]:
-    """The configuration and classes of a weights folder, without its weights.
-
-    Raises:
-        Refused: it is no weights folder, or one that is damaged.
-    """
+    """The configuration and classes of a weights folder, without its weights. Refused: it is no weights folder, or one
+    that is damaged."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         classes = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
@@ -96,11 +82,8 @@ def describe(folder: Path) -> tuple[Config, Classes]:
 
 
 def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> None:
-    """Load a parent's backbone and head into its child.
-
-    Raises:
-        Refused: the folder is damaged, or of another network or class list.
-    """
+    """Load a parent's backbone and head into its child. Refused: the folder is damaged, or of another network or class
+    list."""
     config, classes = describe(folder)
     if classes.ids != tuple(class_ids):
         raise Refused(
@@ -115,11 +98,7 @@ def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> No
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a weights folder.
-
-    Raises:
-        Refused: the folder is damaged.
-    """
+    """The tensors of a weights folder. Refused: the folder is damaged."""
     if (folder / commit.MANIFEST).exists() and (damaged := commit.verify(folder)):
         raise Refused("does not hold the bytes that its manifest says.", folder / damaged[0], "Restore or delete it.")
     try:
@@ -128,18 +107,9 @@ def read(folder: Path) -> dict[str, Tensor]:
         raise Refused(f"cannot be loaded: {error}", folder / MODEL) from error
 
 
-def pretrained_file(network: str, source: str) -> Path:
-    """The local safetensors file of a network's pretrained backbone: a file, or NETWORK.safetensors in a folder."""
-    path = Path(source).expanduser()
-    return path / f"{network}.safetensors" if path.is_dir() else path
-
-
 def fetch_pretrained(network: str, folder: Path) -> None:
-    """Bring timm's ImageNet weights of a network into a committed folder, through timm's own hub path.
-
-    Raises:
-        Refused: timm knows no weights for this network, or they cannot be had from here.
-    """
+    """Bring timm's ImageNet weights of a network into a committed folder, through timm's own hub path. Refused: timm
+    knows no weights for this network, or they cannot be had from here."""
     if commit.read(folder) is not None:
         return
     config = timm.get_pretrained_cfg(network)
@@ -164,11 +134,8 @@ def fetch_pretrained(network: str, folder: Path) -> None:
 
 
 def load_pretrained(model: Classifier, file: Path) -> None:
-    """Load a backbone's weights; the classifier stays as initialised. A classifier in the file is left out.
-
-    Raises:
-        Refused: missing, damaged, or of another network.
-    """
+    """Load a backbone's weights; the classifier stays as initialised. A classifier in the file is left out. Refused:
+    missing, damaged, or of another network."""
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:

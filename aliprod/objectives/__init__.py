@@ -77,11 +77,8 @@ class Batch(Protocol):
 
 
 def build(name: str, options: Mapping[str, Any], context: Context) -> nn.Module:
-    """The objective that a plan names, with ``needs`` set.
-
-    Raises:
-        Refused: no such objective, no such option, or an option that does not fit the context.
-    """
+    """The objective that a plan names, with ``needs`` set. Refused: no such objective, no such option, or an option
+    that does not fit the context."""
     objective = find(name)
     parameters = signature(objective.__init__).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY]
@@ -140,10 +137,7 @@ def needs_of(name: str) -> Needs:
 
 def find(name: str) -> type[nn.Module]:
     """The class of an objective: a file of this package ("dcl"), or a user's importable module ("my_package.margin").
-
-    Raises:
-        Refused: there is none.
-    """
+    Refused: there is none."""
     try:
         module = importlib.import_module(name if "." in name else f"{__name__}.{name}")
     except ImportError as error:

@@ -42,11 +42,8 @@ def arranged(row_noise: Tensor, column_noise: Tensor) -> Tensor:
 
 
 def jigsaw(image: Tensor, source: Tensor) -> Tensor:
-    """Cell (a, b) of the result is cell ``source[a, b]`` of the image (..., H, W), unresampled.
-
-    Raises:
-        Refused: a side is not a multiple of N.
-    """
+    """Cell (a, b) of the result is cell ``source[a, b]`` of the image (..., H, W), unresampled. Refused: a side is not
+    a multiple of N."""
     return _jigsaws(image.reshape(1, -1, *image.shape[-2:]), source[None]).reshape(image.shape)
 
 

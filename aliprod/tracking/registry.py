@@ -67,11 +67,8 @@ class Registry:
         return f"{self._server.experiment}.{job.replace('/', '.')}"
 
     def members(self, names: Iterable[str]) -> dict[str, Choice]:
-        """The version that the alias ``member`` of each job's model marks.
-
-        Raises:
-            Refused: a model has no such alias, or it marks a version that aliprod did not write.
-        """
+        """The version that the alias ``member`` of each job's model marks. Refused: a model has no such alias, or it
+        marks a version that aliprod did not write."""
         with asking(self._server.uri):
             found = {name: self._version(self.name(name), alias="member") for name in names}
         if missing := [self.name(name) for name, version in found.items() if version is None]:
@@ -82,11 +79,8 @@ class Registry:
         return {name: self._choice(version) for name, version in found.items() if version is not None}
 
     def resolve(self, model: str) -> Choice:
-        """The version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` names.
-
-        Raises:
-            Refused: it is neither, or there is no such model, alias or version.
-        """
+        """The version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` names. Refused: it is neither, or there
+        is no such model, alias or version."""
         parts = re.fullmatch(r"models:/([^/@:]+)(?:@([^/@]+)|/(\d+))", model)
         if parts is None:
             raise Refused("is no address of a model.", model, "Write models:/NAME@ALIAS or models:/NAME/VERSION.")
@@ -98,11 +92,8 @@ class Registry:
         return self._choice(version)
 
     def download(self, choice: Choice, folder: Path) -> None:
-        """Bring a version's files into ``folder``, committed, with the manifest that they were written with.
-
-        Raises:
-            Failed: they are not there, or not the bytes that the version's sha256 names.
-        """
+        """Bring a version's files into ``folder``, committed, with the manifest that they were written with. Failed:
+        they are not there, or not the bytes that the version's sha256 names."""
         with tempfile.TemporaryDirectory() as temporary:
             got = Path(temporary)
             with asking(self._server.uri), suppress_missing():

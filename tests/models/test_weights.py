@@ -15,7 +15,7 @@ from torch import Tensor
 from aliprod.errors import Refused
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
-from aliprod.models.weights import Classes, Config, fetch_pretrained, load_parent, load_pretrained, pretrained_file
+from aliprod.models.weights import Classes, Config, fetch_pretrained, load_parent, load_pretrained
 from aliprod.store import commit
 
 NETWORK = "test_resnet.r160_in1k"
@@ -130,7 +130,7 @@ def pretrained(tmp_path: Path, network: str, without: str = "-") -> Path:
 def test_a_pretrained_file_fills_the_backbone_and_leaves_the_head(tmp_path: Path, without: str) -> None:
     file = pretrained(tmp_path, NETWORK, without)
     model = classifier(1)
-    load_pretrained(model, pretrained_file(NETWORK, str(tmp_path)))
+    load_pretrained(model, tmp_path / f"{NETWORK}.safetensors")
     tensors = load_file(file)
     for name, tensor in model.backbone.state_dict().items():
         if name in tensors:
