@@ -193,13 +193,6 @@ def renumbered(levels: NDArray[np.int64]) -> NDArray[np.int64]:
     return numbered
 
 
-def without_pictures(leaves: dict[int, Leaf], classes: NDArray[np.int64]) -> str:
-    """One sentence about the classes of the tree that have no training image, or ''."""
-    missing = sorted(leaves.keys() - set(classes.tolist()))
-    what = f"{len(missing):,} of its classes have no training image and are left out: {listing(map(str, missing))}"
-    return what if missing else ""
-
-
 def _walk(top: Any) -> Iterator[Leaf]:
     """Depth first, in the file's order, without recursion: a hostile tree may be deep."""
     number = 0

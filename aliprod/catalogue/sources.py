@@ -222,14 +222,16 @@ def _assembled(root: Path, source: Path, found: Iterable[_Rows]) -> Catalogue:
         first = f" The first, {rows.problems[0].path!r}: {rows.problems[0].problem}." if rows.problems else ""
         raise Refused(f"has no row that can be trained on.{first}", source, _ADVICE)
     leaves, faults = annotations.leaves(root)
-    faults.append(annotations.without_pictures(leaves, classes))
+    if without := sorted(leaves.keys() - set(classes.tolist())):
+        names = listing(map(str, without))
+        faults.append(f"{len(without):,} of its classes have no training image and are left out: {names}")
     train, val, test = (_images(splits[split], classes, root) for split in ("train", "val", "test"))
     labels = _matched(splits["test_labels"], test, classes) if "test_labels" in splits else None
-    names = {class_id: leaf.name for class_id, leaf in leaves.items()} | rows.words
+    known = {class_id: leaf.name for class_id, leaf in leaves.items()} | rows.words
     return Catalogue(
         root=root,
         classes=classes,
-        names=tuple(names.get(class_id, "") for class_id in classes.tolist()),
+        names=tuple(known.get(class_id, "") for class_id in classes.tolist()),
         train=train,
         val=val,
         test=test,
@@ -237,7 +239,7 @@ def _assembled(root: Path, source: Path, found: Iterable[_Rows]) -> Catalogue:
         ancestor=annotations.ancestors(leaves, classes) if leaves else None,
         problems=(
             *(flaw for rows in splits.values() for flaw in rows.problems),
-            *(Flaw(annotations.TREE, printable(fault)) for fault in faults if fault),
+            *(Flaw(annotations.TREE, printable(fault)) for fault in faults),
         ),
     )
 
@@ -287,7 +289,11 @@ def _matched(labelled: _Rows, test: Images, classes: Integers) -> Integers:
 def _from_shards(root: Path) -> Catalogue:
     found = shards.manifest(root)
     record = found.record
-    train, val, test = (_shard_images(root, split, found) for split in shards.SPLITS)
+    rows = ((split, *shards.read_rows(root, split, found)) for split in shards.SPLITS)
+    train, val, test = (
+        Images(split, ids, labels, ids, root, shards.Store(root, split, found.fingerprint, shards.cache()))
+        for split, ids, labels in rows
+    )
     return Catalogue(
         root=root,
         classes=np.array(record.classes, np.int64),
@@ -303,11 +309,6 @@ def _from_shards(root: Path) -> Catalogue:
         ),
         prepared=found.fingerprint,
     )
-
-
-def _shard_images(root: Path, split: str, found: shards.Manifest) -> Images:
-    ids, labels = shards.read_rows(root, split, found)
-    return Images(split, ids, labels, ids, root, shards.Store(root, split, found.fingerprint, shards.cache()))
 
 
 # What holds the training rows, whether it is there, the rows of all splits; the first that is there is read.

@@ -92,7 +92,11 @@ def _drawn(stage: Stage, height: int, width: int) -> Iterator[tuple[str, Any]]:
         height = width = stage.resize
     for name in stage.augmentation:
         if name in ("random_resized_crop", "random_crop", "resize"):
-            yield from _drawn_crop(name, stage, torch.empty(3, height, width, device="meta"))
+            like = torch.empty(3, height, width, device="meta")  # torchvision looks at its size alone
+            if name == "random_resized_crop":
+                yield "crop", RandomResizedCrop.get_params(like, stage.scale, _RATIO)
+            random_crop = name == "random_crop"
+            yield ("crop", RandomCrop.get_params(like, (stage.crop,) * 2)) if random_crop else ("resize", stage.crop)
             height = width = stage.crop
         elif name == "rotation":
             yield name, RandomRotation.get_params([-_ROTATION_DEGREES, _ROTATION_DEGREES])
@@ -102,16 +106,6 @@ def _drawn(stage: Stage, height: int, width: int) -> Iterator[tuple[str, Any]]:
             yield from ((name, operation) for operation in _drawn_operations())
         elif name == "cutout":
             yield name, torch.randint(stage.crop, (2,))
-
-
-def _drawn_crop(name: str, stage: Stage, like: Tensor) -> Iterator[tuple[str, Any]]:
-    """``like`` has the size of the picture: torchvision looks at no more."""
-    if name == "random_resized_crop":
-        yield "crop", RandomResizedCrop.get_params(like, stage.scale, _RATIO)
-    if name == "random_crop":
-        yield "crop", RandomCrop.get_params(like, (stage.crop, stage.crop))
-    else:
-        yield "resize", stage.crop
 
 
 def _drawn_operations() -> Iterator[tuple[str, float]]:

@@ -125,21 +125,18 @@ def confirmed(groups: Integers, rows: Integers, embeddings: Tensor, cosine: floa
     Returns:
         (n,) the lowest of ``rows`` in each one's group.
     """
-    found, order = rows.copy(), np.argsort(groups, kind="stable")
+    found, order, none = rows.copy(), np.argsort(groups, kind="stable"), torch.iinfo(torch.int64).max
     if not len(rows):
         return found
     for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
         near, lowest, before = embeddings[members], torch.from_numpy(rows[members]), None
         while before is None or not torch.equal(lowest, before):  # the lowest name spreads from neighbour to neighbour
-            before, parts = lowest, [_lowest_near(part, near, lowest, cosine) for part in near.split(_BATCH)]
-            lowest = torch.minimum(lowest, torch.cat(parts))  # an image without any feature is not near itself
+            before = lowest
+            far = (part @ near.T < cosine for part in near.split(_BATCH))
+            names = [before.expand(len(one), -1).masked_fill(one, none).min(dim=1).values for one in far]
+            lowest = torch.minimum(before, torch.cat(names))  # an image without any feature is not near itself
         found[members] = lowest.numpy()
     return found
-
-
-def _lowest_near(part: Tensor, all_of_them: Tensor, names: Tensor, cosine: float) -> Tensor:
-    far = part @ all_of_them.T < cosine
-    return names.expand(len(part), -1).masked_fill(far, torch.iinfo(names.dtype).max).min(dim=1).values
 
 
 def kept(
@@ -162,8 +159,6 @@ def kept(
         groups: (N,) a number for each group. labels: (N,) from 0.
         rank: (N,) distinct: which of equals stays, the lowest first; without it the row.
         belief: (N,) probability that a model gives each image's label, for ``teacher``.
-    Returns:
-        Rows, ascending.
     """
     place = np.arange(len(labels)) if rank is None else rank
     num_classes = labels.max(initial=0) + 1
@@ -173,12 +168,16 @@ def kept(
     of_group = entries // num_classes
     alone = np.bincount(of_group)[of_group] == 1
     votes = images.astype(np.float64) if belief is None or rule == "majority" else np.bincount(entry, belief) / images
-    believed = alone if rule == "drop" else alone | _leads(of_group, votes)
+    most = np.zeros(len(entries))  # of each group
+    np.maximum.at(most, of_group, votes)
+    leads = votes == most[of_group]
+    believed = alone if rule == "drop" else alone | (leads & (np.bincount(of_group[leads])[of_group] == 1))
+    order = np.lexsort((place, entry))
+    first = order[np.searchsorted(entry[order], np.arange(len(entries)))]  # of each entry
     stays = np.zeros(len(labels), bool)
-    stays[_first_of_each(entry, place)[believed]] = True
-    missing = np.minimum(np.bincount(labels, minlength=num_classes), least_images) - np.bincount(
-        labels[stays], minlength=num_classes
-    )
+    stays[first[believed]] = True
+    had, has = (np.bincount(some, minlength=num_classes) for some in (labels, labels[stays]))
+    missing = np.minimum(had, least_images) - has
     dropped = np.flatnonzero(~stays)
     dropped = dropped[np.lexsort((place[dropped], ~alone[entry[dropped]], labels[dropped]))]
     return_order = np.arange(len(dropped)) - np.searchsorted(labels[dropped], labels[dropped])  # within the class
@@ -190,8 +189,7 @@ class _Components:
     """What is known to be connected: a forest over distinct hashes whose roots are their trees' lowest rows."""
 
     def __init__(self, words: Words, threshold: int) -> None:
-        self.words = words
-        self.threshold = threshold
+        self.words, self.threshold = words, threshold
         self.parent: Integers = np.arange(len(words))
 
     def of(self, rows: Integers) -> Integers:
@@ -209,13 +207,12 @@ class _Components:
         close = np.bitwise_count(self.words[a] ^ self.words[b]) <= self.threshold
         a, b = a[close], b[close]
         while len(a):
-            known = a, b
+            known = np.concatenate([a, b])
             a, b = self.of(a), self.of(b)
             apart = a != b
             a, b = a[apart], b[apart]
             np.minimum.at(self.parent, np.maximum(a, b), np.minimum(a, b))
-            self.flatten(known[0])
-            self.flatten(known[1])
+            self.flatten(known)
 
     def sweep(self, rows: Integers, start: Integers, stop: Integers, at: Integers) -> None:
         """Compare ``rows[i]`` with ``rows[start]`` to ``rows[stop - 1]`` for each i of ``at``; memory as ``at``."""
@@ -236,7 +233,9 @@ def _connect_crowd(components: _Components, rows: Integers, free: int) -> None:
     if not pairs:
         return
     bits = np.uint64(1) << np.array([place for place in range(_BITS) if free >> place & 1], np.uint64)
-    entropy = _entropy(components.words[rows], bits)
+    sample = components.words[rows[:: len(rows) // 8192 + 1]]
+    ones = np.array([np.mean(sample & bit != 0) for bit in bits])
+    entropy = -np.log2(ones**2 + (1 - ones) ** 2)  # of each bit, by the chance that two of the words agree on it
     num_bands = _cheapest_bands(len(rows), pairs, entropy, components.threshold)
     if num_bands == components.threshold:  # compare all pairs that are not known to be connected
         known = components.of(rows)
@@ -264,14 +263,6 @@ def _connect_tables(components: _Components, rows: Integers, bands: list[int]) -
         components.flatten(rows)
 
 
-def _entropy(words: Words, bits: Words) -> NDArray[np.float64]:
-    """(bits,) of each bit: -log2 of the chance that two of the words agree on it; by at most 8,192 of them."""
-    sample = words[:: len(words) // 8192 + 1]
-    ones = np.array([np.mean(sample & bit != 0) for bit in bits])
-    agreement: NDArray[np.float64] = ones**2 + (1 - ones) ** 2
-    return -np.log2(agreement)
-
-
 def _cheapest_bands(count: int, pairs: int, entropy: NDArray[np.float64], threshold: int) -> int:
     """Into how many bands to split; ``threshold`` of them leave none to sort by: all pairs in one table."""
     bits = float(entropy.sum())
@@ -281,18 +272,3 @@ def _cheapest_bands(count: int, pairs: int, entropy: NDArray[np.float64], thresh
         return math.comb(num_bands, threshold) * (met + _ROW_COST * count + _TABLE_COST)
 
     return min(range(threshold, max(len(entropy), threshold) + 1), key=cost)
-
-
-def _leads(of_group: Integers, votes: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which entry alone has the most votes of its group."""
-    most = np.zeros(of_group.max(initial=-1) + 1)
-    np.maximum.at(most, of_group, votes)
-    leads: NDArray[np.bool_] = votes == most[of_group]
-    shared = np.bincount(of_group[leads])[of_group] > 1
-    return leads & ~shared
-
-
-def _first_of_each(entry: Integers, place: Integers) -> Integers:
-    """The row with the lowest place of each entry."""
-    order = np.lexsort((place, entry))
-    return order[np.searchsorted(entry[order], np.arange(entry.max(initial=-1) + 1))]

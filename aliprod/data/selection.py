@@ -5,7 +5,7 @@ library changes no batch.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,13 @@ def balanced(labels: Integers, ids: pa.StringArray, class_ids: Integers, per_cla
     """
     crowded = np.bincount(labels, minlength=len(class_ids)) > per_class
     among = np.flatnonzero(crowded[labels])
-    hashes = _hashes(seed, class_ids[labels[among]].tolist(), ids.take(pa.array(among)).to_pylist())
+    # A row id that says its class too is taken without it: an equal image id in another class changes nothing.
+    texts = (
+        f"{seed}\0{class_id}\0{image_id.removeprefix(f'{class_id}/')}"
+        for class_id, image_id in zip(class_ids[labels[among]], ids.take(pa.array(among)).to_pylist(), strict=True)
+    )
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    hashes = np.frombuffer(b"".join(digests), "<u8")
     order = among[np.lexsort((hashes, labels[among]))]  # class after class, its smallest hashes first
     chosen = order[_place_in_run(labels[order]) < per_class]
     return np.sort(np.concatenate([np.flatnonzero(~crowded[labels]), chosen]))
@@ -77,7 +83,8 @@ def _drawn_by_class(
     by_class = np.argsort(labels, kind="stable")
     counts = np.unique(labels, return_counts=True)[1]
     upto = np.cumsum(odds(counts))
-    of_class, of_image = (_uniform(_draws(len(labels), name, seed, epoch)) for name in ("class", "image"))
+    draws = (_draws(len(labels), name, seed, epoch) for name in ("class", "image"))
+    of_class, of_image = ((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53 for bits in draws)  # in [0, 1)
     drawn = np.searchsorted(upto / upto[-1], of_class, side="right") if len(counts) else np.empty(0, np.int64)
     return np.take(by_class, (np.cumsum(counts) - counts)[drawn] + (of_image * counts[drawn]).astype(np.int64))
 
@@ -101,16 +108,6 @@ def surest(top: NDArray[np.float64], labels: Integers, threshold: float, per_cla
     return np.sort(ranked[_place_in_run(labels[ranked]) < per_class])
 
 
-def _hashes(seed: int, class_ids: Iterable[int], ids: Iterable[str]) -> NDArray[np.uint64]:
-    """64 bits of each image. A row id that says its class too is taken without it, so that an equal image id in
-    another class changes nothing."""
-    texts = (
-        f"{seed}\0{class_id}\0{image_id.removeprefix(f'{class_id}/')}"
-        for class_id, image_id in zip(class_ids, ids, strict=True)
-    )
-    return np.frombuffer(b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts), "<u8")
-
-
 def _place_in_run(sorted_labels: Integers) -> Integers:
     """0, 1, 2, ... within each run of equal labels."""
     places = np.arange(len(sorted_labels))
@@ -126,8 +123,3 @@ def _draws(count: int, *what: int | str) -> NDArray[np.uint64]:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
-
-
-def _uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """In [0, 1), with 53 bits."""
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

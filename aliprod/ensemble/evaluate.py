@@ -30,9 +30,8 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
     known_ids, known = _labels(labels)
     found = score(known.take(pc.index_in(ids, value_set=known_ids)), predicted)
     if found is None:
-        raise Refused(
-            f"no image of {predictions} has a label in it.", labels, "Ids are matched as they are, ending included."
-        )
+        advice = "Ids are matched as they are, ending included."
+        raise Refused(f"no image of {predictions} has a label in it.", labels, advice)
     missing = known_ids.filter(pc.invert(pc.is_in(known_ids, value_set=ids)))
     if len(missing):
         what = f"has no prediction of {len(missing):,} of the {len(known_ids):,} images of {labels}: "
@@ -43,9 +42,8 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
 
 def _predictions(path: Path) -> tuple[pa.StringArray, np.ndarray]:
     if not path.exists():
-        raise Refused(
-            "there is no such file or folder.", path, "Give submission.csv, PLAN/ensemble or a member's store."
-        )
+        advice = "Give submission.csv, PLAN/ensemble or a member's store."
+        raise Refused("there is no such file or folder.", path, advice)
     if path.is_dir() and (path / "predictions.parquet").exists():
         ensemble = read_predictions(path)
         return ensemble.ids, ensemble.predicted.numpy()

@@ -49,13 +49,10 @@ class _Look(NamedTuple):
 
 
 def check(path: Path, processes: int) -> Report:
-    """Read every image of a catalogue.
+    """Read every image of a catalogue with so many processes, each of which holds one picture.
 
-    Args:
-        processes: that read side by side; each holds one picture.
     Raises:
-        Refused: as `sources.read`.
-        Failed: a process died of a picture; the sentence names those it was reading.
+        Refused: as `sources.read`. Failed: a process died of a picture; it names those that it was reading.
     """
     catalogue = read(path)
     chunks = (chunk for images in catalogue.splits for chunk in images.chunks(_CHUNK))

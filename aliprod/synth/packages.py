@@ -137,11 +137,13 @@ def look(seed: int, number: int) -> Look:
     section, kind, shape = KINDS[(family + seed_of(seed, "kinds")) % len(KINDS)]
     hue = (seed_of(seed, "hues") / 2**32 + family * 0.618034) % 1.0
     value = (0.85, 0.6, 0.95)[family % 3]
+    brand = (family * 101_159 + seed_of(seed, "brands")) % len(SYLLABLES) ** 3  # a prime: each family has its own
+    syllables = np.unravel_index(brand, (len(SYLLABLES),) * 3)
     return Look(
         section=section,
         kind=kind,
         shape=shape,
-        brand=_brand(seed, family),
+        brand="".join(SYLLABLES[i] for i in syllables).title(),
         layout=LAYOUTS[(family + seed_of(seed, "layouts")) % len(LAYOUTS)],
         slim=float(drawn.uniform(0.8, 1.1)),
         main=colour(hue, drawn.uniform(0.55, 0.95), value),
@@ -170,12 +172,6 @@ def colour(hue: float, saturation: float, value: float) -> Colour:
     """From hue (any number, modulo 1), saturation and value (0 to 1)."""
     red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def _brand(seed: int, family: int) -> str:
-    """Three syllables; 101,159 is prime to 70**3, so each of 343,000 families has its own."""
-    index = (family * 101_159 + seed_of(seed, "brands")) % len(SYLLABLES) ** 3
-    return "".join(SYLLABLES[i] for i in np.unravel_index(index, (len(SYLLABLES),) * 3)).title()
 
 
 def _mix(one: Colour, other: Colour, share: float) -> Colour:
@@ -210,7 +206,9 @@ def _label(draw: ImageDraw.ImageDraw, front: Box, look: Look) -> None:
     wide, high, middle = right - left, bottom - top, (left + right) // 2
     _parts(draw, _placed(look.layout, left, top, wide, high), look)
     _text(draw, look.brand, (middle, top + 0.13 * high), (0.9 * wide, 0.2 * high), _ink(look.main))
-    _emblem(draw, look, middle, top + 0.44 * high, 0.19 * min(wide, high))
+    (corners, inner), y, radius = look.emblem, top + 0.44 * high, 0.19 * min(wide, high)
+    turns = [(math.pi * i / corners, radius * (inner if i % 2 else 1.0)) for i in range(2 * corners)]
+    draw.polygon([(middle + r * math.sin(turn), y - r * math.cos(turn)) for turn, r in turns], look.accent)
     _text(draw, look.flavour, (middle, top + 0.69 * high), (0.72 * wide, 0.15 * high), _ink(look.paper))
     _band(draw, look, (left, top + round(0.79 * high), right, top + round(0.91 * high)))
     _text(draw, look.amount, (middle, top + 0.95 * high), (0.4 * wide, 0.1 * high), _ink(look.main))
@@ -221,12 +219,6 @@ def _placed(layout: tuple[Part, ...], left: int, top: int, wide: int, high: int)
         corners, radius = (shares[:4], shares[4:]) if figure == "rounded" else (shares, ())
         where = (left + wide * s if i % 2 == 0 else top + high * s for i, s in enumerate(corners))
         yield figure, (*where, *(wide * share for share in radius)), tone
-
-
-def _emblem(draw: ImageDraw.ImageDraw, look: Look, x: float, y: float, radius: float) -> None:
-    corners, inner = look.emblem
-    turns = [(math.pi * i / corners, radius * (inner if i % 2 else 1.0)) for i in range(2 * corners)]
-    draw.polygon([(x + r * math.sin(turn), y - r * math.cos(turn)) for turn, r in turns], look.accent)
 
 
 def _band(draw: ImageDraw.ImageDraw, look: Look, box: Box) -> None:

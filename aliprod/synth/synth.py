@@ -50,9 +50,6 @@ def synthesise(out: Path, classes: int, images: int, seed: int, processes: int =
     no class has under 5. Up to 100 classes have 6 val and 10 test images each, more have 2 and 4. The catalogue
     appears in one rename; what a killed call leaves is a hidden folder ``.NAME.*.partial`` beside it.
 
-    Args:
-        out: the catalogue's folder; must not exist or be empty.
-        processes: how many render; more than one are started afresh ("spawn").
     Raises:
         Refused: the numbers make no catalogue, or ``out`` holds something.
         StorageFull: no room or no right to write; nothing is left behind.
@@ -64,7 +61,12 @@ def synthesise(out: Path, classes: int, images: int, seed: int, processes: int =
     ids = _image_ids(sizes, seed)
     with _new_folder(out) as folder:
         _write_annotations(folder, ids, seed)
-        _render_all(folder, ids, seed, processes)
+        (folder / "test").mkdir()
+        tasks = ((number, {split: ids[split][number] for split in ids}) for number in range(classes))
+        with pool(processes) as renderers:
+            advice, render = "Try fewer processes.", partial(_render, folder, seed)
+            for _ in renderers.ordered_map(render, tasks, lambda task: f"class {task[0]}", advice):
+                pass
     return Counts(str(out), classes, images, classes * val, classes * test)
 
 
@@ -102,8 +104,7 @@ def _taken(out: Path) -> Refused:
 
 def _image_ids(sizes: dict[str, list[int]], seed: int) -> Ids:
     """Unique over all splits, in an order that gives no class away."""
-    total = sum(map(sum, sizes.values()))
-    mixed = iter(sorted(range(total), key=lambda place: seed_of(seed, "id", place)))
+    mixed = iter(sorted(range(sum(map(sum, sizes.values()))), key=lambda place: seed_of(seed, "id", place)))
     return {split: [[FIRST_ID + next(mixed) for _ in range(n)] for n in by_class] for split, by_class in sizes.items()}
 
 
@@ -151,17 +152,6 @@ def _tree(classes: int, seed: int) -> dict[str, Any]:
         leaves = [{"name": f"{family} {one.flavour} {one.amount}", "class_id": str(number)} for number, one in members]
         sections.setdefault(section, []).append({"name": family, "children": leaves})
     return {"name": "all", "children": [{"name": name, "children": below} for name, below in sections.items()]}
-
-
-def _render_all(folder: Path, ids: Ids, seed: int, processes: int) -> None:
-    (folder / "test").mkdir()
-    classes = ((number, {split: ids[split][number] for split in ids}) for number in range(len(ids["train"])))
-    with pool(processes) as renderers:
-        advice = "Try fewer processes."
-        for _ in renderers.ordered_map(
-            partial(_render, folder, seed), classes, lambda task: f"class {task[0]}", advice
-        ):
-            pass
 
 
 def _render(folder: Path, seed: int, task: tuple[int, dict[str, list[int]]]) -> None:
