@@ -117,8 +117,7 @@ def _teach(target: Target, site: Site) -> Made:
     import torch
     from torch import Tensor
 
-    from aliprod.data import soft_labels
-    from aliprod.data.training_set import base_rows
+    from aliprod.data.training_set import base_rows, write_soft_labels
     from aliprod.inference.predict import predicted, ready
 
     torch.set_num_threads(site.cluster.threads)
@@ -131,7 +130,7 @@ def _teach(target: Target, site: Site) -> Made:
         yield from predicted(model, images.take(missing), "center")
 
     record = {"job": teacher.name, "key": teacher.key}
-    soft_labels.write(target.folder(site.storage), images.ids, np.asarray(model.classes.ids), blocks, record)
+    write_soft_labels(target.folder(site.storage), images.ids, np.asarray(model.classes.ids), blocks, record)
     return ()
 
 

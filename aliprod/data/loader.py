@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from aliprod.catalogue.catalogue import Images
 from aliprod.catalogue.decode import LEAST_SIDE, Unreadable, decode_anyway
-from aliprod.data import augment, selection, soft_labels
+from aliprod.data import augment, selection
 from aliprod.data.augment import GREY, Picture, picture_of
 from aliprod.data.epoch_size import epoch_size
-from aliprod.data.training_set import TrainingSet
+from aliprod.data.training_set import TrainingSet, spread
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
 from aliprod.recipe import Stage
@@ -143,7 +143,7 @@ class TrainBatches:
             marks["weights"] = self._sent(torch.from_numpy(self.data.weights[places]))
         if (teacher := self.data.teacher) is not None:
             classes, probabilities = map(self._sent, teacher.rows(places))
-            marks["teacher"] = soft_labels.spread(classes, probabilities, teacher.num_classes)
+            marks["teacher"] = spread(classes, probabilities, teacher.num_classes)
         return marks
 
     def ids(self, rows: Tensor) -> list[str]:

@@ -14,8 +14,7 @@ import torch
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatch
-from aliprod.data.soft_labels import LARGEST, SoftLabels
-from aliprod.data.training_set import TrainingSet, training_set
+from aliprod.data.training_set import LARGEST, SoftLabels, TrainingSet, training_set
 from aliprod.inference.predict import BATCH, precision, predict
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import needs_of

@@ -14,10 +14,10 @@ import torch
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
-from aliprod.data import selection, soft_labels
+from aliprod.data import selection
 from aliprod.data.augment import normalise, on_device, picture_of, square, train_view
 from aliprod.data.loader import Feed, TrainBatch, TrainBatches, squared_batches
-from aliprod.data.training_set import TrainingSet, training_set
+from aliprod.data.training_set import TrainingSet, training_set, write_soft_labels
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
 from aliprod.recipe import Inputs, PerClass, Stage
@@ -274,7 +274,7 @@ def known(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Trai
     table = torch.full((32, 4), 0.125)
     table[torch.arange(32), torch.arange(32) % 4] = 0.625
     folder = tmp_path_factory.mktemp("teacher") / "soft"
-    soft_labels.write(folder, packages.train.ids, packages.classes, lambda rows: [table[rows]], {})
+    write_soft_labels(folder, packages.train.ids, packages.classes, lambda rows: [table[rows]], {})
     data = training_set(packages, STAGE, Inputs(teachers=(folder,)))
     return replace(data, weights=np.arange(32, dtype=np.float32) / 32)
 

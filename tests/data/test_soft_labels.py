@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aliprod.data.soft_labels import LARGEST, SoftLabels, spread, write
+from aliprod.data.training_set import LARGEST, SoftLabels, spread
+from aliprod.data.training_set import write_soft_labels as write
 from aliprod.errors import Refused
 from aliprod.store import commit
 
@@ -104,7 +105,7 @@ KILLED = """
 import json, os, signal, sys, numpy as np, pyarrow as pa, torch
 from pathlib import Path
 from aliprod.store import commit
-from aliprod.data.soft_labels import write
+from aliprod.data.training_set import write_soft_labels as write
 
 root, left = Path(sys.argv[1]), 0
 table = torch.randn(26, 100, generator=torch.Generator().manual_seed(0)).softmax(dim=1)

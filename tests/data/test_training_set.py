@@ -11,11 +11,17 @@ import torch
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
-from aliprod.data import soft_labels
 from aliprod.data.augment import square
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.selection import balanced
-from aliprod.data.training_set import base_rows, read_pseudo_labels, training_set, write_pseudo_labels
+from aliprod.data.training_set import (
+    base_rows,
+    read_pseudo_labels,
+    spread,
+    training_set,
+    write_pseudo_labels,
+    write_soft_labels,
+)
 from aliprod.errors import Refused
 from aliprod.ingest.prepare import Settings, prepare
 from aliprod.recipe import Inputs, PerClass, PseudoLabels, Stage
@@ -105,14 +111,14 @@ def test_pseudo_labelled_images_of_a_prepared_catalogue_are_its_jpegs(
 def test_teachers_are_asked_about_the_images_of_the_stage(packages: Catalogue, tmp_path: Path) -> None:
     table = torch.rand(32, 4, generator=torch.Generator().manual_seed(0))
     table /= table.sum(dim=1, keepdim=True)
-    soft_labels.write(tmp_path / "soft", packages.train.ids, packages.classes, lambda rows: [table[rows]], {})
+    write_soft_labels(tmp_path / "soft", packages.train.ids, packages.classes, lambda rows: [table[rows]], {})
     few = Stage(images=PerClass(per_class=2))
     data = training_set(packages, few, Inputs(teachers=(tmp_path / "soft",)))
     assert data.teacher is not None
-    found = soft_labels.spread(*data.teacher.rows(np.arange(8)), 4)
+    found = spread(*data.teacher.rows(np.arange(8)), 4)
     torch.testing.assert_close(found, table[base_rows(packages, few)], rtol=0, atol=1e-3)
     part = packages.train.ids.slice(1)
-    soft_labels.write(tmp_path / "part", part, packages.classes, lambda rows: [table[1:]], {})
+    write_soft_labels(tmp_path / "part", part, packages.classes, lambda rows: [table[1:]], {})
     with pytest.raises(Refused, match="are soft labels of other images"):
         training_set(packages, Stage(), Inputs(teachers=(tmp_path / "part",)))
 

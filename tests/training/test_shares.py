@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aliprod import objectives
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.data import soft_labels
+from aliprod.data.training_set import write_soft_labels
 from aliprod.errors import Refused
 from aliprod.models import weights
 from aliprod.recipe import Inputs, Machine, Stage
@@ -59,7 +59,7 @@ def inputs(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> dic
     start = work_in(folder, Stage(resize=64, crop=64, batch_size=16, precision="float32"))
     assert train(start, packages.root) == 0
     sure = torch.from_numpy(np.eye(4, dtype=np.float32)[packages.train.labels] * 0.6 + 0.1)
-    soft_labels.write(folder / "soft", packages.train.ids, packages.classes, lambda rows: [sure[rows]], {})
+    write_soft_labels(folder / "soft", packages.train.ids, packages.classes, lambda rows: [sure[rows]], {})
     return {
         "classifier": Inputs(start=start.folder / "weights"),
         "distillation": Inputs(teachers=(folder / "soft",)),
