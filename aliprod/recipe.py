@@ -306,3 +306,32 @@ class Inputs:
 
 
 NO_INPUTS = Inputs()
+DEFAULT_MACHINE = Machine()
+
+
+def never() -> bool:
+    """No: nobody tells this job to stop."""
+    return False
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A stage of a network, with its inputs and the machine that it is trained on.
+
+    Attributes:
+        network: timm's name.
+        folder: the job's, in the storage path.
+    """
+
+    name: str
+    key: str
+    network: str
+    stage: Stage
+    folder: Path
+    inputs: Inputs = NO_INPUTS
+    machine: Machine = DEFAULT_MACHINE
+
+
+def without_training(machine: Machine) -> Machine:
+    """The machine for work that trains nothing: exact kernels, nothing compiled."""
+    return machine.model_copy(update={"exact": True, "compile": False})

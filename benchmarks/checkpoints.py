@@ -22,11 +22,10 @@ from ratio import Side, cpu, header, show
 
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.recipe import Machine, Stage
+from aliprod.recipe import Machine, Stage, TrainingJob
 from aliprod.store import commit
 from aliprod.synth.synth import synthesise
 from aliprod.training import job
-from aliprod.training.training_job import TrainingJob
 
 NEVER = 1e9
 

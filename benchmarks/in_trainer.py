@@ -248,10 +248,9 @@ def trained(config: dict[str, Any]) -> None:
     from step import NETWORK
 
     from aliprod.catalogue import sources
-    from aliprod.recipe import Stage
+    from aliprod.recipe import DEFAULT_MACHINE, Stage
     from aliprod.training.learner import set_up
     from aliprod.training.loop import Step, steps
-    from aliprod.training.training_job import DEFAULT_MACHINE
 
     logging.disable(logging.WARNING)
     catalogue = sources.read(config["photos"])

@@ -24,11 +24,10 @@ from aliprod.catalogue import sources
 from aliprod.data.loader import Feed
 from aliprod.inference.predict import predict
 from aliprod.models import weights
-from aliprod.recipe import Machine, Stage
+from aliprod.recipe import Machine, Stage, TrainingJob
 from aliprod.store import commit
 from aliprod.synth.synth import synthesise
 from aliprod.training import job
-from aliprod.training.training_job import TrainingJob
 
 CLOCK = ("time_ms", "speed/")
 

@@ -31,11 +31,10 @@ from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed, TrainBatch, TrainBatches
 from aliprod.data.training_set import training_set
 from aliprod.models.classifier import Classifier, normalisation
-from aliprod.recipe import LearningRate, Stage
+from aliprod.recipe import DEFAULT_MACHINE, LearningRate, Stage
 from aliprod.training.learner import Learner, place, set_up
 from aliprod.training.loop import Progress, Step, steps
 from aliprod.training.optimizer import cosine_lr_at
-from aliprod.training.training_job import DEFAULT_MACHINE
 
 NETWORK = "test_resnet"
 WARM_UP = 20  # steps at the beginning of a round that are not counted

@@ -8,10 +8,9 @@ from typing import Any
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.plan.schema import Cluster
-from aliprod.recipe import Views
+from aliprod.recipe import Views, never
 from aliprod.store import commit
 from aliprod.store.keys import key_of
-from aliprod.training.training_job import never
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def inputs_of(target: Target, site: Site) -> Inputs:
 
 def _train(target: Target, site: Site) -> Iterator[Metrics]:
     """Train on this rank; yield the metrics of each epoch."""
+    from aliprod.recipe import TrainingJob
     from aliprod.training.job import run
-    from aliprod.training.training_job import TrainingJob
 
     job, folder = target.owner, target.folder(site.storage).parent
     inputs = inputs_of(target, site)

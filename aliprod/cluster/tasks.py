@@ -28,7 +28,7 @@ _PAUSED = Outcome("paused")
 
 
 @dataclass(eq=False)
-class Work:
+class Pending:
     """A target that is being made.
 
     Attributes:
@@ -69,7 +69,7 @@ class RayRunner:
     ) -> None:
         self.site, self.launcher, self.stopping, self.current = site, launcher, stopping, current
         self.estimate, self.leases = estimate, leases
-        self.numbers, self.begun, self.works = count(), frozenset[int](), dict[str, Work]()
+        self.numbers, self.begun, self.works = count(), frozenset[int](), dict[str, Pending]()
         self.targets = dict[str, Target]()  # as they were when they were started, or have paused
         self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step
         self.answer: Any = None
@@ -87,7 +87,7 @@ class RayRunner:
     def seconds(self, target: Target, world_size: int) -> float:
         return self.estimate(self.targets.get(target.name, target), world_size)
 
-    def start(self, target: Target, nodes: Sequence[str]) -> Work:
+    def start(self, target: Target, nodes: Sequence[str]) -> Pending:
         """Start to make a target, a rank on each of the nodes."""
         target = self.targets[target.name] = self.current(target)
         start = Start(next(self.numbers), target, tuple(nodes))
@@ -95,10 +95,10 @@ class RayRunner:
             refs = [self._train(start)]
         else:
             refs = [self._task(start, node, (part, len(nodes))) for part, node in enumerate(nodes)]
-        self.works[target.name] = Work(start, refs)
+        self.works[target.name] = Pending(start, refs)
         return self.works[target.name]
 
-    def stop(self, handle: Work) -> None:
+    def stop(self, handle: Pending) -> None:
         """Ask it to end: a training with a checkpoint at its next step; a prediction keeps its finished shards."""
         handle.stopped = True
         if not handle.trains:
@@ -123,7 +123,7 @@ class RayRunner:
             named: dict[str, Any] = {"num_cpus": rank.cpus, "num_gpus": rank.gpus, "name": "waits for a node"}
             self.asked[_nothing.options(**named).remote()] = rank
 
-    def wait(self, handles: Sequence[Work], patience: float) -> list[tuple[Work, Outcome]]:
+    def wait(self, handles: Sequence[Pending], patience: float) -> list[tuple[Pending, Outcome]]:
         """Wait a moment for any of the handles; those that ended."""
         if self.stopping():
             for handle in handles:
@@ -147,7 +147,7 @@ class RayRunner:
         """Which other driver trains a target now; '' where none does."""
         return self.leases.holder(str(target.key)) if target.kind == "training" else ""
 
-    def has_begun(self, work: Work) -> bool:
+    def has_begun(self, work: Pending) -> bool:
         """Whether Ray has placed it, and its first rank is at work."""
         return not work.trains or work.start.number in self.begun
 
@@ -169,7 +169,7 @@ class RayRunner:
                 yield started
             yield change
 
-    def _talk(self, handles: Sequence[Work]) -> None:
+    def _talk(self, handles: Sequence[Pending]) -> None:
         """Tell the launcher what is to stop, and hear from it what has begun."""
         if self.launcher is None or (self.answer is not None and not ray.wait([self.answer], timeout=0)[0]):
             return
@@ -177,7 +177,7 @@ class RayRunner:
             self.begun = ray.get(self.answer)
         self.answer = self.launcher.hear.remote(frozenset(h.start.number for h in handles if h.stopped))
 
-    def _outcome(self, handle: Work) -> Outcome | None:
+    def _outcome(self, handle: Pending) -> Outcome | None:
         """How it has ended; None where it has not."""
         start = handle.start
         if handle.trains and self.stopping() and not self.has_begun(handle):
@@ -196,7 +196,7 @@ class RayRunner:
             return None
         return Outcome("done")
 
-    def _unfinished(self, handle: Work, outcome: Outcome) -> Outcome:
+    def _unfinished(self, handle: Pending, outcome: Outcome) -> Outcome:
         """What the scheduler is told of something that was stopped, has failed, or has lost a node."""
         target, name = handle.start.target, handle.start.target.name
         lost = not {node.name for node in self.nodes()}.issuperset(handle.start.nodes)

@@ -26,14 +26,14 @@ from aliprod.errors import StorageFull
 from aliprod.models import weights
 from aliprod.models.classifier import normalisation
 from aliprod.objectives import needs_of
+from aliprod.recipe import TrainingJob, never, without_training
 from aliprod.store import commit, epochs
 from aliprod.store.layout import LAST, METRICS, PACE, RESUME, WEIGHTS, step_of
 from aliprod.training import checkpoint, soup
-from aliprod.training.background import Background, background
 from aliprod.training.candidates import Candidate
+from aliprod.training.checkpoint import Background, background
 from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, Step, steps
-from aliprod.training.training_job import TrainingJob, never, without_training
 from aliprod.training.watchdog import Watchdog
 
 _PACE_SECONDS = 10.0

@@ -18,9 +18,8 @@ from aliprod.inference.predict import autocast, nothing, precision, top1_errors
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of
-from aliprod.recipe import Machine, Stage
+from aliprod.recipe import DEFAULT_MACHINE, Machine, Stage
 from aliprod.training.shares import ShareMean
-from aliprod.training.training_job import DEFAULT_MACHINE
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from aliprod.data.training_set import training_set
 from aliprod.errors import NonFiniteLoss, listing
 from aliprod.models import weights
 from aliprod.randomness import seed_of
-from aliprod.recipe import NO_INPUTS, Inputs, Machine, Stage
+from aliprod.recipe import DEFAULT_MACHINE, NO_INPUTS, Inputs, Machine, Stage, never
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
 from aliprod.training.checkpoint import Snapshot, TrainingState
@@ -27,7 +27,6 @@ from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, Setup, set_up
 from aliprod.training.optimizer import Optimizer
 from aliprod.training.shares import Losses, ShareMean
-from aliprod.training.training_job import DEFAULT_MACHINE, never
 from aliprod.training.vote import Stopped, StopVote
 
 _Share = tuple[dict[str, float], list[str]]  # loss parts and image ids

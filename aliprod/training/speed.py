@@ -18,11 +18,10 @@ from aliprod.data.training_set import LARGEST, SoftLabels, TrainingSet, training
 from aliprod.inference.predict import BATCH, precision, predict
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import needs_of
-from aliprod.recipe import Machine, Part, Stage, Views
+from aliprod.recipe import DEFAULT_MACHINE, Machine, Part, Stage, Views, without_training
 from aliprod.training import loop
 from aliprod.training.learner import Setup, place, set_up
 from aliprod.training.optimizer import Optimizer
-from aliprod.training.training_job import DEFAULT_MACHINE, without_training
 
 _STARVED = 0.1  # from this share of waiting on, the loader limits
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from aliprod.catalogue import sources
 from aliprod.errors import AliprodError
+from aliprod.recipe import TrainingJob, never
 from aliprod.training.job import run
-from aliprod.training.training_job import TrainingJob, never
 
 
 @dataclass(frozen=True)

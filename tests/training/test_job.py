@@ -15,10 +15,9 @@ from aliprod.data.loader import Feed
 from aliprod.errors import StorageFull
 from aliprod.inference.predict import top1_errors
 from aliprod.models import weights
-from aliprod.recipe import Machine, Stage
+from aliprod.recipe import Machine, Stage, TrainingJob
 from aliprod.store import commit, epochs
 from aliprod.training.job import run
-from aliprod.training.training_job import TrainingJob
 
 NETWORK = "test_resnet.r160_in1k"
 

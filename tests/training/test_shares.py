@@ -21,10 +21,9 @@ from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.training_set import write_soft_labels
 from aliprod.errors import Refused
 from aliprod.models import weights
-from aliprod.recipe import Inputs, Machine, Stage
+from aliprod.recipe import Inputs, Machine, Stage, TrainingJob
 from aliprod.training import checkpoint
 from aliprod.training.shares import ShareMean
-from aliprod.training.training_job import TrainingJob
 
 WITHOUT_BATCH_NORM = "test_efficientnet_gn"
 SHARES = 4

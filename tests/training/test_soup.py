@@ -18,13 +18,12 @@ from aliprod.data.augment import normalise, square
 from aliprod.data.training_set import write_pseudo_labels
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier, normalisation
-from aliprod.recipe import Inputs, LearningRate, Machine, PseudoLabels, Soup, Stage
+from aliprod.recipe import Inputs, LearningRate, Machine, PseudoLabels, Soup, Stage, TrainingJob
 from aliprod.store import commit
 from aliprod.training import job
 from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, train
 from aliprod.training.soup import blended
-from aliprod.training.training_job import TrainingJob
 
 NETWORK = "test_resnet.r160_in1k"
 CONFIG = weights.Config(NETWORK, (0.5,) * 3, (0.25,) * 3, "bilinear", 40, 32)

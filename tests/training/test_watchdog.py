@@ -8,8 +8,7 @@ from job_process import ended, log_of, start
 from test_job import NETWORK, result
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.recipe import Machine, Stage
-from aliprod.training.training_job import TrainingJob
+from aliprod.recipe import Machine, Stage, TrainingJob
 
 
 def work_that_hangs(folder: Path, stage: Stage, once: Path, ranks: int) -> TrainingJob:

@@ -1,4 +1,4 @@
-"""training_job: light data, and the machine of work that trains nothing."""
+"""recipe: a job is light data, and work that trains nothing has a machine of its own."""
 
 import pickle
 import subprocess
@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 from aliprod.plan.schema import Cluster
-from aliprod.recipe import Inputs, Machine, Stage
-from aliprod.training.training_job import TrainingJob, without_training
+from aliprod.recipe import Inputs, Machine, Stage, TrainingJob, without_training
 
 
 def test_a_job_is_known_without_importing_torch() -> None:
-    code = "import sys, aliprod.training.training_job; sys.exit('torch' in sys.modules)"
+    code = "import sys, aliprod.recipe; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

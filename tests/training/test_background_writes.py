@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aliprod.training.background import Background, background
+from aliprod.training.checkpoint import Background, background
 
 
 class Full(Exception):
