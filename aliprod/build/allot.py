@@ -83,7 +83,8 @@ def decide(situation: Situation) -> Decision:
     running = situation.running
     paths = situation.paths.left(situation.targets, {name: one.share for name, one in running.items()})
     blocked = dict(_blocked(situation))
-    line = paths.in_order(name for name in situation.targets if name not in blocked)
+    runnable = [*running, *(name for name in situation.targets if name not in blocked and name not in running)]
+    line = situation.paths.in_order(runnable)  # as each began: what has been worked on does not lose its turn by that
     leaving = set(_leaving(situation))
     keep = {name for name, one in running.items() if not one.stopping} - leaving
     held = {name for name in keep if not _may_change(situation, paths, name)}
@@ -206,7 +207,8 @@ def _start(
         room.take(situation.targets[name].resources, one.nodes)
         stops = stops or one.stopping
     for name in line:
-        if not sizes[name] or name in situation.running:
+        full = situation.most is not None and len(situation.running) + len(start) >= situation.most
+        if not sizes[name] or name in situation.running or full:
             continue
         target = situation.targets[name]
         nodes = room.place(target.resources, sizes[name]) if stops else _place(room, target, sizes[name])

@@ -284,6 +284,16 @@ def test_a_target_is_widened_where_others_end_and_keeps_what_it_has_done() -> No
     assert machine.clock == pytest.approx(11 / 4 * HOUR, rel=0.01), "11 hours of work on 4 GPUs"
 
 
+def test_equal_targets_do_not_take_turns() -> None:
+    """The one that waits has the longer path as soon as the other has begun."""
+    targets = [target(f"target {number}", world_sizes=(1,)) for number in range(3)]
+    ends = [target(f"end {number}", world_sizes=(), resources=Resources(1, 0)) for number in range(9)]
+    machine = Machine({one.name: 20 * HOUR for one in targets}, (Node("a", Resources(13, 2)),))
+    machine.length |= {one.name: 200.0 * number for number, one in enumerate(ends, 1)}
+    Case(machine, targets + ends).run()
+    assert {one.outcome for one in machine.done} == {"done"}
+
+
 def test_nothing_is_started_again_for_less_than_that_costs() -> None:
     machine = Machine({"one": 100.0, "other": 60.0})
     Case(machine, [target("one"), target("other")]).run()
