@@ -177,7 +177,8 @@ def main() -> None:
     )
     for gpus in BARS:
         of = [v for v, _, _, g, _ in found if g == gpus]
-        print(gpus, len(of), f"{median(of):.3f} {max(of):.3f}")
+        if of:
+            print(f"  {gpus:3} GPUs: {len(of)} plans, median {median(of):.3f}, worst {max(of):.3f}")
 
 
 if __name__ == "__main__":
