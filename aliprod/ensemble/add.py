@@ -190,13 +190,8 @@ def write_ensemble(
 def confident(
     members: Sequence[Probabilities], threshold: float, per_class: int
 ) -> tuple[pa.StringArray, Places, npt.NDArray[np.float32]]:
-    """Images whose mean probability reaches ``threshold``, at most ``per_class`` a class, the surest first (Lee 2013).
-
-    Returns:
-        Ids, class ids and mean probabilities (n,); memory grows with the ids alone.
-    Raises:
-        Failed: the members have other images or classes, or are damaged.
-    """
+    """Images whose mean probability reaches ``threshold``, at most ``per_class`` a class, the surest first (Lee 2013):
+    ids, class ids and mean probabilities (n,). Memory grows with the ids alone."""
     ensemble = match(members)
     top, best = np.empty(len(ensemble.ids)), np.empty(len(ensemble.ids), dtype=np.int64)
     for block in each_block(ensemble, _FEW_ROWS):
@@ -215,10 +210,8 @@ def read_predictions(folder: Path) -> Predictions:
 
 
 def add_members(members: Sequence[tuple[Sequence[str], Tensor, Tensor]]) -> tuple[list[str], Tensor, Tensor]:
-    """Add members in memory, exactly.
+    """Add members in memory, exactly: (ids, classes (K,), probabilities (N, K)) each, rows and columns in any order.
 
-    Args:
-        members: (ids, classes (K,) int64, probabilities (N, K) float16) each, rows and columns in any order.
     Returns:
         ids in the order of the submission, classes (K,) ascending, sums (N, K) float64.
     Raises:

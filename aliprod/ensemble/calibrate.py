@@ -39,10 +39,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     """Expected calibration error of the top-1 confidence: mean of |accuracy - confidence| over bins (lo, hi] of equal
     width, each weighted by its images.
 
-    Args:
-        probabilities: (N, K). labels: (N,) int64, rows below 0 (unknown) are left out.
-    Returns:
-        () float64 in 0 to 1; NaN without images.
+    Probabilities (N, K) and labels (N,), below 0 unknown -> () float64 in 0 to 1; NaN without images.
     """
     known = labels >= 0
     predicted = probabilities[known].argmax(dim=1, keepdim=True)  # ties to the first, as in the submission

@@ -17,8 +17,6 @@ def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll
         score: "nll", mean of -log p at the label, or "error", mean over classes of the top-1 error.
     Returns:
         picks (rounds,) int64, scores (rounds,) float64 of the mean of all picks so far.
-    Raises:
-        ValueError: no such score.
     """
     if score not in ("nll", "error"):
         raise ValueError(f'score must be "nll" or "error", not {score!r}')

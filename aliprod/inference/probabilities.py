@@ -12,7 +12,7 @@ shard by shard (`aliprod.store.resumable`).
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from aliprod.errors import Failed
 from aliprod.store import commit
@@ -33,9 +32,6 @@ ROWS_PER_CHECK = 16  # rows summed in float64 at once: 6 MB at 50,030 classes
 _ROWS_PER_BLOCK = 1024
 
 Half = npt.NDArray[np.float16]
-Ids: TypeAlias = Sequence[str] | pa.StringArray
-Labels: TypeAlias = Sequence[int | None] | npt.NDArray[np.int64] | pa.Int64Array
-Block: TypeAlias = Tensor | npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +96,10 @@ class Probabilities:
 
 def write(
     folder: Path,
-    ids: Ids,
+    ids: Sequence[str] | pa.StringArray,
     classes: npt.ArrayLike,
-    blocks: Callable[[Rows], Iterable[Block]],
-    labels: Labels | None = None,
+    blocks: Callable[[Rows], Iterable[Tensor]],
+    labels: Sequence[int | None] | pa.Int64Array | None = None,
     record: Mapping[str, Any] | None = None,
     rows_per_shard: int | None = None,
     part: Part = ALL,
@@ -136,8 +132,7 @@ def write(
     def checked(missing: Rows) -> Iterator[dict[str, Half]]:
         done = 0
         for block in blocks(missing):
-            on_device = block if isinstance(block, Tensor) else from_dlpack(block)
-            rows = on_device.detach().half().cpu().contiguous()
+            rows = block.detach().half().cpu().contiguous()
             places = missing[done : done + len(rows)]
             if rows.shape != (len(places), len(numbers)):
                 wanted = f"{len(places)} rows and {len(numbers)} classes"
@@ -195,13 +190,7 @@ def tolerance(num_classes: int) -> float:
 
 
 def check(rows: Tensor, ids: pa.StringArray, numbers: Sequence[int], member: str, split: str = "") -> None:
-    """Every row must be a distribution.
-
-    Args:
-        rows: (n, K) of any float dtype. ids: (n,). numbers: (n,), where the rows stand in the member's store.
-    Raises:
-        Failed: naming member, image and row.
-    """
+    """Every row must be a distribution. Failed: naming member, image and row, by ``numbers`` (n,) in its store."""
     for low in range(0, len(rows), ROWS_PER_CHECK):
         part = rows[low : low + ROWS_PER_CHECK]
         sums = part.sum(dim=1, dtype=torch.float64)

@@ -12,10 +12,7 @@ def boxes(height: int, width: int, crop: int) -> Tensor:
     Top left, top right, bottom left, bottom right, centre, then the same five of the mirrored image, given
     as boxes of the unmirrored one that are to be flipped. The centre's offset is rounded half to even.
 
-    Returns:
-        (10, 3) int64: top, left, flipped (0 or 1).
-    Raises:
-        Refused: the image is smaller than the crop.
+    (10, 3) int64: top, left, flipped (0 or 1). Refused: the image is smaller than the crop.
     """
     if crop < 1 or min(height, width) < crop:
         raise Refused(

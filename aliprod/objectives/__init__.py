@@ -9,9 +9,8 @@ global generator); its call ``objective(model, batch)`` returns named scalar par
 sum is the loss. Options are keyword-only with literal defaults. Every loss is computed in float32 (float64
 stays float64), whatever the autocast dtype. At inference nothing of an objective remains.
 
-What it needs beyond images and labels stands in the class body, ``needs = Needs(...)``; where options change it
-(LIO's groups), in ``__init__``: ``self.needs = Needs(...)``. A plan is checked without importing torch, so all that it
-may hold are literals and, in ``__init__``, arithmetic of options.
+What it needs beyond images and labels stands in the class body, ``needs = Needs(...)``, or where options change it in
+``__init__``, of literals and arithmetic of options alone: a plan is checked without importing torch.
 """
 
 import importlib

@@ -10,13 +10,11 @@ from aliprod.objectives import Batch, Context, Model, Needs, full_precision, mea
 
 
 def logits(features: Tensor, weight: Tensor, labels: Tensor, margin: int, blend: float) -> Tensor:
-    """Logits |x| cos theta_j, at the true class blended with |x| phi(theta_t); for cross entropy.
+    """Logits |x| cos theta_j (B, K), at the true class blended with |x| phi(theta_t); for cross entropy.
 
     Args:
         features: (B, F). weight: (F, K), its columns are scaled to unit length here.
         margin: m, 1 (none) and up. blend: lambda, the share of the plain cosine; see `blend`.
-    Returns:
-        (B, K). No gradient is NaN, at angles 0 and pi and features of length 0 neither.
     """
     features, true = precise(features), labels[:, None]
     with full_precision(features):

@@ -21,11 +21,7 @@ def logits(
 ) -> Tensor:
     """W [2 alpha f_c ; 2 (1 - alpha) f_r] + b, equation 1 with the public code's factor 2.
 
-    Args:
-        uniform, reversed: (B, C) features of the conventional and of the re-balancing branch.
-        weight: (K, 2C). bias: (K,), or None. alpha: see `alpha`; 0.5 at inference leaves both unscaled.
-    Returns:
-        (B, K).
+    Features (B, C) of the two branches, weight (K, 2C) -> (B, K). alpha 0.5, at inference, leaves both unscaled.
     """
     mixed = torch.cat([2 * alpha * precise(uniform), 2 * (1 - alpha) * precise(reversed)], dim=1)
     with full_precision(mixed):

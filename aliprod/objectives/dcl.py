@@ -16,13 +16,9 @@ STRIDE = 32  # pixels of a cell of the backbones' feature map
 
 
 def shuffle(parts: int, reach: float, generator: torch.Generator) -> Tensor:
-    """The paper's destruction of an image into ``parts`` x ``parts`` cells (section 3.1), drawn on the CPU.
+    """The paper's destruction (section 3.1): (N, N) int64, the row-major index of the original cell now at each place.
 
-    First every row, then every column is put in the order of j + u_j, u_j uniform in (-reach, reach): no cell
-    moves 2 reach or more along either.
-
-    Returns:
-        (N, N) int64, the row-major index of the original cell now at each place.
+    First every row, then every column is put in the order of j + u_j, u_j uniform in (-reach, reach).
     """
     return shuffles(1, parts, reach, generator)[0]
 
@@ -61,11 +57,8 @@ def heads(
     location_bias: Tensor,
     parts: int = 7,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three heads (section 3.2) on the feature maps of originals and destructed images.
+    """The three heads (section 3.2) on the feature maps (2B, C, S, S) of originals and destructed images.
 
-    Args:
-        features: (2B, C, S, S). class_weight: (K, C). swap_weight: (2, C). location_weight: (1, C, 1, 1).
-        location_bias: (1,). parts: N.
     Returns:
         Logits (2B, K), swap logits (2B, 2), locations (2B, N²) in -1 to 1.
     Raises:
@@ -80,11 +73,7 @@ def losses(
 ) -> dict[str, Tensor]:
     """The three means over all 2B rows (equations 2, 4 and 8), unweighted.
 
-    Args:
-        logits: (2B, K). swap_logits: (2B, 2). locations, targets: (2B, N²). labels: (2B,) int64.
-        swap_labels: (2B,) int64, 1 = original, 0 = destructed.
-    Returns:
-        ``class``, ``swap`` and ``location``, each ().
+    Logits (2B, K), swap_logits (2B, 2), locations and targets (2B, N²); swap_labels: 1 = original, 0 = destructed.
     """
     locations = precise(locations)
     return {

@@ -52,13 +52,12 @@ def polar_targets(anchor: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def context_loss(features: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """How badly the cells' places around the anchor are predicted, over the object's cells.
+    """How badly the cells' places around the anchor are predicted: mean over N S² of (distance loss + angle loss) on
+    the object's cells.
 
     Args:
         features: (N, D, S, S) structure map. mask: (N, S, S) predicted extent, made binary here: above its mean.
         weight: (2, 2D), on [anchor, cell]. bias: (2,).
-    Returns:
-        Mean over N S² of (distance loss + angle loss) on the object; ().
     """
     return _context_losses(precise(features), precise(mask), precise(weight), precise(bias)).mean()
 
@@ -74,8 +73,6 @@ def losses(
             w_mask (1, C, 1, 1), b_mask (1,), w_polar (2, 2D), b_polar (2,).
         published: the main images' mean plus the positives' mean, instead of one mean over all.
         detach_target: let no gradient into the features through the pseudo mask.
-    Returns:
-        ``class``, ``context``, ``extent`` and ``total``, each ().
     """
     maps = _pooled(features.flatten(0, 1)).unflatten(0, features.shape[:2])
     weight, bias = precise(heads["w_class"]), heads.get("b_class")
@@ -138,13 +135,7 @@ def _pooled(features: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Class, context and extent loss of groups of positives + 1 images of one class, flattened group-major.
-
-    Args:
-        positives: P, other images of the class beside each main one.
-        published: weigh main images and positives as the public code does.
-        detach_target: let no gradient into the backbone through the pseudo mask.
-    """
+    """`losses` of groups of positives + 1 images of one class, flattened group-major."""
 
     def __init__(
         self, context: Context, *, positives: int = 3, published: bool = False, detach_target: bool = True

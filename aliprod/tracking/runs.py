@@ -101,10 +101,7 @@ class Runs:
     def show_job(self, progress: JobProgress) -> None:
         """A job's run: settings, facts, epochs (the error on the plan's run too, whose charts it keeps alive).
 
-        A finished one gets its versions and aliases and, last, the tag of its result.
-
-        Raises:
-            Failed: nothing is committed in a finished job's folder.
+        A finished one gets its versions and aliases and, last, the tag of its result. Failed: it has no weights.
         """
         folder, records = progress.folder, epochs.read(progress.folder / METRICS)
         weights = Weights.read(folder / WEIGHTS) if progress.state in DONE else None

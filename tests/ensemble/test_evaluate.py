@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +37,7 @@ def predictions(tmp_path: Path) -> Path:
 
 
 def store(folder: Path) -> probabilities.Probabilities:
-    rows = np.array([[0, 1] if guess == 3 else [1, 0] for guess in PREDICTED], np.float16)
+    rows = torch.tensor([[0.0, 1.0] if guess == 3 else [1.0, 0.0] for guess in PREDICTED])
     probabilities.write(folder, IMAGES, [8, 3], lambda _: [rows], record={"split": "test"})
     return probabilities.open_store(folder)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,7 @@ def test_a_rare_class_counts_as_much_as_a_frequent_one() -> None:
 
 def store(folder: Path, classes: list[int], blocks: list[list[float]]) -> probabilities.Probabilities:
     ids = [f"{row}.jpg" for row in range(len(blocks))]
-    probabilities.write(folder, ids, classes, lambda _: [np.array(blocks, np.float16)])
+    probabilities.write(folder, ids, classes, lambda _: [torch.tensor(blocks)])
     return probabilities.open_store(folder)
 
 

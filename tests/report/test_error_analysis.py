@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +55,7 @@ def test_predictions_are_matched_with_labels_by_id(packages: Catalogue, tmp_path
     given_to = np.arange(len(order)) % packages.num_classes  # of each image, in the catalogue's order
     rows = np.eye(packages.num_classes, dtype=np.float32)[given_to[order]]
     ids = packages.test.ids.take(pa.array(order))
-    probabilities.write(tmp_path / "member", ids, packages.classes, lambda missing: [rows[missing]])
+    probabilities.write(tmp_path / "member", ids, packages.classes, lambda missing: [torch.from_numpy(rows[missing])])
     write_ensemble(tmp_path / "ensemble", [probabilities.open_store(tmp_path / "member")])
 
     found = scored(tmp_path / "ensemble", packages, "test")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.sources import read
@@ -74,7 +75,9 @@ def ended(request: Request) -> None:
     guess[np.flatnonzero(catalogue.test_labels == 0)[0]] = 0
     rows = np.eye(catalogue.num_classes, dtype=np.float32)[guess]
     folder = request.places.storage / "shop"
-    probabilities.write(folder / "m", catalogue.test.ids, catalogue.classes, lambda missing: [rows[missing]])
+    probabilities.write(
+        folder / "m", catalogue.test.ids, catalogue.classes, lambda missing: [torch.from_numpy(rows[missing])]
+    )
     write_ensemble(folder / "ensemble", [probabilities.open_store(folder / "m")], record={"split": "test"})
     opened = open_plan(request)
     jobs = opened.jobs
