@@ -45,8 +45,7 @@ class Sums:
     """Sums of the rows low to high (exclusive).
 
     ``rounded``: (n, K) float32, the nearest to each sum; below one that is the sum itself. ``columns``: (n, 5 or K) of
-    the highest sums, ties to the first; ``values``: those sums, exact, float64. ``candidates``: (n, k) columns,
-    ascending, with all whose sum is one or more; ``candidate_sums``: exact, float64.
+    the highest sums, ties to the first; ``values``: those sums, exact, float64.
     """
 
     low: int
@@ -54,12 +53,6 @@ class Sums:
     rounded: Tensor
     columns: Tensor
     values: Tensor
-    candidates: Tensor
-    candidate_sums: Tensor
-
-    def exact(self) -> Tensor:
-        """The sums: (n, K) float64."""
-        return self.rounded.double().scatter_(1, self.candidates, self.candidate_sums)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +88,11 @@ class MatchedMembers:
         for number in doubtful.any(dim=1).nonzero()[:, 0].tolist():
             store, rows = self.members[number], self.rows[number][low:high]
             check(parts[number], self.ids[low:high], rows.tolist(), store.name, store.split)
-        exact = sum(
-            (part.gather(1, candidates).double() * weight for part, weight in zip(parts, self.weights, strict=True)),
-            torch.zeros(candidates.shape, dtype=torch.float64),
-        )
+        exact = torch.zeros(candidates.shape, dtype=torch.float64)
+        for part, weight in zip(parts, self.weights, strict=True):
+            exact.add_(part.gather(1, candidates), alpha=weight)
         rounded.scatter_(1, candidates, exact.float())
-        return Sums(low, high, rounded, *_top(rounded, candidates, exact), candidates, exact)
+        return Sums(low, high, rounded, *_top(rounded, candidates, exact))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +133,8 @@ def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None
 
 
 def each_block(ensemble: MatchedMembers, rows_per_block: int | None = None) -> Iterator[Sums]:
-    """Yield the sums block by block, in one buffer: what a block's ``rounded`` holds is gone with the next block.
-
-    Args:
-        rows_per_block: memory is bounded by it; default: as many as make 64 MB in float32.
-    """
+    """Yield the sums block by block (64 MB of them by default), in one buffer: what a block's ``rounded`` holds is gone
+    with the next block."""
     rows, num_classes = len(ensemble.ids), len(ensemble.classes)
     size = rows_per_block or max(1, BLOCK_BYTES // (4 * max(1, num_classes)))
     buffer = torch.empty(min(size, rows), num_classes)
