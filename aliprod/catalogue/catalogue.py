@@ -21,14 +21,11 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Flaw:
-    """One thing that is wrong: with a file or, where no file is meant, with an annotation file.
-
-    ``skipped``: an image is not used because of it.
-    """
+    """One thing that is wrong: with a file or, where no file is meant, with an annotation file."""
 
     path: str
     problem: str
-    skipped: bool = False
+    skipped: bool = False  # an image is not used because of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +67,7 @@ class Images:
     def source(self, row: int) -> Path | bytes:
         """The picture of a row, as `decode` takes it: its file, the content of a remote one, or the JPEG in a shard.
 
-        Raises:
-            Unreadable: as `path` and `RemoteFolder.content`.
-            Unreachable, Refused: as `RemoteFolder.content`.
-            Failed, StorageFull: as `shards.Store.jpeg`.
+        It raises as `path`, `RemoteFolder.content` and `shards.Store.jpeg` do.
         """
         if self.remote:
             return self.remote.content(self.paths[row].as_py())

@@ -147,12 +147,7 @@ class Store:
     cache: Path
 
     def jpeg(self, place: int) -> bytes:
-        """The picture in a row of the shards.
-
-        Raises:
-            Failed: a shard is not what the manifest says; seen when it is laid out.
-            StorageFull: no room for the pictures on this machine.
-        """
+        """The picture in a row of the shards. Failed: one is not what the manifest says. StorageFull: no room here."""
         ends, pictures = self._files
         start, end = struct.unpack("<qq", os.pread(ends, 16, 8 * place))
         return os.pread(pictures, end - start, start)

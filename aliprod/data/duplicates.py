@@ -94,7 +94,7 @@ def dct_hash(gray32: Tensor) -> Tensor:
 
 
 def groups(hashes: Tensor, threshold: int) -> Tensor:
-    """Connected components of the hashes that differ in at most ``threshold`` bits, exact.
+    """Connected components of the hashes (n, 64) of 0 and 1 that differ in at most ``threshold`` bits, exact.
 
     The bits are split into B bands. Two hashes within the threshold agree on all but ``threshold`` of them, so that
     they meet in at least one of the C(B, threshold) tables that are sorted by B - ``threshold`` bands. More bands
@@ -102,8 +102,6 @@ def groups(hashes: Tensor, threshold: int) -> Tensor:
     bucket that is still crowded what is known to be connected is not compared again, and the rest is split by its
     other bits. Threshold 6, one core: 1 s for 10^5 hashes, 11 s for 10^6; a dense crowd, 5 flipped bits each, 4 s.
 
-    Args:
-        hashes: (n, 64) of 0 and 1. threshold: at least 0; beyond 10 or so no table is cheaper than all pairs.
     Returns:
         (n,) int64: the lowest row of each one's group.
     """
@@ -117,13 +115,11 @@ def groups(hashes: Tensor, threshold: int) -> Tensor:
 
 
 def confirmed(groups: Integers, rows: Integers, embeddings: Tensor, cosine: float) -> Integers:
-    """Groups split into those that their embeddings connect too.
+    """Groups split into those that their embeddings connect too: (n,) the lowest of ``rows`` in each one's group.
 
     Args:
         groups: (n,) a number for each group. rows: (n,) distinct, ascending: what a group is named after.
         embeddings: (n, C) of unit length. cosine: least of a pair.
-    Returns:
-        (n,) the lowest of ``rows`` in each one's group.
     """
     found, order, none = rows.copy(), np.argsort(groups, kind="stable"), torch.iinfo(torch.int64).max
     if not len(rows):

@@ -126,9 +126,7 @@ def write_pseudo_labels(
 ) -> None:
     """Commit ``pseudo_labels.parquet``: each test image that a stage also trains on, with what it is taken for and how
     surely. ``record``: the labellers' jobs and keys."""
-    table = pa.table(
-        {"image_id": ids, "class_id": class_ids, "probability": np.asarray(probabilities, dtype=np.float32)}
-    )
+    table = pa.table({"image_id": ids, "class_id": class_ids, "probability": probabilities.astype(np.float32)})
     commit.write(folder, lambda staging: pq.write_table(table, staging / _PSEUDO_LABELS), record)
 
 

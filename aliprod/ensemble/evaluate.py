@@ -21,8 +21,6 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
     Args:
         predictions: submission.csv (id, predicted), an ensemble's folder or a member's probabilities.
         labels: test_labels.json of a catalogue, or a CSV with the columns id and class_id.
-    Returns:
-        top1_error (mean over classes), top1_error_per_image, images, classes.
     Raises:
         Refused: neither can be read, they have no image in common, or a labelled image has no prediction.
     """

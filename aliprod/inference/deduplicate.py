@@ -31,12 +31,8 @@ _BATCH = 64
 def write_kept_rows(
     folder: Path, rule: duplicates.Rule, catalogue: Catalogue, hashed: Path, start: Path | None, processes: int
 ) -> None:
-    """Commit the rows of ``catalogue.train`` that stay, ascending.
-
-    Args:
-        hashed: folder of `duplicates.write_hashes`. start: weights folder of the parent.
-        processes: that read pictures.
-    """
+    """Commit the rows of ``catalogue.train`` that stay, ascending, by the folders of its hashes and of the parent's
+    weights."""
     images = catalogue.train
     groups = duplicates.hashed_groups(hashed, len(images), _HASH_BITS)
     belief = np.zeros(len(images))

@@ -110,8 +110,7 @@ def top1_errors(
 ) -> dict[str, float]:
     """Mean over classes and over images of the centre crop's top-1 error; empty without validation images.
 
-    Args:
-        between: called as often on each rank, before each block of images.
+    ``between`` is called as often on each rank, before each block of images.
     """
     if not len(catalogue.val):
         return {}
@@ -136,10 +135,8 @@ def top1_errors(
 
 
 def classify(folders: Sequence[Path], inputs: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Classify each picture in files and folders, without a cluster.
+    """Classify each picture in files and folders by folders of weights, whose probabilities are averaged.
 
-    Args:
-        folders: of weights; their probabilities are averaged.
     Yields:
         path, class_id, name, probability and the top five; or path and error, for what is no picture.
     Raises:

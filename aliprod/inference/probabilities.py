@@ -118,7 +118,6 @@ def write(
         The record that now stands in the folder; {} while other parts are not there.
     Raises:
         Failed: a row holds NaN or does not sum to one; nothing is left behind.
-        StorageFull: as `ResumableRows.finish`.
         ValueError: ids, classes and blocks do not fit each other.
     """
     record = dict(record or {})

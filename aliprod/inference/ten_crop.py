@@ -15,10 +15,8 @@ def boxes(height: int, width: int, crop: int) -> Tensor:
     (10, 3) int64: top, left, flipped (0 or 1). Refused: the image is smaller than the crop.
     """
     if crop < 1 or min(height, width) < crop:
-        raise Refused(
-            f"ten crops of {crop} pixels do not fit an image of {height} x {width}.",
-            advice="A stage's resize must not be smaller than its crop.",
-        )
+        what = f"ten crops of {crop} pixels do not fit an image of {height} x {width}."
+        raise Refused(what, advice="A stage's resize must not be smaller than its crop.")
     bottom, right = height - crop, width - crop
     five = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
     mirrored = [(top, right - left, 1) for top, left in five]

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from PIL.Image import Image
 
 from aliprod.catalogue.annotations import PICTURE_SUFFIXES, printable
-from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
+from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
 from aliprod.catalogue.decode import Unreadable, animated, content_of, decode
 from aliprod.catalogue.sources import read
 from aliprod.errors import listing
@@ -60,6 +59,9 @@ def check(path: Path, processes: int) -> Report:
         advice = "Try fewer processes, or take out the picture that kills it."
         looks = list(chain.from_iterable(readers.ordered_map(_looks, chunks, first_picture, advice)))
     readable = np.array([bool(look.digest) for look in looks], bool)
+    labels = catalogue.train.labels[readable[: len(catalogue.train)]]
+    empty = np.setdiff1d(np.arange(catalogue.num_classes), labels)
+    names = listing(map(str, catalogue.classes[empty].tolist()))
     return Report(
         images=len(looks),
         readable=int(readable.sum()),
@@ -68,7 +70,7 @@ def check(path: Path, processes: int) -> Report:
             *catalogue.problems,
             *filter(None, (look.flaw for look in looks)),
             *_twins([look for look in looks if look.digest]),
-            *_empty_classes(catalogue, readable[: len(catalogue.train)]),
+            *([Flaw("train", f"no image of {len(empty):,} classes can be read: {names}")] if len(empty) else ()),
             *not_listed(catalogue),
         ),
     )
@@ -126,13 +128,6 @@ def _twins_among(group: list[_Look]) -> Iterator[Flaw]:
             twin, harm = (group[1] if look is group[0] else group[0]), "the same picture twice"
         more = f" and {len(group) - 2:,} more" if len(group) > 2 else ""
         yield Flaw(look.path, f"has the bytes of {twin.path}{more}: {harm}")
-
-
-def _empty_classes(catalogue: Catalogue, readable: NDArray[np.bool_]) -> Iterator[Flaw]:
-    counts = np.bincount(catalogue.train.labels[readable], minlength=catalogue.num_classes)
-    empty: Integers = catalogue.classes[counts == 0]
-    if len(empty):
-        yield Flaw("train", f"no image of {len(empty):,} classes can be read: {listing(map(str, empty.tolist()))}")
 
 
 def not_listed(catalogue: Catalogue) -> Iterator[Flaw]:

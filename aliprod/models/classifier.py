@@ -30,8 +30,7 @@ class Classifier(nn.Module):
         branches: copies of the last block side by side (BBN); the classifier sees their features in a row.
         unit_weights: the classifier's rows count as scaled to unit length (A-softmax).
     Raises:
-        Refused: timm has no such network, it makes no feature map, has no stochastic depth, or no block that may be
-            branched.
+        Refused: timm has no such network, or it has no feature map, stochastic depth or block to be branched.
     """
 
     def __init__(
@@ -48,8 +47,10 @@ class Classifier(nn.Module):
         check_network(network, network)
         self.network = network
         self.backbone = _backbone(network, drop_path_rate)
-        if zero_init_last:
-            _zero_last_norms(self.backbone)
+        for block in self.backbone.modules() if zero_init_last else ():
+            last, residual = getattr(block, "bn3", None), getattr(block, "has_skip", True)
+            if isinstance(last, nn.BatchNorm2d) and residual:  # a block without a way around it would be silenced
+                nn.init.zeros_(last.weight)
         self.num_features = _map_channels(network)
         self.unit_weights = unit_weights
         self.branches = nn.ModuleList()
@@ -188,10 +189,3 @@ def branched(tensors: Mapping[str, Tensor], model: Classifier) -> dict[str, Tens
         branches = len(model.branches)
         wide["classifier.weight"] = torch.cat([weight / branches] * branches, dim=1)
     return wide
-
-
-def _zero_last_norms(backbone: nn.Module) -> None:
-    for module in backbone.modules():
-        last, residual = getattr(module, "bn3", None), getattr(module, "has_skip", True)
-        if isinstance(last, nn.BatchNorm2d) and residual:  # a block without a way around it would be silenced
-            torch.nn.init.zeros_(last.weight)

@@ -74,11 +74,10 @@ def describe(folder: Path) -> tuple[Config, Classes]:
         config |= {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
         return Config(**config), Classes(tuple(classes["ids"]), tuple(classes["names"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Refused(
-            f"is no weights folder ({type(error).__name__}: {error}).",
-            folder,
-            f"A weights folder holds {MODEL}, {CONFIG} and {CLASSES}, as in STORAGE/jobs/BACKBONE/STAGE/KEY/weights.",
-        ) from error
+        advice = (
+            f"A weights folder holds {MODEL}, {CONFIG} and {CLASSES}, as in STORAGE/jobs/BACKBONE/STAGE/KEY/weights."
+        )
+        raise Refused(f"is no weights folder ({type(error).__name__}: {error}).", folder, advice) from error
 
 
 def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> None:
@@ -86,9 +85,8 @@ def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> No
     list."""
     config, classes = describe(folder)
     if classes.ids != tuple(class_ids):
-        raise Refused(
-            "was trained on another class list than this catalogue's.", folder, "Train its parent on this catalogue."
-        )
+        what, advice = "was trained on another class list than this catalogue's.", "Train its parent on this catalogue."
+        raise Refused(what, folder, advice)
     tensors = read(folder)
     if config.unit_weights and not model.unit_weights:
         tensors["classifier.weight"] = functional.normalize(tensors["classifier.weight"], dim=1)
@@ -115,11 +113,10 @@ def fetch_pretrained(network: str, folder: Path) -> None:
     config = timm.get_pretrained_cfg(network)
     if config is None or not config.has_weights:
         others = timm.list_pretrained(f"*{network.split('.')[0].split('_')[-1]}*")
-        raise Refused(
-            f"timm {timm.__version__} has no pretrained weights for {network}.",
-            network,
-            f"{did_you_mean(network, others)} Or set pretrained = false, or a safetensors file of your own.".strip(),
+        advice = (
+            f"{did_you_mean(network, others)} Or set pretrained = false, or a safetensors file of your own.".strip()
         )
+        raise Refused(f"timm {timm.__version__} has no pretrained weights for {network}.", network, advice)
     try:
         backbone = timm.create_model(network, pretrained=True, num_classes=0, global_pool="")
     except (OSError, RuntimeError, ValueError) as error:
@@ -139,11 +136,8 @@ def load_pretrained(model: Classifier, file: Path) -> None:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise Refused(
-            f"holds no pretrained weights for {model.network} ({error}).",
-            file,
-            'Set pretrained = "PATH" to a safetensors file of this network, or to a folder of NETWORK.safetensors.',
-        ) from error
+        advice = 'Set pretrained = "PATH" to a safetensors file of this network, or to a folder of NETWORK.safetensors.'
+        raise Refused(f"holds no pretrained weights for {model.network} ({error}).", file, advice) from error
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("classifier.")}
     counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
     tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}

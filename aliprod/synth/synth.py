@@ -55,7 +55,17 @@ def synthesise(out: Path, classes: int, images: int, seed: int, processes: int =
         StorageFull: no room or no right to write; nothing is left behind.
         Failed: a process died.
     """
-    _check(out, classes, images, processes)
+    if classes < 2:
+        raise Refused(f"{classes} classes cannot be told apart.", "classes", "Ask for 2 or more.")
+    if images < LEAST * classes:
+        advice = (
+            f"Every class has {LEAST} training images or more: ask for {LEAST * classes:,} images, or fewer classes."
+        )
+        raise Refused(f"{images:,} images are too few for {classes:,} classes.", "images", advice)
+    if processes < 1:
+        raise Refused(f"{processes} processes render nothing.", "processes", "Ask for 1 or more.")
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise _taken(out)
     val, test = (6, 10) if classes <= 100 else (2, 4)
     sizes = {"train": class_sizes(classes, images, seed), "val": [val] * classes, "test": [test] * classes}
     ids = _image_ids(sizes, seed)
@@ -80,21 +90,6 @@ def class_sizes(classes: int, images: int, seed: int) -> list[int]:
         sizes[rank] += 1
     order = sorted(range(classes), key=lambda number: seed_of(seed, "size", number))
     return [size for _, size in sorted(zip(order, sizes, strict=True))]
-
-
-def _check(out: Path, classes: int, images: int, processes: int) -> None:
-    if classes < 2:
-        raise Refused(f"{classes} classes cannot be told apart.", "classes", "Ask for 2 or more.")
-    if images < LEAST * classes:
-        raise Refused(
-            f"{images:,} images are too few for {classes:,} classes.",
-            "images",
-            f"Every class has {LEAST} training images or more: ask for {LEAST * classes:,} images, or fewer classes.",
-        )
-    if processes < 1:
-        raise Refused(f"{processes} processes render nothing.", "processes", "Ask for 1 or more.")
-    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise _taken(out)
 
 
 def _taken(out: Path) -> Refused:

@@ -230,8 +230,6 @@ def choose(opened: Opened, registry: Registry, complete: bool) -> tuple[dict[str
 
     Returns:
         A choice for each member, and what a person should know about it, or ''.
-    Raises:
-        Refused: a model has no such alias, or it marks a version that aliprod did not write.
     """
     names, file = opened.plan.ensemble.members, opened.folder / lineage.MEMBERS
     try:
