@@ -252,7 +252,7 @@ def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory
     command = ("run", plan, "--storage", storage, "--json")
     first = cluster.start(*command)
     cluster.until(lambda: bool(first.poll() or checkpoints(storage)))
-    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGTERM)  # as `ray job stop` does
     first.communicate(timeout=120)
 
     second = cluster.start(*command)
