@@ -1,5 +1,6 @@
 """Ranks on the nodes that they are given: a training moves while it runs, its nodes are drained and killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,11 +15,12 @@ import pytest
 import ray
 import torch
 from ray._private.state import actors
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterResourceStateReply
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from aliprod.build.graph import targets
-from aliprod.build.schedule import Outcome
-from aliprod.build.target import Site, lacking
+from aliprod.build.schedule import Change, Outcome
+from aliprod.build.target import Resources, Site, lacking
 from aliprod.cluster import session
 from aliprod.cluster.launch import start_launcher
 from aliprod.cluster.tasks import RayRunner, Work
@@ -38,6 +40,17 @@ SETS = (
 )
 
 
+GROWS = {
+    "max_workers": 3,
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 4}},
+        "small": {"resources": {"CPU": 1}, "max_workers": 2},
+        "large": {"resources": {"CPU": 64, "GPU": 8}, "max_workers": 1},
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def opened(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     storage = tmp_path_factory.mktemp("moved")
@@ -51,9 +64,12 @@ def site(cluster: Any, opened: Opened) -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.environment.items():
             patch.setenv(name, value)
+        config = cluster.home / "ray_bootstrap_config.yaml"  # where `ray up` leaves it
+        config.write_text(json.dumps(GROWS))
         session.join(cluster.address)
         yield replace(Site.of(opened), cluster=session.with_cpus(opened.plan.cluster))
         ray.shutdown()
+        config.unlink()
 
 
 class Driver:
@@ -113,14 +129,15 @@ def ranks() -> set[str]:
     return {actor["Address"]["NodeID"] for actor in found if actor["State"] == "ALIVE"}
 
 
-def test_a_training_moves_from_node_to_node_and_its_bytes_stay(driver: Driver, undisturbed: str) -> None:
+@pytest.fixture(scope="module")
+def moved(driver: Driver) -> str:
+    """sha256 of the weights of a training that was moved, resized, drained and killed on its way."""
     runner, target = driver.runner, driver.graph()[JOB]
     (one, first), (two, _) = driver.add(1), driver.add(1)
 
     work = runner.start(target, [one])
     assert driver.until(lambda: runner.has_begun(work), work) == []
     assert ranks() == {one}
-    asked = time.monotonic()
     runner.stop(work)
     assert driver.until(lambda: False, work) == [(work, Outcome("paused"))]
     seen = driver.steps()
@@ -129,7 +146,6 @@ def test_a_training_moves_from_node_to_node_and_its_bytes_stay(driver: Driver, u
 
     work = runner.start(target, [one, two])
     assert driver.until(lambda: runner.has_begun(work), work) == []
-    print(f"resized in {time.monotonic() - asked:.1f} s")
     assert ranks() == {one, two}
 
     gcs = ray._private.worker.global_worker.gcs_client
@@ -149,4 +165,61 @@ def test_a_training_moves_from_node_to_node_and_its_bytes_stay(driver: Driver, u
     three, _ = driver.add(1)
     work = runner.start(target, [three])
     assert driver.until(lambda: False, work) == [(work, Outcome("done"))]
-    assert commit.sha256(target.folder(driver.site.storage) / "model.safetensors") == undisturbed
+    return commit.sha256(target.folder(driver.site.storage) / "model.safetensors")
+
+
+def test_a_training_moves_from_node_to_node_and_its_bytes_stay(moved: str, undisturbed: str) -> None:
+    assert moved == undisturbed
+
+
+@pytest.mark.usefixtures("moved")
+def test_a_prediction_is_made_in_parts_each_on_its_node(driver: Driver) -> None:
+    runner, target = driver.runner, driver.graph()[f"{JOB} test"]
+    work = runner.start(target, [node.name for node in session.nodes()])
+    assert len(work.refs) > 1
+    assert driver.until(lambda: False, work) == [(work, Outcome("done"))]
+    assert driver.graph()[f"{JOB} test"].record(driver.site.storage) is not None
+
+
+def test_a_training_that_ray_does_not_place_waits_and_is_never_said_to_run(driver: Driver) -> None:
+    runner, target = driver.runner, driver.graph()[JOB]
+    [node] = [node for node in session.nodes() if node.resources.cpus == 4]
+    taken = placement_group([{"CPU": 4}])
+    assert taken.wait(60)
+
+    def changes() -> Iterator[Change | None]:
+        work = runner.start(target, [node.name])
+        yield Change(target.name, "started", nodes=(node.name,))
+        end = time.monotonic() + 12
+        while time.monotonic() < end:
+            assert runner.wait([work], 1.0) == []
+            yield None
+        runner.stop(work)
+        [(_, outcome)] = driver.until(lambda: False, work)
+        yield Change(target.name, outcome.state)
+
+    told = [change for change in runner.as_begun(changes()) if change is not None]
+    remove_placement_group(taken)
+    assert told == [
+        Change(target.name, "waiting", "waiting for Ray to start 1 rank"),
+        Change(target.name, "paused"),
+    ]
+
+
+def test_what_waits_makes_a_cluster_grow_by_the_nodes_that_it_may_start(driver: Driver) -> None:
+    small, large = Resources(1, 0), Resources(64, 8)
+    there = [node.resources for node in session.nodes()].count(small)
+    assert session.types(driver.site.cluster) == [small] * (2 - there) + [large]
+
+    def asked() -> list[dict[str, float]]:
+        """What the autoscaler sees."""
+        reply = GetClusterResourceStateReply.FromString(
+            ray._private.worker.global_worker.gcs_client.get_cluster_resource_state()
+        )
+        pending = reply.cluster_resource_state.pending_resource_requests
+        return [dict(one.request.resources_bundle) for one in pending if one.count]
+
+    driver.runner.request([Resources(8, 1)])
+    driver.until(lambda: {"CPU": 8.0, "GPU": 1.0} in asked())
+    driver.runner.request([])
+    driver.until(lambda: {"CPU": 8.0, "GPU": 1.0} not in asked())
