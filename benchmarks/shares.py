@@ -146,7 +146,7 @@ def network(asked: argparse.Namespace) -> tuple[nn.Module, Callable[[], None]]:
 def by_ddp(asked: argparse.Namespace, images: Tensor, labels: Tensor) -> Step:
     """Gradients averaged by DistributedDataParallel."""
     model, update = network(asked)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def step() -> None:
         cross_entropy(wrapped(images), labels).backward()
