@@ -23,12 +23,13 @@ from aliprod.build.schedule import Change, Outcome
 from aliprod.build.target import Resources, Site, lacking
 from aliprod.cluster import session
 from aliprod.cluster.launch import start_launcher
-from aliprod.cluster.tasks import RayRunner, Work
+from aliprod.cluster.tasks import Pending, RayRunner
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import resolve
 from aliprod.store import commit
 from aliprod.store.layout import newest_step
+from aliprod.store.lease import Leases
 
 JOB = "efficientnet/full"
 SETS = (
@@ -76,10 +77,12 @@ class Driver:
     """A runner, and a cluster whose nodes come and go."""
 
     def __init__(self, cluster: Any, opened: Opened, site: Site) -> None:
-        self.cluster, self.site, self.stack, self.told = cluster, site, ExitStack(), False
+        self.cluster, self.stack, self.told = cluster, ExitStack(), False
+        leases = self.stack.enter_context(Leases(site.storage, "test"))
+        self.site = site = replace(site, driver=leases.token)
         self.graph = lambda: targets(opened.with_cluster(site.cluster), False, {})
         self.runner = RayRunner(
-            site, start_launcher(site), lambda: self.told, lambda target: self.graph()[target.name], lambda *_: 1.0
+            site, start_launcher(site), lambda: self.told, lambda one: self.graph()[one.name], lambda *_: 1.0, leases
         )
 
     def add(self, cpus: int) -> tuple[str, subprocess.Popen[bytes]]:
@@ -89,7 +92,7 @@ class Driver:
         [name] = {node.name for node in session.nodes()} - before
         return name, process
 
-    def until(self, true: Callable[[], bool], *works: Work) -> list[tuple[Work, Outcome]]:
+    def until(self, true: Callable[[], bool], *works: Pending) -> list[tuple[Pending, Outcome]]:
         end = time.monotonic() + 240
         while not true():
             assert time.monotonic() < end
@@ -127,6 +130,31 @@ def ranks() -> set[str]:
     """The nodes on which ranks run now."""
     found = [actor for actor in actors().values() if actor["ActorClassName"] == "RayTrainWorker"]
     return {actor["Address"]["NodeID"] for actor in found if actor["State"] == "ALIVE"}
+
+
+def test_a_training_that_ray_does_not_place_waits_and_is_never_said_to_run(driver: Driver) -> None:
+    runner, target = driver.runner, driver.graph()[JOB]
+    [node] = [node for node in session.nodes() if node.resources.cpus == 4]
+    taken = placement_group([{"CPU": 4}])
+    assert taken.wait(60)
+
+    def changes() -> Iterator[Change | None]:
+        work = runner.start(target, [node.name])
+        yield Change(target.name, "started", nodes=(node.name,))
+        end = time.monotonic() + 12
+        while time.monotonic() < end:
+            assert runner.wait([work], 1.0) == []
+            yield None
+        runner.stop(work)
+        [(_, outcome)] = driver.until(lambda: False, work)
+        yield Change(target.name, outcome.state)
+
+    told = [change for change in runner.as_begun(changes()) if change is not None]
+    remove_placement_group(taken)
+    assert told == [
+        Change(target.name, "waiting", "waiting for Ray to start 1 rank"),
+        Change(target.name, "paused"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -179,31 +207,6 @@ def test_a_prediction_is_made_in_parts_each_on_its_node(driver: Driver) -> None:
     assert len(work.refs) > 1
     assert driver.until(lambda: False, work) == [(work, Outcome("done"))]
     assert driver.graph()[f"{JOB} test"].record(driver.site.storage) is not None
-
-
-def test_a_training_that_ray_does_not_place_waits_and_is_never_said_to_run(driver: Driver) -> None:
-    runner, target = driver.runner, driver.graph()[JOB]
-    [node] = [node for node in session.nodes() if node.resources.cpus == 4]
-    taken = placement_group([{"CPU": 4}])
-    assert taken.wait(60)
-
-    def changes() -> Iterator[Change | None]:
-        work = runner.start(target, [node.name])
-        yield Change(target.name, "started", nodes=(node.name,))
-        end = time.monotonic() + 12
-        while time.monotonic() < end:
-            assert runner.wait([work], 1.0) == []
-            yield None
-        runner.stop(work)
-        [(_, outcome)] = driver.until(lambda: False, work)
-        yield Change(target.name, outcome.state)
-
-    told = [change for change in runner.as_begun(changes()) if change is not None]
-    remove_placement_group(taken)
-    assert told == [
-        Change(target.name, "waiting", "waiting for Ray to start 1 rank"),
-        Change(target.name, "paused"),
-    ]
 
 
 def test_what_waits_makes_a_cluster_grow_by_the_nodes_that_it_may_start(driver: Driver) -> None:
