@@ -197,6 +197,8 @@ class _Run:
         self.signals.gently = True
         for change in runner.as_begun(execute(todo, runner, settings.max_parallel_jobs)):
             self.leases.check()
+            while runner.refused:
+                yield Said(runner.refused.pop())
             yield from self.state.reports()
             if change is not None:
                 yield from self.state.apply(todo[change.name], change)

@@ -126,9 +126,11 @@ def with_cpus(cluster: Cluster) -> Cluster:
     return cluster.model_copy(update={"cpus_per_worker": cpus_of_a_rank(cluster, nodes(), uses_gpu(cluster))})
 
 
-def probe(storage: Path) -> None:
+def probe(storage: Path, only: str | None = None) -> None:
     """Have every node read what this one wrote into the storage path, and write something back.
 
+    Args:
+        only: a node, where the others are known to see it.
     Raises:
         Unreachable: a node does not see the path, or may not write there.
     """
@@ -137,6 +139,7 @@ def probe(storage: Path) -> None:
     commit.write_file(folder / "driver", token)
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    others = [node for node in others if only in (None, node["NodeID"])]
     refs = {
         _probe.options(
             name="storage probe", scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

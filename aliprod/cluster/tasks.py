@@ -1,9 +1,11 @@
 """A target on the cluster: a training goes to the launcher, all else becomes Ray tasks, each rank on its node."""
 
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -56,6 +58,8 @@ class RayRunner:
         current: a target as it is now that what it needs is made.
         estimate: seconds that a target takes at a world size.
         leases: of the driver, who holds one of each training that runs.
+    Attributes:
+        refused: why nodes that came later are not used, for people.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class RayRunner:
         self.site, self.launcher, self.stopping, self.current = site, launcher, stopping, current
         self.estimate, self.leases = estimate, leases
         self.numbers, self.begun, self.works = count(), frozenset[int](), dict[str, Pending]()
+        self.sharing = {node.name: True for node in session.nodes()}  # the storage path; those of now are probed
+        self.refused = list[str]()
         self.targets = dict[str, Target]()  # as they were when they were started, or have paused
         self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step
         self.answer: Any = None
@@ -79,7 +85,13 @@ class RayRunner:
         return time.monotonic()
 
     def nodes(self) -> Sequence[Node]:
-        return session.nodes()
+        """Those that stay and share the storage path; one that is new is asked first."""
+        found = session.nodes()
+        for node in found:
+            if node.name not in self.sharing:
+                self.sharing[node.name] = False
+                threading.Thread(target=self._probe, args=(node.name,), daemon=True).start()
+        return [node for node in found if self.sharing[node.name]]
 
     def types(self) -> Sequence[Resources]:
         return session.types(self.site.cluster)
@@ -169,12 +181,21 @@ class RayRunner:
                 yield started
             yield change
 
+    def _probe(self, node: str) -> None:
+        try:
+            session.probe(self.site.storage, node)
+        except (AliprodError, ray.exceptions.RayError) as error:
+            self.refused.append(f"A node is not used: {error}")
+        else:
+            self.sharing[node] = True
+
     def _talk(self, handles: Sequence[Pending]) -> None:
         """Tell the launcher what is to stop, and hear from it what has begun."""
         if self.launcher is None or (self.answer is not None and not ray.wait([self.answer], timeout=0)[0]):
             return
         if self.answer is not None:
-            self.begun = ray.get(self.answer)
+            with suppress(ray.exceptions.RayError):  # the launcher may be about to start anew
+                self.begun = ray.get(self.answer)
         self.answer = self.launcher.hear.remote(frozenset(h.start.number for h in handles if h.stopped))
 
     def _outcome(self, handle: Pending) -> Outcome | None:
@@ -199,7 +220,7 @@ class RayRunner:
     def _unfinished(self, handle: Pending, outcome: Outcome) -> Outcome:
         """What the scheduler is told of something that was stopped, has failed, or has lost a node."""
         target, name = handle.start.target, handle.start.target.name
-        lost = not {node.name for node in self.nodes()}.issuperset(handle.start.nodes)
+        lost = not {node.name for node in session.nodes()}.issuperset(handle.start.nodes)
         if not handle.stopped and not lost:
             return outcome
         self.targets[name] = self.current(target)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -155,6 +156,18 @@ def test_a_training_that_ray_does_not_place_waits_and_is_never_said_to_run(drive
         Change(target.name, "waiting", "waiting for Ray to start 1 rank"),
         Change(target.name, "paused"),
     ]
+
+
+def test_a_node_that_comes_later_and_has_another_storage_path_is_not_used_and_told(driver: Driver) -> None:
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        pytest.skip("needs the right to make a mount namespace (unshare --mount, as root)")
+    before = driver.runner.nodes()
+    with driver.cluster.node("--num-cpus=1", mount=f"mount -t tmpfs tmpfs {driver.site.storage}"):
+        assert len(session.nodes()) == len(before) + 1
+        assert driver.runner.nodes() == before
+        driver.until(lambda: bool(driver.runner.refused))
+        assert "does not share this storage path" in driver.runner.refused.pop()
+        assert driver.runner.nodes() == before
 
 
 @pytest.fixture(scope="module")
