@@ -35,7 +35,7 @@ class LightTrainer(TorchTrainer):
     it true.
     """
 
-    given_up: Callable[[], bool] = staticmethod(lambda: False)
+    given_up: Callable[[], bool]  # whether what fails is not to be tried again
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
         arguments["scaling_policy"] = _FixedSize(self.scaling_config)  # type: ignore[arg-type]  # mypy sees Train V1's
