@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,16 @@ def _closed_terminal(cluster: Any, command: list[str]) -> tuple[subprocess.Popen
     return process, lambda: os.close(ours)
 
 
+@pytest.fixture
+def attended() -> Iterator[None]:
+    """Signals as in a terminal: whatever a script starts in its background, or nohup, ignores them from its birth."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("attended")
 @pytest.mark.parametrize("way", [_ctrl_c, _closed_terminal])
 def test_a_run_that_is_interrupted_takes_a_checkpoint_and_leaves_nothing_behind(
     way: Any, cluster: Any, plan: Path, tmp_path: Path
@@ -51,7 +61,10 @@ def test_a_run_that_is_interrupted_takes_a_checkpoint_and_leaves_nothing_behind(
     family = psutil.Process(process.pid).children(recursive=True)
     assert "raylet" in {child.name() for child in family}
     interrupt()
-    assert process.wait(120) == 130
+    try:
+        assert process.wait(120) == 130
+    finally:
+        process.kill()
     assert psutil.wait_procs(family, timeout=30)[1] == []
     [folder] = tmp_path.glob("jobs/*/*/*")
     steps = [int(path.name.removeprefix("step-")) for path in folder.glob("resume/step-*") if commit.read(path)]
