@@ -14,6 +14,7 @@ from aliprod.build.room import Node, Room, slots
 from aliprod.build.target import Resources, Target
 
 RESTART_SECONDS = 15.0  # that a target loses where it is stopped and started again
+_AGAIN_SECONDS = 1.0  # between two looks at least: to less than its last digit a clock cannot be put on
 CALM_SECONDS = 10 * RESTART_SECONDS  # that lie between two changes of a target, and that one must have left for another
 
 
@@ -102,7 +103,7 @@ def decide(situation: Situation) -> Decision:
         stop,
         blocked | _short_of_room(situation, line, start, room),
         _wanted(situation, paths, line, sizes),
-        min((seconds for seconds in calm if seconds > 0), default=math.inf),
+        max(_AGAIN_SECONDS, min((seconds for seconds in calm if seconds > 0), default=math.inf)),
     )
 
 

@@ -294,6 +294,16 @@ def test_equal_targets_do_not_take_turns() -> None:
     assert {one.outcome for one in machine.done} == {"done"}
 
 
+def test_a_clock_that_cannot_be_put_on_to_the_next_look_is_put_on_all_the_same() -> None:
+    began, now = 172.3, math.nextafter(172.3 + CALM_SECONDS, 0)
+    assert 0 < CALM_SECONDS - (now - began) < 1e-9
+    one, other = target("one"), target("other")
+    paths = Paths.of({"one": one, "other": other}, lambda *_: HOUR)
+    running = {"one": Running(("a",), began)}
+    nodes = (Node("a", RANK),)
+    assert decide(Situation({"one": one, "other": other}, running, nodes, paths, now)).patience >= 1
+
+
 def test_nothing_is_started_again_for_less_than_that_costs() -> None:
     machine = Machine({"one": 100.0, "other": 60.0})
     Case(machine, [target("one"), target("other")]).run()
