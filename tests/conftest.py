@@ -1,12 +1,18 @@
 """Fixtures that any test may ask for."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.sources import read
 from aliprod.synth.synth import synthesise
+
+settings.register_profile("ours", deadline=None)  # a busy machine makes no test fail
+settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +22,16 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip("needs the folder ../shared (photographs and golden vectors), which is not beside this checkout")
     return folder
+
+
+@pytest.fixture
+def attended() -> Iterator[None]:
+    """Signals as in a terminal: whatever a script starts in its background, or nohup, ignores some from its birth."""
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,8 @@ class Paths:
                     below[need.name] = tuple(map(max, below[need.name], whole))
                     if name in trains:
                         trains.add(need.name)
-        rank = max((target.resources for target in targets.values()), key=lambda rank: (rank.gpus, rank.cpus))
+        takes = (target.resources for target in targets.values())
+        rank = max(takes, key=lambda rank: (rank.gpus, rank.cpus), default=Resources(0, 0))
         columns = {size: column for column, size in enumerate(sizes)}
         return cls(targets, columns, alone, below, frozenset(trains), rank)
 

@@ -304,6 +304,10 @@ def test_a_clock_that_cannot_be_put_on_to_the_next_look_is_put_on_all_the_same()
     assert decide(Situation({"one": one, "other": other}, running, nodes, paths, now)).patience >= 1
 
 
+def test_where_nothing_is_missing_nothing_is_made() -> None:
+    assert Case(Machine({}), []).run() == []
+
+
 def test_nothing_is_started_again_for_less_than_that_costs() -> None:
     machine = Machine({"one": 100.0, "other": 60.0})
     Case(machine, [target("one"), target("other")]).run()

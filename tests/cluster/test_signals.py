@@ -1,7 +1,6 @@
 """The first signal asks what runs to take a checkpoint, the second ends everything."""
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 
@@ -10,12 +9,7 @@ from aliprod.cluster.signals import Signals
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    before = {one: signal.getsignal(one) for one in ALL}
-    yield
-    for one, handler in before.items():
-        signal.signal(one, handler)
+pytestmark = pytest.mark.usefixtures("attended")
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,6 @@ def _closed_terminal(cluster: Any, command: list[str]) -> tuple[subprocess.Popen
     process = subprocess.Popen(["setsid", "--ctty", *command], env=cluster.environment, cwd=cluster.home, **streams)
     os.close(its)
     return process, lambda: os.close(ours)
-
-
-@pytest.fixture
-def attended() -> Iterator[None]:
-    """Signals as in a terminal: whatever a script starts in its background, or nohup, ignores them from its birth."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("attended")

@@ -256,8 +256,9 @@ def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory
     first.communicate(timeout=120)
 
     second = cluster.start(*command)
-    cluster.until(lambda: bool(second.poll() or cluster.workers()))
+    cluster.until(lambda: bool(second.poll() or (storage / ".leases" / "plan-tiny").is_dir()))
     rival = cluster.start(*command)
+    cluster.until(lambda: bool(second.poll() or cluster.workers()))
     seen = checkpoints(storage)
     cluster.until(lambda: bool(second.poll() or checkpoints(storage) - seen))
     workers = cluster.workers()  # those of now: one that began later would not be killed, and need not start again
