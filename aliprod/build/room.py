@@ -107,6 +107,17 @@ def check_room(targets: Mapping[str, Target], nodes: Sequence[Node], types: Sequ
         )
 
 
+def uses_gpu(cluster: Cluster, nodes: Sequence[Node]) -> bool:
+    """Whether jobs take GPUs: as the plan says, or, left to ``auto``, where any node has one."""
+    return any(node.resources.gpus for node in nodes) if cluster.use_gpu == "auto" else cluster.use_gpu
+
+
+def with_cpus(cluster: Cluster, nodes: Sequence[Node]) -> Cluster:
+    """The same, with the CPUs of a rank where the plan does not say how many."""
+    cpus = cpus_of_a_rank(cluster, nodes, uses_gpu(cluster, nodes))
+    return cluster.model_copy(update={"cpus_per_worker": cpus})
+
+
 def cpus_of_a_rank(cluster: Cluster, nodes: Sequence[Node], gpu: bool) -> int:
     """CPUs of a rank where the plan does not say: what the nodes have for each GPU; without GPUs one, since the number
     of threads is part of a CPU's arithmetic.

@@ -13,7 +13,7 @@ from aliprod.build.events import Began, Ended, Event, Said
 from aliprod.build.graph import Chosen, targets
 from aliprod.build.outputs import scores, splits
 from aliprod.build.preflight import make_first, prepare
-from aliprod.build.room import check_room
+from aliprod.build.room import check_room, uses_gpu, with_cpus
 from aliprod.build.schedule import execute
 from aliprod.build.state import RunState
 from aliprod.build.target import Site, Target, lacking
@@ -173,8 +173,8 @@ class _Run:
         """Make what is missing on the cluster."""
         self._join()
         settings, nodes = self.opened.plan.cluster, session.nodes()
-        gpu = session.uses_gpu(settings)
-        self.site = replace(self.site, cluster=session.with_cpus(settings))
+        gpu = uses_gpu(settings, nodes)
+        self.site = replace(self.site, cluster=with_cpus(settings, nodes))
         todo = self._missing(gpu)
         check_room(todo, nodes, session.types(settings))
         for target in todo.values():

@@ -17,7 +17,7 @@ import ray.exceptions
 from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from aliprod.build.room import Node, cpus_of_a_rank
+from aliprod.build.room import Node
 from aliprod.build.target import Resources
 from aliprod.errors import Unreachable
 from aliprod.plan.schema import Cluster
@@ -114,16 +114,6 @@ def _read(path: str) -> str:
 
 def _resources(has: Mapping[str, float]) -> Resources:
     return Resources(int(has.get("CPU", 0)), int(has.get("GPU", 0)))
-
-
-def uses_gpu(cluster: Cluster) -> bool:
-    """Whether jobs take GPUs: as the plan says, or, left to ``auto``, where the cluster has any."""
-    return any(node.resources.gpus for node in nodes()) if cluster.use_gpu == "auto" else cluster.use_gpu
-
-
-def with_cpus(cluster: Cluster) -> Cluster:
-    """The same, with the CPUs of a rank where the plan does not say how many."""
-    return cluster.model_copy(update={"cpus_per_worker": cpus_of_a_rank(cluster, nodes(), uses_gpu(cluster))})
 
 
 def probe(storage: Path, only: str | None = None) -> None:

@@ -11,7 +11,7 @@ from statistics import median
 from aliprod.build.allot import RESTART_SECONDS
 from aliprod.build.events import Standing, Task
 from aliprod.build.graph import targets
-from aliprod.build.room import Node, cpus_of_a_rank
+from aliprod.build.room import Node, uses_gpu, with_cpus
 from aliprod.build.schedule import execute
 from aliprod.build.target import Cost, Target, lacking
 from aliprod.build.trainings import epoch_of
@@ -74,9 +74,7 @@ class Outlook:
 
     def _read(self, nodes: Sequence[Node]) -> None:
         cluster = self.opened.plan.cluster
-        gpu = cluster.use_gpu is not False and any(node.resources.gpus for node in nodes)
-        threads = cpus_of_a_rank(cluster, nodes, gpu)
-        self.graph = targets(self.opened.with_cluster(cluster.model_copy(update={"cpus_per_worker": threads})), gpu)
+        self.graph = targets(self.opened.with_cluster(with_cpus(cluster, nodes)), uses_gpu(cluster, nodes))
         self.todo = lacking(self.graph, self.opened.places.storage)
 
     def _factor(self, kind: str, tasks: Iterable[Task], estimates: Estimates) -> float:

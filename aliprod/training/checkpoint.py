@@ -100,11 +100,6 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def newest_step(folder: Path) -> int | None:
-    """The step of the newest checkpoint, whose bytes are not looked at; None where there is none."""
-    return max((int(path.name.removeprefix("step-")) for path in _committed(folder)), default=None)
-
-
 def write(place: Path, snapshot: Snapshot, record: dict[str, Any]) -> None:
     """Commit a snapshot as a checkpoint, then drop the old ones beside it."""
     commit.write(place, snapshot.write, record)

@@ -14,7 +14,6 @@ from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
-from aliprod.synth.synth import synthesise
 
 PLAN = """\
 format = 1
@@ -29,13 +28,6 @@ ensemble = { members = ["net/dcl", "other/full"], views = "center" }
 NOW = 5000.0
 NODES = (Node("node", Resources(2, 0)),)
 TRAINED, VAL, TEST = 20, 12, 20  # images, as the catalogue below has them; an epoch has five steps
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("catalogues") / "photos"
-    synthesise(folder, classes=2, images=20, seed=0)
-    return folder
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from aliprod.plan.load import load
 from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
 from aliprod.store import commit
-from aliprod.synth.synth import synthesise
 
 GPUS = 4
 PLAN = """\
@@ -37,13 +36,6 @@ stages = { full = { epochs = 3 }, balanced = { start = "full", images = { per_cl
 jobs = { net = ["full", "balanced", "accuracy"] }
 ensemble = { members = ["net/accuracy"] }
 """  # noqa: E501
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("catalogues") / "photos"
-    synthesise(folder, classes=2, images=20, seed=0)
-    return folder
 
 
 @pytest.fixture

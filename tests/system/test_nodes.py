@@ -20,6 +20,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterResourc
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from aliprod.build.graph import targets
+from aliprod.build.room import with_cpus
 from aliprod.build.schedule import Change, Outcome
 from aliprod.build.target import Resources, Site, lacking
 from aliprod.cluster import session
@@ -69,7 +70,7 @@ def site(cluster: Any, opened: Opened) -> Iterator[Site]:
         config = cluster.home / "ray_bootstrap_config.yaml"  # where `ray up` leaves it
         config.write_text(json.dumps(GROWS))
         session.join(cluster.address)
-        yield replace(Site.of(opened), cluster=session.with_cpus(opened.plan.cluster))
+        yield replace(Site.of(opened), cluster=with_cpus(opened.plan.cluster, session.nodes()))
         ray.shutdown()
         config.unlink()
 

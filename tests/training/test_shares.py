@@ -22,6 +22,7 @@ from aliprod.data.training_set import write_soft_labels
 from aliprod.errors import Refused
 from aliprod.models import weights
 from aliprod.recipe import Inputs, Machine, Stage, TrainingJob
+from aliprod.store.layout import newest_step
 from aliprod.training import checkpoint
 from aliprod.training.shares import ShareMean
 
@@ -101,7 +102,7 @@ def test_a_job_that_changes_its_ranks_three_times_ends_with_the_bytes_of_one_tha
     for ranks, end, step in ((2, 1, 2), (1, 1, 3), (4, 1, 4)):  # the last of them in a scoring
         in_processes(works, packages.root, ranks, end)
         for work in works:
-            assert checkpoint.newest_step(work.folder / "resume") == step, work.stage.objective.name
+            assert newest_step(work.folder) == step, work.stage.objective.name
             assert not (work.folder / "weights").exists()
     in_processes(works, packages.root, 2)
     for kind, work in zip(KINDS, works, strict=True):
