@@ -31,7 +31,9 @@ class RunState:
 
     def __init__(self, opened: Opened) -> None:
         self.opened, self.failure, self.nodes = opened, "", tuple[Node, ...]()
-        self.states: dict[str, JobState] = dict.fromkeys(opened.jobs, "waiting")
+        self.states: dict[str, JobState] = {
+            name: "waiting" if opened.record(name) is None else "reused" for name in opened.jobs
+        }
         self.reasons: dict[str, str] = {}
         self.tasks: dict[str, Task] = {}
         self._tails = {name: _Tail(opened.job_folder(name) / METRICS) for name in opened.jobs}
@@ -39,9 +41,8 @@ class RunState:
 
     def reuse(self) -> Iterator[Event]:
         """Report what was finished before this run began."""
-        for name in self.opened.jobs:
-            if self.opened.record(name) is not None:
-                yield self._set(name, "reused")
+        for name in self.jobs_in("reused"):
+            yield self._set(name, "reused")
         self._publish()
 
     def apply(self, target: Target, change: Change) -> Iterator[Event]:

@@ -172,9 +172,11 @@ def test_every_epoch_of_this_run_is_reported_once_and_whole(opened: Opened, stat
     assert reported(state) == []
 
 
-def test_what_was_finished_before_is_reused(opened: Opened, state: RunState) -> None:
+def test_what_was_finished_before_is_reused_from_the_first_look_on(opened: Opened) -> None:
     record = {"top1_error": None, "best_epoch": 1, "seconds": 1.0}
     finish(opened, record)
+    state = RunState(opened)
+    assert state.states == {"net/full": "reused", "net/accuracy": "waiting"}, "MLflow may be shown this at once"
     assert list(state.reuse()) == [Changed("net/full", "reused", "", record)]
     assert stated(opened) == {"net/full": "reused", "net/accuracy": "waiting"}
 

@@ -152,11 +152,16 @@ class Cluster:
         nodes = self.ask("/api/v0/nodes")["data"]["result"]["result"]
         return sum(node["state"] == "ALIVE" for node in nodes)
 
-    def until(self, true: Callable[[], bool], seconds: float = 300) -> None:
-        """Wait for something to happen on it."""
+    def until(self, true: Callable[[], Any], process: Any = None, seconds: int = 300) -> None:
+        """Wait for something to happen on it, while a process runs: where that ends before, its log is the answer."""
         end = time.monotonic() + seconds
         while not true():
-            assert time.monotonic() < end, "it did not happen in time"
+            over = process is not None and process.poll() is not None
+            if over or time.monotonic() > end:
+                if process is not None:
+                    process.kill()
+                log = process.communicate() if process is not None else ""
+                raise AssertionError(f"{'its process ended first' if over else f'not within {seconds} s'}: {log}")
             time.sleep(0.02)
 
     def ask(self, path: str) -> Any:

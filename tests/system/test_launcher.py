@@ -16,8 +16,7 @@ def launchers(cluster: Any) -> list[dict[str, Any]]:
 
 def test_a_killed_launcher_is_replaced_and_its_jobs_go_on(cluster: Any, plan: Path, tmp_path: Path) -> None:
     process = cluster.start("run", plan, "--storage", tmp_path, "--json", "--set", "cluster.cpus_per_worker=2")
-    cluster.until(lambda: bool(process.poll() or list(tmp_path.glob("jobs/*/*/*/resume/step-*/manifest.json"))))
-    assert process.poll() is None, process.communicate()
+    cluster.until(lambda: list(tmp_path.glob("jobs/*/*/*/resume/step-*/manifest.json")), process)
     workers = cluster.workers()
     [launcher] = launchers(cluster)
     psutil.Process(launcher["pid"]).kill()

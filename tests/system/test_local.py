@@ -48,7 +48,7 @@ def test_a_run_that_is_interrupted_takes_a_checkpoint_and_leaves_nothing_behind(
     process, interrupt = way(
         cluster, [sys.executable, "-m", "aliprod", "run", str(plan), "--storage", str(tmp_path), *sets]
     )
-    cluster.until(lambda: bool(process.poll() or list(tmp_path.glob(f"jobs/*/*/*/{METRICS}"))))
+    cluster.until(lambda: list(tmp_path.glob(f"jobs/*/*/*/{METRICS}")), process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert "raylet" in {child.name() for child in family}
     interrupt()

@@ -202,7 +202,8 @@ def moved(driver: Driver) -> str:
     assert driver.until(lambda: runner.has_begun(work), work) == []
     os.killpg(first.pid, signal.SIGKILL)
     assert driver.until(lambda: False, work) == [(work, Outcome("paused"))]
-    assert driver.steps() == seen
+    assert driver.steps() >= seen  # it may have finished an epoch before it was killed
+    assert target.record(driver.site.storage) is None
 
     three, _ = driver.add(1)
     work = runner.start(target, [three])

@@ -251,16 +251,16 @@ def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory
     storage = tmp_path_factory.mktemp("disturbed")
     command = ("run", plan, "--storage", storage, "--json")
     first = cluster.start(*command)
-    cluster.until(lambda: bool(first.poll() or checkpoints(storage)))
+    cluster.until(lambda: checkpoints(storage), first)
     first.send_signal(signal.SIGTERM)  # as `ray job stop` does
     first.communicate(timeout=120)
 
     second = cluster.start(*command)
-    cluster.until(lambda: bool(second.poll() or (storage / ".leases" / "plan-tiny").is_dir()))
+    cluster.until((storage / ".leases" / "plan-tiny").is_dir, second)
     rival = cluster.start(*command)
-    cluster.until(lambda: bool(second.poll() or cluster.workers()))
+    cluster.until(cluster.workers, second)
     seen = checkpoints(storage)
-    cluster.until(lambda: bool(second.poll() or checkpoints(storage) - seen))
+    cluster.until(lambda: checkpoints(storage) - seen, second)
     workers = cluster.workers()  # those of now: one that began later would not be killed, and need not start again
     for worker in workers:
         worker.kill()
@@ -269,8 +269,7 @@ def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory
         for path in sorted(checkpoints(storage) - seen)
         if commit.read(path.parents[1] / "weights") is None
     }
-    cluster.until(lambda: bool(second.poll()) or any(_further(folder, at) for folder, at in at_kill.items()))
-    assert second.poll() is None, second.communicate()
+    cluster.until(lambda: any(_further(folder, at) for folder, at in at_kill.items()), second)
     resumed = {"/".join(folder.parts[-3:-1]): int(at.removeprefix("step-")) for folder, at in at_kill.items()}
     os.killpg(second.pid, signal.SIGKILL)
     second.communicate()
