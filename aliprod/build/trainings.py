@@ -41,10 +41,12 @@ def training(job: Job, needs: Mapping[str, Sequence[Target]], cost: Cost, cluste
 
 def world_sizes(job: Job, cluster: Cluster) -> tuple[int, ...]:
     """The numbers of ranks that a job may have: its shares can be dealt to each. A soup trains nothing: one has all."""
-    ranks, shares = cluster.ranks_of(job.name), job.stage.shares
+    fewest, most = cluster.ranks_of(job.name)
     if job.soup:
         return (1,)
-    return powers_of_two(shares) if ranks is None and shares != "ranks" else (ranks or 1,)
+    if job.stage.shares == "ranks":
+        return (most,)
+    return tuple(size for size in powers_of_two(job.stage.shares) if fewest <= size <= most)
 
 
 def inputs_of(target: Target, site: Site) -> Inputs:

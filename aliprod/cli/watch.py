@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from aliprod.report import live, status
 if TYPE_CHECKING:
     from rich.live import Live
 
-_LINE_SECONDS = 60.0
+_LINE_SECONDS, _WAITING_SECONDS = 60.0, 20.0  # between two lines; before one that says anew what is waited for
 _LOOK_SECONDS = 5.0
 _SHARE = 0.05  # of the time at most is spent on looking at what is left
 
@@ -51,6 +52,7 @@ class _Watch:
         self.left: Left | None = None
         self.looked, self.pause = 0.0, _LOOK_SECONDS
         self.forecasts: dict[float, float] = {}
+        self.waiting = Counter[str]()
 
     def see(self, event: Event) -> None:
         """Print what an event says."""
@@ -80,10 +82,14 @@ class _Watch:
         if self.table:
             rows = live.doing(opened, standing, left, time.time())
             self.table.update(_drawn(standing, rows, left), refresh=True)
-        elif time.monotonic() - self.said >= _LINE_SECONDS:
-            self.said = time.monotonic()
+        elif time.monotonic() - self.said >= self._pause(standing):
+            self.said, self.waiting = time.monotonic(), live.waiting(standing)
             rows = live.doing(opened, standing, left, time.time())
             self._print(status.stamped(live.minute(standing, rows, left)))
+
+    def _pause(self, standing: Standing) -> float:
+        """Seconds from one line to the next."""
+        return _LINE_SECONDS if live.waiting(standing) == self.waiting else min(_WAITING_SECONDS, _LINE_SECONDS)
 
     def _print(self, text: str) -> None:
         if text and self.table:

@@ -47,6 +47,6 @@ def _measured(opened: Opened, piece: Piece, steps: int) -> dict[str, Any]:
         case part:
             stage = rates.bare(job.stage)
             if stage.shares == "ranks":  # one of them is measured
-                ranks = cluster.ranks_of(job.name) or 1
+                _, ranks = cluster.ranks_of(job.name)
                 stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // ranks)})
             return asdict(measure(part, stage, job.network, catalogue, steps, cluster))

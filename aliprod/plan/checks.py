@@ -111,27 +111,28 @@ def _clash(plan: Plan, job: str, tables: list[Settings]) -> str:
         stage = effective(plan.seed, plan.defaults, tables)
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return _undealt(stage, plan.cluster.ranks_of(job)) or _off_grid(stage) or _untaught(stage)
+    return _undealt(stage, *plan.cluster.ranks_of(job)) or _off_grid(stage) or _untaught(stage)
 
 
-def _undealt(stage: Stage, ranks: int | None) -> str:
+def _undealt(stage: Stage, fewest: int, most: int) -> str:
     """A step that cannot be dealt to its shares, or these to the ranks that are asked for."""
     if stage.soup is not None:
         return ""
-    if stage.shares == "ranks" and ranks is None:
+    if stage.shares == "ranks" and fewest != most:
         return 'shares = "ranks" makes results depend on the ranks: say how many, [cluster] ranks = 2'
     group = needs(stage.objective.name, stage.objective.options).group
-    shares = ranks if stage.shares == "ranks" else stage.shares
-    if shares is not None and stage.batch_size // group % shares:
+    shares = most if stage.shares == "ranks" else stage.shares
+    if stage.batch_size // group % shares:
         whole = f"{shares} shares" + (f" in groups of {group} images of one class" if group > 1 else "")
         fits = shares * group
         return f"batch_size = {stage.batch_size} cannot be dealt to {whole}; a multiple of {fits} can"
-    if ranks is None or stage.shares == "ranks":
+    if stage.shares == "ranks" or fewest <= 1 << (min(most, shares).bit_length() - 1):  # it may have that power of two
         return ""
-    if ranks > stage.shares:
-        advice = f'say shares = {1 << (ranks - 1).bit_length()}, or shares = "ranks"'
-        return f"[cluster] ranks = {ranks} is more than shares = {stage.shares}, into which a step falls: {advice}"
-    return f"[cluster] ranks = {ranks} is no power of two, as shares are" if ranks & (ranks - 1) else ""
+    said = f"[cluster] ranks = {fewest if fewest == most else [fewest, most]}"
+    if fewest > shares:
+        advice = f'say shares = {1 << (fewest - 1).bit_length()}, or shares = "ranks"'
+        return f"{said} is more than shares = {shares}, into which a step falls: {advice}"
+    return f"{said} holds no power of two, as shares are" if fewest <= most else f"{said} is upside down"
 
 
 def _untaught(stage: Stage) -> str:

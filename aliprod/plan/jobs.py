@@ -98,7 +98,7 @@ def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | No
     if fingerprint is not None:
         facts = _facts(stage, network, keys, fingerprint, tree)
         if stage.shares == "ranks":
-            facts["stage"]["shares"] = {"ranks": plan.cluster.ranks_of(name)}
+            facts["stage"]["shares"] = {"ranks": plan.cluster.ranks_of(name)[1]}
     return Job(
         name=name,
         backbone=backbone,

@@ -38,7 +38,9 @@ PlainName = Annotated[
     str, AfterValidator(_plain), WithJsonSchema({"type": "string", "pattern": f"^{PLAIN_NAME.pattern}$"})
 ]
 Text = Annotated[str, Field(min_length=1)]
-Ranks = Annotated[int, Field(ge=1, le=4096)]
+MOST_RANKS = 4096
+Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
+FewestAndMost = Annotated[tuple[Ranks, Ranks], Field(strict=False)]
 Settings = dict[str, Any]  # of a stage: some of what `Stage` may say
 
 
@@ -96,10 +98,11 @@ class Cluster(Machine):
         None,
         description="MLflow server; without it --tracking-uri, MLFLOW_TRACKING_URI or SQLite in the storage folder",
     )
-    ranks: Literal["auto"] | Ranks | dict[str, Ranks] = Field(
+    ranks: Literal["auto"] | Ranks | FewestAndMost | dict[str, Ranks | FewestAndMost] = Field(
         "auto",
-        description="of a job, each one GPU, or cpus_per_worker CPUs where there are none: a number, or a table by job "
-        'like { "resnet50/dcl" = 4 }; auto: as many as end the plan soonest, up to the shares of its stage',
+        description="of a job, each one GPU, or cpus_per_worker CPUs where there are none: a number, the fewest and "
+        'the most like [2, 8], or a table of these by job like { "resnet50/dcl" = 4 }; auto: as many as end the plan '
+        "soonest, up to the shares of its stage",
     )
     max_parallel_jobs: int | None = Field(
         None, ge=1, description="jobs side by side; without it as many as the cluster has room for"
@@ -112,10 +115,12 @@ class Cluster(Machine):
         2.0, gt=0, le=60, description="how often Ray Train looks after its workers; short jobs want 0.2"
     )
 
-    def ranks_of(self, job: str) -> int | None:
-        """The number that is said for a job; None: as many as is best."""
-        said = self.ranks.get(job) if isinstance(self.ranks, dict) else self.ranks
-        return None if said == "auto" else said
+    def ranks_of(self, job: str) -> tuple[int, int]:
+        """The fewest and the most ranks of a job."""
+        said = self.ranks.get(job, "auto") if isinstance(self.ranks, dict) else self.ranks
+        if isinstance(said, str):
+            return 1, MOST_RANKS
+        return (said, said) if isinstance(said, int) else said
 
 
 class Tune(Frozen):

@@ -115,6 +115,9 @@ def test_a_small_plan_is_accepted(load_text: Any, small: str) -> None:
         ('"net-b3/dcl",', '"resnet/full",', '    "resnet/full"', 'member "resnet/full" stands there 2 times'),
         ('"net-b3/dcl",', "3,", "members", "ensemble.members.1 = 3 must be a string"),
         ("ranks = 2", "ranks = 4", "[stages.full]", "ranks = 4 is more than shares = 2|say shares = 4, or"),
+        ("ranks = 2", "ranks = [4, 8]", "[stages.full]", "ranks = [4, 8] is more than shares = 2|say shares = 4, or"),
+        ("ranks = 2", "ranks = [2, 1]", "[stages.full]", "ranks = [2, 1] is upside down"),
+        ("ranks = 2", "ranks = [1, 2, 3]", "ranks", "cluster.ranks = [1, 2, 3] must be"),
         ("shares = 2", "shares = 3", "[stages.full]", "shares = 3 is no power of two"),
         ("shares = 2", "shares = 4\nbatch_size = 6", "[stages.full]", "batch_size = 6 cannot be dealt to 4 shares"),
         (
