@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from aliprod.build.target import Cost, Made, Resources, Site, Target
+from aliprod.build.target import Cost, Made, Resources, Site, Target, powers_of_two
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.errors import Refused
@@ -14,6 +14,7 @@ from aliprod.plan.open import Opened
 from aliprod.recipe import PerClass, Stage
 from aliprod.store.keys import key_of
 from aliprod.store.layout import KEPT, job_place
+from aliprod.store.resumable import SOFT_LABELS_SHARD, ResumableRows
 
 UNKNOWN = Cost(known=False)
 
@@ -51,6 +52,7 @@ def soft_labels(job: Job, teacher: Target, catalogue: Catalogue, resources: Reso
     """A teacher's soft labels of the images of a job; shared by jobs of the same images."""
     images = _images(job.stage)
     facts = {"kind": "soft_labels", "teacher": teacher.key, "images": images}
+    count = int(images_of(job.stage, catalogue).sum())
     return Target(
         "soft_labels",
         f"{teacher.name} soft labels of {'all images' if images == 'all' else key_of(images)[:8]}",
@@ -58,8 +60,9 @@ def soft_labels(job: Job, teacher: Target, catalogue: Catalogue, resources: Reso
         f"{job_place(teacher.name, str(teacher.key))}/soft_labels/{key_of(facts)[:16]}",
         _teach,
         {"teacher": (teacher,)},
-        Cost(teacher.job, seen=int(images_of(job.stage, catalogue).sum())),
+        Cost(teacher.job, seen=count),
         resources,
+        world_sizes=powers_of_two(-(-count // SOFT_LABELS_SHARD)),
         job=job,
     )
 
@@ -129,8 +132,9 @@ def _teach(target: Target, site: Site) -> Made:
     def blocks(missing: Integers) -> Iterator[Tensor]:
         yield from predicted(model, images.take(missing), "center")
 
-    record = {"job": teacher.name, "key": teacher.key}
-    write_soft_labels(target.folder(site.storage), images.ids, np.asarray(model.classes.ids), blocks, record)
+    record, classes = {"job": teacher.name, "key": teacher.key}, np.asarray(model.classes.ids)
+    rows = ResumableRows(target.folder(site.storage), images.ids, classes, record, SOFT_LABELS_SHARD)
+    write_soft_labels(rows, blocks, site.part)
     return ()
 
 

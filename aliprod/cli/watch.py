@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from aliprod.build.events import Began, Ended, Event, Reported, Standing
@@ -50,7 +51,7 @@ class _Watch:
         self.opened: Opened | None = None
         self.outlook: Outlook | None = None
         self.left: Left | None = None
-        self.looked, self.pause = 0.0, _LOOK_SECONDS
+        self.looked, self.pause, self.looking = 0.0, _LOOK_SECONDS, Thread()
         self.forecasts: dict[float, float] = {}
         self.waiting = Counter[str]()
 
@@ -63,17 +64,21 @@ class _Watch:
                 self._look(event)
                 self._show(self.opened, event)
             case Ended():
-                self._print(live.compared(self.forecasts, time.monotonic() - self.began))
+                self._print(live.compared({**self.forecasts}, time.monotonic() - self.began))
         if not (self.table and isinstance(event, Reported)):  # the table has it
             self._print(status.line(event))
 
     def _look(self, standing: Standing) -> None:
-        """Ask what is left, not too often."""
+        """Ask what is left, not too often, and beside the run: for a thousand jobs the answer takes half a minute."""
+        resting = time.monotonic() - self.looked < self.pause
+        if self.outlook is not None and not resting and not self.looking.is_alive():
+            self.looking = Thread(target=self._ask, args=(self.outlook, standing), daemon=True)
+            self.looking.start()
+
+    def _ask(self, outlook: Outlook, standing: Standing) -> None:
         begin = time.monotonic()
-        if self.outlook is None or begin - self.looked < self.pause:
-            return
-        self.left, self.looked = self.outlook.left(standing, time.time()), time.monotonic()
-        self.pause = max(_LOOK_SECONDS, (self.looked - begin) / _SHARE)
+        self.left, self.looked = outlook.left(standing, time.time()), begin
+        self.pause = max(_LOOK_SECONDS, (time.monotonic() - begin) / _SHARE)
         if self.left is not None:
             self.forecasts[begin - self.began] = begin - self.began + self.left.seconds
 

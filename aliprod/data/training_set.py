@@ -9,7 +9,7 @@ row of 50,030 float16 is 100 kB, its 64 largest and their classes are 384 bytes.
     class_ids.npy     (K,) int64
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,9 @@ from aliprod.data import selection
 from aliprod.errors import Refused
 from aliprod.recipe import NO_INPUTS, Inputs, PerClass, PseudoLabels, Stage
 from aliprod.store import commit
-from aliprod.store.resumable import SHARD_STEP, ResumableRows, Rows
+from aliprod.store.resumable import ALL, Part, ResumableRows, Rows
 
 LARGEST = 64
-SHARD = 32 * SHARD_STEP  # rows of soft labels that are kept together on the way: 3 MB
 _ARRAYS = ("classes", "probabilities")
 _PSEUDO_LABELS = "pseudo_labels.parquet"
 
@@ -159,23 +158,17 @@ def spread(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
     return total / total.sum(dim=1, keepdim=True)
 
 
-def write_soft_labels(
-    folder: Path,
-    ids: pa.StringArray,
-    class_ids: Integers,
-    blocks: Callable[[Rows], Iterable[Tensor]],
-    record: Mapping[str, Any],
-    rows_per_shard: int = SHARD,
-) -> None:
+def write_soft_labels(rows: ResumableRows, blocks: Callable[[Rows], Iterable[Tensor]], part: Part = ALL) -> None:
     """Commit a teacher's soft labels. Of a writer of the same that was killed, the finished shards are kept.
 
     Args:
+        rows: images and classes; a shard of them has a multiple of `aliprod.store.resumable.SHARD_STEP`, for the same
+            bytes as without a stop.
         blocks: called with the rows that are missing, ascending and whole shards: (m, K) probabilities of those rows,
             in that order.
-        rows_per_shard: a multiple of `aliprod.store.resumable.SHARD_STEP`, for the same bytes as without a stop.
+        part: of the shards, which is to be written here; the last of the parts commits all.
     """
-    kept = min(LARGEST, len(class_ids))
-    resumable = ResumableRows(folder, ids, class_ids, record, rows_per_shard)
+    kept = min(LARGEST, len(rows.classes))
 
     def largest(missing: Rows) -> Iterator[dict[str, NDArray[Any]]]:
         for block in blocks(missing):
@@ -184,9 +177,9 @@ def write_soft_labels(
 
     def fill(staging: Path) -> None:
         for name in _ARRAYS:
-            shards = [np.load(file, mmap_mode="r") for file in resumable.files(name)]
+            shards = [np.load(file, mmap_mode="r") for file in rows.files(name)]
             np.save(staging / f"{name}.npy", np.concatenate(shards))
-        np.save(staging / "class_ids.npy", class_ids)
-        pq.write_table(pa.table({"image_id": ids}), staging / "rows.parquet")
+        np.save(staging / "class_ids.npy", rows.classes)
+        pq.write_table(pa.table({"image_id": rows.ids}), staging / "rows.parquet")
 
-    resumable.finish(largest, fill)
+    rows.finish(largest, fill, part)

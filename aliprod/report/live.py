@@ -92,9 +92,9 @@ def cells(row: Doing) -> list[str]:
 
 
 def waiting(standing: Standing) -> Counter[str]:
-    """How many jobs wait for what, but for those that wait for another job."""
+    """How many jobs wait for what, but for those that wait for another job, or for what is made of one."""
     found = (why for name, why in standing.reasons.items() if standing.states[name] == "waiting")
-    return Counter(why for why in found if why.split(", ")[0] not in standing.states)
+    return Counter(why for why in found if why.partition(" ")[0].removesuffix(",") not in standing.states)
 
 
 def _left(left: Left | None) -> str:

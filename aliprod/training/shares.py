@@ -50,6 +50,10 @@ class ShareMean:
         depth = max(1, (shares // world_size - 1).bit_length())
         self.buckets = [_Bucket(some, depth, world_size) for some in _dealt(list(trained))] if shares > 1 else []
         self._number, self._last, self._done = 0, False, 0
+        self._received = list[Tensor]()
+        if self.buckets and world_size > 1 and sent == "tree":
+            largest = max((bucket.sums[0] for bucket in self.buckets), key=len)
+            self._received = [torch.empty_like(largest) for _ in range(2)]
         for bucket in self.buckets if world_size > 1 else ():
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket))
@@ -89,22 +93,48 @@ class ShareMean:
         if self._last:
             bucket.awaited -= 1
             while self._done < len(self.buckets) and not self.buckets[self._done].awaited:
-                self._send(self.buckets[self._done])
+                self._advance()
 
-    def _send(self, bucket: "_Bucket") -> None:
-        self._done += 1
+    @torch.no_grad()
+    def _advance(self) -> None:
+        """Send the next bucket, spread the sums of the one before, be done with the one before that: two are on their
+        way at a time, while the backward pass goes on."""
+        number, self._done = self._done, self._done + 1
+        if 0 <= number - 2 < len(self.buckets):
+            self._end(self.buckets[number - 2])
+        if number < len(self.buckets):
+            self._send(self.buckets[number], number)
+        if 0 <= number - 1 < len(self.buckets) and self.sent == "tree":
+            self._spread(self.buckets[number - 1], number - 1)
+
+    def _send(self, bucket: "_Bucket", number: int) -> None:
         bucket.close(self._number)
-        bucket.sent = bucket.sums[0].bfloat16() if self.sent == "bfloat16" else bucket.sums[0]
         if self.sent == "tree":
-            bucket.work = dist.all_to_all_single(bucket.received.flatten(), bucket.sent, async_op=True)
+            bucket.work = dist.all_to_all_single(self._slices(bucket, number), bucket.sums[0], async_op=True)
         else:
+            bucket.sent = bucket.sums[0].bfloat16() if self.sent == "bfloat16" else bucket.sums[0]
             bucket.work = dist.all_reduce(bucket.sent, async_op=True)
+
+    def _spread(self, bucket: "_Bucket", number: int) -> None:
+        """Add up this rank's slices of all ranks' sums, and give the others the result."""
+        bucket.work.wait()
+        added = _added(self._slices(bucket, number).view(self.world_size, -1))
+        bucket.work = _all_gather(bucket.sums[0], added, async_op=True)
+
+    def _end(self, bucket: "_Bucket") -> None:
+        bucket.work.wait()
+        if self.sent == "bfloat16":
+            bucket.sums[0].copy_(bucket.sent)
+
+    def _slices(self, bucket: "_Bucket", number: int) -> Tensor:
+        """Room for a slice of each rank's sum; the bucket two before has had it."""
+        return self._received[number % 2][: len(bucket.sums[0])]
 
     @torch.no_grad()
     def _finish(self, leaf: Tensor, names: Losses) -> Losses:
         if self.world_size > 1:
-            while self._done < len(self.buckets):  # with parameters that the loss does not depend on
-                self._send(self.buckets[self._done])
+            while self._done < len(self.buckets) + 2:  # with parameters that the loss does not depend on
+                self._advance()
             leaf = self._added_up(leaf)
         sizes = [buffer.numel() for buffer in self.statistics]
         *means, losses = (leaf / self.shares).split([*sizes, len(names)])
@@ -113,21 +143,12 @@ class ShareMean:
         return dict(zip(names, losses.unbind(), strict=True))
 
     def _added_up(self, leaf: Tensor) -> Tensor:
-        """The sum of all ranks' leaves; the sums of gradients end in their buckets."""
+        """The sum of all ranks' leaves."""
         if self.sent != "tree":
             dist.all_reduce(leaf)
-            for bucket in self.buckets:
-                bucket.work.wait()
-                bucket.sums[0].copy_(bucket.sent)
             return leaf
         rows = leaf.new_empty(self.world_size, len(leaf))
-        gathered: Any = _all_gather(rows.flatten(), leaf, async_op=True)
-        for bucket in self.buckets:
-            bucket.work.wait()
-            bucket.work = _all_gather(bucket.sums[0], _added(bucket.received), async_op=True)
-        for bucket in self.buckets:
-            bucket.work.wait()
-        gathered.wait()
+        _all_gather(rows.flatten(), leaf)
         return _added(rows)
 
 
@@ -136,7 +157,7 @@ class _Bucket:
 
     Attributes:
         sums: (size,) each: the nodes of the tree that are open at a time, the leftmost first.
-        received: (world_size, size / world_size): a slice of each rank's sum.
+        sent: what is added up by all-reduce. work: what it is on its way with.
         awaited: gradients of the last share that are not there yet.
     """
 
@@ -146,8 +167,6 @@ class _Bucket:
         size += -size % world_size
         self.sums = [parameters[0].new_zeros(size, requires_grad=False) for _ in range(depth)]
         self.views = [_views(flat, parameters) for flat in self.sums]
-        if world_size > 1:
-            self.received = self.sums[0].new_empty(world_size, size // world_size)
         self.sent = self.sums[0]
         self.work: Any = None
 

@@ -21,6 +21,7 @@ from aliprod.data.training_set import TrainingSet, training_set, write_soft_labe
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
 from aliprod.recipe import Inputs, PerClass, Stage
+from aliprod.store.resumable import ResumableRows
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEED = Feed(torch.device("cpu"), MEAN, STD, "bicubic")
@@ -274,7 +275,7 @@ def known(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Trai
     table = torch.full((32, 4), 0.125)
     table[torch.arange(32), torch.arange(32) % 4] = 0.625
     folder = tmp_path_factory.mktemp("teacher") / "soft"
-    write_soft_labels(folder, packages.train.ids, packages.classes, lambda rows: [table[rows]], {})
+    write_soft_labels(ResumableRows(folder, packages.train.ids, packages.classes, {}, 256), lambda rows: [table[rows]])
     data = training_set(packages, STAGE, Inputs(teachers=(folder,)))
     return replace(data, weights=np.arange(32, dtype=np.float32) / 32)
 

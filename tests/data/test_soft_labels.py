@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aliprod.data.training_set import LARGEST, SoftLabels, spread
-from aliprod.data.training_set import write_soft_labels as write
+from aliprod.data.training_set import LARGEST, SoftLabels, spread, write_soft_labels
 from aliprod.errors import Refused
 from aliprod.store import commit
+from aliprod.store.resumable import ResumableRows
 
 HALF = 2.0**-11  # largest relative rounding error of a normal float16
 
@@ -32,7 +32,8 @@ def names(count: int) -> pa.StringArray:
 def taught(folder: Path, table: Tensor, ids: pa.StringArray | None = None) -> Path:
     """A folder of the soft labels of a table, written in blocks of 3 rows."""
     class_ids = np.arange(table.shape[1]) * 7
-    write(folder, ids or names(len(table)), class_ids, lambda rows: table[rows].split(3), {"job": "net/full"}, 4)
+    rows = ResumableRows(folder, ids or names(len(table)), class_ids, {"job": "net/full"}, 4)
+    write_soft_labels(rows, lambda rows: table[rows].split(3))
     return folder
 
 
@@ -93,9 +94,19 @@ def test_soft_labels_of_other_images_or_classes_or_none_are_refused(tmp_path: Pa
         SoftLabels.open([folder, tmp_path / "none"], names(5), np.arange(4) * 7)
 
 
+def test_parts_of_the_images_are_the_same_bytes_as_all(tmp_path: Path) -> None:
+    table = distributions(3, 14, 9)
+    rows = ResumableRows(tmp_path / "parts", names(14), np.arange(9) * 7, {"job": "net/full"}, 4)
+    for part in range(4):
+        assert commit.read(rows.folder) is None
+        write_soft_labels(rows, lambda rows: table[rows].split(3), (part, 4))
+    assert commit.digests(rows.folder) == commit.digests(taught(tmp_path / "whole", table))
+
+
 def test_a_teacher_that_leaves_images_out_leaves_nothing_behind(tmp_path: Path) -> None:
+    rows = ResumableRows(tmp_path / "a", names(8), np.arange(4), {}, 256)
     with pytest.raises(ValueError, match="6 rows of probabilities for 8 images"):
-        write(tmp_path / "a", names(8), np.arange(4), lambda _: distributions(0, 6, 4).split(3), {})
+        write_soft_labels(rows, lambda _: distributions(0, 6, 4).split(3))
     assert commit.read(tmp_path / "a") is None
     assert not list(tmp_path.iterdir())
 
@@ -105,7 +116,8 @@ KILLED = """
 import json, os, signal, sys, numpy as np, pyarrow as pa, torch
 from pathlib import Path
 from aliprod.store import commit
-from aliprod.data.training_set import write_soft_labels as write
+from aliprod.data.training_set import write_soft_labels
+from aliprod.store.resumable import ResumableRows
 
 root, left = Path(sys.argv[1]), 0
 table = torch.randn(26, 100, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
@@ -123,7 +135,8 @@ def teach(folder):
             with open(folder.parent.with_suffix(".log"), "a") as log:
                 log.write("x" * len(some))
             yield table[some]
-    write(folder, pa.array([str(row) for row in range(26)]), np.arange(100), blocks, {}, 4)
+    rows = ResumableRows(folder, pa.array([str(row) for row in range(26)]), np.arange(100), {}, 4)
+    write_soft_labels(rows, blocks)
 
 def in_child(moment, folder):
     global left

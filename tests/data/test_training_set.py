@@ -26,6 +26,7 @@ from aliprod.errors import Refused
 from aliprod.ingest.prepare import Settings, prepare
 from aliprod.recipe import Inputs, PerClass, PseudoLabels, Stage
 from aliprod.store import commit
+from aliprod.store.resumable import ResumableRows
 
 FEED = Feed(torch.device("cpu"), (0.5,) * 3, (0.25,) * 3, "bicubic")
 PSEUDO = Stage(resize=40, crop=32, batch_size=7, pseudo_labels=PseudoLabels(by=("net/full",), weight=0.25))
@@ -111,14 +112,16 @@ def test_pseudo_labelled_images_of_a_prepared_catalogue_are_its_jpegs(
 def test_teachers_are_asked_about_the_images_of_the_stage(packages: Catalogue, tmp_path: Path) -> None:
     table = torch.rand(32, 4, generator=torch.Generator().manual_seed(0))
     table /= table.sum(dim=1, keepdim=True)
-    write_soft_labels(tmp_path / "soft", packages.train.ids, packages.classes, lambda rows: [table[rows]], {})
+    write_soft_labels(
+        ResumableRows(tmp_path / "soft", packages.train.ids, packages.classes, {}, 256), lambda rows: [table[rows]]
+    )
     few = Stage(images=PerClass(per_class=2))
     data = training_set(packages, few, Inputs(teachers=(tmp_path / "soft",)))
     assert data.teacher is not None
     found = spread(*data.teacher.rows(np.arange(8)), 4)
     torch.testing.assert_close(found, table[base_rows(packages, few)], rtol=0, atol=1e-3)
     part = packages.train.ids.slice(1)
-    write_soft_labels(tmp_path / "part", part, packages.classes, lambda rows: [table[1:]], {})
+    write_soft_labels(ResumableRows(tmp_path / "part", part, packages.classes, {}, 256), lambda rows: [table[1:]])
     with pytest.raises(Refused, match="are soft labels of other images"):
         training_set(packages, Stage(), Inputs(teachers=(tmp_path / "part",)))
 

@@ -65,7 +65,8 @@ def test_a_line_says_what_is_done_what_runs_and_what_is_left(opened: Opened) -> 
 
 def test_a_job_that_waits_for_room_is_told_and_one_that_waits_for_another_is_not() -> None:
     assert live.waiting(STANDING) == {"2 GPUs": 1}
-    assert live.waiting(Standing(STANDING.states, {"net/dcl": "net/full"})) == {}
+    for of_a_job in ("net/full", "net/full, net/accuracy", "net/full soft labels of all images"):
+        assert live.waiting(Standing(STANDING.states, {"net/dcl": of_a_job})) == {}
 
 
 def test_the_forecast_of_the_first_tenth_stands_beside_what_it_took() -> None:

@@ -83,4 +83,5 @@ def test_what_two_drivers_of_a_plan_and_one_of_another_share_is_trained_once_tho
             assert outcome["ensemble"] == outcomes[0]["ensemble"]
     [metrics] = tmp_path.glob(f"jobs/{JOB}/*/{METRICS}")
     assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == [0, 1, 2]
-    assert list((tmp_path / ".leases").iterdir()) == []
+    left = {"plan-other"} if first is started[2] else set()  # nobody is there to take that over
+    assert {path.name for path in (tmp_path / ".leases").iterdir()} == left

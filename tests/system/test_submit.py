@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from aliprod.store.epochs import read
+from aliprod.store.layout import METRICS, newest_step
+from aliprod.tracking.server import reach
+
 ROOT = Path(__file__).resolve().parents[2]
 ONE_JOB = ("--set", 'jobs={efficientnet=["full"]}', "--set", 'ensemble.members=["efficientnet/full"]')
 
@@ -45,6 +49,31 @@ def test_a_submitted_plan_is_run_and_shown_and_says_where_its_results_are(
     again = submit("python", "jobs/ensemble.py", plan, *ONE_JOB, "--storage", results, "--json")
     assert again.returncode == 0, again.stdout + again.stderr
     assert '"submission": ' in again.stdout
+
+
+def test_a_job_that_is_stopped_takes_a_checkpoint_first(cluster: Any, plan: Path, tmp_path: Path) -> None:
+    long = (
+        "--set",
+        "stages.full.epochs=1000",
+        "--set",
+        "cluster.save_every_steps=100000",
+    )  # none but the one asked for
+    runtime = ("--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml")
+    command = ("python", "jobs/run_plan.py", plan, "--storage", tmp_path, *ONE_JOB, *long)
+    ray = ("ray", "job", "submit", "--address", cluster.dashboard, "--submission-id", "stopped", "--no-wait")
+    environment: dict[str, Any] = {"env": cluster.environment, "cwd": ROOT, "capture_output": True, "text": True}
+    subprocess.run([*ray, *runtime, "--", *map(str, command)], check=True, **environment)
+    cluster.until(lambda: list(tmp_path.glob(f"jobs/*/*/*/{METRICS}")))
+    stop = ["ray", "job", "stop", "--address", cluster.dashboard, "stopped"]
+    subprocess.run(stop, check=True, timeout=120, **environment)
+    job = cluster.ask("/api/jobs/stopped")
+    assert (job["status"], job["driver_exit_code"]) == ("STOPPED", 130), job
+    [folder] = tmp_path.glob("jobs/*/*/*")
+    assert (newest_step(folder) or 0) >= 8 * len(read(folder / METRICS)) > 0
+    client = reach(f"sqlite:///{tmp_path / 'mlflow.db'}").client
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert {run.info.status for run in runs} == {"KILLED"}
+    assert cluster.workers() == []
 
 
 def test_a_submitted_plan_that_is_wrong_fails_with_a_sentence(submit: Any, plan: Path) -> None:

@@ -23,6 +23,7 @@ from aliprod.errors import Refused
 from aliprod.models import weights
 from aliprod.recipe import Inputs, Machine, Stage, TrainingJob
 from aliprod.store.layout import newest_step
+from aliprod.store.resumable import ResumableRows
 from aliprod.training import checkpoint
 from aliprod.training.shares import ShareMean
 
@@ -59,7 +60,9 @@ def inputs(packages: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> dic
     start = work_in(folder, Stage(resize=64, crop=64, batch_size=16, precision="float32"))
     assert train(start, packages.root) == 0
     sure = torch.from_numpy(np.eye(4, dtype=np.float32)[packages.train.labels] * 0.6 + 0.1)
-    write_soft_labels(folder / "soft", packages.train.ids, packages.classes, lambda rows: [sure[rows]], {})
+    write_soft_labels(
+        ResumableRows(folder / "soft", packages.train.ids, packages.classes, {}, 256), lambda rows: [sure[rows]]
+    )
     return {
         "classifier": Inputs(start=start.folder / "weights"),
         "distillation": Inputs(teachers=(folder / "soft",)),
