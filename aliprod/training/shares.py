@@ -20,8 +20,8 @@ Losses = dict[str, Tensor]  # scalar parts by name
 T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.14
 
-_BUCKET = 25 * 2**20 // 4  # float32 values that are sent together: DDP's 25 MiB
-_FIRST_BUCKET = 2**20 // 4  # of the gradients that are ready first, as DDP's
+_BUCKET = 8 * 2**20 // 4  # float32 values that are sent together; two such are received into beside the gradients
+_FIRST_BUCKET = 2**20 // 4  # of the gradients that are ready first, as DDP does
 
 
 class ShareMean:
