@@ -102,7 +102,9 @@ def disturbed(folder: Path, seed: int, expected: dict[str, Any], asked: argparse
         finally:
             scene.close()
         plans += 1
-        said = [] if made(scene.storage) == expected else ["OTHER BYTES"]
+        found = made(scene.storage)
+        names = sorted(found.keys() | expected)
+        said = [f"OTHER BYTES: {name}" for name in names if found.get(name) != expected.get(name)]
         said += twice(scene.storage)
         yield from (f"seed {seed}: {line}" for line in said)
         print(f"  plan {plans} of seed {seed}: {', '.join(said) or 'same bytes, nothing twice'}", flush=True)

@@ -95,7 +95,7 @@ class RunState:
             task = replace(self.tasks[target.name], until=time.time())
         else:
             if change.state == "paused":
-                del self.tasks[target.name]
+                self.tasks.pop(target.name, None)  # none where it had not begun
             return None
         self.tasks[target.name] = task
         return task

@@ -139,14 +139,23 @@ def probe(storage: Path, only: str | None = None) -> None:
     done, late = ray.wait(list(refs), num_returns=len(refs), timeout=_PROBE_SECONDS) if refs else ([], [])
     try:
         for ref in done:
-            node, found = refs[ref], ray.get(ref)
+            node, found = refs[ref], _answer(ref)
             answer = folder / node["NodeID"]
+            if found is None and node["NodeID"] not in {one.name for one in nodes()}:
+                continue  # it went while it was asked
             if found != token or not answer.exists() or answer.read_text() != token:
-                _refuse(storage, node, "" if found == token else f" ({found})")
+                _refuse(storage, node, "" if found == token else f" ({found or 'no answer'})")
         for ref in late:
             _refuse(storage, refs[ref], f" (no answer in {_PROBE_SECONDS} s)")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answer(ref: Any) -> str | None:
+    try:
+        return str(ray.get(ref))
+    except ray.exceptions.RayError:
+        return None
 
 
 @ray.remote(num_cpus=0, max_retries=0)

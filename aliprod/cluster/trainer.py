@@ -5,6 +5,7 @@ imports, or waits for that. Here the controller runs in the launcher, which has 
 """
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.logging import LoggingManager
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.api.result import Result
@@ -26,6 +28,13 @@ from aliprod.cluster import session
 from aliprod.cluster.launch import Start
 from aliprod.cluster.worker import train_rank
 from aliprod.training.watchdog import longest
+
+_making = threading.Lock()
+
+
+def _stay_configured(context: TrainRunContext) -> None:
+    """Configure Ray Train's log for the first controller of a process alone: that of another takes away the handlers
+    that the first may be opening a file for, and they wait for each other's locks for ever."""
 
 
 class LightTrainer(TorchTrainer):
@@ -41,7 +50,9 @@ class LightTrainer(TorchTrainer):
         arguments["scaling_policy"] = _FixedSize(self.scaling_config)  # type: ignore[arg-type]  # mypy sees Train V1's
         failures: Any = self.run_config.failure_config
         arguments["failure_policy"] = _OnItsNodes(failures, self.given_up)
-        controller = TrainController(**arguments)
+        with _making:
+            controller = TrainController(**arguments)
+            LoggingManager.configure_controller_logger = _stay_configured  # type: ignore[method-assign]
         asyncio.run(controller.run())
         return controller.get_result()
 

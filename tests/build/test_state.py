@@ -128,6 +128,11 @@ def test_a_paused_job_waits_and_its_task_is_gone(state: RunState) -> None:
     assert state.standing().tasks == ()
 
 
+def test_a_job_may_be_paused_before_it_has_begun(state: RunState) -> None:
+    [paused] = apply(state, "net/full", "paused")
+    assert paused.state == "waiting"
+
+
 def test_how_a_run_stands_is_told_once_a_second_and_is_what_its_file_says(state: RunState, opened: Opened) -> None:
     state.nodes = (Node("a", Resources(2, 0)),)
     apply(state, "net/full", "started", "", ("a", "a"))
