@@ -6,7 +6,7 @@ Importing this module is cheap: neither the driver nor the launcher's first seco
 import os
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -71,7 +71,7 @@ class Launcher:
         self.site = site
         self.stops, self.begun = frozenset[int](), set[int]()
         os.environ |= environment(site.cluster) | os.environ  # what is set already stays
-        _free_places()
+        _free_places("all")
         threading.Thread(target=_import_trainer, daemon=True).start()
 
     def fit(self, start: Start) -> Outcome:
@@ -93,14 +93,19 @@ class Launcher:
         self.begun.add(number)
         return number in self.stops
 
+    @ray.method(concurrency_group="talk")
+    def free(self) -> None:
+        """Let go of the room of ranks of which some can never begin, since their node is gone."""
+        _free_places("lost")
+
 
 def _import_trainer() -> None:
     import aliprod.cluster.trainer  # noqa: F401
 
 
-def _free_places() -> None:
-    """Remove the placement groups of a former life of this actor: its workers ended with it, but Ray would keep their
-    resources until the driver ends."""
+def _free_places(which: Literal["all", "lost"]) -> None:
+    """Remove placement groups of this actor: all of a former life, whose workers ended with it but whose resources Ray
+    would keep until the driver ends; or those that Ray would move from a node that is gone, to no other."""
     from ray._private.state import state  # the public table does not say who made a group
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
     from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -108,5 +113,7 @@ def _free_places() -> None:
     me = ray.get_runtime_context().get_actor_id()
     for raw in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(raw)
-        if group.creator_actor_id.hex() == me and group.state != PlacementGroupTableData.REMOVED:
+        lost = group.state == PlacementGroupTableData.RESCHEDULING
+        there = group.state != PlacementGroupTableData.REMOVED
+        if group.creator_actor_id.hex() == me and (lost if which == "lost" else there):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

@@ -26,6 +26,7 @@ from aliprod.store.lease import Leases
 TICK_SECONDS = 0.2
 _ASK_AGAIN_SECONDS = 5.0
 _PATIENCE_SECONDS = 10.0  # a rank's process starts in as many
+_LOST_SECONDS = 20.0  # in which Ray Train notices that a node is gone, if it ever does
 _PAUSED = Outcome("paused")
 
 
@@ -37,12 +38,14 @@ class Pending:
         refs: Ray's, of what has not ended.
         stopped: it was asked to.
         whole: the task that is left makes all that the others have not.
+        lost: when one of its nodes was seen to be gone.
     """
 
     start: Start
     refs: list[Any]
     stopped: bool = False
     whole: bool = False
+    lost: float = math.inf
 
     @property
     def trains(self) -> bool:
@@ -150,6 +153,10 @@ class RayRunner:
             ray.wait(refs, num_returns=1, timeout=min(patience, TICK_SECONDS))
         else:
             time.sleep(min(patience, TICK_SECONDS))
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for handle in handles:
+            if not alive.issuperset(handle.start.nodes):
+                handle.lost = min(handle.lost, self.now())
         ended = [(handle, outcome) for handle in handles if (outcome := self._outcome(handle))]
         for handle, _ in ended:
             self.leases.release(str(handle.start.target.key))
@@ -209,6 +216,9 @@ class RayRunner:
             for ref in handle.refs:
                 ray.cancel(ref, force=True)
             return self._unfinished(handle, next(outcome for outcome in found if outcome.state != "done"))
+        if handle.trains and self.now() - handle.lost > _LOST_SECONDS:  # Ray Train waits for ranks that cannot begin
+            self.launcher.free.remote()
+            return self._unfinished(handle, _PAUSED)
         if handle.refs:
             return None
         parts = len(start.nodes) > 1 and not handle.trains and not handle.whole

@@ -17,7 +17,7 @@ import ray
 import torch
 from ray._private.state import actors
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterResourceStateReply
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from aliprod.build.graph import targets
 from aliprod.build.room import with_cpus
@@ -169,6 +169,15 @@ def test_a_node_that_comes_later_and_has_another_storage_path_is_not_used_and_to
         driver.until(lambda: bool(driver.runner.refused))
         assert "does not share this storage path" in driver.runner.refused.pop()
         assert driver.runner.nodes() == before
+
+
+def test_a_training_whose_node_goes_before_it_has_begun_is_paused(driver: Driver) -> None:
+    name, process = driver.add(1)
+    work = driver.runner.start(driver.graph()[JOB], [name])
+    driver.until(lambda: any(actor["ActorClassName"] == "RayTrainWorker" for actor in actors().values()))
+    os.killpg(process.pid, signal.SIGKILL)
+    assert driver.until(lambda: False, work) == [(work, Outcome("paused"))]
+    assert not [group for group in placement_group_table().values() if group["state"] in ("CREATED", "RESCHEDULING")]
 
 
 @pytest.fixture(scope="module")
