@@ -18,7 +18,7 @@ def test_data_synth_tells_what_it_rendered(tmp_path: Path) -> None:
 
 def test_data_check_lists_every_problem_and_succeeds(shared: Path) -> None:
     told = answer("data", "check", shared / "data" / "broken")
-    assert set(told) == {"images", "readable", "problems", "classes"}
+    assert set(told) == {"images", "readable", "problems", "classes", "train", "val", "test", "notes"}
     assert 0 < told["readable"] < told["images"]
     assert {frozenset(problem) for problem in told["problems"]} == {frozenset({"path", "problem"})}
     assert "problems." in aliprod("data", "check", shared / "data" / "broken").stdout.splitlines()[-1]
