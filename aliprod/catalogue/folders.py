@@ -15,7 +15,7 @@ from aliprod.errors import Refused
 
 _SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val"}
 _SPLITS |= {"test": "test", "testing": "test"}
-_LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")  # by systems; others of theirs begin with a dot
+_LEFT_BEHIND = ("thumbs.db", "desktop.ini")  # by systems; others of theirs begin with a dot
 
 
 def split_of(name: str) -> str:
@@ -37,7 +37,15 @@ def by_split(root: Path, names: list[str]) -> dict[str, str]:
 
 def split_folders(root: Path) -> dict[str, str]:
     """As `by_split`, of the folders in a catalogue's."""
-    return by_split(root, [entry.name for entry in os.scandir(root) if split_of(entry.name) and entry.is_dir()])
+    return by_split(root, [name for name in folder_names(root) if split_of(name)])
+
+
+def folder_names(folder: Path) -> list[str]:
+    """The names of the folders in a folder, and of links to some, sorted; none where it is none."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:  # os.path.isdir: a ring of links is no folder, and no error
+        return sorted(entry.name for entry in entries if entry.name[0] != "." and os.path.isdir(entry.path))  # noqa: PTH112
 
 
 def from_folders(root: Path, tops: Mapping[str, str], links: Path | None) -> Iterator[Rows]:
@@ -74,15 +82,18 @@ def _add_known(rows: Rows, folder: "_Folder", classes: Numbering) -> None:
 
 def _add(rows: Rows, folder: "_Folder", class_id: int | None, prefix: str = "") -> int:
     """Add the pictures of a folder, name what else is there; how many there are."""
-    before = len(rows.ids)
+    pictures = []
     for name in folder.names:
         if fault := name_fault(name):
             rows.note(f"{folder.path}/{name}", fault, skipped=True)
-        elif not name.lower().endswith(PICTURE_SUFFIXES):
+        elif name.lower().endswith(PICTURE_SUFFIXES):
+            pictures.append(name)
+        elif name.lower() not in _LEFT_BEHIND:
             rows.note(f"{folder.path}/{name}", "its name is not that of a picture")
-        else:
-            rows.add(prefix + name, -1 if class_id is None else class_id, f"{folder.path}/{name}")
-    return len(rows.ids) - before
+    rows.ids += [prefix + name for name in pictures]
+    rows.class_ids += [-1 if class_id is None else class_id] * len(pictures)
+    rows.paths += [f"{folder.path}/{name}" for name in pictures]
+    return len(pictures)
 
 
 class _Folder(NamedTuple):
@@ -95,40 +106,44 @@ class _Folder(NamedTuple):
 
 
 def _folders(rows: Rows, root: Path, top: str, links: Path | None) -> Iterator[_Folder]:
-    """All folders below a split's, itself first, in the order of their names. What lies below a class is named."""
-    seen: set[str] = set()
+    """All folders below a split's, itself first, in the order of their names. What is not read is named."""
+    seen: set[str] = set()  # goals of links
     stack: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root / top),))]
     while stack:
         way, above = stack.pop()
-        path = "/".join(filter(None, (top, way)))
+        path = _joined(top, way)
         names, inner = list[str](), list[tuple[str, tuple[str, ...]]]()
         for entry in os.scandir(root / path):
-            if entry.name.startswith(".") or entry.name.lower() in _LEFT_BEHIND:
+            if entry.name.startswith("."):
                 continue
-            is_link = not entry.is_file(follow_symlinks=False) and entry.is_symlink()
-            if not (os.path.isdir(entry.path) if is_link else entry.is_dir()):  # noqa: PTH112 - a ring is no error
+            if entry.is_file(follow_symlinks=False) or not os.path.isdir(entry.path):  # noqa: PTH112
                 names.append(entry.name)
                 continue
-            real = os.path.realpath(entry.path) if is_link else f"{above[-1]}/{entry.name}"
-            fault = _link_fault(real, root, links, {*seen, *above}) if is_link else ""
-            if fault := name_fault(entry.name) or fault:
-                rows.note("/".join(filter(None, (path, entry.name))), fault, skipped=True)
-                continue
-            if is_link:
+            below, real = _joined(way, entry.name), os.path.realpath(entry.path)
+            fault = name_fault(entry.name)
+            if entry.is_symlink() and not fault:
+                fault = _link_fault(real, (root, links), {*seen, *above})
                 seen.add(real)
-            inner.append((f"{way}/{entry.name}" if way else entry.name, (*above, real)))
+            if fault:
+                rows.note(_joined(top, below), fault, skipped=True)
+            else:
+                inner.append((below, (*above, real)))
         pictures = any(name.lower().endswith(PICTURE_SUFFIXES) for name in names)
         yield _Folder(way, path, sorted(names), bool(way) and (pictures or not inner))
-        if way and pictures:
-            for below, _ in inner:
-                what = "lies in the folder of a class, which has pictures of its own: not read"
-                rows.note("/".join(filter(None, (top, below))), what, skipped=True)
-        else:
+        if not (way and pictures):
             stack += sorted(inner, reverse=True)
+            continue
+        for below, _ in inner:
+            what = "lies in the folder of a class, which has pictures of its own: not read"
+            rows.note(_joined(top, below), what, skipped=True)
 
 
-def _link_fault(real: str, root: Path, links: Path | None, seen: set[str]) -> str:
+def _joined(*parts: str) -> str:
+    return "/".join(filter(None, parts))
+
+
+def _link_fault(real: str, allowed: tuple[Path | None, ...], seen: set[str]) -> str:
     """Why a link to a folder is not followed; '' where it is."""
-    if not any(Path(real).is_relative_to(allowed) for allowed in (root, links) if allowed):
+    if not any(Path(real).is_relative_to(folder) for folder in allowed if folder):
         return "is a link that leads out of the catalogue: not followed, unless `links` names a folder above its goal"
     return "is a link to a folder that is read already: not followed" if real in seen else ""

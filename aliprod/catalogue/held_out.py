@@ -38,7 +38,8 @@ def hold_out(catalogue: Catalogue, share: float, seed: int, kept: Path) -> Catal
     left = np.setdiff1d(np.arange(len(train)), held)
     note = f"there is no val: {len(held):,} of {len(train):,} images are held out as val, {share:.0%} of each class."
     val = replace(train.take(held), split="val")
-    return replace(catalogue, train=train.take(left), val=val, notes=(*catalogue.notes, note))
+    prepared = catalogue.prepared and key_of([catalogue.prepared, key])
+    return replace(catalogue, train=train.take(left), val=val, notes=(*catalogue.notes, note), prepared=prepared)
 
 
 def chosen(groups: Integers, labels: Integers, order: list[int], share: float) -> Integers:

@@ -78,33 +78,37 @@ class Numbering:
         return did_you_mean(written, names)
 
 
+def line_of(file: Path, number: int) -> str:
+    """What a row of a file is called: CSV has lines."""
+    return f"{'line' if file.suffix.lower() in ('.csv', '.tsv') else 'row'} {number}"
+
+
 def of_lines(rows: Rows, lines: Iterable[Line], classes: Numbering, file: Path, base: str = "") -> Rows:
     """Fill ``rows`` with the lines of a file whose paths are below ``base``. Refused: a path is absolute, or a class
     blank."""
     class_of: dict[str, int] = {}
-    unit = "line" if file.suffix.lower() in (".csv", ".tsv") else "row"
     hints = 0
     for line, path, written in lines:
         class_id = classes.number(written) if written or rows.split != "test" else -1
         fault = path_fault(path)
         if fault and (path.startswith(("/", "\\")) or path[1:3] == ":\\"):
             advice = f"Write it relative to the catalogue's folder, such as {PureWindowsPath(path).name}."
-            raise Refused(f"the path {path!r} is absolute.", f"{file}, {unit} {line}", advice)
+            raise Refused(f"the path {path!r} is absolute.", f"{file}, {line_of(file, line)}", advice)
         if not fault and class_id is None:
             if not written:
                 advice = "Write its class, or take the row out."
-                raise Refused(f"the class of {path!r} is blank.", f"{file}, {unit} {line}", advice)
+                raise Refused(f"the class of {path!r} is blank.", f"{file}, {line_of(file, line)}", advice)
             hints += 1
             hint = classes.hint(written) if hints <= _MOST_HINTS else ""
             fault = f"the class {written!r} is not in train. {hint}".rstrip() if classes.words or hint else ""
             fault = fault or class_fault(written)
             if rows.split == "test":
-                rows.note(path, f"{unit} {line} of {file.name}: {fault}: its label is left out")
+                rows.note(path, f"{line_of(file, line)} of {file.name}: {fault}: its label is left out")
                 fault, class_id = "", -1
         if not fault and class_of.setdefault(path, class_id or 0) != (class_id or 0):
             fault = "an earlier row gives it another class, which counts"
         if fault or class_id is None:
-            rows.note(path or file.name, f"{unit} {line} of {file.name}: {fault}", skipped=True)
+            rows.note(path or file.name, f"{line_of(file, line)} of {file.name}: {fault}", skipped=True)
         else:
             rows.add(path, class_id, base + path)
     return rows

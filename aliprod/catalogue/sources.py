@@ -4,7 +4,6 @@ Rows are refused one by one, with a reason; a file that is wrong as a whole ends
 and hardly a file looked for: at 2.5 million rows that is the decoder's business, and check's.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ import numpy as np
 from aliprod.catalogue import annotations, shards
 from aliprod.catalogue.annotations import class_fault, class_number, name_fault
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
-from aliprod.catalogue.folders import by_split, from_folders, split_folders, split_of
+from aliprod.catalogue.folders import by_split, folder_names, from_folders, split_folders, split_of
 from aliprod.catalogue.held_out import hold_out
 from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.rows import ADVICE, Line, Numbering, Rows, assembled, of_lines
@@ -87,8 +86,10 @@ def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
     if "train" in folders:
         return _from_splits(root, folders, reading), True
     if tars := sorted(file.relative_to(root).as_posix() for file in (*root.glob("*.tar"), *root.glob("*/*.tar"))):
+        if outside := [name for name in tars if not _is_inside((root / name).resolve(), (root, reading.links))]:
+            raise Refused("leads out of the catalogue by a link.", root / outside[0], "Name where to in `links`.")
         return assembled(root, root, _from_tars(root, tars)), any(map(_split_of_tar, tars))
-    if not folders and any(entry.is_dir() and not entry.name.startswith(".") for entry in list(os.scandir(root))):
+    if not folders and folder_names(root):
         return assembled(root, root, from_folders(root, {"train": ""}, reading.links)), False
     raise Refused("holds no catalogue.", path, ADVICE)
 
@@ -128,9 +129,7 @@ def _rows_of(file: Path, rows: Rows, folders: dict[int, str]) -> Rows:
 def _class_folders(root: Path, split: str) -> dict[int, str]:
     """The folder of each class: five digits, else the number as it is, else padded in another way."""
     folders: dict[int, str] = {}
-    there = os.scandir(root / split) if (root / split).is_dir() else ()
-    names = sorted(entry.name for entry in there if entry.is_dir())
-    for name in sorted(names, key=lambda name: (len(name) != 5, len(name))):
+    for name in sorted(folder_names(root / split), key=lambda name: (len(name) != 5, len(name))):
         class_id = class_number(name)
         if class_id is not None:
             folders.setdefault(class_id, name)
@@ -148,7 +147,9 @@ def _tables(root: Path, path: Path) -> dict[str, Path]:
     tables = {split: root / name for split, name in by_split(root, [file.name for file in files]).items()}
     if "train" in tables:
         return tables
-    return {"train": files[0]} if len(files) == 1 and "train" not in split_folders(root) else {}
+    train = split_folders(root).get("train")
+    flat = train is None or not (folder_names(root / train) or _metadata(root / train))
+    return {"train": files[0]} if len(files) == 1 and flat else {}
 
 
 def _from_splits(root: Path, folders: Mapping[str, str], reading: Reading) -> Catalogue:
@@ -166,6 +167,10 @@ def _from_splits(root: Path, folders: Mapping[str, str], reading: Reading) -> Ca
 def _metadata(folder: Path) -> Path | None:
     """The table beside the pictures of a split, as Hugging Face's imagefolder has it."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def _is_inside(path: Path, allowed: tuple[Path | None, ...]) -> bool:
+    return any(path.is_relative_to(folder) for folder in allowed if folder)
 
 
 def _from_tars(root: Path, names: list[str]) -> Iterator[Rows]:

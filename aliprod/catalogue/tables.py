@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from aliprod.catalogue import annotations
 from aliprod.catalogue.annotations import path_fault
-from aliprod.catalogue.folders import split_of
-from aliprod.catalogue.rows import Line, Numbering, Rows, of_lines
+from aliprod.catalogue.folders import folder_names, split_of
+from aliprod.catalogue.rows import Line, Numbering, Rows, line_of, of_lines
 from aliprod.errors import Refused, did_you_mean, listing
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -56,8 +56,8 @@ def from_tables(root: Path, tables: Mapping[str, Path], columns: Mapping[str, st
 def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], notes: list[str]) -> dict[str, list[Line]]:
     """The lines of a table, by split."""
     header, cells = (_parquet if file.suffix.lower() == ".parquet" else _csv)(file)
-    chosen = _chosen(file, header, columns, ("path",) if split == "test" else ("path", "class"))
-    if not alone:
+    chosen = _chosen(file, header, columns, ("path",) if split == "test" else ("path", "class", *columns))
+    if not alone:  # each table is a split
         chosen.pop("split", None)
     guessed = [role for role in chosen if role not in columns and chosen[role] != role]
     if guessed:
@@ -75,7 +75,7 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
         ):
             if not (of := split_of(said)):
                 advice = "A split is train, val or test."
-                raise Refused(f"the split of {path!r} is {said!r}.", f"{file}, line {number}", advice)
+                raise Refused(f"the split of {path!r} is {said!r}.", f"{file}, {line_of(file, number)}", advice)
             found.setdefault(of, []).append((number, path, "".join(written).strip()))
     return found
 
@@ -85,12 +85,12 @@ def _chosen(file: Path, header: list[str], columns: Mapping[str, str], needed: I
     such column."""
     known = {name.strip().lower(): name for name in reversed(header)}
     chosen = {role: known[name] for role, names in _GUESSED.items() for name in reversed(names) if name in known}
-    chosen |= columns
-    for role in dict.fromkeys((*needed, *columns)):
+    chosen |= {role: name for role, name in columns.items() if name in header or role in needed}
+    for role in needed:
         if chosen.get(role) not in header:
             name = columns.get(role, role)
             near = did_you_mean(name, header) if role in columns else ""
-            advice = f"The first line should name the columns {' and '.join(needed)}, or `columns` say which they are."
+            advice = f"The first line should name {listing(dict.fromkeys(needed))}, or `columns` say what they are."
             what = f"has no column {name}; its first line says: {listing(header) or 'nothing'}."
             raise Refused(what, f"{file}, line 1", f"{near} {advice}".strip())
     return chosen
@@ -157,6 +157,5 @@ def _base(root: Path, table: Path, split: str, paths: list[str]) -> str:
 
     if own or not sound or there("") == len(sound):
         return own
-    names = (entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    folders = sorted(names, key=lambda name: (split_of(name) != split, name))[:_MOST_FOLDERS]
+    folders = sorted(folder_names(root), key=lambda name: (split_of(name) != split, name))[:_MOST_FOLDERS]
     return max(("", *(f"{name}/" for name in folders)), key=there)

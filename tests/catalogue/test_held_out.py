@@ -10,6 +10,7 @@ from PIL import Image
 
 from aliprod.catalogue.held_out import chosen
 from aliprod.catalogue.sources import Reading, read
+from aliprod.ingest.prepare import Settings, prepare
 
 
 @given(st.data(), st.integers(1, 60), st.floats(0.01, 0.5))
@@ -72,3 +73,11 @@ def test_only_what_is_said_is_held_out_of_a_catalogue_with_splits(photos: Path) 
     found = read(photos, Reading(val=0.1, kept=kept))
     assert len(found.val) == 1
     assert any("nothing is held out" in note for note in found.notes)
+
+
+def test_a_split_of_a_prepared_catalogue_has_a_fingerprint_of_its_own(photos: Path) -> None:
+    *_, _ = prepare(photos, photos.parent / "out", Settings(), reading=Reading(val=0))
+    whole = read(photos.parent / "out")
+    some = [read(photos.parent / "out", Reading(val=0.2, seed=seed, kept=photos.parent / "k")) for seed in (0, 0, 1)]
+    assert [len(one.val) for one in (whole, *some)] == [0, 4, 4, 4]
+    assert len({one.fingerprint for one in (whole, *some)}) == 3

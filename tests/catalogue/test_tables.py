@@ -105,3 +105,14 @@ def test_parquet_with_pictures_or_gaps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="blank") as refused:
         read(tmp_path)
     assert refused.value.where.endswith("train.parquet, row 1")
+
+
+def test_a_table_beside_flat_pictures_gives_them_their_classes(tmp_path: Path) -> None:
+    found = read(table(tmp_path, "image,label\na.jpg,1\nb.jpg,2\n", "labels.csv", "train"), Reading(val=0))
+    assert found.train.paths.to_pylist() == ["train/a.jpg", "train/b.jpg"]
+
+
+def test_a_test_table_need_not_have_the_columns_of_train(tmp_path: Path) -> None:
+    table(tmp_path, "image,species\na.jpg,1\n")
+    found = read(table(tmp_path, "image\nb.jpg\n", "test.csv"), Reading({"class": "species"}))
+    assert (len(found.test), found.test_labels) == (1, None)

@@ -94,3 +94,12 @@ def test_links_and_pipes_in_a_tar_are_no_pictures(tmp_path: Path) -> None:
             info.type, info.linkname = kind, "/etc/hostname"
             file.addfile(info)
     assert len(read(tmp_path).train) == 2
+
+
+def test_a_tar_that_a_link_brings_in_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+    tar(tmp_path / "store" / "train.tar", samples(2))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "train.tar").symlink_to(tmp_path / "store" / "train.tar")
+    with pytest.raises(Refused, match="link"):
+        read(tmp_path / "photos")
+    assert len(read(tmp_path / "photos", Reading(links=tmp_path / "store")).train) == 2
