@@ -114,14 +114,15 @@ def _folders(rows: Rows, root: Path, top: str, links: Path | None) -> Iterator[_
         path = _joined(top, way)
         names, inner = list[str](), list[tuple[str, tuple[str, ...]]]()
         for entry in os.scandir(root / path):
-            if entry.name.startswith("."):
+            name = entry.name
+            if name[0] == ".":
                 continue
             if entry.is_file(follow_symlinks=False) or not os.path.isdir(entry.path):  # noqa: PTH112
-                names.append(entry.name)
+                names.append(name)
                 continue
-            below, real = _joined(way, entry.name), os.path.realpath(entry.path)
-            fault = name_fault(entry.name)
+            below, real, fault = _joined(way, name), f"{above[-1]}/{name}", name_fault(name)
             if entry.is_symlink() and not fault:
+                real = os.path.realpath(entry.path)
                 fault = _link_fault(real, (root, links), {*seen, *above})
                 seen.add(real)
             if fault:
