@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from aliprod.build.target import Cost, Made, Resources, Site, Target, powers_of_two
-from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.errors import Refused
 from aliprod.plan.jobs import Job
@@ -98,7 +97,7 @@ def _hash(target: Target, site: Site) -> Made:
     from aliprod.data.duplicates import write_hashes
 
     processes = site.cluster.threads
-    images = sources.read(site.catalogue).train
+    images = site.read().train
     write_hashes(target.folder(site.storage), images, processes if processes > 1 else 0)
     return ()
 
@@ -111,7 +110,7 @@ def _filter(target: Target, site: Site) -> Made:
     rule, processes = target.owner.stage.duplicates, site.cluster.loader_processes
     if rule == "keep":
         raise ValueError(f"{target.owner.name} filters no duplicates")
-    catalogue, folder = sources.read(site.catalogue), target.folder(site.storage)
+    catalogue, folder = site.read(), target.folder(site.storage)
     write_kept_rows(folder, rule, catalogue, hashed.folder(site.storage), parent, processes)
     return ()
 
@@ -125,7 +124,7 @@ def _teach(target: Target, site: Site) -> Made:
 
     torch.set_num_threads(site.cluster.threads)
     [teacher] = target.needs["teacher"]
-    catalogue, stage = sources.read(site.catalogue), target.owner.stage
+    catalogue, stage = site.read(), target.owner.stage
     images = catalogue.train if _images(stage) == "all" else catalogue.train.take(base_rows(catalogue, stage))
     model = ready(teacher.folder(site.storage), site.cluster.loader_processes)
 

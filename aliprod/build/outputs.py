@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aliprod.build.target import Cost, Made, Resources, Site, Target, powers_of_two
-from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
@@ -116,7 +115,7 @@ def _predict(target: Target, site: Site) -> Made:
 
     torch.set_num_threads(site.cluster.threads)
     record = dict(target.facts or {})
-    catalogue, split = sources.read(site.catalogue), record["split"]
+    catalogue, split = site.read(), record["split"]
     [weights] = target.needs["weights"]
     model = ready(weights.folder(site.storage), site.cluster.loader_processes)
     images: Images = getattr(catalogue, split)

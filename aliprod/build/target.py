@@ -5,8 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aliprod.catalogue import sources
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.sources import PLAIN, Reading
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
+from aliprod.plan.places import catalogue_path, catalogue_reading
 from aliprod.plan.schema import Cluster
 from aliprod.recipe import Views, never
 from aliprod.store import commit
@@ -29,7 +33,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a target is made: paths that every node sees, and the plan's [cluster].
+    """Where a target is made: paths that every node sees, how the catalogue is read, and the plan's [cluster].
 
     Attributes:
         stop: whether the work is to end early; what can go on from a checkpoint writes one.
@@ -43,6 +47,7 @@ class Site:
     stop: Callable[[], bool] = never
     part: tuple[int, int] = (0, 1)
     driver: str = ""
+    reading: Reading = PLAIN
 
     @classmethod
     def of(cls, opened: Opened) -> "Site":
@@ -51,7 +56,13 @@ class Site:
         Raises:
             Refused: its catalogue is not there.
         """
-        return cls(opened.places.storage, opened.read_catalogue().root, opened.plan.cluster)
+        opened.read_catalogue()
+        path, reading = catalogue_path(opened.plan, opened.places), catalogue_reading(opened.plan, opened.places)
+        return cls(opened.places.storage, path.resolve(), opened.plan.cluster, reading=reading)
+
+    def read(self) -> Catalogue:
+        """The catalogue, as the plan says it is to be read. Refused: as `sources.read`."""
+        return sources.read(self.catalogue, self.reading)
 
 
 @dataclass(frozen=True)

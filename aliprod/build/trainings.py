@@ -7,7 +7,6 @@ from typing import Any
 
 from aliprod.build.inputs import images_of
 from aliprod.build.target import Cost, Metrics, Resources, Site, Target, powers_of_two
-from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.epoch_size import epoch_size
 from aliprod.plan import options
@@ -71,7 +70,7 @@ def _train(target: Target, site: Site) -> Iterator[Metrics]:
     job, folder = target.owner, target.folder(site.storage).parent
     inputs = inputs_of(target, site)
     work = TrainingJob(job.name, str(job.key), job.network, job.stage, folder, inputs, site.cluster)
-    for progress in run(work, sources.read(site.catalogue), site.stop):
+    for progress in run(work, site.read(), site.stop):
         if progress.last is not None:
             yield {"epoch": progress.state.epoch, **progress.metrics}
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from aliprod.catalogue.decode import Unreadable
 from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.shards import Store
+from aliprod.catalogue.tars import Tars
 
 Integers = NDArray[np.int64]
 
@@ -34,8 +35,8 @@ class Images:
 
     ``ids``: unique in the split: the image id, or ``CLASS/IMAGE_ID`` where it occurs under two classes.
     ``labels``: (N,) int64 rows of the catalogue's class list, -1 unknown. ``paths``: below ``root``, with ``/``.
-    ``store``: of a prepared catalogue, whose ``paths`` are its ids, and ``places`` the rows there; None: row by row.
-    ``remote``: where the files are, if not on this machine.
+    ``store``: of a prepared catalogue, whose ``paths`` are its ids, or tars; ``places``: the rows there; None: files.
+    ``remote``: where the files are, if not on this machine. ``links``: a folder that links may lead below, beside root.
     """
 
     split: str
@@ -43,9 +44,10 @@ class Images:
     labels: Integers
     paths: pa.StringArray
     root: Path
-    store: Store | None = None
+    store: Store | Tars | None = None
     places: Integers | None = None
     remote: RemoteFolder | None = None
+    links: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,9 +57,9 @@ class Images:
         catalogue's folder."""
         base = os.path.realpath(self.root)
         target = os.path.realpath(os.path.join(base, self.paths[row].as_py()))  # noqa: PTH118 - half the time, a row
-        if os.path.commonpath((base, target)) != base:
-            raise Unreadable("is a link that leads out of the catalogue's folder")
-        return Path(target)
+        if os.path.commonpath((base, target)) == base or (self.links and Path(target).is_relative_to(self.links)):
+            return Path(target)
+        raise Unreadable("is a link that leads out of the catalogue's folder (`links` names one that it may lead to)")
 
     @property
     def location(self) -> str:
@@ -65,9 +67,9 @@ class Images:
         return self.remote.shown if self.remote else str(self.root)
 
     def source(self, row: int) -> Path | bytes:
-        """The picture of a row, as `decode` takes it: its file, the content of a remote one, or the JPEG in a shard.
+        """The picture of a row, as `decode` takes it: its file, the content of a remote one, or of a shard or tar.
 
-        It raises as `path`, `RemoteFolder.content` and `shards.Store.jpeg` do.
+        It raises as `path`, `RemoteFolder.content` `shards.Store.jpeg` and `Tars.jpeg` do.
         """
         if self.remote:
             return self.remote.content(self.paths[row].as_py())
@@ -87,7 +89,7 @@ class Images:
         ids = self.ids.take(taken)
         paths = ids if self.paths is self.ids else self.paths.take(taken)
         places = None if self.store is None else chosen if self.places is None else self.places[chosen]
-        return Images(self.split, ids, self.labels[chosen], paths, self.root, self.store, places, self.remote)
+        return replace(self, ids=ids, labels=self.labels[chosen], paths=paths, places=places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,7 @@ class Catalogue:
     ``test_labels``: (N_test,) int64 rows of ``classes``, -1 unknown; None without test_labels.json.
     ``ancestor``: (L, K) int64 node of every class on every level, the last the classes themselves; None without a tree.
     ``problems``: rows that were left out, and why; whether the files can be read is another question (check.py).
+    ``notes``: what was taken for granted in reading it, for people.
     """
 
     root: Path
@@ -109,12 +112,21 @@ class Catalogue:
     test_labels: Integers | None
     ancestor: Integers | None
     problems: tuple[Flaw, ...]
+    notes: tuple[str, ...] = ()
     prepared: str = ""  # the fingerprint of a prepared catalogue, which covers the checksums of its shards
 
     @property
     def splits(self) -> tuple[Images, Images, Images]:
         """Train, val and test."""
         return self.train, self.val, self.test
+
+    @property
+    def remarks(self) -> Iterator[str]:
+        """What a person should know before it is used: what was taken for granted, and what is not used."""
+        yield from self.notes
+        if skipped := [flaw for flaw in self.problems if flaw.skipped]:
+            first = f"{skipped[0].path}: {skipped[0].problem}"
+            yield f"{first} ({len(skipped):,} such in all are not used: `aliprod data check` names them)"
 
     @property
     def num_classes(self) -> int:

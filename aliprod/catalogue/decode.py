@@ -54,16 +54,19 @@ class Unreadable(Exception):
     """Not a picture that can be used; the text is the reason."""
 
 
-def decode(source: Path | bytes) -> Image.Image:
+def decode(source: Path | bytes, least: int = 0) -> Image.Image:
     """A picture as it is to be seen: RGB, 8 bits, turned by its EXIF orientation, alpha laid on white.
 
-    Of an animation the first frame. All of the file is decoded: half a JPEG is no picture. Safe in threads.
+    Of an animation the first frame. All of the file is decoded: half a JPEG is no picture. Safe in threads. With
+    ``least`` a JPEG may come at an eighth of its size, its sides no shorter than that: several times as fast.
 
     Raises:
         Unreadable: no such file, none of the six formats, damaged, or of a size that is refused.
     """
     image = opened(source)
     try:
+        if least:
+            image.draft(None, (least, least))
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
         rgb = _as_rgb(image)

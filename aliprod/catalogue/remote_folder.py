@@ -71,7 +71,10 @@ class RemoteFolder:
                 continue
             is_folder = info.type == fs.FileType.Directory
             (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
-            if not is_folder and "/" not in name and name.endswith((".json", ".csv")):
+            if name.endswith(".tar"):
+                continue
+            table = name.endswith((".json", ".csv", ".tsv", ".parquet"))
+            if not is_folder and table and ("/" not in name or target.stem == "metadata"):
                 target.write_bytes(self.content(name))
             elif not is_folder and names_matter:
                 target.touch()

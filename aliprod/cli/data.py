@@ -3,14 +3,17 @@
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from aliprod.cli.flags import answer, cores, json_flag, path
+from aliprod.cli.flags import answer, cores, json_flag, path, takes
+from aliprod.errors import Refused
 
 if TYPE_CHECKING:
+    from aliprod.catalogue.sources import Reading
     from aliprod.ingest.prepare import PreparedCatalogue, PrepareProgress
 
 
@@ -39,10 +42,41 @@ def synth_command(out: Path, classes: int, images: int, seed: int) -> None:
     answer(counts, "{path}: {classes} classes, {train} train, {val} val, {test} test images".format(**counts))
 
 
+@dataclass(frozen=True)
+class AskedReading:
+    """What the commands that read a catalogue without a plan are told of it, as [catalogue] in a plan would."""
+
+    column: tuple[str, ...]
+    val: float | None
+    seed: int
+    links: Path | None
+
+    def reading(self) -> "Reading":
+        """How it is to be read. Refused: a column that is none."""
+        from aliprod.catalogue.sources import Reading
+
+        columns = dict(text.partition("=")[::2] for text in self.column)
+        if wrong := [role for role, name in columns.items() if role not in ("path", "class", "split") or not name]:
+            advice = "Say --column path=NAME, --column class=NAME or --column split=NAME."
+            raise Refused("names no column.", f"--column {wrong[0]}", advice)
+        return Reading(columns, self.val, self.seed, self.links)
+
+
+takes_reading = takes(
+    AskedReading,
+    click.option("--column", multiple=True, metavar="ROLE=NAME", help="Of a table: path, class or split."),
+    click.option("--val", type=click.FloatRange(0, 0.5), help="Share to hold out where there is no val."),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of what is held out."),
+    click.option("--links", type=path, help="Folder below which links may lead, too."),
+)
+
+
 @data_group.command("check")
+@takes_reading
 @click.argument("catalogue", metavar="PATH", type=path)
+@click.option("--strict", is_flag=True, help="Exit with 1 where anything is wrong.")
 @json_flag
-def check_command(catalogue: Path) -> None:
+def check_command(asked: AskedReading, catalogue: Path, strict: bool) -> None:
     """Read every image of a catalogue and list what is wrong with it.
 
     \b
@@ -50,13 +84,18 @@ def check_command(catalogue: Path) -> None:
     """
     from aliprod.ingest.check import check
 
-    report = check(catalogue, cores()).as_json()
+    report = check(catalogue, cores(), asked.reading()).as_json()
     lines = [f"{problem['path']}: {problem['problem']}" for problem in report["problems"]]
-    readable = f"{report['readable']} of {report['images']} images are readable"
-    answer(report, "\n".join([*lines, f"{readable}, {report['classes']} classes, {len(lines)} problems."]))
+    splits = ", ".join(f"{report[split]} {split}" for split in ("train", "val", "test"))
+    readable = f"{report['readable']} of {report['images']} images are readable ({splits})"
+    last = f"{readable}, {report['classes']} classes, {len(lines)} problems."
+    answer(report, "\n".join([*report["notes"], *lines, last]))
+    if strict and lines:
+        click.get_current_context().exit(1)
 
 
 @data_group.command("prepare")
+@takes_reading
 @click.argument("catalogue")
 @click.argument("out")
 @click.option("--short-side", default=512, show_default=True, type=click.IntRange(8), help="Pixels, at most.")
@@ -65,7 +104,9 @@ def check_command(catalogue: Path) -> None:
     "--max-skipped", default=0.5, show_default=True, type=click.FloatRange(0, 1), help="Share that may be unreadable."
 )
 @json_flag
-def prepare_command(catalogue: str, out: str, short_side: int, quality: int, max_skipped: float) -> None:
+def prepare_command(
+    asked: AskedReading, catalogue: str, out: str, short_side: int, quality: int, max_skipped: float
+) -> None:
     """Read every image once and write it, upright RGB of a bounded size, into Parquet shards to train from.
 
     What cannot be read is skipped and listed. A call that was killed goes on where it was: start it again.
@@ -76,7 +117,7 @@ def prepare_command(catalogue: str, out: str, short_side: int, quality: int, max
     """
     from aliprod.ingest.prepare import Settings, prepare
 
-    done = _watched(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores()))
+    done = _watched(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores(), asked.reading()))
     answer(done.as_json(), done.text())
 
 

@@ -102,6 +102,8 @@ class Asked:
         opened = open_plan(request)
         if opened.note:
             click.echo(opened.note, err=True)
+        for remark in opened.catalogue.remarks if opened.catalogue else ():
+            click.echo(remark, err=True)
         return opened
 
     def benchmark(self) -> str:

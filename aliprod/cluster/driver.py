@@ -268,6 +268,8 @@ def _opened(request: Request) -> Generator[Event, None, Opened]:
     path = catalogue_path(plan, places)
     yield Said(f"{'Reading' if path.exists() else 'Rendering'} the catalogue {path}.")
     opened = prepare(request)
+    for remark in opened.read_catalogue().remarks:
+        yield Said(remark)
     yield Began(opened)
     return opened
 

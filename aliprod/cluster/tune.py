@@ -15,7 +15,6 @@ from aliprod.build.preflight import make_first, prepare
 from aliprod.build.room import uses_gpu, with_cpus
 from aliprod.build.target import Site, Target
 from aliprod.build.trainings import inputs_of
-from aliprod.catalogue import sources
 from aliprod.cluster import session
 from aliprod.errors import Failed, NonFiniteLoss, Refused, did_you_mean
 from aliprod.plan.open import Opened, Request
@@ -156,7 +155,7 @@ def _try(rates: dict[str, float], target: Target, site: Site, stage: Stage) -> N
     from aliprod.training.loop import train
 
     stage = stage.model_copy(update={"lr": stage.lr.model_copy(update=rates)})
-    catalogue, inputs = sources.read(site.catalogue), inputs_of(target, site)
+    catalogue, inputs = site.read(), inputs_of(target, site)
     try:
         for progress in train(stage, target.owner.network, catalogue, inputs, site.cluster):
             if progress.last is not None:

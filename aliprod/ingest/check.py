@@ -11,26 +11,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from PIL.Image import Image
 
 from aliprod.catalogue.annotations import PICTURE_SUFFIXES, printable
-from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
+from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.catalogue.decode import Unreadable, animated, content_of, decode
-from aliprod.catalogue.sources import read
+from aliprod.catalogue.sources import PLAIN, Reading, read
 from aliprod.errors import listing
 from aliprod.processes import pool
 
 _CHUNK = 64  # images that a process is handed at once
+_GROUP = 4  # images of one class in a batch of LIO, by default: one and its positives
 
 
 @dataclass(frozen=True)
 class Report:
-    """``images`` of the catalogue (all splits), how many of them can be read, and what is wrong with it."""
+    """``images`` of the catalogue (all splits), how many of them can be read, and what is wrong with it.
+
+    ``train``, ``val``, ``test``: images of each. ``notes``: what was taken for granted, which is nothing wrong.
+    """
 
     images: int
     readable: int
     problems: tuple[Flaw, ...]
     classes: int
+    train: int
+    val: int
+    test: int
+    notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """For ``aliprod data check --json``."""
@@ -47,33 +56,57 @@ class _Look(NamedTuple):
     digest: bytes
 
 
-def check(path: Path, processes: int) -> Report:
+def check(path: Path, processes: int, reading: Reading = PLAIN) -> Report:
     """Read every image of a catalogue with so many processes, each of which holds one picture.
 
     Raises:
         Refused: as `sources.read`. Failed: a process died of a picture; it names those that it was reading.
     """
-    catalogue = read(path)
+    catalogue = read(path, reading)
     chunks = (chunk for images in catalogue.splits for chunk in images.chunks(_CHUNK))
     with pool(processes if sum(map(len, catalogue.splits)) > _CHUNK else 1) as readers:
         advice = "Try fewer processes, or take out the picture that kills it."
         looks = list(chain.from_iterable(readers.ordered_map(_looks, chunks, first_picture, advice)))
     readable = np.array([bool(look.digest) for look in looks], bool)
-    labels = catalogue.train.labels[readable[: len(catalogue.train)]]
-    empty = np.setdiff1d(np.arange(catalogue.num_classes), labels)
-    names = listing(map(str, catalogue.classes[empty].tolist()))
     return Report(
         images=len(looks),
         readable=int(readable.sum()),
         classes=catalogue.num_classes,
+        train=len(catalogue.train),
+        val=len(catalogue.val),
+        test=len(catalogue.test),
+        notes=(*catalogue.notes, *_small(catalogue)),
         problems=(
             *catalogue.problems,
             *filter(None, (look.flaw for look in looks)),
             *_twins([look for look in looks if look.digest]),
-            *([Flaw("train", f"no image of {len(empty):,} classes can be read: {names}")] if len(empty) else ()),
+            *_without(catalogue, readable),
             *not_listed(catalogue),
         ),
     )
+
+
+def _without(catalogue: Catalogue, readable: NDArray[np.bool_]) -> Iterator[Flaw]:
+    """Classes without an image that can be read, in train or in val."""
+    start = 0
+    for images in (catalogue.train, catalogue.val):
+        seen = images.labels[readable[start : start + len(images)]]
+        start += len(images)
+        lacking = np.setdiff1d(np.arange(catalogue.num_classes), seen)
+        if len(images) and len(lacking):
+            counted = "1 class" if len(lacking) == 1 else f"{len(lacking):,} classes"
+            yield Flaw(images.split, f"no image of {counted} can be read: {_listed(catalogue, lacking)}")
+
+
+def _small(catalogue: Catalogue) -> Iterator[str]:
+    few = np.flatnonzero(catalogue.class_counts < _GROUP)
+    if len(few):
+        yield f"LIO shows {_GROUP} images of a class side by side: too few of {_listed(catalogue, few)}."
+
+
+def _listed(catalogue: Catalogue, labels: Integers) -> str:
+    """Classes by name, else by number."""
+    return listing(printable(catalogue.names[label]) or str(catalogue.classes[label]) for label in labels.tolist())
 
 
 def first_picture(images: Images) -> str:
@@ -115,18 +148,18 @@ def _twins(looks: list[_Look]) -> Iterator[Flaw]:
 
 
 def _twins_among(group: list[_Look]) -> Iterator[Flaw]:
+    """A leak is told once, of an image that is not trained on; else each picture with its twin."""
     of_split = {look.split: look for look in reversed(group)}  # the first of each
     of_label = {look.label: look for look in reversed(group)}
+    more = f" and {len(group) - 2:,} more" if len(group) > 2 else ""
+    if len(of_split) > 1:
+        twin, look, *_ = (of_split[split] for split in ("train", "val", "test") if split in of_split)
+        yield Flaw(look.path, f"has the bytes of {twin.path}{more}: a leak between {look.split} and {twin.split}")
+        return
     for look in group:
-        elsewhere = next((other for split, other in of_split.items() if split != look.split), None)
         relabelled = next((other for label, other in of_label.items() if label != look.label), None)
-        if elsewhere:
-            twin, harm = elsewhere, f"a leak between {look.split} and {elsewhere.split}"
-        elif relabelled:
-            twin, harm = relabelled, "one picture, two labels"
-        else:
-            twin, harm = (group[1] if look is group[0] else group[0]), "the same picture twice"
-        more = f" and {len(group) - 2:,} more" if len(group) > 2 else ""
+        twin = relabelled or (group[1] if look is group[0] else group[0])
+        harm = "one picture, two labels" if relabelled else "the same picture twice"
         yield Flaw(look.path, f"has the bytes of {twin.path}{more}: {harm}")
 
 
@@ -148,4 +181,6 @@ def _pictures(root: Path, top: str) -> Iterator[str]:
     if (root / top).resolve().is_relative_to(root):
         for folder, _, names in os.walk(root / top):  # follows no links
             relative = Path(folder).relative_to(root).as_posix()
-            yield from sorted(f"{relative}/{name}" for name in names if name.lower().endswith(PICTURE_SUFFIXES))
+            yield from sorted(
+                f"{relative}/{name}" for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."
+            )

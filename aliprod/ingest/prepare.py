@@ -29,7 +29,7 @@ from aliprod.catalogue.annotations import renumbered
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.catalogue.decode import LEAST_SIDE, decode_anyway, plain_jpeg
 from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
-from aliprod.catalogue.sources import read
+from aliprod.catalogue.sources import PLAIN, Reading, read
 from aliprod.errors import Refused
 from aliprod.ingest.check import first_picture, judged, not_listed
 from aliprod.processes import Pool, pool
@@ -97,7 +97,12 @@ class PreparedCatalogue:
 
 
 def prepare(
-    path: str | Path, out: str | Path, settings: Settings, max_skipped: float = 0.5, processes: int = 1
+    path: str | Path,
+    out: str | Path,
+    settings: Settings,
+    max_skipped: float = 0.5,
+    processes: int = 1,
+    reading: Reading = PLAIN,
 ) -> Iterator[PrepareProgress | PreparedCatalogue]:
     """Write the shards of a catalogue; what is written already, by a call that was killed, is verified and kept.
 
@@ -109,12 +114,10 @@ def prepare(
         processes: that work side by side; they change no byte.
     Raises:
         Refused: as `sources.read`; too much is unreadable, then nothing is left behind; ``out`` holds something else.
-        StorageFull: no room; what is done is kept.
-        Unreachable: of a URI; what is done is kept.
-        Failed: a process died of a picture.
+        StorageFull, Unreachable (of a URI), Failed (a process died of a picture): what is done is kept.
     """
     source, target = folder_at(path), folder_at(out)
-    with _catalogue(source) as catalogue:
+    with _catalogue(source, reading) as catalogue:
         if isinstance(target, Path):
             local = target.resolve()
         elif (says := target.manifest()) is not None:
@@ -136,15 +139,13 @@ def prepare(
 
 
 @contextmanager
-def _catalogue(source: Path | RemoteFolder) -> Iterator[Catalogue]:
+def _catalogue(source: Path | RemoteFolder, reading: Reading) -> Iterator[Catalogue]:
     if isinstance(source, Path):
-        yield read(source)
+        yield read(source, reading)
         return
     with tempfile.TemporaryDirectory(prefix="aliprod-") as folder:
         source.outline(Path(folder))
-        found = read(Path(folder))
-        train, val, test = (replace(images, remote=source) for images in found.splits)
-        yield replace(found, train=train, val=val, test=test)
+        yield read(Path(folder), reading, source)
 
 
 def _prepare(
@@ -173,10 +174,10 @@ class _Run:
     def __init__(self, catalogue: Catalogue, work: Path, settings: Settings, max_skipped: float, makers: Pool) -> None:
         self.catalogue, self.work, self.settings, self.makers = catalogue, work, settings, makers
         self.max_skipped = max_skipped
-        self.problems = [*catalogue.problems, *not_listed(catalogue)]
+        notes = (Flaw(catalogue.root.name, note) for note in catalogue.notes)
+        self.problems = [*notes, *catalogue.problems, *not_listed(catalogue)]
         self.images = self.broken = sum(flaw.skipped for flaw in self.problems)
-        self.of = self.images + sum(map(len, catalogue.splits))
-        self.found = 0
+        self.of, self.found = self.images + sum(map(len, catalogue.splits)), 0
         self.sizes: dict[str, list[tuple[int, int]]] = {}  # of each split: rows and bytes of JPEG in each shard
 
     def write(self, out: Path) -> Iterator[PrepareProgress]:

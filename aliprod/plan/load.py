@@ -18,6 +18,7 @@ from aliprod.plan.source import Key, Source, absolute, dotted, odd_values, read,
 from aliprod.recipe import Stage
 
 MOST_PROBLEMS = 20
+_PATHS = (("catalogue", "path"), ("catalogue", "links"), ("cluster", "storage"))
 _STAND_IN: dict[str, Any] = {"format": 1, "name": "plan", "catalogue": {"path": "."}}  # lets the rest be checked
 
 
@@ -122,7 +123,7 @@ def _objective(name: str, given: Settings, at: Key) -> Iterator[Problem]:
 
 def _make_paths_absolute(source: Source) -> None:
     paths = [((*key, "pretrained"), table) for key, table in _layers(source.data)]
-    paths += [((name, key), source.data.get(name, {})) for name, key in (("catalogue", "path"), ("cluster", "storage"))]
+    paths += [((name, key), source.data.get(name, {})) for name, key in _PATHS]
     for key, table in paths:
         setting = str(key[-1])
         if isinstance(value := table.get(setting), str):

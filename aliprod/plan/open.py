@@ -9,7 +9,7 @@ from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Refused
 from aliprod.plan.jobs import Job, jobs_of
-from aliprod.plan.places import Places, catalogue_path
+from aliprod.plan.places import Places, catalogue_path, catalogue_reading
 from aliprod.plan.schema import Cluster, Plan
 from aliprod.store import commit, epochs
 from aliprod.store.layout import METRICS, WEIGHTS, job_folder
@@ -85,6 +85,6 @@ def open_plan(request: Request) -> Opened:
         Refused: what is there is no catalogue.
     """
     path, plan = catalogue_path(request.plan, request.places), request.plan
-    catalogue = sources.read(path) if path.exists() else None
+    catalogue = sources.read(path, catalogue_reading(plan, request.places)) if path.exists() else None
     prints = (catalogue.fingerprint, catalogue.tree_fingerprint) if catalogue else (None, "")
     return Opened(plan, request.text, request.places, catalogue, jobs_of(plan, *prints))

@@ -56,10 +56,25 @@ class CatalogueSource(Frozen):
     """The annotated images: where they lie, or how to render them."""
 
     path: Text | None = Field(
-        None, description="AliProducts layout, ImageFolder, CSV or prepared; relative to the plan's file"
+        None,
+        description="a folder in any layout that docs/catalogues.md names, or a table; relative to the plan's file",
     )
     synth: Synth | None = Field(
         None, description="without a path: { classes, images, seed }, rendered in the storage folder at the first run"
+    )
+    columns: dict[Literal["path", "class", "split"], Text] = Field(
+        {}, description='of its tables, where they have other names: { path = "image", class = "label", split = "set" }'
+    )
+    val: float | None = Field(
+        None,
+        ge=0,
+        le=0.5,
+        description="share of the images of each class that is held out where there is no val; without it 0.1 where "
+        "there is no split at all, else nothing",
+    )
+    seed: int = Field(0, ge=0, description="of what is held out")
+    links: Text | None = Field(
+        None, description="folder below which links in the catalogue may lead, beside its own; relative as path is"
     )
 
     @model_validator(mode="after")
@@ -167,7 +182,9 @@ class Plan(Frozen):
     @property
     def digest(self) -> str:
         """sha256 of all that it says of its results, overrides included."""
-        return key_of(self.model_dump(mode="json", exclude={"cluster", "tune"}))
+        own = self.catalogue.model_fields_set | {"path", "synth"}  # what was added later, and is not said, is left out
+        of_catalogue = self.catalogue.model_dump(mode="json", include=own)
+        return key_of(self.model_dump(mode="json", exclude={"cluster", "tune"}) | {"catalogue": of_catalogue})
 
     def stage(self, backbone: str, name: str) -> Stage:
         """The effective stage of a job: everything merged, the objective's options completed."""

@@ -3,6 +3,7 @@
 jobs/BACKBONE/STAGE/KEY/    metrics.jsonl, resume/, last/, weights/ (its commit record says that the job is finished),
                             kept/, probabilities/, labels that it made or took
 hashes/FINGERPRINT/         of a catalogue's training images
+held-out/KEY/               which images of a catalogue without val were held out as val
 pretrained/NETWORK/         ImageNet weights
 .leases/                    who is at work on which plan and job
 PLAN/                       submission.csv, result.json, ensemble/, ...: what people open
@@ -11,6 +12,7 @@ PLAN/                       submission.csv, result.json, ensemble/, ...: what pe
 from pathlib import Path
 
 METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
+HELD_OUT = "held-out"
 PACE = "pace.json"  # beside the checkpoints: how far a job is, and how fast
 MODEL = "model.safetensors"  # in a folder of weights
 

@@ -240,9 +240,7 @@ def test_a_csv_names_paths_and_classes_by_number_or_by_word(tmp_path: Path) -> N
     assert ["line 3 of val.csv" in problem.problem for problem in catalogue.problems] == [True]
 
 
-@pytest.mark.parametrize(
-    "path", ["/etc/hostname", "../a.jpg", "a/../../b.jpg", "", "a//b.jpg", "a\\b.jpg", "./a.jpg", "a/"]
-)
+@pytest.mark.parametrize("path", ["../a.jpg", "a/../../b.jpg", "", "a//b.jpg", "a\\b.jpg", "./a.jpg", "a/"])
 def test_a_path_that_could_leave_the_catalogue_costs_its_row(tmp_path: Path, path: str) -> None:
     write_csv(tmp_path / "train.csv", ("path", "class"), (path, "1"), ("b.jpg", "00001"))
     catalogue = read(tmp_path)
@@ -254,7 +252,10 @@ def test_a_path_that_could_leave_the_catalogue_costs_its_row(tmp_path: Path, pat
     ("content", "line", "says"),
     [
         (b"", 1, "no column path"),
-        (b"file,label\na.jpg,1\n", 1, "file, label"),
+        (b"colour,size\na.jpg,1\n", 1, "colour, size"),
+        (b"path,class\na.jpg,1\n/data/b.jpg,1\n", 3, "absolute"),
+        (b"path,class\na.jpg,1\nC:\\photos\\b.jpg,1\n", 3, "absolute"),
+        (b"path,class\na.jpg,1\nb.jpg\n", 3, "blank"),
         (b"path,class\n\xe4.jpg,1\n", 2, "UTF-8"),
         (b'path,class\na.jpg,"1"x\n', 2, "not CSV"),
         (b"path,class\n", None, "no row"),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from PIL import Image
 from shop import aliprod, answer, refusal
 
 
@@ -18,7 +19,7 @@ def test_data_synth_tells_what_it_rendered(tmp_path: Path) -> None:
 
 def test_data_check_lists_every_problem_and_succeeds(shared: Path) -> None:
     told = answer("data", "check", shared / "data" / "broken")
-    assert set(told) == {"images", "readable", "problems", "classes"}
+    assert set(told) == {"images", "readable", "problems", "classes", "train", "val", "test", "notes"}
     assert 0 < told["readable"] < told["images"]
     assert {frozenset(problem) for problem in told["problems"]} == {frozenset({"path", "problem"})}
     assert "problems." in aliprod("data", "check", shared / "data" / "broken").stdout.splitlines()[-1]
@@ -33,3 +34,19 @@ def test_data_synth_does_not_write_over_what_is_there(photos: Path) -> None:
     before = (photos / "train.json").read_bytes()
     assert str(photos) in refusal(2, "data", "synth", photos)
     assert (photos / "train.json").read_bytes() == before
+
+
+def test_data_check_is_told_how_to_read_and_strict_fails_on_a_problem(tmp_path: Path) -> None:
+    for number in range(8):
+        Image.effect_noise((32, 32), 20 + number).save(tmp_path / f"{number}.png")
+    rows = "".join(f"{number}.png,{'ab'[number % 2]},x\n" for number in range(8))
+    (tmp_path / "all.csv").write_text(f"what,shows,label\n{rows}")
+    columns = ("--column", "path=what", "--column", "class=shows")
+    told = answer("data", "check", tmp_path, *columns, "--val", "0.25", "--strict")
+    assert (told["train"], told["val"], told["classes"], told["problems"]) == (6, 2, 2, [])
+    assert "held out" in " ".join(told["notes"])
+    (tmp_path / "0.png").write_bytes(b"")
+    result = aliprod("data", "check", tmp_path, *columns, "--strict")
+    assert (result.exit_code, result.stdout.splitlines()[-1].endswith(" 1 problems.")) == (1, True)
+    assert "did you mean" in refusal(2, "data", "check", tmp_path, "--column", "path=wat").lower()
+    assert "--column paht" in refusal(2, "data", "check", tmp_path, "--column", "paht=what")

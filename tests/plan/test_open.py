@@ -5,13 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from aliprod.build.target import Site
 from aliprod.catalogue import sources
 from aliprod.errors import Refused
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.open import Request, open_plan
 from aliprod.plan.places import resolve
 from aliprod.plan.schema import Plan
+from aliprod.store.keys import key_of
 
 
 @pytest.fixture
@@ -60,3 +63,33 @@ def test_what_is_there_and_no_catalogue_is_refused(opened: Callable[..., Request
     (tmp_path / "pictures").write_text("a file")
     with pytest.raises(Refused, match="is a file, not the folder of a catalogue"):
         open_plan(opened())
+
+
+def test_what_a_plan_says_of_its_catalogue_is_how_every_process_reads_it(
+    opened: Callable[..., Request], small: str, tmp_path: Path
+) -> None:
+    for name in ("store", "pictures"):
+        (tmp_path / name).mkdir()
+    for label in "ab":
+        (tmp_path / "store" / label).mkdir()
+        (tmp_path / "pictures" / label).symlink_to(tmp_path / "store" / label)
+        for number in range(10):
+            Image.effect_noise((32, 32), 20 + number).save(tmp_path / "store" / label / f"{number}.png")
+    with pytest.raises(Refused, match="no row"):
+        open_plan(opened())
+    said = 'path = "pictures"\nlinks = "store"\nval = 0.2\nseed = 3'
+    found = open_plan(opened(small.replace('path = "pictures"', said)))
+    catalogue = found.read_catalogue()
+    assert (len(catalogue.train), len(catalogue.val)) == (16, 4)
+    assert len(list((tmp_path / "runs" / "held-out").iterdir())) == 1
+    assert Site.of(found).read().fingerprint == catalogue.fingerprint
+    assert found.plan.digest != opened().plan.digest
+
+
+def test_what_a_plan_does_not_say_of_its_catalogue_is_no_part_of_its_digest(
+    load_text: Callable[..., Plan], small: str
+) -> None:
+    plan = load_text(small)
+    said = {"path": plan.catalogue.path, "synth": None}
+    dumped = plan.model_dump(mode="json", exclude={"cluster", "tune", "catalogue"}) | {"catalogue": said}
+    assert plan.digest == key_of(dumped), "as before columns, val, seed and links were settings"

@@ -1,0 +1,191 @@
+"""Rows of the splits, as a source gives them, become a catalogue: one list of classes, each image once."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from aliprod.catalogue import annotations
+from aliprod.catalogue.annotations import class_fault, class_number, path_fault, printable
+from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
+from aliprod.catalogue.tars import Tars
+from aliprod.errors import Refused, did_you_mean, listing
+
+ADVICE = (
+    "A catalogue has train.json and train/00000/ (AliProducts), or train/NAME/ or NAME/ (ImageFolder), or a table such "
+    "as train.csv with the columns path and class, or tars (WebDataset); or `aliprod data prepare` wrote it."
+)
+_MOST_HINTS = 20  # of a table: the nearest of 50,000 names takes a moment
+
+Line = tuple[int, str, str]  # its number, path, class as it is written ("" unknown)
+
+
+@dataclass
+class Rows:
+    """Rows of ``split`` (a split, or test_labels) as they are collected.
+
+    ``class_ids``: -1 unknown. ``words``: of class ids that were given to them, where the source has names.
+    ``notes``: what was taken for granted. ``tars``: where the pictures are, if not in files; ``places``: in it.
+    """
+
+    split: str
+    words: dict[int, str] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)
+    class_ids: list[int] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    problems: list[Flaw] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ids_are_unique: bool = True  # where they are meant to be, that they are not is worth a word
+    tars: Tars | None = None
+    places: list[int] = field(default_factory=list)
+
+    def add(self, image_id: str, class_id: int, path: str) -> None:
+        self.ids.append(image_id)
+        self.class_ids.append(class_id)
+        self.paths.append(path)
+
+    def note(self, path: str, problem: str, skipped: bool = False) -> None:
+        self.problems.append(Flaw(printable(path), problem, skipped))
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """The classes of train as a source writes them: ``number`` gives their ids, ``words`` those that were made up.
+
+    They are their numbers where all are numbers, each written in one way, else their places by name.
+    """
+
+    number: Callable[[str], int | None]
+    words: dict[int, str]
+
+    @classmethod
+    def of(cls, written: Iterable[str]) -> "Numbering":
+        names = sorted(set(written))
+        numbers = {class_number(name) for name in names}
+        if None not in numbers and len(numbers) == len(names):
+            return cls(class_number, {})
+        return cls({name: place for place, name in enumerate(names)}.get, dict(enumerate(names)))
+
+    def hint(self, written: str, known: Iterable[str] = ()) -> str:
+        """'Did you mean X?' for a class that train has not; of 0.0, 0."""
+        whole, _, zeros = written.partition(".")
+        names = self.words.values() or known
+        if zeros and not zeros.strip("0") and self.number(whole) is not None:
+            return f"Did you mean {whole}?"
+        return did_you_mean(written, names)
+
+
+def line_of(file: Path, number: int) -> str:
+    """What a row of a file is called: CSV has lines."""
+    return f"{'line' if file.suffix.lower() in ('.csv', '.tsv') else 'row'} {number}"
+
+
+def of_lines(rows: Rows, lines: Iterable[Line], classes: Numbering, file: Path, base: str = "") -> Rows:
+    """Fill ``rows`` with the lines of a file whose paths are below ``base``. Refused: a path is absolute, or a class
+    blank."""
+    class_of: dict[str, int] = {}
+    hints = 0
+    for line, path, written in lines:
+        class_id = classes.number(written) if written or rows.split != "test" else -1
+        fault = path_fault(path)
+        if fault and (path.startswith(("/", "\\")) or path[1:3] == ":\\"):
+            advice = f"Write it relative to the catalogue's folder, such as {PureWindowsPath(path).name}."
+            raise Refused(f"the path {path!r} is absolute.", f"{file}, {line_of(file, line)}", advice)
+        if not fault and class_id is None:
+            if not written:
+                advice = "Write its class, or take the row out."
+                raise Refused(f"the class of {path!r} is blank.", f"{file}, {line_of(file, line)}", advice)
+            hints += 1
+            hint = classes.hint(written) if hints <= _MOST_HINTS else ""
+            fault = f"the class {written!r} is not in train. {hint}".rstrip() if classes.words or hint else ""
+            fault = fault or class_fault(written)
+            if rows.split == "test":
+                rows.note(path, f"{line_of(file, line)} of {file.name}: {fault}: its label is left out")
+                fault, class_id = "", -1
+        if not fault and class_of.setdefault(path, class_id or 0) != (class_id or 0):
+            fault = "an earlier row gives it another class, which counts"
+        if fault or class_id is None:
+            rows.note(path or file.name, f"{line_of(file, line)} of {file.name}: {fault}", skipped=True)
+        else:
+            rows.add(path, class_id, base + path)
+    return rows
+
+
+def assembled(root: Path, source: Path, found: Iterable[Rows]) -> Catalogue:
+    """The catalogue of rows: the classes are those of training rows (in ``source``), each (class, id) counts once.
+    Refused: there is no training row."""
+    splits = {split: Rows(split) for split in ("train", "val", "test")} | {rows.split: rows for rows in found}
+    rows = splits["train"]
+    classes = np.unique(np.array(rows.class_ids, np.int64))
+    if not len(classes):
+        first = f" The first, {rows.problems[0].path!r}: {rows.problems[0].problem}." if rows.problems else ""
+        raise Refused(f"has no row that can be trained on.{first}", source, ADVICE)
+    leaves, faults = annotations.leaves(root)
+    if without := sorted(leaves.keys() - set(classes.tolist())):
+        names = listing(map(str, without))
+        faults.append(f"{len(without):,} of its classes have no training image and are left out: {names}")
+    train, val, test = (_images(splits[split], classes, root) for split in ("train", "val", "test"))
+    labels = test.labels if (test.labels >= 0).any() else None
+    if "test_labels" in splits:
+        labels = _matched(splits["test_labels"], test, classes)
+    known = {class_id: leaf.name for class_id, leaf in leaves.items()} | rows.words
+    return Catalogue(
+        root=root,
+        classes=classes,
+        names=tuple(known.get(class_id, "") for class_id in classes.tolist()),
+        train=train,
+        val=val,
+        test=replace(test, labels=np.full(len(test), -1, np.int64)),
+        test_labels=labels,
+        ancestor=annotations.ancestors(leaves, classes) if leaves else None,
+        problems=(
+            *(flaw for rows in splits.values() for flaw in rows.problems),
+            *(Flaw(annotations.TREE, printable(fault)) for fault in faults),
+        ),
+        notes=tuple(printable(note) for rows in splits.values() for note in rows.notes),
+    )
+
+
+def _images(rows: Rows, classes: Integers, root: Path) -> Images:
+    """Each (class, id) once, in the file's order; without the classes that have no training image, but in test."""
+    ids, class_ids = pa.array(rows.ids, pa.string()), np.array(rows.class_ids, np.int64)
+    codes = np.asarray(ids.dictionary_encode().indices).astype(np.int64)  # equal ids, equal codes
+    listed, dense = np.unique(class_ids, return_inverse=True)
+    once = np.zeros(len(ids), bool)
+    once[np.unique(codes * len(listed) + dense, return_index=True)[1]] = True
+    labels = _labels(class_ids, classes)
+    known = (labels >= 0) | (class_ids < 0)
+    kept = np.flatnonzero(once & (known | (rows.split == "test")))
+    shared = np.bincount(codes[kept])[codes[kept]] > 1
+    for row in np.flatnonzero(~once):
+        rows.note(rows.paths[row], "is listed more than once: it counts once")
+    for row in np.flatnonzero(once & ~known):
+        what = "its label is" if rows.split == "test" else ""
+        rows.note(rows.paths[row], f"class {class_ids[row]} has no training image: {what} left out", skipped=not what)
+    for row in kept[shared] if rows.ids_are_unique else ():
+        rows.note(rows.paths[row], f"its id occurs under several classes: kept as {class_ids[row]}/{rows.ids[row]}")
+    taken = pa.array(kept)
+    names = ids.take(taken)
+    qualified = pc.binary_join_element_wise(pa.array(class_ids[kept]).cast(pa.string()), names, "/")
+    unique = pc.if_else(pa.array(shared), qualified, names)
+    paths = pa.array(rows.paths, pa.string()).take(taken)
+    places = None if rows.tars is None else np.array(rows.places, np.int64)[kept]
+    return Images(rows.split, unique, labels[kept], paths, root, rows.tars, places)
+
+
+def _labels(class_ids: Integers, classes: Integers) -> Integers:
+    """Rows of the class list, -1 where a class is not in it."""
+    place = np.minimum(np.searchsorted(classes, class_ids), len(classes) - 1)
+    return np.where(classes[place] == class_ids, place, -1)
+
+
+def _matched(labelled: Rows, test: Images, classes: Integers) -> Integers:
+    """The labels of the test images in their order."""
+    of_id = dict(zip(labelled.ids, _labels(np.array(labelled.class_ids, np.int64), classes).tolist(), strict=True))
+    labels = [of_id.pop(image_id, -1) for image_id in test.ids.to_pylist()]
+    for image_id in of_id:
+        labelled.note("test_labels.json", f"image {image_id} is not in test.json: left out")
+    return np.array(labels, np.int64)

@@ -1,0 +1,161 @@
+"""Tables become rows: CSV with commas, semicolons or tabs, and Parquet. A row is a path and, but for test, a class."""
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aliprod.catalogue import annotations
+from aliprod.catalogue.annotations import path_fault
+from aliprod.catalogue.folders import folder_names, split_of
+from aliprod.catalogue.rows import Line, Numbering, Rows, line_of, of_lines
+from aliprod.errors import Refused, did_you_mean, listing
+
+TABLES = (".csv", ".tsv", ".parquet")
+METADATA = tuple(f"metadata{suffix}" for suffix in TABLES)  # beside the pictures of a split: Hugging Face's imagefolder
+
+_GUESSED = {
+    "path": ("path", "file_name", "filename", "filepath", "file", "image", "image_path", "img", "image_id", "id"),
+    "class": ("class", "label", "class_name", "class_id", "category", "category_id", "species", "target"),
+    "split": ("split", "subset"),
+}
+_PROBED = 20  # rows of a table whose files are looked for
+_MOST_FOLDERS = 100  # that they are looked for in
+
+Cells = Callable[[list[str]], Iterator[tuple[int, Sequence[str]]]]  # number of each row, and what these columns say
+
+
+def from_tables(root: Path, tables: Mapping[str, Path], columns: Mapping[str, str]) -> Iterator[Rows]:
+    """The rows of each split's table; of a table alone those of the splits that its column ``split`` names.
+
+    Refused: a table cannot be read, lacks a column, or has a path, a class or a split that no row may have.
+    """
+    lines: dict[str, list[Line]] = {}
+    notes: list[str] = []
+    for split, table in tables.items():
+        lines |= _lines(table, split, len(tables) == 1, columns, notes)
+    classes = Numbering.of({written for _, _, written in lines.get("train", ()) if written})
+    for split in ("train", "val", "test"):
+        if split in lines:
+            table = tables[split] if split in tables else tables["train"]
+            base = _base(root, table, split, [path for _, path, _ in lines[split][:_PROBED]])
+            rows = of_lines(Rows(split, classes.words, notes=notes), lines[split], classes, table, base)
+            if base and table.parent == root:
+                rows.notes.append(f"{table.name}: the paths of {split} are taken to be below {base}.")
+            yield rows
+            notes = []
+
+
+def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], notes: list[str]) -> dict[str, list[Line]]:
+    """The lines of a table, by split."""
+    header, cells = (_parquet if file.suffix.lower() == ".parquet" else _csv)(file)
+    chosen = _chosen(file, header, columns, ("path",) if split == "test" else ("path", "class", *columns))
+    if not alone:  # each table is a split
+        chosen.pop("split", None)
+    guessed = [role for role in chosen if role not in columns and chosen[role] != role]
+    if guessed:
+        taken = listing(f"{chosen[role]} is taken for the {role}" for role in guessed)
+        notes.append(f"{file.name}: the column {taken}.")
+    found: dict[str, list[Line]] = {split: []}
+    if chosen.keys() == {"path"}:
+        found[split] = [(number, path, "") for number, (path,) in cells([chosen["path"]])]
+    elif "split" not in chosen:
+        places = cells([chosen["path"], chosen["class"]])
+        found[split] = [(number, path, written.strip()) for number, (path, written) in places]
+    else:
+        for number, (path, said, *written) in cells(
+            [chosen[role] for role in ("path", "split", "class") if role in chosen]
+        ):
+            if not (of := split_of(said)):
+                advice = "A split is train, val or test."
+                raise Refused(f"the split of {path!r} is {said!r}.", f"{file}, {line_of(file, number)}", advice)
+            found.setdefault(of, []).append((number, path, "".join(written).strip()))
+    return found
+
+
+def _chosen(file: Path, header: list[str], columns: Mapping[str, str], needed: Iterable[str]) -> dict[str, str]:
+    """The name of each column that is read: as `columns` says, else the first of the usual ones. Refused: it has no
+    such column."""
+    known = {name.strip().lower(): name for name in reversed(header)}
+    chosen = {role: known[name] for role, names in _GUESSED.items() for name in reversed(names) if name in known}
+    chosen |= {role: name for role, name in columns.items() if name in header or role in needed}
+    for role in needed:
+        if chosen.get(role) not in header:
+            name = columns.get(role, role)
+            near = did_you_mean(name, header) if role in columns else ""
+            advice = f"The first line should name {listing(dict.fromkeys(needed))}, or `columns` say what they are."
+            what = f"has no column {name}; its first line says: {listing(header) or 'nothing'}."
+            raise Refused(what, f"{file}, line 1", f"{near} {advice}".strip())
+    return chosen
+
+
+def _csv(file: Path) -> tuple[list[str], Cells]:
+    text = annotations.utf8(file)
+    first = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=first.count))
+
+    def cells(names: list[str]) -> Iterator[tuple[int, Sequence[str]]]:
+        places = [header.index(name) for name in names]
+        wide, of = max(places) + 1, itemgetter(*places, places[0])  # the first again: of one it gives no tuple
+        with _reading(file, reader):
+            for row in reader:
+                if row:
+                    full = row if len(row) >= wide else row + [""] * wide
+                    yield reader.line_num, of(full)[:-1]
+
+    with _reading(file, reader):
+        header = next(reader, [])
+    return header, cells
+
+
+@contextmanager
+def _reading(file: Path, reader: Any) -> Iterator[None]:
+    try:
+        yield
+    except csv.Error as error:
+        where = f"{file}, line {reader.line_num}"
+        raise Refused(f"is not CSV: {error}.", where, "Quote it as RFC 4180 says.") from error
+
+
+def _parquet(file: Path) -> tuple[list[str], Cells]:
+    def cells(names: list[str]) -> Iterator[tuple[int, Sequence[str]]]:
+        number = 0
+        try:
+            for batch in table.iter_batches(columns=names):
+                texts = [batch.column(name).cast(pa.string()).fill_null("").to_pylist() for name in names]
+                yield from enumerate(zip(*texts, strict=True), number + 1)
+                number += len(batch)
+        except (pa.ArrowException, OSError, KeyError) as error:
+            what = f"its columns {listing(names)} cannot be read as text: {str(error).splitlines()[0]}."
+            raise Refused(
+                what, file, "A path is a text, a class a text or a number; pictures themselves are files."
+            ) from error
+
+    try:
+        table = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        advice = "Was its download or its writing cut short? Write or fetch it again."
+        raise Refused(f"is not Parquet: {str(error).splitlines()[0]}.", file, advice) from error
+    return table.schema_arrow.names, cells
+
+
+def _base(root: Path, table: Path, split: str, paths: list[str]) -> str:
+    """The folder that the paths of a table count from, with a slash behind it: its own, unless their files are not
+    there but in one of the folders beside it; that of their split is asked first."""
+    own = "" if table.parent == root else f"{table.parent.relative_to(root).as_posix()}/"
+    sound = [path for path in paths if not path_fault(path)]
+
+    def there(base: str) -> int:
+        return sum(os.path.isfile(f"{root}/{base}{path}") for path in sound)  # noqa: PTH113 - a name that is too long
+
+    if own or not sound or there("") == len(sound):
+        return own
+    folders = sorted(folder_names(root), key=lambda name: (split_of(name) != split, name))[:_MOST_FOLDERS]
+    return max(("", *(f"{name}/" for name in folders)), key=there)

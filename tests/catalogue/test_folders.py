@@ -1,0 +1,98 @@
+"""folders: the names of splits, nested classes, and links that are followed or named."""
+
+from pathlib import Path
+
+import pytest
+
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.decode import Unreadable
+from aliprod.catalogue.sources import Reading, read
+from aliprod.errors import Refused
+
+
+def files(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(path.encode())
+    return root
+
+
+def said(catalogue: Catalogue) -> dict[str, str]:
+    return {flaw.path: flaw.problem for flaw in catalogue.problems}
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "dev", "Validation"])
+def test_val_has_many_names_and_its_own_is_said(tmp_path: Path, name: str) -> None:
+    found = read(files(tmp_path, "train/a/1.jpg", f"{name}/a/2.jpg"))
+    assert found.val.paths.to_pylist() == [f"{name}/a/2.jpg"]
+    assert list(found.notes) == ([] if name == "val" else [f"{name}/ is read as val."])
+
+
+def test_two_folders_for_one_split_are_a_question(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="dev and val both mean val"):
+        read(files(tmp_path, "train/a/1.jpg", "val/a/2.jpg", "dev/a/3.jpg"))
+
+
+def test_a_test_in_class_folders_is_labelled_and_loses_no_picture(tmp_path: Path) -> None:
+    tests = ("test/a/1.jpg", "test/b/1.jpg", "test/c/1.jpg", "test/1.jpg")
+    found = read(files(tmp_path, "train/a/1.jpg", "train/b/1.jpg", *tests))
+    assert sorted(found.test.paths.to_pylist()) == sorted(tests)
+    assert len(set(found.test.ids.to_pylist())) == 4
+    assert found.test_labels is not None
+    assert dict(zip(found.test.paths.to_pylist(), found.test_labels.tolist(), strict=True)) == dict(
+        zip(tests, [0, 1, -1, -1], strict=True)
+    )
+    assert (found.test.labels == -1).all()
+    assert list(said(found)) == ["test/c"]
+
+
+def test_a_class_is_the_way_below_its_split(tmp_path: Path) -> None:
+    found = read(
+        files(tmp_path, "train/fruit/apple/1.jpg", "train/fruit/notes.txt", "train/nut/1.jpg", "val/nut/2.jpg")
+    )
+    assert found.names == ("fruit/apple", "nut")
+    assert len(found.train) == 2
+
+
+def test_what_lies_below_the_pictures_of_a_class_is_named(tmp_path: Path) -> None:
+    found = read(files(tmp_path, "train/a/1.jpg", "train/a/old/2.jpg", "train/b/1.jpg"))
+    assert (found.names, len(found.train)) == (("a", "b"), 2)
+    assert "pictures of its own" in said(found)["train/a/old"]
+
+
+def test_links_are_followed_inside_and_where_the_user_says(tmp_path: Path) -> None:
+    root = files(tmp_path / "photos", "train/a/1.jpg", "store/b/2.jpg")
+    files(tmp_path / "allowed", "c/3.jpg", "4.jpg")
+    files(tmp_path / "secret", "d/5.jpg")
+    for name, goal in (("b", "photos/store/b"), ("c", "allowed/c"), ("d", "secret/d")):
+        (root / "train" / name).symlink_to(tmp_path / goal)
+    (root / "train/a/4.jpg").symlink_to(tmp_path / "allowed/4.jpg")
+    found = read(root)
+    assert found.names == ("a", "b")
+    assert sorted(said(found)) == ["train/c", "train/d"]
+    with pytest.raises(Unreadable, match="link"):
+        found.train.path(found.train.paths.to_pylist().index("train/a/4.jpg"))
+    found = read(root, Reading(links=tmp_path / "allowed"))
+    assert found.names == ("a", "b", "c")
+    assert {found.train.path(row).read_bytes() for row in range(4)} == {
+        b"train/a/1.jpg", b"store/b/2.jpg", b"c/3.jpg", b"4.jpg"
+    }  # fmt: skip
+    assert list(said(found)) == ["train/d"]
+
+
+def test_links_in_a_ring_end(tmp_path: Path) -> None:
+    root = files(tmp_path, "train/a/1.jpg", "train/group/b/2.jpg")
+    for name, goal in (("group/up", ".."), ("group/twice", "../a"), ("again", "a"), ("self", "self")):
+        (root / "train" / name).symlink_to(goal)
+    found = read(root)
+    assert "read already" in said(found)["train/group/up"]
+    assert len(found.train) == 3, "one folder is read by one link"
+
+
+def test_an_empty_class_is_named_and_not_made_up(tmp_path: Path) -> None:
+    files(tmp_path, "train/a/1.jpg", "train/c/1.jpg")
+    (tmp_path / "train/b").mkdir()
+    found = read(tmp_path)
+    assert found.names == ("a", "c")
+    assert found.classes.tolist() == [0, 2], "as it was before empty folders were named"
+    assert "no picture" in said(found)["train/b"]

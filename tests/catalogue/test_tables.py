@@ -1,0 +1,118 @@
+"""tables: columns by any name, three delimiters, Parquet, and whatever is wrong is said with its line."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aliprod.catalogue.sources import Reading, read
+from aliprod.errors import Refused
+
+
+def table(root: Path, text: str, name: str = "train.csv", folder: str = "") -> Path:
+    """A table, and an empty file for what its lines name first."""
+    (root / folder).mkdir(exist_ok=True)
+    (root / name).write_text(text, encoding="utf-8")
+    for line in text.splitlines()[1:]:
+        (root / folder / line.replace(";", ",").replace("\t", ",").partition(",")[0]).touch()
+    return root
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("header", [("path", "class"), ("image", "label"), ("File_Name", "Category")])
+def test_a_delimiter_and_usual_names_need_not_be_said(tmp_path: Path, delimiter: str, header: tuple[str, str]) -> None:
+    lines = [header, ("a.jpg", "pear"), ("b.jpg", "apple")]
+    found = read(table(tmp_path, "\n".join(delimiter.join(line) for line in lines)))
+    assert found.names == ("apple", "pear")
+    assert found.train.paths.to_pylist() == ["a.jpg", "b.jpg"]
+    said = " ".join(found.notes)
+    assert all(name in said for name in header) == (header != ("path", "class"))
+
+
+def test_a_plan_says_which_columns_are_meant(tmp_path: Path) -> None:
+    root = table(
+        tmp_path, "path,class,what,set\na.jpg,1,pear,train\nb.jpg,1,apple,train\nc.jpg,1,pear,val\n", "all.csv"
+    )
+    found = read(root, Reading({"class": "what", "split": "set"}))
+    assert (found.names, len(found.train), len(found.val)) == (("apple", "pear"), 2, 1)
+    with pytest.raises(Refused, match="Did you mean what") as refused:
+        read(root, Reading({"class": "wat"}))
+    assert refused.value.where.endswith("all.csv, line 1")
+
+
+def test_paths_count_from_the_folder_that_has_the_files(tmp_path: Path) -> None:
+    (tmp_path / "another").mkdir()
+    found = read(table(tmp_path, "image,label\na.jpg,1\nb.jpg,2\n", folder="pictures"))
+    assert found.train.paths.to_pylist() == ["pictures/a.jpg", "pictures/b.jpg"]
+    assert found.train.ids.to_pylist() == ["a.jpg", "b.jpg"]
+    assert any("pictures/" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("said", ["holdout", ""])
+def test_a_split_that_is_none_is_refused_with_its_line(tmp_path: Path, said: str) -> None:
+    with pytest.raises(Refused, match="split") as refused:
+        read(table(tmp_path, f"path,class,split\na.jpg,1,train\nb.jpg,1,{said}\n", "labels.csv"))
+    assert refused.value.where.endswith("labels.csv, line 3")
+
+
+def test_a_table_is_a_catalogue_by_its_own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(tmp_path, "path,class,split\na.jpg,1,train\nb.jpg,1,dev\n", "labels.csv")
+    table(tmp_path, "path,class\n", "other.csv")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = read(Path("~/labels.csv"))
+    assert (len(found.train), len(found.val), found.root) == (1, 1, tmp_path)
+
+
+def test_test_rows_keep_their_place_whatever_their_class(tmp_path: Path) -> None:
+    table(tmp_path, "path,class\na.jpg,pear\nb.jpg,apple\n")
+    found = read(table(tmp_path, "path,class\nc.jpg,plum\nd.jpg,pear\ne.jpg,\n", "test.csv"))
+    assert found.test.labels.tolist() == [-1, -1, -1]
+    assert found.test_labels is not None
+    assert found.test_labels.tolist() == [-1, 1, -1]
+    assert [flaw.path for flaw in found.problems] == ["c.jpg"]
+
+
+def test_a_class_that_looks_like_one_of_train_is_asked_about(tmp_path: Path) -> None:
+    table(tmp_path, "path,class\na.jpg,0\nb.jpg,10\n")
+    found = read(table(tmp_path, "path,class\nc.jpg,0.0\nd.jpg,10.00\ne.jpg,10\n", "val.csv"))
+    assert found.val.ids.to_pylist() == ["e.jpg"]
+    assert [flaw.problem.rpartition(". ")[2] for flaw in found.problems] == ["Did you mean 0?", "Did you mean 10?"]
+
+
+@pytest.mark.parametrize("labels", [["pear", "apple"], [1, 0], pa.array(["pear", "apple"]).dictionary_encode()])
+def test_parquet_is_a_table_too(tmp_path: Path, labels: object) -> None:
+    pq.write_table(
+        pa.table({"image": ["a.jpg", "b.jpg"], "label": labels, "split": ["train"] * 2}), tmp_path / "t.parquet"
+    )
+    found = read(tmp_path)
+    assert found.train.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(60) + b"PAR1"])
+def test_what_is_no_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "train.parquet").write_bytes(content)
+    with pytest.raises(Refused, match="not Parquet"):
+        read(tmp_path)
+
+
+def test_parquet_with_pictures_or_gaps_is_refused(tmp_path: Path) -> None:
+    inside = [{"bytes": b"1", "path": "a.jpg"}]
+    pq.write_table(pa.table({"image": inside, "label": [1]}), tmp_path / "train.parquet")
+    with pytest.raises(Refused, match="as text"):
+        read(tmp_path)
+    pq.write_table(pa.table({"image": ["a.jpg"], "label": pa.array([None], pa.int64())}), tmp_path / "train.parquet")
+    with pytest.raises(Refused, match="blank") as refused:
+        read(tmp_path)
+    assert refused.value.where.endswith("train.parquet, row 1")
+
+
+def test_a_table_beside_flat_pictures_gives_them_their_classes(tmp_path: Path) -> None:
+    found = read(table(tmp_path, "image,label\na.jpg,1\nb.jpg,2\n", "labels.csv", "train"), Reading(val=0))
+    assert found.train.paths.to_pylist() == ["train/a.jpg", "train/b.jpg"]
+
+
+def test_a_test_table_need_not_have_the_columns_of_train(tmp_path: Path) -> None:
+    table(tmp_path, "image,species\na.jpg,1\n")
+    found = read(table(tmp_path, "image\nb.jpg\n", "test.csv"), Reading({"class": "species"}))
+    assert (len(found.test), found.test_labels) == (1, None)
