@@ -173,23 +173,6 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Started at the first test that asks for it, killed with all it started after the last."""
-    with head(4) as found:
-        yield found
-
-
-@pytest.fixture
-def heads() -> Any:
-    """What starts another."""
-    return head
-
-
-@contextmanager
-def head(cpus: int, grows: dict[str, Any] | None = None) -> Iterator[Cluster]:
-    """A Ray of its own.
-
-    Args:
-        grows: configuration of an autoscaler, whose nodes are processes of this machine.
-    """
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets lie below it, and a socket's path is at most 107
     (folder / "home" / "aliprod").mkdir(parents=True)  # where submitted jobs keep results: it is no package
     gcs, dashboard, agent, client = _free_ports(4)
@@ -204,17 +187,10 @@ def head(cpus: int, grows: dict[str, Any] | None = None) -> Iterator[Cluster]:
     }
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
-        *(f"--num-cpus={cpus}", "--num-gpus=0", f"--port={gcs}", f"--temp-dir={folder}"),
+        *("--num-cpus=4", "--num-gpus=0", f"--port={gcs}", f"--temp-dir={folder}", "--object-store-memory=200000000"),
         *("--include-dashboard=true", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
         *(f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
-        "--object-store-memory=200000000",
     ]
-    if grows is not None:
-        environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-        config = folder / "home" / "ray_bootstrap_config.yaml"  # where `ray up` leaves it
-        provider = {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{gcs}"}
-        config.write_text(json.dumps(grows | {"provider": provider}))
-        command.append(f"--autoscaling-config={config}")
     with (folder / "head.log").open("wb") as log:
         process = psutil.Popen(
             command,
