@@ -1,12 +1,12 @@
 """Does a plan end with the same bytes, whatever is killed on its way?
 
 A plan of three small jobs runs undisturbed; then with two drivers at once, on a Ray whose head has no CPUs and whose
-other nodes are of two kinds. At random moments a rank, a driver or a node is killed with SIGKILL; another driver is
-started at once, another node, of either kind, comes a little later. A plan that has ended before enough was killed is
-run again from nothing. Compared are all committed files; counted are MLflow's runs and versions of each key, and the
-epochs that were told twice.
+other nodes are of two kinds. At random moments of its training a rank, a driver or a node is killed with SIGKILL;
+another driver is started at once, another node, of either kind, comes a little later. A plan that has ended before
+enough was killed is run again from nothing. Compared are all committed files; counted are MLflow's runs and versions
+of each key, and the epochs that were told twice.
 
-    python benchmarks/faults.py [--kills 50] [--seeds 3] [--pause 12]
+    python benchmarks/faults.py [--kills 50] [--seeds 3] [--pause 5]
 """
 
 import argparse
@@ -67,6 +67,7 @@ max_failures = 1000
 poll_seconds = 0.2
 """
 KINDS = (1, 2)  # CPUs of a node
+TICK_SECONDS = 0.5
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of a seed")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pause", type=float, default=12.0, help="seconds between two of them, on average")
+    parser.add_argument("--pause", type=float, default=5.0, help="seconds of training between two, on average")
     asked = parser.parse_args()
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
     print(header(("torch", "ray", "mlflow")), flush=True)
@@ -129,23 +130,28 @@ class Scene:
         self.drivers += [driver(self.folder, self.storage, self.cluster.address) for _ in range(2)]
 
     def play(self, kills: int, pause: float, killed: Counter[str]) -> None:
-        """Kill up to so many until the plan has ended."""
-        following = time.monotonic() + self.draw.expovariate(1 / pause)
+        """Kill up to so many until the plan has ended; what nothing trains in is no time."""
+        left = self.draw.expovariate(1 / pause)
         while not all(one.poll() == 0 for one in self.drivers):
-            time.sleep(0.1)
+            time.sleep(TICK_SECONDS)
             self.drivers = [one if one.poll() in (None, 0) else self.another(one) for one in self.drivers]
             for moment in [moment for moment in self.coming if moment < time.monotonic()]:
                 self.coming.remove(moment)
                 self.cluster.add_node(wait=False, num_cpus=self.draw.choice(KINDS))
-            if kills and time.monotonic() > following and (what := self.kill()):
+            left -= TICK_SECONDS if self.ranks() else 0.0
+            if kills and left < 0 and (what := self.kill()):
                 killed[what] += 1
                 kills -= 1
-                following = time.monotonic() + self.draw.expovariate(1 / pause)
+                left = self.draw.expovariate(1 / pause)
+
+    def ranks(self) -> list[psutil.Process]:
+        """What trains."""
+        return [process for process in psutil.Process().children(recursive=True) if is_rank(process)]
 
     def kill(self) -> str:
         """Kill something; what it was."""
         match self.draw.choice(("rank", "driver", "node")):
-            case "rank" if ranks := [one for one in psutil.Process().children(recursive=True) if is_rank(one)]:
+            case "rank" if ranks := self.ranks():
                 self.draw.choice(ranks).kill()
                 return "rank"
             case "driver" if alive := [one for one in self.drivers if one.poll() is None]:
