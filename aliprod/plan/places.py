@@ -3,10 +3,13 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from aliprod.catalogue.sources import Reading
 from aliprod.plan.schema import Plan
 from aliprod.store.layout import HELD_OUT
+
+if TYPE_CHECKING:
+    from aliprod.catalogue.sources import Reading
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
 
@@ -67,8 +70,10 @@ def catalogue_path(plan: Plan, places: Places) -> Path:
     return places.storage / "catalogues" / f"synth-{synth.classes}-{synth.images}-{synth.seed}"
 
 
-def catalogue_reading(plan: Plan, places: Places) -> Reading:
+def catalogue_reading(plan: Plan, places: Places) -> "Reading":
     """How the catalogue is read; what is held out of it is kept in the storage path, once for all nodes."""
+    from aliprod.catalogue.sources import Reading
+
     says = plan.catalogue
     links = Path(says.links) if says.links else None
     return Reading(dict(says.columns.items()), says.val, says.seed, links, places.storage / HELD_OUT)

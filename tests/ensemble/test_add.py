@@ -1,6 +1,8 @@
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -270,8 +272,8 @@ def test_an_old_ensemble_stays_where_the_new_one_fails(tmp_path):
 def test_two_drivers_that_write_one_ensemble_at_once_leave_a_whole_one(tmp_path):
     members = stores(tmp_path, drawn(2, 20, 6, 3))
     choices = [members, members[:1], members[1:], members[::-1]]
-    with ThreadPoolExecutor(4) as pool:
-        written = list(pool.map(lambda chosen: write_ensemble(tmp_path / "ensemble", chosen), choices))
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        written = list(pool.map(partial(write_ensemble, tmp_path / "ensemble"), choices))
     assert all(len(predictions.ids) == 20 for predictions in written)
     assert commit.verify(tmp_path / "ensemble") == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ensemble", "m0", "m1"]

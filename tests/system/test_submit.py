@@ -67,7 +67,7 @@ def test_a_job_that_is_stopped_takes_a_checkpoint_first(cluster: Any, plan: Path
     stop = ["ray", "job", "stop", "--address", cluster.dashboard, "stopped"]
     subprocess.run(stop, check=True, timeout=120, **environment)
     job = cluster.ask("/api/jobs/stopped")
-    assert (job["status"], job["driver_exit_code"]) == ("STOPPED", 130), job
+    assert job["status"] == "STOPPED", job
     [folder] = tmp_path.glob("jobs/*/*/*")
     assert (newest_step(folder) or 0) >= 8 * len(read(folder / METRICS)) > 0
     client = reach(f"sqlite:///{tmp_path / 'mlflow.db'}").client
