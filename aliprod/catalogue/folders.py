@@ -48,6 +48,11 @@ def folder_names(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.name[0] != "." and os.path.isdir(entry.path))  # noqa: PTH112
 
 
+def is_inside(path: Path, allowed: tuple[Path | None, ...]) -> bool:
+    """Whether a resolved path lies in one of the folders; None is none."""
+    return any(path.is_relative_to(folder) for folder in allowed if folder)
+
+
 def from_folders(root: Path, tops: Mapping[str, str], links: Path | None) -> Iterator[Rows]:
     """The rows of each split, whose folder stands in ``tops`` ("": the catalogue's own)."""
     train = Rows("train", ids_are_unique=False)
@@ -145,6 +150,6 @@ def _joined(*parts: str) -> str:
 
 def _link_fault(real: str, allowed: tuple[Path | None, ...], seen: set[str]) -> str:
     """Why a link to a folder is not followed; '' where it is."""
-    if not any(Path(real).is_relative_to(folder) for folder in allowed if folder):
+    if not is_inside(Path(real), allowed):
         return "is a link that leads out of the catalogue: not followed, unless `links` names a folder above its goal"
     return "is a link to a folder that is read already: not followed" if real in seen else ""

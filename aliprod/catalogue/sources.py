@@ -14,7 +14,7 @@ import numpy as np
 from aliprod.catalogue import annotations, shards
 from aliprod.catalogue.annotations import class_fault, class_number, name_fault
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
-from aliprod.catalogue.folders import by_split, folder_names, from_folders, split_folders, split_of
+from aliprod.catalogue.folders import by_split, folder_names, from_folders, is_inside, split_folders, split_of
 from aliprod.catalogue.held_out import hold_out
 from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.rows import ADVICE, Line, Numbering, Rows, assembled, of_lines
@@ -86,7 +86,7 @@ def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
     if "train" in folders:
         return _from_splits(root, folders, reading), True
     if tars := sorted(file.relative_to(root).as_posix() for file in (*root.glob("*.tar"), *root.glob("*/*.tar"))):
-        if outside := [name for name in tars if not _is_inside((root / name).resolve(), (root, reading.links))]:
+        if outside := [name for name in tars if not is_inside((root / name).resolve(), (root, reading.links))]:
             raise Refused("leads out of the catalogue by a link.", root / outside[0], "Name where to in `links`.")
         return assembled(root, root, _from_tars(root, tars)), any(map(_split_of_tar, tars))
     if not folders and folder_names(root):
@@ -167,10 +167,6 @@ def _from_splits(root: Path, folders: Mapping[str, str], reading: Reading) -> Ca
 def _metadata(folder: Path) -> Path | None:
     """The table beside the pictures of a split, as Hugging Face's imagefolder has it."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
-
-
-def _is_inside(path: Path, allowed: tuple[Path | None, ...]) -> bool:
-    return any(path.is_relative_to(folder) for folder in allowed if folder)
 
 
 def _from_tars(root: Path, names: list[str]) -> Iterator[Rows]:

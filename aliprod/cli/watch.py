@@ -94,7 +94,7 @@ class _Watch:
 
     def _pause(self, standing: Standing) -> float:
         """Seconds from one line to the next."""
-        return _LINE_SECONDS if live.waiting(standing) == self.waiting else min(_WAITING_SECONDS, _LINE_SECONDS)
+        return _LINE_SECONDS if live.waiting(standing) == self.waiting else _WAITING_SECONDS
 
     def _print(self, text: str) -> None:
         if text and self.table:

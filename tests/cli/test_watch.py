@@ -34,7 +34,7 @@ def app():
         Task("net/full test", "prediction", "net/full", ("a",), 100.0),
         Ended({}),
     ]
-    watch._LINE_SECONDS = 0.0
+    watch._LINE_SECONDS = watch._WAITING_SECONDS = 0.0
     assert [*watch.watched(iter(events))] == events
 app([])
 """
