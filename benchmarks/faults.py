@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -199,8 +200,11 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def made(storage: Path) -> dict[str, Any]:
-    """sha256 of all files that a run commits, which are looked at, by folder."""
-    folders = [path.parent for path in storage.glob("*/**/manifest.json") if "resume" not in path.parts]
+    """sha256 of all files that jobs and the ensemble end with, which are looked at, by folder; no resume checkpoints,
+    and nothing hidden, which nobody reads: a row of shards that was not finished."""
+    records = [path for root in ("jobs", "faults") for path in (storage / root).glob("**/manifest.json")]
+    unread = re.compile(r"/(resume|\..*)/")
+    folders = [path.parent for path in records if not unread.search(path.relative_to(storage).as_posix())]
     assert all(commit.verify(folder) == [] for folder in folders)
     return {folder.relative_to(storage).as_posix(): commit.digests(folder) for folder in folders}
 

@@ -1,4 +1,4 @@
-"""What a CUDA GPU makes of it: training, ranks, ten-crop, equal bytes, starvation. Refuses where there is none.
+"""What a CUDA GPU makes of it: training, shares, ten-crop, equal bytes, starvation. Refuses where there is none.
 
 - Training images/s of the five backbones at 224 and 448 pixels on one synthetic batch on the device, against the loop
   of timm's benchmark script (huggingface/pytorch-image-models, benchmark.py, `--bench train --amp --channels-last`)
@@ -6,23 +6,26 @@
   side is made faster than the script: SGD is fused, and no step waits for the device. Ours clips the gradient and
   looks for losses that are not finite besides. Both begin with the same weights; their first losses are compared.
   The project's exact mode (deterministic kernels, no autotuner) is timed beside it.
-- The same step as one of several ranks: DistributedDataParallel over NCCL, of which this GPU is the only rank.
+- What settings bring: the same step with `compile`, in float32 (TF32), and with weights not channels-last.
+- Shares: a batch of twice the size in 2, 4 and 8 shares against the same in one, exact.
 - Ten-crop: images/s x 10 against views/s of single views.
-- Equal bytes: two processes train the same few steps and validate.
+- Equal bytes: an epoch and its validation in 4 shares by 1, 1, 2 and 4 ranks, each time in new processes; in bfloat16
+  and float16. Ranks of one GPU cannot meet by NCCL: these meet by gloo.
 - Starvation, with `--catalogue`: the real loop against the step on one batch.
 
-Each figure comes after 20 steps that are not counted, over 100 that are, with the device synchronised at both ends; the
-sides alternate, and each sets the modes of PyTorch that it needs. `head_memory.py` measures the head of 50,030 classes.
-A call for each network keeps a call short.
+Each figure comes after 20 steps that are not counted (5 in later rounds), with the device synchronised at both ends;
+the sides alternate, and each sets the modes of PyTorch that it needs. `head_memory.py` measures the head of 50,030
+classes.
 
-    python benchmarks/gpu.py [--networks resnet50 ...] [--crops 224 448] [--batch 128] [--rounds 3]
+    python benchmarks/gpu.py [--networks resnet50 ...] [--crops 224 448] [--batch 128] [--rounds 3] [--counted 50]
+                             [--sections training settings shares ten_crop equal_bytes starvation]
                              [--catalogue PATH --loader-processes 16]
     python benchmarks/gpu.py --on-cpu   (tiny, on a machine without a GPU: that every line runs, no figure)
 """
 
 import argparse
+import gc
 import hashlib
-import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -36,6 +39,7 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from ratio import Side, alternate, header, show
 from torch import Tensor, nn
 
@@ -47,12 +51,14 @@ from aliprod.models.classifier import Classifier, normalisation
 from aliprod.recipe import Machine, Stage
 from aliprod.synth.synth import synthesise
 from aliprod.training.learner import Learner, Place, autocast, place
-from aliprod.training.loop import train
+from aliprod.training.loop import gradients, train
 from aliprod.training.optimizer import Optimizer
+from aliprod.training.shares import ShareMean
 from aliprod.training.speed import measure
 
 BACKBONES = ("resnet50", "seresnext50_32x4d", "legacy_seresnet101", "efficientnet_b3", "efficientnet_b4")
 CLASSES = 1000
+RANKS = (1, 1, 2, 4)
 Step = Callable[[int], Tensor]
 
 
@@ -64,7 +70,8 @@ class Extent:
     batch: int  # images of 224 pixels; fewer of larger ones
     rounds: int
     warm_up: int = 20
-    counted: int = 100
+    again: int = 5  # of a later round
+    counted: int = 50
 
 
 class Loop:
@@ -82,7 +89,7 @@ class Loop:
     def __call__(self) -> None:
         place(Machine(exact=self.exact))
         before = start_of_peak()
-        for number in range(self.extent.warm_up):
+        for number in range(self.extent.again if self.seconds else self.extent.warm_up):
             self.step(number)
         synchronise()
         began = time.perf_counter()
@@ -124,26 +131,29 @@ def main() -> None:
     parser.add_argument("--crops", nargs="+", type=int, default=[224, 448])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--counted", type=int, default=50)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--catalogue", type=Path)
     parser.add_argument("--loader-processes", type=int, default=16)
     parser.add_argument("--on-cpu", action="store_true")
     asked = parser.parse_args()
-    extent = Extent(tuple(asked.crops), asked.batch, asked.rounds)
+    extent = Extent(tuple(asked.crops), asked.batch, asked.rounds, counted=asked.counted)
     networks: list[str] = asked.networks or list(BACKBONES)
     if asked.on_cpu:
-        extent, networks = Extent((64, 96), 4, 1, warm_up=1, counted=2), asked.networks or ["test_resnet"]
+        extent, networks = Extent((64, 96), 8, 1, warm_up=1, counted=2), asked.networks or ["test_resnet"]
     elif not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py needs a CUDA GPU, and PyTorch sees none here: nothing was measured.")
     print(header(("torch", "timm")), torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", sep=", ")
     for network in networks:
-        for crop in extent.crops:
-            training(network, crop, extent)
-        ranks(network, extent)
-        ten_crop(network, extent)
-        equal_bytes(network, extent)
-        if asked.catalogue:
-            starvation(network, asked.catalogue, extent, asked.loader_processes)
-        print(f"  {clocks()}")
+        for name in asked.sections:
+            began = time.perf_counter()
+            if name != "starvation":
+                SECTIONS[name](network, extent)
+            elif asked.catalogue:
+                starvation(network, asked.catalogue, extent, asked.loader_processes)
+            print(f"  [{name}: {time.perf_counter() - began:.0f} s]", flush=True)
+            gc.collect()  # the memory of graphs
+        print(f"  {clocks()}", flush=True)
 
 
 def clocks() -> str:
@@ -169,15 +179,22 @@ def stage_of(crop: int, extent: Extent) -> Stage:
     return Stage(resize=max(crop, 256), crop=crop, batch_size=batch_size, precision="bfloat16", lr=low)  # type: ignore[arg-type]
 
 
-def our_step(step_of: nn.Module, learner: Learner, batch: TrainBatch) -> Step:
+def our_step(
+    learner: Learner, batch: TrainBatch, shares: int = 1, memory: torch.memory_format = torch.channels_last
+) -> Step:
     """Forward, backward and update as `aliprod.training.loop` makes them."""
     optimizer = Optimizer(learner, learner.stage, steps_per_epoch=10**6)
+    mean = ShareMean(learner, learner.trained(), shares)
+    parts = [
+        replace(batch, images=images.contiguous(memory_format=memory), labels=labels)
+        for images, labels in zip(batch.images.chunk(shares), batch.labels.chunk(shares), strict=True)
+    ]
     learner.train()
 
     def step(number: int) -> Tensor:
-        loss = torch.stack(list(step_of(batch).values())).sum()
-        optimizer.step(loss, number)
-        return loss.detach()
+        losses, _ = gradients(learner, optimizer, mean, parts)
+        optimizer.update(number)
+        return torch.stack(list(losses.values())).sum()
 
     return step
 
@@ -205,51 +222,63 @@ def their_step(learner: Learner, batch: TrainBatch) -> Step:
     return step
 
 
-def training(network: str, crop: int, extent: Extent) -> None:
-    """Ours, exact and not, against timm's loop."""
-    here, stage = place(Machine()), stage_of(crop, extent)
-    batch = synthetic(stage.batch_size, crop, here)
-    learner = Learner(stage, network, nothing(), here)
-    theirs = their_step(learner, batch)
-    ours = our_step(learner, learner, batch)
-    first = float(ours(0)), float(theirs(0))
-    if not abs(first[0] - first[1]) < 0.1:  # the classifier computes in float32, timm's in bfloat16
-        sys.exit(f"{network}: the first losses are {first[0]:.4f} and {first[1]:.4f}, no equal work")
-    loops = {
-        "aliprod": Loop(ours, False, extent),
-        "aliprod, exact": Loop(ours, True, extent),
-        "timm's loop": Loop(theirs, False, extent),
+def training(network: str, extent: Extent) -> None:
+    """Ours, exact and not, against timm's loop, at each crop."""
+    for crop in extent.crops:
+        here, stage = place(Machine()), stage_of(crop, extent)
+        batch = synthetic(stage.batch_size, crop, here)
+        learner = Learner(stage, network, nothing(), here)
+        theirs, ours = their_step(learner, batch), our_step(learner, batch)
+        first = float(ours(0)), float(theirs(0))
+        if not abs(first[0] - first[1]) < 0.1:  # the classifier computes in float32, timm's in bfloat16
+            sys.exit(f"{network}: the first losses are {first[0]:.4f} and {first[1]:.4f}, no equal work")
+        loops = {
+            "aliprod": Loop(ours, False, extent),
+            "aliprod, exact": Loop(ours, True, extent),
+            "timm's loop": Loop(theirs, False, extent),
+        }
+        fast, exact, bare = in_turn(loops, extent)
+        print(f"{network} at {crop}, batch {stage.batch_size}, first losses {first[0]:.4f} and {first[1]:.4f}:")
+        for side in (fast, exact, bare):
+            speed = extent.counted * stage.batch_size / side.median
+            print(f"  {side.name}: {speed:,.0f} images/s, {loops[side.name].peak / 1e9:.2f} GB beside weights")
+        show("images/s, ours / timm's (bar >= 0.97)", fast, bare)
+        show("images/s, exact / not exact", exact, fast)
+
+
+def settings(network: str, extent: Extent) -> None:
+    """The exact step of bfloat16, channels last, against one other setting at a time."""
+    machine, stage = Machine(), stage_of(extent.crops[0], extent)
+    batch, loops = synthetic(stage.batch_size, stage.crop, place(machine)), {}
+    variants = {
+        "as it is": (stage, machine),
+        "float32": (stage.model_copy(update={"precision": "float32"}), machine),
+        "not channels-last": (stage, machine),
+        "compiled": (stage, machine.model_copy(update={"compile": True})),
     }
-    fast, exact, bare = in_turn(loops, extent)
-    print(f"{network} at {crop}, batch {stage.batch_size}, first losses {first[0]:.4f} and {first[1]:.4f}:")
-    for side in (fast, exact, bare):
-        speed = extent.counted * stage.batch_size / side.median
-        print(f"  {side.name}: {speed:,.0f} images/s, {loops[side.name].peak / 1e9:.2f} GB beside weights and momentum")
-    show("images/s, ours / timm's (bar >= 0.97)", fast, bare)
-    show("images/s, exact / not exact", exact, fast)
+    for name, (recipe, computer) in variants.items():
+        learner = Learner(recipe, network, nothing(), place(computer))
+        memory = torch.contiguous_format if name == "not channels-last" else torch.channels_last
+        learner.to(memory_format=memory)  # type: ignore[call-overload]
+        loops[name] = Loop(our_step(learner, batch, memory=memory), True, extent)
+    bare, *others = in_turn(loops, extent)
+    print(f"{network} at {stage.crop}, batch {stage.batch_size}:")
+    for side in others:
+        show(f"images/s, {side.name} / as it is", side, bare)
 
 
-def ranks(network: str, extent: Extent) -> None:
-    """As one of several ranks, against alone."""
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            here, stage = place(Machine()), stage_of(extent.crops[0], extent)
-            batch = synthetic(stage.batch_size, stage.crop, here)
-            loops = {}
-            for gradients in ("float32", "bfloat16"):
-                sent = stage.model_copy(update={"gradients": gradients})
-                learner = Learner(sent, network, nothing(), replace(here, world_size=2))  # so that it is wrapped
-                loops[f"a rank, {gradients}"] = Loop(our_step(learner.distributed(), learner, batch), True, extent)
-            alone = Learner(stage, network, nothing(), here)
-            loops["alone"] = Loop(our_step(alone, alone, batch), True, extent)
-            whole, half, bare = in_turn(loops, extent)
-        finally:
-            dist.destroy_process_group()
-    print(f"{network} at {stage.crop}, batch {stage.batch_size}, {backend}, exact:")
-    show("images/s, a rank / alone", whole, bare)
-    show("images/s, a rank that sends bfloat16 / alone", half, bare)
+def shares(network: str, extent: Extent) -> None:
+    """One batch in more and more shares."""
+    stage = stage_of(extent.crops[0], replace(extent, batch=2 * extent.batch))
+    here = place(Machine())
+    batch, loops = synthetic(stage.batch_size, stage.crop, here), {}
+    for count in (1, 2, 4, 8):
+        step = our_step(Learner(stage, network, nothing(), here), batch, count)
+        loops[f"in {count}"] = Loop(step, True, extent)
+    bare, *others = in_turn(loops, extent)
+    print(f"{network} at {stage.crop}, batch {stage.batch_size}, peak in one {loops['in 1'].peak / 1e9:.2f} GB:")
+    for side in others:
+        show(f"images/s, {side.name} shares ({loops[side.name].peak / 1e9:.2f} GB) / in one", side, bare)
 
 
 def ten_crop(network: str, extent: Extent) -> None:
@@ -272,22 +301,34 @@ def ten_crop(network: str, extent: Extent) -> None:
 
 
 def equal_bytes(network: str, extent: Extent) -> None:
-    """Two processes of their own, one after the other."""
+    """Processes of their own for each number of ranks, one after the other."""
     with tempfile.TemporaryDirectory(prefix="bytes-") as folder:
-        catalogue, batch_size = Path(folder) / "packages", max(5, extent.batch // 4)
-        synthesise(catalogue, classes=4, images=4 * batch_size, seed=0)
-        stage = stage_of(extent.crops[0], extent).model_copy(update={"batch_size": batch_size})
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
-            found = processes.starmap(weights_of, [(stage, network, catalogue)] * 2, chunksize=1)
-    print(f"{network} at {stage.crop}, two exact runs: {'the same bytes' if found[0] == found[1] else 'OTHER BYTES'}")
+        batch_size = max(8, extent.batch // 2)
+        synthesise(Path(folder) / "packages", classes=4, images=4 * batch_size, seed=0)
+        for precision in ("bfloat16", "float16"):
+            asked = {"batch_size": batch_size, "shares": 4, "precision": precision}
+            stage, found = stage_of(extent.crops[0], extent).model_copy(update=asked), []
+            for number, ranks in enumerate(RANKS):
+                out = Path(folder) / f"{precision}-{number}"
+                mp.spawn(hash_weights, (ranks, stage, network, Path(folder), out), nprocs=ranks)
+                found.append(out.read_text())
+            equal = "the same bytes" if len(set(found)) == 1 else f"OTHER BYTES: {found}"
+            print(f"{network} at {stage.crop}, {precision}, by {RANKS} ranks: {equal}")
 
 
-def weights_of(stage: Stage, network: str, catalogue: Path) -> str:
-    """The sha256 of all weights after an epoch."""
-    (progress,) = train(stage, network, sources.read(catalogue))
+def hash_weights(rank: int, ranks: int, stage: Stage, network: str, folder: Path, out: Path) -> None:
+    """Write the sha256 of all weights after an epoch."""
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=ranks)
+    (progress,) = train(stage, network, sources.read(folder / "packages"))
     assert progress.last is not None
     tensors = progress.last.tensors
-    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+    if rank == 0:
+        out.write_text(
+            hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+        )
+    if ranks > 1:
+        dist.destroy_process_group()
 
 
 def starvation(network: str, path: Path, extent: Extent, processes: int) -> None:
@@ -295,17 +336,17 @@ def starvation(network: str, path: Path, extent: Extent, processes: int) -> None
     catalogue = sources.read(path)
     augmentation = ("random_resized_crop", "flip", "auto_augment", "cutout")
     stage = Stage(batch_size=extent.batch, augmentation=augmentation, precision="bfloat16")
-    shares = []
+    starved = []
     for _ in range(extent.rounds):
         real, alone = (
             measure(part, stage, network, catalogue, extent.counted, Machine(loader_processes=processes))  # type: ignore[arg-type]
             for part in ("train", "step")
         )
-        shares.append(1 - real.images_per_second / alone.images_per_second)
-    side = Side("starved", tuple(shares))
+        starved.append(1 - real.images_per_second / alone.images_per_second)
+    side = Side("starved", tuple(starved))
     print(
         f"{network} on {path} with {processes} loader processes: starved {100 * side.median:.1f} % "
-        f"({100 * min(shares):.1f} to {100 * max(shares):.1f}), bar <= 2 %"
+        f"({100 * min(starved):.1f} to {100 * max(starved):.1f}), bar <= 2 %"
     )
 
 
@@ -316,6 +357,10 @@ def nothing() -> Catalogue:
     none = Images("train", pa.array([], pa.string()), np.empty(0, np.int64), pa.array([], pa.string()), Path())
     return Catalogue(Path(), np.arange(CLASSES), ("",) * CLASSES, none, none, none, None, None, ())
 
+
+SECTIONS: dict[str, Callable[..., None]] = {
+    section.__name__: section for section in (training, settings, shares, ten_crop, equal_bytes, starvation)
+}
 
 if __name__ == "__main__":
     main()

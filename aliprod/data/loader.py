@@ -6,7 +6,7 @@ epoch, image id): the number of loader processes or ranks, or a restart, changes
 
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -121,14 +121,17 @@ class TrainBatches:
             shares: the numbers of those that are asked for, of each step; without them `mine`.
         """
         first, shares = epoch * self.steps_per_epoch, shares or self.mine
-        self._steps.batches = self._views(epoch, skip, shares)
+        self._steps.batches = views = self._views(epoch, skip, shares)
         order = product(range(first + skip, first + self.steps_per_epoch), shares)
-        for (pixels, labels, centres, rows), (step, share) in zip(self._loader, order, strict=True):
-            images, marks = self._images(pixels, centres), self._marks(rows)
-            seed = seed_of(self.stage.seed, "step", step, share)
-            batch = TrainBatch(images, self._sent(labels), rows, epoch, step, seed, **marks)
-            half = len(batch.rows) // 2
-            yield replace(batch[:half], second=batch[half:]) if self.second else batch
+        try:
+            for (pixels, labels, centres, rows), (step, share) in zip(self._loader, order, strict=True):
+                images, marks = self._images(pixels, centres), self._marks(rows)
+                seed = seed_of(self.stage.seed, "step", step, share)
+                batch = TrainBatch(images, self._sent(labels), rows, epoch, step, seed, **marks)
+                half = len(batch.rows) // 2
+                yield replace(batch[:half], second=batch[half:]) if self.second else batch
+        finally:  # the loader holds them, they hold this and so the loader: Python would wait 5 s for each process
+            views.close()
 
     def _sent(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.feed.device, non_blocking=True)
@@ -159,7 +162,7 @@ class TrainBatches:
             return selection.class_balanced_order(labels, seed, epoch)[:, None]
         return selection.order(len(labels), seed, epoch)[:, None]
 
-    def _views(self, epoch: int, skip: int, shares: Sequence[int]) -> Iterator[list[View]]:
+    def _views(self, epoch: int, skip: int, shares: Sequence[int]) -> Generator[list[View]]:
         """The views of shares from step ``skip`` on: a step is a slice of the order, a share every so many of it."""
         sides = [self._units(epoch)]
         if self.second:

@@ -19,6 +19,7 @@ from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Stage
+from aliprod.training.graphs import replay_passes
 from aliprod.training.shares import ShareMean
 
 
@@ -100,6 +101,8 @@ class Learner(nn.Module):
             # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them depends
             # on what was seen before, and a resumed job has seen less.
             self.model.backbone.compile(dynamic=False)
+        elif place.device.type == "cuda" and stage.trains != "classifier":
+            replay_passes(self.model.backbone)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss parts of a batch, each a scalar."""

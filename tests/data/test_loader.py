@@ -1,8 +1,10 @@
 """loader: what a step sees is a function of the plan, not of processes, ranks or restarts."""
 
+import gc
 import json
 import logging
 import shutil
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +71,18 @@ def test_loader_processes_change_nothing_in_two_epochs(packages: Catalogue, proc
     alone, helped = batches(packages), batches(packages, feed=replace(FEED, processes=processes))
     for epoch in (0, 1):
         assert_equal(list(alone.epoch(epoch)), list(helped.epoch(epoch)))
+
+
+def test_an_epoch_that_is_left_in_its_middle_keeps_no_loader_process(packages: Catalogue) -> None:
+    gc.disable()  # at its end Python waits five seconds for each process of a loader that only the collector could free
+    try:
+        left = batches(packages, feed=replace(FEED, processes=1))
+        loader, epoch = weakref.ref(left._loader), left.epoch(0)
+        next(epoch)
+        del left, epoch
+        assert loader() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("skip", [1, 3])
