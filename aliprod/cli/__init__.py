@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from aliprod.cli.data import data_group
+from aliprod.cli.drafts import init_command
 from aliprod.cli.experiments import benchmark_command, tune_command
 from aliprod.cli.plans import ensemble_command, plan_command, run_command, status_command
 from aliprod.cli.results import evaluate_command, predict_command, report_command, trace_command
@@ -43,7 +44,7 @@ def app() -> None:
     """
 
 
-for _command in (plan_command, run_command, ensemble_command, status_command):
+for _command in (init_command, plan_command, run_command, ensemble_command, status_command):
     app.add_command(_command)
 for _command in (report_command, trace_command, evaluate_command, predict_command):
     app.add_command(_command)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aliprod.build.events import Changed, Ended, Event
+from aliprod.cli.drafts import drafted
 from aliprod.cli.flags import Asked, answer, say, takes_plan
 from aliprod.errors import AliprodError
 
@@ -49,10 +50,13 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
 def run_command(asked: Asked) -> None:
     """Run what is not finished, then add up the ensemble. Run it again to go on after anything.
 
+    FILE is a plan; or photographs, for which one is written as `aliprod init` does.
+
     \b
-    Example: aliprod run jobs/quickstart.toml --set catalogue.path=photos --storage /shared/aliprod
+    Example: aliprod run photos
+             aliprod run jobs/quickstart.toml --storage /shared/aliprod
     """
-    request = _announced(asked)
+    request = _announced(drafted(asked))
     from aliprod.cluster import driver
 
     _drive(request, driver.run(request), whole=True)

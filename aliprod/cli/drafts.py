@@ -1,0 +1,123 @@
+"""From a folder of photographs to a plan, and at once to its run."""
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aliprod.cli.data import AskedReading, takes_reading
+from aliprod.cli.flags import Asked, answer, cores, json_flag, path, say, storage_flag
+from aliprod.errors import Refused
+
+if TYPE_CHECKING:
+    from aliprod.plan.draft import Computer, Photographs
+
+_HUB = ("huggingface.co", 443)  # of timm's weights
+_PATIENCE_SECONDS = 3.0
+_STEPS = 3  # measured of each piece of work
+
+
+@click.command("init")
+@takes_reading
+@click.argument("photos", type=path)
+@click.option("--out", type=path, help="The plan's file. [the folder's name, here]")
+@storage_flag
+@json_flag
+def init_command(asked: AskedReading, photos: Path, out: Path | None, storage: Path | None) -> None:
+    """Look at photographs and this machine, and write a plan that is fit for both.
+
+    PHOTOS is a folder in any layout that docs/catalogues.md names, or a table. Then a few steps of each training are
+    measured, for a forecast.
+
+    \b
+    Example: aliprod init photos --out photos.toml
+    """
+    plan, photographs = _write(asked, photos, out or _file_of(photos))
+    request = Asked(plan, (), storage).request()
+    from aliprod.forecast.measure import measure_plan
+    from aliprod.forecast.simulate import forecast
+    from aliprod.plan.open import open_plan
+    from aliprod.report.estimate import lines
+
+    say(f"{plan} is written. Measuring a few steps of each training ...")
+    for found in measure_plan(request, "train", _STEPS):
+        say(f"  {found['part']} of {', '.join(found['jobs'])}: {found['images_per_second']:,.0f} images/s")
+    opened, ranks = open_plan(request), _computer().gpus or cores()
+    estimate = asdict(forecast(opened, ranks))
+    found = {"plan": request.plan.name, "path": str(plan), "classes": len(photographs.counts)}
+    found |= {"train": photographs.train, "val": photographs.val, "test": photographs.test, "estimate": estimate}
+    told = lines(estimate, opened.plan.cluster.use_gpu is not False, "")
+    answer(found, "\n".join([*told, f"This runs it: aliprod run {plan}"]))
+
+
+def drafted(asked: Asked) -> Asked:
+    """What `run` was given, with a plan in the place of photographs: the one that stands here of them, or a new one."""
+    from aliprod.catalogue.tables import TABLES
+
+    if not asked.file.is_dir() and asked.file.suffix.lower() not in TABLES:
+        return asked
+    plan = _file_of(asked.file)
+    if plan.exists():
+        say(f"The plan of {asked.file} is {plan}: it goes on.")
+    else:
+        _write(AskedReading((), None, 0, None), asked.file, plan)
+        say(f"{plan} is written: every value is yours to change.")
+    return replace(asked, file=plan)
+
+
+def _file_of(photos: Path) -> Path:
+    from aliprod.plan.draft import plain
+
+    return Path(f"{plain(photos.absolute().stem if photos.is_file() else photos.absolute().name)}.toml")
+
+
+def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Path, Photographs]":
+    """Write the plan, and return what was seen of the photographs. Refused: the file is there already."""
+    from aliprod.catalogue import sources
+    from aliprod.plan import draft
+
+    if out.exists():
+        raise Refused("is there already, and may hold your changes.", out, "Say --out, or move it away.")
+    catalogue = sources.read(photos, asked.reading())  # first: what is no catalogue is refused at once
+    for remark in catalogue.remarks:
+        say(remark)
+    photographs = draft.look_at(catalogue)
+    text = draft.draft(draft.plain(out.stem), _as_said(photos, out), photographs, _computer(), _said(asked, out))
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Refused(f"cannot be written: {error.strerror}.", out, "Say --out.") from error
+    return out, photographs
+
+
+def _as_said(place: Path, out: Path) -> str:
+    """A path as it stands in a plan: relative to its file where it lies beside or below it."""
+    relative = os.path.relpath(place.expanduser().absolute(), out.absolute().parent)
+    return str(place.expanduser().absolute()) if relative.startswith("..") else relative
+
+
+def _said(asked: AskedReading, out: Path) -> dict[str, Any]:
+    """What [catalogue] says besides the path."""
+    reading = asked.reading()
+    links = _as_said(reading.links, out) if reading.links else None
+    said = {"columns": dict(reading.columns), "val": reading.val, "seed": reading.seed, "links": links}
+    return {key: value for key, value in said.items() if value}
+
+
+def _computer() -> "Computer":
+    """This machine."""
+    import socket
+
+    import torch
+
+    from aliprod.plan.draft import Computer
+
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    try:
+        socket.create_connection(_HUB, _PATIENCE_SECONDS).close()
+        online = True
+    except OSError:
+        online = bool(os.environ.get("HF_ENDPOINT"))  # a mirror
+    return Computer(cores(), len(gpus), min((gpu.total_memory for gpu in gpus), default=0), online)
