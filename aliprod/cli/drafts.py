@@ -54,6 +54,8 @@ def init_command(asked: AskedReading, photos: Path, out: Path | None, storage: P
 
 def drafted(asked: Asked) -> Asked:
     """What `run` was given, with a plan in the place of photographs: the one that stands here of them, or a new one."""
+    if asked.file.suffix == ".toml" or not asked.file.exists():  # before anything is loaded
+        return asked
     from aliprod.catalogue.tables import TABLES
 
     if not asked.file.is_dir() and asked.file.suffix.lower() not in TABLES:
