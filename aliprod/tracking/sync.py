@@ -113,7 +113,8 @@ class Tracking:
         self._server, self._sender = server, Sender(server.probe, say)
         self._begun = set[str]()  # jobs that have a run, since they have run here
         self.registry = Registry(server)  # versions and aliases; its methods block and raise
-        self.page = server.page(f"experiments/{server.experiment_id}/runs")  # where a person sees the runs
+        # where a person sees the runs; without the word the UI opens its view of language models, which is empty
+        self.page = server.page(f"experiments/{server.experiment_id}/runs?workflowType=machine_learning")
 
     @classmethod
     def connect(
