@@ -134,13 +134,13 @@ def _origin(found: Mapping[str, Any]) -> str:
     from aliprod.report.status import table
 
     rows = [
-        [name, member["version"], member["epoch"] + 1, member["weights"][:16], member["key"][:16]]
-        for name, member in found["members"].items()
+        [name, one["version"], one["epoch"] + 1, one.get("weight", 1), one["weights"][:16], one["key"][:16]]
+        for name, one in found["members"].items()
     ]
     plan, catalogue = found["plan"], found["catalogue"]
     error = "" if found["top1_error"] is None else f", top-1 error {found['top1_error']:.2%} on {found['split']}"
     return (
-        f"{table(rows, ['member', 'version', 'epoch', 'weights', 'key'])}\n"
+        f"{table(rows, ['member', 'version', 'epoch', 'counts', 'weights', 'key'])}\n"
         f"Plan {plan['name']}, {plan['sha256'][:16]}{error}.\n"
         f"Catalogue {catalogue['path']}, {catalogue['fingerprint'][:16]}."
     )
