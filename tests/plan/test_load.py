@@ -138,7 +138,7 @@ def test_a_small_plan_is_accepted(load_text: Any, small: str) -> None:
             '"net-b3/dcl",\n]',
             '"net-b3/dcl",\n]\ncombine = "weight"',
             "combine =",
-            'ensemble.combine = "weight" must be "sum", "greedy" or "weights". Did you mean weights?',
+            'ensemble.combine = "weight" must be "sum", "greedy" or "weights".|Did you mean weights?',
         ),
         ("ranks = 2", "use_gpu = 1", "use_gpu", 'cluster.use_gpu = 1 must be "auto" or true or false'),
         ("format = 1", "format = 2", "format", "format = 2 must be 1"),
