@@ -67,8 +67,9 @@ def own_probabilities(ensemble: MatchedMembers, places: Places, columns: Places)
     """What each member gives the classes in these columns at these places: (M, n), above 0."""
     found = np.empty((len(ensemble.members), len(places)))
     for number, own in enumerate(found):
-        for at, rows in _blocks(ensemble, number, places):
-            own[at] = rows[np.arange(len(rows)), columns[at]]
+        for low in range(0, len(places), _ROWS):
+            at = slice(low, low + _ROWS)
+            own[at] = ensemble.part(number, places[at]).numpy()[np.arange(len(columns[at])), columns[at]]
     return found.clip(FLOOR)
 
 

@@ -44,11 +44,9 @@ def compare(members: Sequence[Probabilities], combinations: Sequence[Combination
         weightings = _weightings(chosen.weights, forward(own[:, ~rows], chosen.weights))
         combined[:, rows] = _predicted(replace(ensemble, temperatures=chosen.temperatures), weightings, known[rows])
     last = combinations[-1]
-    plain = _predicted(ensemble, np.ones((1, count)), known) if last.temperatures else combined[:1]
-    alone = np.stack([one.predicted()[rows[known]] for one, rows in zip(members, ensemble.rows, strict=True)])
-    guesses = np.concatenate([ensemble.classes[np.concatenate([combined, plain])], alone])
-    told = _told(guesses, ensemble.classes[columns], seed)
-    whole, without, first = 0, 1, 1 + count  # rows of each kind
+    plain = _predicted(ensemble, np.concatenate([np.ones((1, count)), np.eye(count)]), known)
+    told = _told(np.concatenate([combined, plain]), columns, seed)
+    whole, without, first, plainly, alone = 0, 1, 1 + count, 1 + 2 * count, 2 + 2 * count  # where each kind begins
     order, error, spread = forward(own, last.weights), told.errors, told.drawn[:, whole].std()
     fewest = next(n for n in range(len(order)) if error[first + n] <= error[whole] + spread or n == len(order) - 1)
     return {
@@ -56,14 +54,14 @@ def compare(members: Sequence[Probabilities], combinations: Sequence[Combination
         "ensemble": told.of(whole),
         "members": {
             member.name: {
-                **told.of(2 + 2 * count + number),
+                **told.of(alone + number),
                 "weight": last.weights[number],
                 "temperature": last.temperatures[number] if last.temperatures else None,
                 "left_out": told.of(without + number) if sum(map(bool, last.weights)) > 1 else None,
             }
             for number, member in enumerate(members)
         },
-        "sum": told.of(1 + 2 * count),
+        "sum": told.of(plainly),
         "smallest": {
             **told.of(first + fewest),
             "members": [members[number].name for number in order[: fewest + 1]],
@@ -102,9 +100,9 @@ def _predicted(ensemble: MatchedMembers, weightings: Floats, places: Places) -> 
     by = torch.from_numpy(weightings)
     for low in range(0, len(places), step):
         some = places[low : low + step]
-        parts = [ensemble.part(number, some).double().flatten() for number in range(len(ensemble.members))]
-        sums = (by @ torch.stack(parts)).view(len(by), len(some), -1)  # exact, as all are multiples of 2**-24
-        found[:, low : low + step] = sums.argmax(dim=2).numpy()
+        parts = [ensemble.part(number, some).float().flatten() for number in range(len(ensemble.members))]
+        sums = (by @ torch.stack(parts).double()).view(len(by), len(some), -1)  # exact: multiples of 2**-24
+        found[:, low : low + step] = sums.numpy().argmax(axis=2)
     return found
 
 
