@@ -34,10 +34,12 @@ def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = Non
     for name in order_by_remaining_work(opened.jobs):
         graph.training(name)
         if opened.jobs[name].member:
-            for split in graph.splits.all:
+            for split in graph.predicted:
                 graph.member(name, split)
     for split in graph.splits.all:
         graph.ensemble(split)
+    if graph.splits.scored:
+        graph.comparison(graph.splits.scored)
     return graph.found
 
 
@@ -58,6 +60,8 @@ class _Graph:
         self.best = cache(partial(best, opened))  # it reads two manifests
         self.catalogue, self.cluster = opened.read_catalogue(), opened.plan.cluster
         self.splits = outputs.splits(self.catalogue, opened.plan.ensemble.score)
+        self.fits = opened.plan.ensemble.combine != "sum"
+        self.predicted = dict.fromkeys([*self.splits.all, *(["val"] if self.fits else [])])
         self.one = Resources(self.cluster.threads, 1 if gpu else 0)  # of what runs a network in one process
 
     def training(self, name: str) -> Target:
@@ -98,7 +102,15 @@ class _Graph:
     def ensemble(self, split: str) -> Target:
         plan, which = self.opened.plan, self.splits
         members = [self.member(name, split) for name in plan.ensemble.members]
-        return self._add(outputs.ensemble(plan.name, split, members, split == which.main))
+        fitted = self._weights() if self.fits else None
+        return self._add(outputs.ensemble(plan.name, split, members, split == which.main, fitted))
+
+    def comparison(self, split: str) -> Target:
+        return self._add(outputs.comparison(self.opened.plan, self.ensemble(split)))
+
+    def _weights(self) -> Target:
+        plan = self.opened.plan
+        return self._add(outputs.weights(plan, self.catalogue, [self.member(n, "val") for n in plan.ensemble.members]))
 
     def _soft_labels(self, job: Job, teacher: str) -> Target:
         return self._add(inputs.soft_labels(job, self.training(teacher), self.catalogue, self.one))

@@ -1,18 +1,27 @@
 """What comes of the trained members, as targets: predictions, the ensemble and its submission."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aliprod.build.target import Cost, Made, Resources, Site, Target, powers_of_two
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
-from aliprod.errors import Failed
+from aliprod.errors import Failed, Refused
 from aliprod.plan.jobs import Job
+from aliprod.plan.schema import Plan
 from aliprod.recipe import Views
+from aliprod.store import commit
 from aliprod.store.layout import job_place
 from aliprod.store.resumable import shards
+
+if TYPE_CHECKING:
+    from aliprod.ensemble.combine import Combination
+    from aliprod.inference.probabilities import Probabilities
+
+LEAST_VAL = 5  # images: one in each fold
+FITTED, COMPARISON = "weights.json", "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -75,31 +84,68 @@ def prediction(
     )
 
 
-def ensemble(plan: str, split: str, predictions: Sequence[Target], main: bool) -> Target:
+def weights(plan: Plan, catalogue: Catalogue, predictions: Sequence[Target]) -> Target:
+    """Weights and temperatures of the members, fitted on their predictions of val.
+
+    Raises:
+        Refused: val has too few images.
+    """
+    combine = plan.ensemble.combine
+    if (count := len(catalogue.val)) < LEAST_VAL:
+        what = f'combine = "{combine}" is fitted on val, which has {count} images, not the {LEAST_VAL} that it takes.'
+        advice = 'Say combine = "sum", or hold images back: [catalogue] val = 0.1.'
+        raise Refused(what, f"plan {plan.name}, [ensemble]", advice)
+    facts = _of_members({"kind": "weights", "combine": combine, "seed": plan.seed}, predictions)
+    needs = {"members": tuple(predictions)}
+    return Target("weights", "weights", facts, f"{plan.name}/weights", _fit, needs, latest=True)
+
+
+def ensemble(plan: str, split: str, predictions: Sequence[Target], main: bool, fitted: Target | None = None) -> Target:
     """The sum of the members' probabilities of a split, what it predicts, and its errors.
 
     Args:
-        plan: its name. main: whether it is what people open.
+        plan: its name. main: whether it is what people open. fitted: `weights`; None: all alike.
     """
-    facts: dict[str, Any] | None = None
-    if all(prediction.facts for prediction in predictions):
-        members = {prediction.owner.name: dict(prediction.facts or {}) for prediction in predictions}
-        facts = {"kind": "ensemble", "split": split, "members": members}
+    facts = _of_members({"kind": "ensemble", "split": split}, predictions)
+    if facts is not None and fitted is not None:
+        facts |= {"weights": fitted.key}
     return Target(
         "ensemble",
         "ensemble" if main else f"ensemble of {split}",
         facts,
         f"{plan}/ensemble" if main else f"{plan}/ensemble-{split}",
         _sum,
-        {"members": tuple(predictions)},
+        {"members": tuple(predictions), "weights": (fitted,) if fitted else ()},
         goal=True,
         latest=True,
     )
 
 
-def scores(folder: Path) -> dict[str, Any]:
-    """Top-1 errors of a committed ensemble: of ``ensemble``, and of each of the ``members`` by job."""
-    return dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
+def comparison(plan: Plan, of: Target) -> Target:
+    """What an ensemble, of labelled images, is worth: `aliprod.ensemble.compare`, and its best member."""
+    asked = {"seed": plan.seed, "views": plan.ensemble.views, "combine": plan.ensemble.combine}
+    facts: dict[str, Any] | None = None
+    if of.facts is not None:
+        facts = {"kind": "comparison", "ensemble": of.key, "split": of.facts["split"], **asked}
+    needs = {"ensemble": (of,)}
+    return Target("comparison", "comparison", facts, f"{plan.name}/comparison", _compare, needs, goal=True, latest=True)
+
+
+def compared(storage: Path, graph: Mapping[str, Target]) -> dict[str, Any] | None:
+    """What `comparison` found; None where no labels are known."""
+    found = graph.get("comparison")
+    return None if found is None else _read(found.folder(storage) / COMPARISON)
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _of_members(facts: dict[str, Any], predictions: Sequence[Target]) -> dict[str, Any] | None:
+    """The facts with those of each member; None while one is not known."""
+    if not all(prediction.facts for prediction in predictions):
+        return None
+    return facts | {"members": {prediction.owner.name: dict(prediction.facts or {}) for prediction in predictions}}
 
 
 def _brought(target: Target, _: Site) -> Made:
@@ -130,12 +176,61 @@ def _predict(target: Target, site: Site) -> Made:
     return ()
 
 
-def _sum(target: Target, site: Site) -> Made:
-    from aliprod.ensemble.add import write_ensemble
-    from aliprod.inference.probabilities import open_store
+def _fit(target: Target, site: Site) -> Made:
+    from aliprod.ensemble.combine import fit
 
     facts = target.facts or {}
-    stores = [open_store(need.folder(site.storage)) for need in target.needs["members"]]
-    record = {"target": target.key, "split": facts["split"]}
-    write_ensemble(target.folder(site.storage), stores, record=record)
+    found = json.dumps([asdict(one) for one in fit(_members(target, site), facts["combine"], facts["seed"])], indent=1)
+    _keep(target, site, FITTED, found)
     return ()
+
+
+def _sum(target: Target, site: Site) -> Made:
+    from aliprod.ensemble.add import write_ensemble
+
+    record, members = {"target": target.key, "split": (target.facts or {})["split"]}, _members(target, site)
+    fitted = _combinations(target, site)[-1]
+    write_ensemble(target.folder(site.storage), members, fitted.weights, record, temperatures=fitted.temperatures)
+    return ()
+
+
+def _compare(target: Target, site: Site) -> Made:
+    from aliprod.ensemble.compare import compare
+    from aliprod.models.weights import describe
+
+    [summed], facts = target.needs["ensemble"], target.facts or {}
+    combinations = _combinations(summed, site)
+    if facts["split"] != "val":
+        combinations = combinations[-1:]
+    found = compare(_members(summed, site), combinations, facts["seed"])
+    errors, by = {name: one["top1_error"] for name, one in found["members"].items()}, (facts["split"], facts["views"])
+    if facts["split"] != "val":  # what a training says of val, of the centre crop
+        weights = {need.owner.name: need.needs["weights"][0] for need in summed.needs["members"]}
+        known = {name: describe(one.folder(site.storage))[0].top1_error for name, one in weights.items()}
+        errors, by = (errors, by) if None in known.values() else (known, ("val", "center"))
+    best = {"member": min(errors, key=errors.__getitem__), "split": by[0], "views": by[1]}
+    told = {key: facts[key] for key in ("split", "views", "combine")} | {"best": best} | found
+    _keep(target, site, COMPARISON, json.dumps(told, indent=1))
+    return ()
+
+
+def _members(target: Target, site: Site) -> "list[Probabilities]":
+    from aliprod.inference.probabilities import open_store
+
+    return [open_store(need.folder(site.storage)) for need in target.needs["members"]]
+
+
+def _combinations(target: Target, site: Site) -> "list[Combination]":
+    """Those of an ensemble: fitted without each fold in turn, and on all; the plain sum alone where none is fitted."""
+    from aliprod.ensemble.combine import Combination
+
+    for fitted in target.needs["weights"]:
+        found = _read(fitted.folder(site.storage) / FITTED)
+        return [Combination(tuple(one["weights"]), tuple(one["temperatures"])) for one in found]
+    return [Combination((1,) * len(target.needs["members"]))]
+
+
+def _keep(target: Target, site: Site, file: str, text: str) -> None:
+    """Commit a target that is one file, in place of what it was."""
+    record = {"target": target.key}
+    commit.replace(target.folder(site.storage), lambda new: commit.write_file(new / file, text), record)

@@ -4,12 +4,15 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from aliprod.cli.flags import Asked, answer, as_json, json_flag, path, storage_flag, takes_plan, tracking_flag
 from aliprod.errors import Refused
+
+if TYPE_CHECKING:
+    from aliprod.store.lineage import Voice
 
 
 @click.command("report")
@@ -85,40 +88,40 @@ def predict_command(model: str, inputs: tuple[Path, ...], storage: Path | None, 
     \b
     Example: aliprod predict models:/quickstart.resnet50.dcl@member photos/
     """
-    folders = _weights(model, storage, tracking_uri)
+    asked = _voices(model, storage, tracking_uri)
     from aliprod.inference.predict import classify
 
     failed = False
-    for found in classify(folders, inputs):
+    for found in classify(asked, inputs):
         failed |= "error" in found
         click.echo(json.dumps(found, ensure_ascii=False) if as_json() else _prediction(found))
     if failed:
         sys.exit(1)
 
 
-def _weights(model: str, storage: Path | None, tracking_uri: str | None) -> list[Path]:
-    """The weights folders that MODEL names.
+def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list[Voice]":
+    """The weights folders that MODEL names, and what each counts.
 
     Raises:
         Refused: it names none.
     """
+    from aliprod.store.lineage import Voice, voices
+
     if model.startswith("models:/"):
         from aliprod.plan import places
         from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
 
         folder = places.default_storage(storage)
-        return [fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models")]
+        return [Voice(fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models"))]
     if model.endswith(".toml"):
         asked = Asked(Path(model), (), storage, tracking_uri).request()
-        from aliprod.store.lineage import weights_of
-
-        if not (found := weights_of(asked.places.storage, asked.plan.name)):
+        if not (found := voices(asked.places.storage, asked.plan.name)):
             raise Refused("has no ensemble in this storage path yet.", f"plan {asked.plan.name}", "Run the plan first.")
         return found
     if not Path(model).is_dir():
         advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
         raise Refused("is no weights folder: there is no such folder.", model, advice)
-    return [Path(model)]
+    return [Voice(Path(model))]
 
 
 def _prediction(found: Mapping[str, Any]) -> str:
@@ -131,13 +134,13 @@ def _origin(found: Mapping[str, Any]) -> str:
     from aliprod.report.status import table
 
     rows = [
-        [name, member["version"], member["epoch"] + 1, member["weights"][:16], member["key"][:16]]
-        for name, member in found["members"].items()
+        [name, one["version"], one["epoch"] + 1, one.get("weight", 1), one["weights"][:16], one["key"][:16]]
+        for name, one in found["members"].items()
     ]
     plan, catalogue = found["plan"], found["catalogue"]
     error = "" if found["top1_error"] is None else f", top-1 error {found['top1_error']:.2%} on {found['split']}"
     return (
-        f"{table(rows, ['member', 'version', 'epoch', 'weights', 'key'])}\n"
+        f"{table(rows, ['member', 'version', 'epoch', 'counts', 'weights', 'key'])}\n"
         f"Plan {plan['name']}, {plan['sha256'][:16]}{error}.\n"
         f"Catalogue {catalogue['path']}, {catalogue['fingerprint'][:16]}."
     )

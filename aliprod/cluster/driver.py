@@ -11,7 +11,7 @@ import ray
 
 from aliprod.build.events import Began, Ended, Event, Said
 from aliprod.build.graph import Chosen, targets
-from aliprod.build.outputs import scores, splits
+from aliprod.build.outputs import compared, splits
 from aliprod.build.preflight import make_first, prepare
 from aliprod.build.room import check_room, uses_gpu, with_cpus
 from aliprod.build.schedule import execute
@@ -225,13 +225,15 @@ class _Run:
         which = splits(opened.read_catalogue(), opened.plan.ensemble.score)
         sums = {(t.facts or {})["split"]: t for t in graph.values() if t.kind == "ensemble"}
         key, folder = str(sums[which.main].key), sums[which.main].folder(self.site.storage)
-        errors = scores(sums[which.scored or which.main].folder(self.site.storage))
+        found = compared(self.site.storage, graph)
+        of = found["members"] if found else {name: {"top1_error": None} for name in choices}
         result = {
-            "members": {n: {"top1_error": errors["members"][n], "version": c.version} for n, c in choices.items()},
-            "top1_error": errors["ensemble"],
+            "members": {n: {"top1_error": of[n]["top1_error"], "version": c.version} for n, c in choices.items()},
+            "top1_error": found["ensemble"]["top1_error"] if found else None,
             "split": which.scored,
             "submission": str(opened.folder / "submission.csv") if which.main == "test" else None,
             "probabilities": str(folder),
+            "comparison": found,
         }
         self.result = EnsembleResult(key, choices, result)
         if which.main == "test":

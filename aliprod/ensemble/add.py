@@ -26,7 +26,7 @@ from torch.utils.dlpack import from_dlpack
 from aliprod.data.selection import surest
 from aliprod.errors import Failed, Refused
 from aliprod.inference.metrics import score
-from aliprod.inference.probabilities import Probabilities, check, tolerance
+from aliprod.inference.probabilities import Probabilities, check, tempered, tolerance
 from aliprod.store import commit
 from aliprod.store.resumable import append
 
@@ -60,7 +60,7 @@ class MatchedMembers:
     """Members whose rows and columns have been matched, with weights above zero.
 
     ``ids``: (N,) in the order of the submission. ``classes``: (K,) class ids, ascending. ``rows``: where each member
-    has them, (N,); ``columns``: the same, None: in order.
+    has them, (N,); ``columns``: the same, None: in order. ``temperatures``: one a member, or none.
     """
 
     members: tuple[Probabilities, ...]
@@ -69,6 +69,27 @@ class MatchedMembers:
     classes: npt.NDArray[np.int64]
     rows: tuple[Places, ...]
     columns: tuple[Tensor | None, ...]
+    temperatures: tuple[float, ...] = ()
+
+    @property
+    def labels(self) -> pa.Int64Array:
+        """Class ids of the images (N,), null where unknown."""
+        return self.members[0].labels.take(pa.array(self.rows[0]))
+
+    def part(self, number: int, places: Places | slice) -> Tensor:
+        """A member's rows (n, K) float16 of those places in ``ids``; tempered, they are rounded to float16 too, so that
+        their sums stay exact.
+
+        Raises:
+            Failed: a row that is to be tempered is no distribution.
+        """
+        member, rows, columns = self.members[number], self.rows[number][places], self.columns[number]
+        part = from_dlpack(member.take(rows))
+        part = part if columns is None else part.index_select(1, columns)
+        if not self.temperatures:
+            return part
+        check(part, member.ids.take(pa.array(rows)), rows.tolist(), member.name, member.split)
+        return tempered(part, self.temperatures[number]).half()
 
     def sums(self, low: int, high: int, out: Tensor | None = None) -> Sums:
         """Add up rows low to high (exclusive). Memory: 4 bytes an entry, and 2 for each member of another order.
@@ -78,10 +99,7 @@ class MatchedMembers:
         Raises:
             Failed: a row is no distribution; names member, image and row.
         """
-        parts = []
-        for member, rows, columns in zip(self.members, self.rows, self.columns, strict=True):
-            part = from_dlpack(member.take(rows[low:high]))
-            parts.append(part if columns is None else part.index_select(1, columns))
+        parts = [self.part(number, slice(low, high)) for number in range(len(self.members))]
         rounded = torch.empty(high - low, len(self.classes)) if out is None else out[: high - low]
         totals, candidates = _add(parts, self.weights, rounded)
         doubtful = ~((totals - 1).abs() <= tolerance(len(self.classes)) - 2**-14)  # NaN too; float32 sums err by less
@@ -103,7 +121,9 @@ class Predictions:
     predicted: Tensor
 
 
-def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None) -> MatchedMembers:
+def match(
+    members: Sequence[Probabilities], weights: Sequence[int] | None = None, temperatures: Sequence[float] = ()
+) -> MatchedMembers:
     """Find each image's row and each class's column in every member; those of weight 0 are not looked at.
 
     Raises:
@@ -129,6 +149,7 @@ def match(members: Sequence[Probabilities], weights: Sequence[int] | None = None
         classes,
         tuple(rows),
         tuple(None if np.array_equal(places, in_order) else torch.from_numpy(places) for places in columns),
+        tuple(one for one, weight in zip(temperatures, weights, strict=False) if weight),
     )
 
 
@@ -148,6 +169,7 @@ def write_ensemble(
     weights: Sequence[int] | None = None,
     record: Mapping[str, Any] | None = None,
     rows_per_block: int | None = None,
+    temperatures: Sequence[float] = (),
 ) -> Predictions:
     """Add the members up and commit the result in place of what ``folder`` held; until then that stays.
 
@@ -163,11 +185,13 @@ def write_ensemble(
     Raises:
         Failed, Refused, StorageFull: as in `match` and `MatchedMembers.sums`, or no room; nothing was written.
     """
-    ensemble = match(members, weights)
+    ensemble = match(members, weights, temperatures)
     origins = [
         {**member.record, "weight": weight, "probabilities": commit.digest(member.folder)}
         for member, weight in zip(ensemble.members, ensemble.weights, strict=True)
     ]
+    for origin, temperature in zip(origins, ensemble.temperatures, strict=False):
+        origin["temperature"] = temperature
     facts = {**(record or {}), "members": origins}
     if commit.read(folder) == facts:
         return read_predictions(folder)
@@ -298,8 +322,7 @@ def _fill(staging: Path, ensemble: MatchedMembers, rows_per_block: int | None) -
     for sums in each_block(ensemble, rows_per_block):
         append(staging / "sums", sums.rounded.numpy(), sums.low, len(ensemble.ids), per_shard)
         best[sums.low : sums.high], shares[sums.low : sums.high] = classes[sums.columns], sums.values / total
-    labels = ensemble.members[0].labels.take(pa.array(ensemble.rows[0]))
-    found = Predictions(ensemble.ids, best[:, 0])
+    labels, found = ensemble.labels, Predictions(ensemble.ids, best[:, 0])
     errors = _scores(labels, found, ensemble.members)
     (staging / "scores.json").write_text(json.dumps(errors, indent=1), encoding="utf-8")
     (staging / "submission.csv").write_text(submission(found.ids, found.predicted), encoding="utf-8")

@@ -1,10 +1,17 @@
-"""Calibration: one temperature for all logits, and the expected calibration error (methods.md, Extras)."""
+"""Calibration: one temperature for all logits, and the expected calibration error (methods.md, Combining)."""
 
 import math
+from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from aliprod.inference.probabilities import FLOOR
+
+Floats = NDArray[np.float64]
+TEMPERATURES: Floats = 2.0 ** (np.arange(-16, 17) / 8)  # that are tried where probabilities are too many to be held
 STEPS = 60
 LARGEST = 20.0  # of |log T|: where no temperature is best (all right, all wrong), the search ends here
 
@@ -33,6 +40,25 @@ def temperature(logits: Tensor, labels: Tensor) -> Tensor:
         else:
             high = middle
     return torch.tensor(math.exp(high), dtype=torch.float64)
+
+
+def losses(rows: NDArray[np.float16], columns: NDArray[np.int64]) -> Floats:
+    """-log of each label's probability, tempered with each of TEMPERATURES: rows (n, K), their labels (n,) -> (n, T).
+
+    A float16 has few values: how often a row has each of them tells its sum at every temperature at once.
+    """
+    bits, (values, powers) = rows.view(np.int16), _powers()
+    counts = np.stack([np.bincount(row, minlength=len(values)) for row in bits])
+    own = np.log(values[bits[np.arange(len(bits)), columns]])
+    found: Floats = np.log(counts @ powers) - own[:, None] / TEMPERATURES
+    return found
+
+
+@cache
+def _powers() -> tuple[Floats, Floats]:
+    """The float16 from 0 to below 2, and each to the power of 1/T."""
+    values = np.arange(2**14, dtype=np.uint16).view(np.float16).astype(np.float64).clip(FLOOR)
+    return values, values[:, None] ** (1 / TEMPERATURES)
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Tensor:

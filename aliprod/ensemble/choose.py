@@ -1,16 +1,25 @@
-"""Greedy selection of members, and their weights, on the validation set (Caruana et al. 2004; methods.md, Extras)."""
+"""Members chosen and weighted by the log loss of what they give the true classes (methods.md, Combining)."""
 
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from aliprod.ensemble.calibrate import Floats
 from aliprod.inference.metrics import mean_class_error
+
+ROUNDS = 50  # of greedy selection: the most that the weights sum up to
+WHOLE = 100  # that fitted weights sum up to: whole numbers add up exactly
+_STEPS = 500
 
 
 def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll") -> tuple[Tensor, Tensor]:
     """Select members greedily: each round adds the one, anew or once more, with which the mean scores best.
 
     Scores are compared at 12 decimals, ties go to the lowest member; the best round is the first minimum of the
-    scores, and the weights are how often each member was picked until then (`weights`).
+    scores, and the weights are how often each member was picked until then (`weights`). Caruana et al. 2004, section 2.
 
     Args:
         probabilities: (M, N, K) of M members. labels: (N,) int64, rows below 0 (unknown) are left out.
@@ -46,3 +55,46 @@ def weights(picks: Tensor, scores: Tensor, members: int) -> list[int]:
     """Count how often each member was picked up to the first best round: the weights of `write_ensemble`."""
     best = int(scores.argmin()) + 1 if len(scores) else 0
     return [int(count) for count in torch.bincount(picks[:best], minlength=members)]
+
+
+def fitted(combine: Literal["greedy", "weights"], own: Floats) -> tuple[int, ...]:
+    """Whole weights of members by the probabilities (M, N) that they give the true classes.
+
+    The mixture of members gives a true class the mixture of these, so that no others are needed.
+    """
+    if combine == "greedy":
+        labels = torch.zeros(own.shape[1], dtype=torch.int64)
+        picks, scores = greedy(torch.from_numpy(own)[:, :, None], labels, ROUNDS)
+        return tuple(weights(picks, scores, len(own)))
+    scaled = (WHOLE * mixture(own)).round(9)
+    whole = np.floor(scaled).astype(np.int64)
+    whole[np.argsort(whole - scaled, kind="stable")[: WHOLE - whole.sum()]] += 1  # the largest remainders
+    return tuple(whole.tolist())
+
+
+def mixture(own: Floats) -> Floats:
+    """The weights (M,) of the mixture of members with the lowest mean of -log p, on the simplex.
+
+    own (M, N): probabilities, above 0, of the true classes. The loss is convex, and each step of EM lowers it: a weight
+    becomes the mean of its member's share in the mixture.
+    """
+    shares: Floats = np.full(len(own), 1 / len(own))
+    for _ in range(_STEPS):
+        shares *= (own / (shares @ own)).mean(axis=1)
+    shares /= shares.sum()
+    return shares
+
+
+def forward(own: Floats, weights: Sequence[int]) -> list[int]:
+    """Members of a weight above 0, each next one that with which the weighted mean has the lowest log loss.
+
+    own (M, N): probabilities of the true classes, above 0.
+    """
+    left, order = [member for member, weight in enumerate(weights) if weight], list[int]()
+    total, mass = np.zeros(own.shape[1]), 0
+    while left:
+        tried = [-np.log((total + weights[m] * own[m]) / (mass + weights[m])).sum() for m in left]
+        best = left.pop(int(np.argmin(tried)))
+        order.append(best)
+        total, mass = total + weights[best] * own[best], mass + weights[best]
+    return order

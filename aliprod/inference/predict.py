@@ -19,11 +19,13 @@ from aliprod.data.augment import normalise, square
 from aliprod.data.loader import Feed, squared_batches
 from aliprod.errors import Refused
 from aliprod.inference.metrics import mean_class_error
+from aliprod.inference.probabilities import tempered
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
 from aliprod.recipe import Stage, Views
 from aliprod.store.epochs import TOP1
+from aliprod.store.lineage import Voice
 from aliprod.store.resumable import SHARD_STEP
 
 # Pictures in one forward pass, 256 or 320 crops: they bound the memory of activations, and divide a shard's rows. The
@@ -134,8 +136,8 @@ def top1_errors(
     }
 
 
-def classify(folders: Sequence[Path], inputs: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Classify each picture in files and folders by folders of weights, whose probabilities are averaged.
+def classify(voices: Sequence[Voice], inputs: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Classify each picture in files and folders by the weighted mean of what folders of weights say.
 
     Yields:
         path, class_id, name, probability and the top five; or path and error, for what is no picture.
@@ -143,15 +145,15 @@ def classify(folders: Sequence[Path], inputs: Sequence[Path]) -> Iterator[dict[s
         Refused: a folder holds no weights, or they know other classes than the first.
     """
     paths = [path for given in inputs for path in _files(given)]
-    members = [ready(folder) for folder in folders]
-    for folder, member in zip(folders, members, strict=True):
+    members = [ready(voice.folder) for voice in voices]
+    for voice, member in zip(voices, members, strict=True):
         if member.classes.ids != members[0].classes.ids:
-            raise Refused("knows other classes than the first member.", folder, "Run the plan again.")
+            raise Refused("knows other classes than the first member.", voice.folder, "Run the plan again.")
     for low in range(0, len(paths), BATCH["ten_crop"]):
         some = paths[low : low + BATCH["ten_crop"]]
         seen = [_decoded(path) for path in some]
         pictures = [picture for picture in seen if isinstance(picture, Image.Image)]
-        answers = iter(_answers(pictures, members) if pictures else ())
+        answers = iter(_answers(pictures, members, voices) if pictures else ())
         for path, picture in zip(some, seen, strict=True):
             yield {"path": str(path), **({"error": picture} if isinstance(picture, str) else next(answers))}
 
@@ -169,13 +171,17 @@ def _decoded(path: Path) -> Image.Image | str:
         return str(reason)
 
 
-def _answers(pictures: Sequence[Image.Image], members: Sequence[Ready]) -> Iterator[dict[str, Any]]:
-    """What each picture shows, by the mean of the members' ten-crop probabilities in float32."""
+def _answers(
+    pictures: Sequence[Image.Image], members: Sequence[Ready], voices: Sequence[Voice]
+) -> Iterator[dict[str, Any]]:
+    """What each picture shows, by the weighted mean of the members' ten-crop probabilities in float32."""
     classes, total = members[0].classes, torch.zeros(())
-    for member in members:
+    for member, voice in zip(members, voices, strict=True):
         config, feed = member.config, replace(member.feed, dtype=torch.float32)
         pixels = torch.stack([square(picture, config.resize, config.interpolation) for picture in pictures])
-        total = total + look(member.model, pixels.to(feed.device), config.crop, "ten_crop", feed).cpu() / len(members)
+        seen = look(member.model, pixels.to(feed.device), config.crop, "ten_crop", feed).cpu()
+        seen = seen if voice.temperature is None else tempered(seen, voice.temperature).float()
+        total = total + seen * (voice.weight / sum(one.weight for one in voices))
     for row in total:
         values, places = row.topk(min(_TOP, len(row)))
         top = [

@@ -27,6 +27,7 @@ from aliprod.store.resumable import ALL, Part, ResumableRows, Rows, rows_of_a_sh
 
 STEM = "probabilities"
 _ADVICE = "Delete the folder and submit jobs/ensemble.py: only this member is predicted again."
+FLOOR = 2.0**-25  # what a stored 0 counts as where it has to have a logarithm: half the smallest float16
 ROWS_PER_CHECK = 16  # rows summed in float64 at once: 6 MB at 50,030 classes
 
 _ROWS_PER_BLOCK = 1024
@@ -186,6 +187,12 @@ def as_labels(labels: Sequence[int] | Rows, classes: Rows) -> pa.Int64Array:
 def tolerance(num_classes: int) -> float:
     """How far from one the sum of a row of float16 may lie (methods.md, 8): rounding, and what flushed to zero."""
     return float(2**-11 + num_classes * 2**-25)
+
+
+def tempered(rows: Tensor, temperature: float) -> Tensor:
+    """p**(1/T), made to sum to one: (n, K) -> (n, K) float64."""
+    powers = rows.double().clamp_min(FLOOR).pow(1 / temperature)
+    return powers / powers.sum(dim=1, keepdim=True)
 
 
 def check(rows: Tensor, ids: pa.StringArray, numbers: Sequence[int], member: str, split: str = "") -> None:

@@ -1,5 +1,6 @@
 """What pydantic finds wrong with a table, said in the plan's own words: key, sentence, nearest right name."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -101,7 +102,9 @@ def _problem(model: type[BaseModel], data: Any, at: Key, key: Key, several: list
             reason = first["msg"].removeprefix("Value error, ")
             return Problem(whole, f"{dotted(whole)}: {reason}." if whole else f"{reason}.")
     expected = " or ".join(dict.fromkeys(map(_expected, several)))
-    return Problem(whole, f"{dotted(whole)} = {shown(_at(data, key))} must be {expected}.")
+    value = _at(data, key)
+    near = did_you_mean(value[:128], re.findall(r'"([^"]+)"', expected)) if isinstance(value, str) else ""
+    return Problem(whole, f"{dotted(whole)} = {shown(value)} must be {expected}.", near)
 
 
 def _expected(details: ErrorDetails) -> str:

@@ -84,6 +84,9 @@ class CatalogueSource(Frozen):
         return self
 
 
+Combine = Literal["sum", "greedy", "weights"]
+
+
 class Ensemble(Frozen):
     """The members whose probabilities are added."""
 
@@ -98,6 +101,10 @@ class Ensemble(Frozen):
     )
     views: Literal["ten_crop", "center"] = Field(
         "ten_crop", description="of each test image: ten crops, or the centre alone"
+    )
+    combine: Combine = Field(
+        "sum",
+        description="sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val",
     )
 
 
@@ -184,7 +191,11 @@ class Plan(Frozen):
         """sha256 of all that it says of its results, overrides included."""
         own = self.catalogue.model_fields_set | {"path", "synth"}  # what was added later, and is not said, is left out
         of_catalogue = self.catalogue.model_dump(mode="json", include=own)
-        return key_of(self.model_dump(mode="json", exclude={"cluster", "tune"}) | {"catalogue": of_catalogue})
+        ensemble = self.ensemble.model_dump(
+            mode="json", exclude={"combine"} if self.ensemble.combine == "sum" else None
+        )
+        said = self.model_dump(mode="json", exclude={"cluster", "tune"})
+        return key_of(said | {"catalogue": of_catalogue, "ensemble": ensemble})
 
     def stage(self, backbone: str, name: str) -> Stage:
         """The effective stage of a job: everything merged, the objective's options completed."""

@@ -10,6 +10,8 @@ from aliprod.plan.open import Opened
 from aliprod.report.estimate import duration
 from aliprod.store import epochs
 
+VIEWS = {"ten_crop": "ten crops", "center": "centre crop"}
+
 
 def line(event: Event, clock: float | None = None) -> str:
     """One line for an event; '' for one that says nothing to a person.
@@ -107,17 +109,50 @@ def summary(outcome: Mapping[str, Any]) -> str:
     lines = [f"{counts.capitalize()}."]
     if ensemble := outcome["ensemble"]:
         submission = ensemble["submission"] or "none, as there are no test images"
-        lines += [outcome_table(outcome), f"Submission: {submission}", f"Probabilities: {ensemble['probabilities']}"]
+        lines += [outcome_table(outcome), *headline(ensemble)]
+        lines += [f"Submission: {submission}", f"Probabilities: {ensemble['probabilities']}"]
     return "\n".join(lines)
 
 
+def headline(ensemble: Mapping[str, Any]) -> list[str]:
+    """What an ensemble is worth, in sentences: against its best member, the plain sum, and fewer members."""
+    if not (found := ensemble.get("comparison")):
+        return []
+    best, count, combine = found["best"], len(found["members"]), found["combine"]
+    own, smallest = found["members"][best["member"]], found["smallest"]
+    on, by = f"{found['split']}, {VIEWS[found['views']]}", f"{best['split']}, {VIEWS[best['views']]}"
+    left = [name for name in found["members"] if name not in smallest["members"]]
+    whole = f"The ensemble of {count}: top-1 error {interval(found['ensemble'])} on {on}, {found['images']:,} images"
+    fewer = "No fewer members come within one standard error of the whole."
+    if left:
+        near = f"within one standard error ({100 * smallest['standard_error']:.2f} points) of the whole"
+        fewer = f"Without {', '.join(left)}: {interval(smallest)}, {near}; {len(left)} of {count} predictions fewer."
+    lines = [f"{whole}; its best member, {best['member']} by {by}, {interval(own)}. Gain: {gain(own)}.", fewer]
+    if combine != "sum":
+        how = "each image by what was fitted without it" if found["split"] == "val" else "fitted on val"
+        lines.insert(1, f"The plain sum: {interval(found['sum'])}. Gain of {combine}, {how}: {gain(found['sum'])}.")
+    return lines
+
+
+def interval(told: Mapping[str, Any]) -> str:
+    """An error with its interval of 95 %, per cent."""
+    low, high = told["interval"]
+    return f"{told['top1_error']:.2%} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def gain(told: Mapping[str, Any] | None) -> str:
+    """By how much an ensemble's error is lower than another's, with the interval of 95 % of paired draws."""
+    if told is None:
+        return ""
+    low, high = told["gain_interval"]
+    return f"{100 * told['gain']:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
 def outcome_table(outcome: Mapping[str, Any]) -> str:
-    """The error of each member and of the ensemble, per cent."""
+    """The error of each member, the best first, and of the ensemble, per cent."""
     ensemble = outcome["ensemble"]
     rows = [[name, _percent(one["top1_error"]), one["version"]] for name, one in ensemble["members"].items()]
-    errors = [one["top1_error"] for one in ensemble["members"].values() if one["top1_error"] is not None]
-    if errors:
-        rows.append(["mean of the members", _percent(sum(errors) / len(errors)), None])
+    rows.sort(key=lambda row: row[1] or 0.0)
     rows.append(["ensemble", _percent(ensemble["top1_error"]), None])
     return table(rows, ["member", f"top-1 error on {ensemble['split'] or 'nothing labelled'}, %", "version"])
 

@@ -6,6 +6,7 @@ STORAGE/PLAN/submissions/SHA256.json     named after the submission's bytes, so 
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,26 @@ def members(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def weights_of(storage: Path, plan: str) -> list[Path]:
-    """Weights folders of the checkpoints that a plan's ensemble was last made of; [] where any of them is missing."""
-    chosen = members(storage / plan)
-    found = [weights_folder(storage, plan, name, choice["key"], choice["sha256"]) for name, choice in chosen.items()]
-    return found if all(commit.read(folder) is not None for folder in found) else []
+@dataclass(frozen=True)
+class Voice:
+    """A member of an ensemble: its weights folder, what it counts, and its temperature; None: as it is."""
+
+    folder: Path
+    weight: float = 1.0
+    temperature: float | None = None
+
+
+def voices(storage: Path, plan: str) -> list[Voice]:
+    """What a plan's ensemble was last made of; [] where any of it is missing."""
+    record = commit.read(storage / plan / "ensemble")
+    said = None if record is None else {one["job"]: one for one in record["members"]}
+    found = []
+    for name, choice in members(storage / plan).items():
+        own = {"weight": 1} if said is None else said.get(name)  # one of weight 0 is not in the record
+        if own is not None:
+            folder = weights_folder(storage, plan, name, choice["key"], choice["sha256"])
+            found.append(Voice(folder, own["weight"], own.get("temperature")))
+    return found if all(commit.read(one.folder) is not None for one in found) else []
 
 
 def weights_folder(storage: Path, plan: str, job: str, key: str, sha256: str) -> Path:

@@ -251,9 +251,11 @@ def choose(opened: Opened, registry: Registry, complete: bool) -> tuple[dict[str
 def origin(opened: Opened, choices: Mapping[str, Choice], key: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """What a submission (an ensemble with this key and result) was made of, as `aliprod trace` shows it."""
     plan, catalogue = opened.plan, opened.read_catalogue()
+    fitted = result["comparison"]["members"] if plan.ensemble.combine != "sum" else {}
     return {
         "members": {
             name: {"version": choice.version, "epoch": choice.epoch, "weights": choice.sha256, "key": choice.key}
+            | {key: fitted[name][key] for key in ("weight", "temperature") if fitted}
             for name, choice in choices.items()
         },
         "plan": {"name": plan.name, "sha256": plan.digest, "settings": plan.model_dump(mode="json")},

@@ -127,9 +127,23 @@ def test_only_what_is_missing_is_made_and_only_what_is_needed_for_it(shop: Opene
     rest = missing(shop)
     assert set(everything) - set(rest) >= {"net/full", "net/taught", "hashes", "net/taught kept rows"}
     finish(shop, "net/labelled")
-    assert [target.kind for target in missing(shop).values()] == ["prediction"] * 2 + ["ensemble"] * 2, (
-        "no labels, no test of full"
-    )
+    kinds = [target.kind for target in missing(shop).values()]
+    assert kinds == ["prediction"] * 2 + ["ensemble"] * 2 + ["comparison"], "no labels, no test of full"
+
+
+def test_fitted_weights_need_val_and_are_part_of_the_key_of_an_ensemble_alone(photos: Path, tmp_path: Path) -> None:
+    path = ROOT / "jobs" / "quickstart.toml"
+    plans = {how: opened(path, photos, tmp_path, f'ensemble.combine="{how}"') for how in ("sum", "greedy", "weights")}
+    for name in plans["sum"].jobs:
+        finish(plans["sum"], name, name.encode())
+    found = {how: targets(plan, gpu=False) for how, plan in plans.items()}
+    members = plans["sum"].plan.ensemble.members
+    assert set(found["greedy"]) - set(found["sum"]) == {"weights", *(f"{name} val" for name in members)}
+    for name, target in found["sum"].items():
+        same = [graph[name].key == target.key for graph in found.values()]
+        assert same == [True, *[target.kind not in ("ensemble", "comparison")] * 2], name
+    assert len({graph["ensemble"].key for graph in found.values()}) == 3
+    assert "weights" not in (found["sum"]["ensemble"].facts or {})
 
 
 def test_a_member_is_predicted_right_behind_its_training(photos: Path, tmp_path: Path) -> None:

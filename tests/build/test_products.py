@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from aliprod.build.graph import Chosen, targets
-from aliprod.build.outputs import scores
+from aliprod.build.outputs import compared
 from aliprod.build.target import Site, Target, lacking
 from aliprod.catalogue import sources
+from aliprod.errors import Refused
+from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import resolve
@@ -56,6 +60,11 @@ def as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def prints(opened: Opened) -> tuple[str, str]:
+    catalogue = opened.read_catalogue()
+    return catalogue.fingerprint, catalogue.tree_fingerprint
+
+
 def missing(opened: Opened, **chosen: Chosen) -> dict[str, Target]:
     return lacking(targets(opened, False, chosen), opened.places.storage)
 
@@ -91,9 +100,40 @@ def test_the_submission_names_every_test_image_and_the_errors_are_of_val(shop: O
     header, *lines = (shop.folder / "ensemble" / "submission.csv").read_text().splitlines()
     assert header == "id,predicted"
     assert {line.split(",")[0] for line in lines} == set(catalogue.test.ids.to_pylist())
-    errors = scores(shop.folder / "ensemble-val")
-    assert set(errors["members"]) == {"net/soup", "net/student"}
-    assert 0 <= errors["ensemble"] <= 1
+    errors = json.loads((shop.folder / "ensemble-val" / "scores.json").read_text())
+    found = compared(shop.places.storage, targets(shop, False))
+    assert found is not None
+    assert (found["split"], found["views"], found["combine"]) == ("val", "center", "sum")
+    assert {name: one["top1_error"] for name, one in found["members"].items()} == errors["members"]
+    assert found["ensemble"]["top1_error"] == errors["ensemble"]
+    best = min(errors["members"], key=errors["members"].get)
+    assert found["best"] == {"member": best, "split": "val", "views": "center"}
+
+
+@pytest.mark.parametrize("combine", ["greedy", "weights"])
+def test_weights_are_fitted_on_val_and_change_the_ensemble_alone(shop: Opened, made: list[str], combine: str) -> None:
+    plan = load(shop.folder.parents[1] / "plan.toml", [f'ensemble.combine="{combine}"', 'ensemble.score="auto"'])
+    assert jobs_of(plan, *prints(shop)) == shop.jobs, "no job has another key"
+    other = replace(shop, plan=plan.model_copy(update={"name": combine}))
+    before = {name: target.key for name, target in targets(shop, False).items()}
+    assert set(make_all(other)) == {"weights", "ensemble", "comparison"}, "val and test were predicted for the sum"
+    found, fitted = targets(other, False), commit.read(other.folder / "ensemble") or {}
+    assert found["ensemble"].key != before["ensemble"]
+    told = compared(other.places.storage, found) or {}
+    assert (told["split"], told["best"]["split"], told["best"]["views"]) == ("test", "val", "center")
+    [*folds, last] = json.loads((other.folder / "weights" / "weights.json").read_text())
+    assert len(folds) == 5
+    assert [one["weight"] for one in told["members"].values()] == last["weights"]
+    counted = {one["job"]: (one["weight"], one["temperature"]) for one in fitted["members"]}
+    assert counted == {n: (one["weight"], one["temperature"]) for n, one in told["members"].items() if one["weight"]}
+
+
+def test_a_plan_that_fits_weights_on_a_val_of_few_images_is_refused(shop: Opened) -> None:
+    plan = load(shop.folder.parents[1] / "plan.toml", ['ensemble.combine="greedy"'])
+    catalogue = shop.read_catalogue()
+    few = replace(catalogue, val=catalogue.val.take(np.arange(4)))
+    with pytest.raises(Refused, match='combine = "greedy" is fitted on val, which has 4 images'):
+        targets(replace(shop, plan=plan, catalogue=few), False)
 
 
 def test_what_is_made_says_what_it_was_made_of(shop: Opened, made: list[str]) -> None:

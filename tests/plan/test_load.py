@@ -134,6 +134,12 @@ def test_a_small_plan_is_accepted(load_text: Any, small: str) -> None:
         ),
         ("ranks = 2", "ranks = { 'net-b3/dlc' = 2 }", "ranks", '"net-b3/dlc" is not a job|Did you mean net-b3/dcl?'),
         ("ranks = 2", "rank = 2", "rank", "cluster has no setting rank.|Did you mean ranks?"),
+        (
+            '"net-b3/dcl",\n]',
+            '"net-b3/dcl",\n]\ncombine = "weight"',
+            "combine =",
+            'ensemble.combine = "weight" must be "sum", "greedy" or "weights".|Did you mean weights?',
+        ),
         ("ranks = 2", "use_gpu = 1", "use_gpu", 'cluster.use_gpu = 1 must be "auto" or true or false'),
         ("format = 1", "format = 2", "format", "format = 2 must be 1"),
         ('name = "small"', 'name = "../up"', "name", "name: it becomes a folder"),

@@ -91,5 +91,7 @@ def test_what_a_plan_does_not_say_of_its_catalogue_is_no_part_of_its_digest(
 ) -> None:
     plan = load_text(small)
     said = {"path": plan.catalogue.path, "synth": None}
-    dumped = plan.model_dump(mode="json", exclude={"cluster", "tune", "catalogue"}) | {"catalogue": said}
-    assert plan.digest == key_of(dumped), "as before columns, val, seed and links were settings"
+    unsaid = {"cluster": True, "tune": True, "catalogue": True, "ensemble": {"combine"}}
+    dumped = plan.model_dump(mode="json", exclude=unsaid) | {"catalogue": said}
+    assert plan.digest == key_of(dumped), "as before columns, val, seed, links and combine were settings"
+    assert load_text(small, ['ensemble.combine="greedy"']).digest != plan.digest

@@ -133,6 +133,30 @@ def test_a_finished_plan_tells_its_errors_gains_and_confusions_with_pictures(req
     assert sum(picture.startswith("data:image/svg+xml") for picture in pictures) == 3
 
 
+def test_the_leaderboard_is_sorted_and_begins_with_the_gain_on_the_best_member(request_of: Request) -> None:
+    ended(request_of)
+    folder = request_of.places.storage / "shop"
+    result = json.loads((folder / "result.json").read_text())
+    told = {"top1_error": 0.25, "interval": [0.2, 0.3], "gain": 0.1, "gain_interval": [-0.01, 0.2]}
+    members = {
+        "net/full": told | {"top1_error": 0.5, "weight": 1, "temperature": None, "left_out": None},
+        "net/accuracy": told | {"weight": 3, "temperature": 1.5, "left_out": told | {"gain": 0.0375}},
+    }
+    comparison = {
+        "split": "val", "views": "ten_crop", "combine": "greedy", "images": 1234, "ensemble": told, "sum": told,
+        "best": {"member": "net/accuracy", "split": "val", "views": "ten_crop"}, "members": members,
+        "smallest": told | {"members": ["net/accuracy"], "standard_error": 0.01},
+    }  # fmt: skip
+    result["ensemble"]["comparison"] = comparison
+    commit.write_file(folder / "result.json", json.dumps(result))
+    words = " ".join(seen(request_of).words.split())
+    assert words.index("best member, net/accuracy by val, ten crops") < words.index("Ensemble and members, on val")
+    board = words[words.index("Ensemble and members") :]
+    assert board.index("25.00% (20.00 to 30.00)") < board.index("net/accuracy") < board.index("net/full")
+    assert "+3.75 points (-1.00 to +20.00) 3 1.50" in board
+    assert "each image by what was fitted without it" in words
+
+
 def test_names_are_text_nothing_is_loaded_and_no_password_is_told(request_of: Request) -> None:
     ended(request_of)
     found = seen(request_of)

@@ -257,15 +257,14 @@ def test_the_columns_of_a_table_begin_at_the_same_place_in_every_line(rows: list
         assert found == ["" if value is None else str(value) for value in row]
 
 
-def test_a_table_of_the_outcome_shows_the_mean_of_the_members_and_the_ensemble() -> None:
+def test_a_table_of_the_outcome_shows_the_members_the_best_first_and_the_ensemble() -> None:
     members = {"net/full": {"top1_error": 0.2, "version": 3}, "net/accuracy": {"top1_error": 0.1, "version": None}}
     ensemble = {"members": members, "top1_error": 0.05, "split": "val"}
     lines = status.outcome_table({"ensemble": ensemble}).splitlines()
     assert lines[0].split() == ["member", "top-1", "error", "on", "val,", "%", "version"]
     assert [line.split() for line in lines[2:]] == [
-        ["net/full", "20.00", "3"],
         ["net/accuracy", "10.00"],
-        ["mean", "of", "the", "members", "15.00"],
+        ["net/full", "20.00", "3"],
         ["ensemble", "5.00"],
     ]
 
@@ -274,3 +273,36 @@ def test_a_table_of_an_outcome_without_labels_shows_no_errors() -> None:
     ensemble = {"members": {"net/full": {"top1_error": None, "version": 1}}, "top1_error": None, "split": None}
     lines = status.outcome_table({"ensemble": ensemble}).splitlines()
     assert [line.split() for line in lines[2:]] == [["net/full", "1"], ["ensemble"]]
+
+
+def compared(combine: str = "sum", smallest: tuple[str, ...] = ("net/a", "net/b")) -> dict[str, Any]:
+    def told(error: float) -> dict[str, Any]:
+        return {"top1_error": error, "interval": [0.01, 0.25], "gain": error - 0.05, "gain_interval": [-0.01, 0.12]}
+
+    return {
+        "split": "val" if combine == "sum" else "test",
+        "views": "ten_crop",
+        "combine": combine,
+        "best": {"member": "net/a", "split": "val", "views": "center"},
+        "images": 1234,
+        "ensemble": told(0.05),
+        "members": {"net/a": told(0.1), "net/b": told(0.2)},
+        "sum": told(0.06),
+        "smallest": told(0.055) | {"members": list(smallest), "standard_error": 0.006},
+    }
+
+
+def test_the_headline_compares_with_the_best_member_and_says_how_it_was_chosen() -> None:
+    first, fewer = status.headline({"comparison": compared()})
+    assert first.startswith("The ensemble of 2: top-1 error 5.00% (1.00 to 25.00) on val, ten crops, 1,234 images;")
+    assert "net/a by val, centre crop, 10.00%" in first
+    assert first.endswith("Gain: +5.00 points (-1.00 to +12.00).")
+    assert fewer == "No fewer members come within one standard error of the whole."
+    assert status.headline({"comparison": None}) == status.headline({}) == []
+
+
+def test_the_headline_says_what_weights_gain_on_the_sum_and_which_members_are_not_needed() -> None:
+    _, plain, fewer = status.headline({"comparison": compared("greedy", ("net/b",))})
+    assert plain.endswith("Gain of greedy, fitted on val: +1.00 points (-1.00 to +12.00).")
+    assert fewer.startswith("Without net/a: 5.50% (1.00 to 25.00), within one standard error (0.60 points)")
+    assert fewer.endswith("1 of 2 predictions fewer.")

@@ -82,7 +82,8 @@ def test_a_plan_is_run_to_its_end(whole: Run) -> None:
     assert whole.outcome["reused"] == whole.outcome["failed"] == whole.outcome["not_run"] == []
     ensemble = whole.outcome["ensemble"]
     assert set(whole.outcome) == {"plan", "trained", "reused", "failed", "not_run", "ensemble"}
-    assert set(ensemble) == {"members", "top1_error", "split", "submission", "probabilities"}
+    assert set(ensemble) == {"members", "top1_error", "split", "submission", "probabilities", "comparison"}
+    assert ensemble["comparison"]["ensemble"]["top1_error"] == ensemble["top1_error"]
     assert list(ensemble["members"]) == MEMBERS
     assert {frozenset(member) for member in ensemble["members"].values()} == {frozenset({"top1_error", "version"})}
     assert json.loads((whole.storage / "tiny" / "result.json").read_text()) == whole.outcome

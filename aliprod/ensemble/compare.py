@@ -1,0 +1,123 @@
+"""What an ensemble is worth: against its best member, without each member, and of the fewest that do as well.
+
+Every error has an interval of 95 %, every difference too: the same draws of images, with replacement, for both sides
+(paired bootstrap; Efron and Tibshirani 1993, chapter 13), the mean over the classes that a draw has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from aliprod.ensemble.add import MatchedMembers, Places, match
+from aliprod.ensemble.calibrate import Floats
+from aliprod.ensemble.choose import forward
+from aliprod.ensemble.combine import FOLDS, Combination, folds, labelled, own_probabilities
+from aliprod.inference.metrics import score
+from aliprod.inference.probabilities import Probabilities
+
+DRAWS = 1000
+_ENTRIES = 2**19  # probabilities of a member at a time: 4 MB in float64, 150 MB with all that is made of eleven
+
+
+def compare(members: Sequence[Probabilities], combinations: Sequence[Combination], seed: int) -> dict[str, Any]:
+    """Compare an ensemble with its members, its parts and the plain sum, on the images that have a label.
+
+    Args:
+        combinations: one, or, where they were fitted on these very images, those of `combine.fit`: each image is then
+            predicted by what was fitted without it.
+    Returns:
+        Plain JSON: ``images``, ``ensemble``, ``members`` by name, ``sum``, ``smallest``; errors are means over classes,
+        a ``gain`` is another's error less the ensemble's: above 0, the ensemble is better.
+    Raises:
+        Failed: members that do not match, a row that is no distribution.
+    """
+    ensemble = match(members)
+    known, columns = labelled(ensemble)
+    own, held, count = own_probabilities(ensemble, known, columns), folds(len(known), seed), len(members)
+    combined = np.empty((1 + 2 * count, len(known)), np.int64)
+    for fold in range(FOLDS):
+        rows, chosen = held == fold, combinations[fold if len(combinations) > 1 else -1]
+        weightings = _weightings(chosen.weights, forward(own[:, ~rows], chosen.weights))
+        combined[:, rows] = _predicted(replace(ensemble, temperatures=chosen.temperatures), weightings, known[rows])
+    last = combinations[-1]
+    plain = _predicted(ensemble, np.concatenate([np.ones((1, count)), np.eye(count)]), known)
+    told = _told(np.concatenate([combined, plain]), columns, seed)
+    whole, without, first, plainly, alone = 0, 1, 1 + count, 1 + 2 * count, 2 + 2 * count  # where each kind begins
+    order, error, spread = forward(own, last.weights), told.errors, told.drawn[:, whole].std()
+    fewest = next(n for n in range(len(order)) if error[first + n] <= error[whole] + spread or n == len(order) - 1)
+    return {
+        "images": len(known),
+        "ensemble": told.of(whole),
+        "members": {
+            member.name: {
+                **told.of(alone + number),
+                "weight": last.weights[number],
+                "temperature": last.temperatures[number] if last.temperatures else None,
+                "left_out": told.of(without + number) if sum(map(bool, last.weights)) > 1 else None,
+            }
+            for number, member in enumerate(members)
+        },
+        "sum": told.of(plainly),
+        "smallest": {
+            **told.of(first + fewest),
+            "members": [members[number].name for number in order[: fewest + 1]],
+            "standard_error": float(spread),
+        },
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """Errors of several predictions of the same images, the first the ensemble's, and those of each draw (D, P)."""
+
+    errors: list[float]
+    drawn: Floats
+
+    def of(self, number: int) -> dict[str, Any]:
+        """What is told of a prediction."""
+        found = {"top1_error": self.errors[number], "interval": _interval(self.drawn[:, number])}
+        if number == 0:
+            return found
+        gains = _interval(self.drawn[:, number] - self.drawn[:, 0])
+        return {**found, "gain": self.errors[number] - self.errors[0], "gain_interval": gains}
+
+
+def _weightings(weights: Sequence[int], order: Sequence[int]) -> Floats:
+    """(1 + 2 M, M): the whole, without each member in turn, the first 1, 2, ... of an order, which may be shorter."""
+    every = np.arange(len(weights))
+    first = np.array([np.isin(every, order[:number]) for number in range(1, len(every) + 1)])
+    kept: Floats = np.concatenate([np.ones((1, len(every))), 1 - np.eye(len(every)), first]) * np.array(weights)
+    return kept
+
+
+def _predicted(ensemble: MatchedMembers, weightings: Floats, places: Places) -> Places:
+    """The columns (W, n) that weighted sums of the members predict at these places, ties to the first."""
+    found, step = np.empty((len(weightings), len(places)), np.int64), max(1, _ENTRIES // len(ensemble.classes))
+    by = torch.from_numpy(weightings)
+    for low in range(0, len(places), step):
+        some = places[low : low + step]
+        parts = [ensemble.part(number, some).float().flatten() for number in range(len(ensemble.members))]
+        sums = (by @ torch.stack(parts).double()).view(len(by), len(some), -1)  # exact: multiples of 2**-24
+        found[:, low : low + step] = sums.numpy().argmax(axis=2)
+    return found
+
+
+def _told(guesses: Places, truth: Places, seed: int) -> _Told:
+    """Count the errors of guesses (P, n), and count them again in each draw of the images."""
+    errors = [float((score(pa.array(truth), guess) or {"top1_error": np.nan})["top1_error"]) for guess in guesses]
+    wrong, (classes, rows) = (guesses != truth).astype(np.float64), np.unique(truth, return_inverse=True)
+    generator, drawn = np.random.Generator(np.random.PCG64(seed)), np.empty((DRAWS, len(guesses)))
+    for draw in drawn:
+        times = np.bincount(generator.integers(len(truth), size=len(truth)), minlength=len(truth))
+        images = np.bincount(rows, times, len(classes))
+        draw[:] = wrong @ (times / images.clip(1)[rows]) / np.count_nonzero(images)
+    return _Told(errors, drawn)
+
+
+def _interval(drawn: Floats) -> list[float]:
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return [float(low), float(high)]
