@@ -87,6 +87,7 @@ class Learner(nn.Module):
             stage.zero_init_last,
             asked.branches,
             asked.unit_weights,
+            stage.crop,
         )
         if stage.trains == "classifier":
             for parameter in self.model.backbone_parameters():
@@ -99,7 +100,8 @@ class Learner(nn.Module):
         if place.machine.compile:
             # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them depends
             # on what was seen before, and a resumed job has seen less.
-            self.model.backbone.compile(dynamic=False)
+            features = torch.compile(self.model.backbone.forward_features, dynamic=False)  # type: ignore[arg-type]
+            self.model.backbone.forward_features = features  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss parts of a batch, each a scalar."""
@@ -177,6 +179,7 @@ def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts
         num_classes=catalogue.num_classes,
         num_features=model.num_features,
         crop=stage.crop,
+        side=model.side,
         epochs=stage.epochs,
         class_counts=torch.from_numpy(counts),
         ancestor=None if catalogue.ancestor is None else torch.from_numpy(catalogue.ancestor),
