@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Refused
-from aliprod.recipe import LearningRate, OptimizerRecipe, Stage
+from aliprod.recipe import LearningRate, Machine, OptimizerRecipe, Stage
 from aliprod.training.learner import Learner, Place
+from aliprod.training.loop import train
 from aliprod.training.optimizer import Optimizer, cosine_lr_at, layer_scales, lr_at
 
 CPU = Place(torch.device("cpu"))
@@ -254,3 +255,22 @@ def test_rates_fall_from_layer_to_layer_as_timm_groups_them(packages: Catalogue,
 def test_a_network_without_layers_that_timm_knows_is_refused_layer_decay() -> None:
     with pytest.raises(Refused, match="Sequential names no layers: leave layer_decay out"):
         layer_scales(nn.Sequential(nn.Linear(2, 2)), 0.5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_transformer_resumed_in_mid_epoch_ends_with_the_same_bytes(
+    packages: Catalogue, stage: Stage, name: str, tmp_path: Path
+) -> None:
+    """With shares, averaged weights, clipping and layer decay."""
+    said = {"epochs": 2, "shares": 2, "optimizer": {"name": name, "layer_decay": 0.7}}
+    stage = Stage.model_validate(stage.model_dump() | said | {"lr": {"backbone": 1e-3, "heads": 1e-3}})
+    events = train(stage, "test_vit", packages, machine=Machine(save_every_steps=3))
+    found = [next(events)]
+    assert found[0].state.step == 3
+    found[0].snapshot().write(tmp_path)
+    found += events
+    *_, last = train(stage, "test_vit", packages, resume=tmp_path)
+    assert last.last is not None
+    assert found[-1].last is not None
+    assert last.last.tensors.keys() == found[-1].last.tensors.keys()
+    assert all(torch.equal(mine, found[-1].last.tensors[key]) for key, mine in last.last.tensors.items())
