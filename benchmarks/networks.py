@@ -200,7 +200,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     whole = [row for row in rows.values() if any(not why for why in row["sizes"].values())]
     at_all = sum(not any(row["sizes"].values()) for row in rows.values())
     maps = sum(row["dcl"] and row["lio"] for row in whole)
-    counts = f"{len(rows)} of {len(families())} families so far: {len(whole)} of {len(rows)} train and predict, {at_all} of them at every size, {maps} also with DCL and LIO."
+    tried = f"{len(rows)} of {len(families())} families so far: {len(whole)} of {len(rows)} train and predict"
+    counts = f"{tried}, {at_all} of them at every size, {maps} also with DCL and LIO."
     body = "\n".join(lines)
     why = "\n".join(
         f"- `{name.partition(',')[0]}` at{name.partition(',')[2]}: {text}" for name, text in reasons.items()
