@@ -23,6 +23,7 @@ ADDED = (  # since version 1: part of a key only where they say other than their
     "soup",
     "resizing",
 )
+ADDED_TO_OPTIMIZER = ("betas", "layer_decay")  # the same, of a stage's optimizer
 
 STATISTICS_BATCHES = 200  # that norm statistics are taken anew from, where an objective distorts images
 NO_COST = ("start", "pretrained", "images", "duplicates", "pseudo_labels", "sampler", "epochs", "seed")  # of a step
@@ -65,12 +66,34 @@ class LearningRate(Frozen):
 
 
 class OptimizerRecipe(Frozen):
-    """SGD without Nesterov; weight decay on weights only, not on norm parameters and biases."""
+    """How the weights move; weight decay on weights only, not on norm parameters, biases and position embeddings."""
 
-    name: Literal["sgd"] = Field("sgd", description="SGD without Nesterov")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="on weights; none on norm parameters and biases")
+    name: Literal["sgd", "adamw", "lamb", "lion", "muon"] = Field(
+        "sgd",
+        description="SGD without Nesterov, or AdamW, LAMB, Lion, Muon (AdamW for the heads and what is no matrix)",
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and muon")
+    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=2, max_length=2)] | None = Field(
+        None, strict=False, description="of all but sgd; without it the optimizer's own"
+    )
+    weight_decay: float = Field(
+        1e-4,
+        ge=0,
+        description="on weights; none on norm parameters and biases; of all but sgd 0.05 where it is not said",
+    )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from layer to layer, from the heads down; without it 1",
+    )
     clip_norm: float | None = Field(5.0, gt=0, description="largest norm of the gradient")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decay_of_its_own(cls, said: Any) -> Any:
+        table = said if isinstance(said, dict) else {}
+        return {"weight_decay": 0.05} | table if table.get("name", "sgd") != "sgd" else said
 
 
 class ObjectiveRecipe(BaseModel):
@@ -95,6 +118,7 @@ class Needs:
         tree: the product tree, which then is part of the job's key.
         branches: copies of the backbone's last block, side by side, whose features the classifier sees in a row.
         unit_weights: the classifier's rows are scaled to unit length, at inference too.
+        maps: a square map of features, or patch tokens that make one.
         distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
     """
 
@@ -104,6 +128,7 @@ class Needs:
     tree: bool = False
     branches: int = 1
     unit_weights: bool = False
+    maps: bool = False
     distorts: bool = False
 
 
@@ -216,9 +241,20 @@ class Stage(Frozen):
             raise ValueError(f"scale = {list(self.scale)}: shares of the area, 0 < smallest <= largest <= 1")
         if self.start is not None and "pretrained" in self.model_fields_set and self.pretrained:
             raise ValueError("a stage with start takes its parent's weights: leave pretrained out")
+        _consistent_optimizer(self)
         _consistent_shares(self)
         _consistent_sources(self)
         return self
+
+
+def _consistent_optimizer(stage: Stage) -> None:
+    name, said = stage.optimizer.name, stage.optimizer.model_fields_set
+    for setting, kinds in (("momentum", ("sgd", "muon")), ("betas", ("adamw", "lamb", "lion", "muon"))):
+        if setting in said and name not in kinds:
+            raise ValueError(f"{name} has no {setting}: {', '.join(kinds)} have")
+    if name != "sgd" and not {"backbone", "heads"} <= stage.lr.model_fields_set:
+        what = f"the default rates are for sgd: with {name} say both"
+        raise ValueError(f"{what}, lr = {{ backbone = 1e-4, heads = 1e-3 }}")
 
 
 def _consistent_shares(stage: Stage) -> None:

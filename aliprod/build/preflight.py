@@ -8,6 +8,7 @@ from aliprod.build.inputs import check_labellers
 from aliprod.build.target import Site, Target
 from aliprod.errors import Refused, StorageFull, Unreachable
 from aliprod.plan.open import Opened, Request, open_plan
+from aliprod.plan.options import needs
 from aliprod.plan.places import catalogue_path
 from aliprod.plan.schema import Plan, Synth
 from aliprod.store import commit
@@ -60,15 +61,30 @@ def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
 
 
 def check_backbones(plan: Plan) -> None:
-    """Ask timm about each backbone.
+    """Ask timm about each backbone, and whether it takes the images of its stages and has what their objectives need.
 
     Raises:
         Refused: naming the first that cannot be one.
     """
+    import torch
+
     from aliprod.models.classifier import check_network
+    from aliprod.objectives import Context, build
 
     for backbone, network in plan.backbones.items():
         check_network(network, f"[backbones] {backbone}")
+    for backbone, stages in plan.jobs.items():
+        for name in stages:
+            stage, where = plan.stage(backbone, name), f"{backbone}/{name}"
+            made, objective = check_network(plan.backbones[backbone], where, stage.crop), stage.objective
+            if needs(objective.name, objective.options).maps:
+                try:
+                    with torch.device("meta"):
+                        build(
+                            objective.name, objective.options, Context(2, made.channels, stage.crop, 1, side=made.side)
+                        )
+                except Refused as error:
+                    raise Refused(error.what, where, error.advice) from None
 
 
 def _make_first(plan: Plan, wanted: list[Target], site: Site) -> None:

@@ -65,7 +65,7 @@ def _seen_by(start: Path, images: Images, processes: int) -> tuple[Tensor, np.nd
     embeddings, belief = [torch.empty(0, model.classifier.in_features)], [torch.empty(0)]
     for rows, pixels in squared_batches(images, parent.config.crop, feed, _BATCH):
         features = model.features(normalise(pixels, feed.mean, feed.std).contiguous(memory_format=torch.channels_last))
-        embeddings.append(functional.normalize(features.mean(dim=(2, 3)).float(), dim=1).cpu())
+        embeddings.append(functional.normalize(model.pool(features).float(), dim=1).cpu())
         labels = torch.from_numpy(images.labels[rows]).to(feed.device)
         belief.append(model.classify(features).float().softmax(dim=1).gather(1, labels[:, None])[:, 0].cpu())
     return torch.cat(embeddings), torch.cat(belief).double().numpy()

@@ -1,11 +1,14 @@
 """An image classifier: a timm backbone and a linear classifier without bias on its pooled features."""
 
 import copy
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from inspect import signature
+from itertools import chain, islice
 from typing import Any
 
 import timm
@@ -13,14 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.errors import Refused, did_you_mean
+from aliprod.errors import Refused, did_you_mean, listing
 
 
 class Classifier(nn.Module):
-    """Images to class logits, by way of a feature map that every objective can see.
+    """Images to class logits, by way of the backbone's unpooled features, of which objectives see a map.
 
-    The classifier has no bias in any stage (JDAI-CV/DCL, models/LoadModel.py), so that a child loads its
-    parent's head unchanged and no class prior hides in a bias after long-tailed training.
+    Features are pooled as the network itself does (class token, attention, mean and norm, a convolution behind the
+    mean), so that its pretrained weights see what they saw. The classifier has no bias in any stage (JDAI-CV/DCL,
+    models/LoadModel.py), so that a child loads its parent's head unchanged and no class prior hides in a bias after
+    long-tailed training.
 
     Args:
         network: timm's name, with or without a weights tag.
@@ -29,8 +34,10 @@ class Classifier(nn.Module):
             which deep squeeze-and-excitation networks do not learn from scratch.
         branches: copies of the last block side by side (BBN); the classifier sees their features in a row.
         unit_weights: the classifier's rows count as scaled to unit length (A-softmax).
+        crop: side of the images in pixels, which position embeddings are made for; None: the network's own.
     Raises:
-        Refused: timm has no such network, or it has no feature map, stochastic depth or block to be branched.
+        Refused: timm has no such network, or it takes no images of that size, or it has no stochastic depth or block
+            to be branched.
     """
 
     def __init__(
@@ -42,23 +49,31 @@ class Classifier(nn.Module):
         zero_init_last: bool = False,
         branches: int = 1,
         unit_weights: bool = False,
+        crop: int | None = None,
     ) -> None:
         super().__init__()
-        check_network(network, network)
+        made = check_network(network, network, crop)
         self.network = network
-        self.backbone = _backbone(network, drop_path_rate)
+        try:
+            depth: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+            self.backbone = _backbone(network, **made.options, **depth)
+        except TypeError as error:
+            raise Refused(f"{network} has no stochastic depth: leave drop_path_rate out.", network) from error
+        own_drop_rate = getattr(self.backbone, "drop_rate", 0.0)  # some of timm's have one, on what they pool
+        self.map_drop_rate = own_drop_rate if type(self.backbone).__name__ == "SENet" else 0.0
+        self.backbone.drop_rate = 0.0  # type: ignore[assignment]
         for block in self.backbone.modules() if zero_init_last else ():
             last, residual = getattr(block, "bn3", None), getattr(block, "has_skip", True)
             if isinstance(last, nn.BatchNorm2d) and residual:  # a block without a way around it would be silenced
                 nn.init.zeros_(last.weight)
-        self.num_features = _map_channels(network)
+        self.num_features, self.side = made.channels, made.side
         self.unit_weights = unit_weights
         self.branches = nn.ModuleList()
         if branches > 1:
             last = _cut_last(network, self.backbone)
             self.branches.extend(copy.deepcopy(last) for _ in range(branches))
         self.dropout = nn.Dropout(drop_rate)
-        self.classifier = nn.Linear(self.num_features * branches, num_classes, bias=False)
+        self.classifier = nn.Linear(made.pooled * branches, num_classes, bias=False)
         self.reset_classifier()
 
     @property
@@ -75,31 +90,37 @@ class Classifier(nn.Module):
 
     def trunk(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised -> what `branch` takes; the features where there is one branch."""
-        maps: Tensor = self.backbone(images)
-        return maps
+        maps: Tensor = self.backbone.forward_features(images)  # type: ignore[operator]
+        return functional.dropout(maps, self.map_drop_rate, self.backbone.training) if self.map_drop_rate else maps
 
     def branch(self, trunk: Tensor, number: int) -> Tensor:
-        """The features (B, C, S, S) of one branch."""
+        """The features of one branch."""
         features: Tensor = self.branches[number](trunk) if self.branches else trunk
         return features
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised -> (B, branches C, H/32, W/32), at that stride for nearly all of timm's networks.
+        """(B, 3, H, W) normalised -> what the network makes of them before it pools: (B, branches C, h, w) of a
+        convolutional one, (B, tokens, C) or (B, h, w, C) of others."""
+        trunk = self.trunk(images)
+        return torch.cat([branch(trunk) for branch in self.branches], dim=_axis(trunk)) if self.branches else trunk
 
-        Layers of timm's that stand between its pooling and its classifier (MobileNetV3's last convolution) come before
-        the pooling here: they see places, where their pretrained weights saw a mean.
-        """
-        maps = self.trunk(images)
-        return torch.cat([branch(maps) for branch in self.branches], dim=1) if self.branches else maps
+    def maps(self, features: Tensor) -> Tensor:
+        """Features as a map (B, branches C, h, w), without class token and registers."""
+        maps: Tensor = _as_map(self.backbone, features)
+        return maps
 
     def pool(self, features: Tensor) -> Tensor:
-        """(B, C, S, S) -> (B, C), with dropout."""
-        pooled: Tensor = self.dropout(features.mean(dim=(2, 3)))
-        return pooled
+        """Features, of one branch or of all, to (B, F) or (B, branches F), as the network pools them, with dropout."""
+        parts = [features]
+        if self.branches:
+            parts = list(features.split(self.num_features, dim=_axis(features)))
+        pooled = [self.backbone.forward_head(part, pre_logits=True) for part in parts]  # type: ignore[operator]
+        dropped: Tensor = self.dropout(torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0])
+        return dropped
 
     def classify(self, features: Tensor) -> Tensor:
-        """(B, branches C, S, S) -> (B, K) logits, in float32 whatever the autocast dtype: a bfloat16 logit of 20 is
-        off by up to 0.06."""
+        """Features to (B, K) logits, in float32 whatever the autocast dtype: a bfloat16 logit of 20 is off by up to
+        0.06."""
         pooled, weight = self.pool(features).float(), self.classifier.weight
         with torch.autocast(pooled.device.type, enabled=False):
             return functional.linear(pooled, functional.normalize(weight, dim=1) if self.unit_weights else weight)
@@ -108,18 +129,38 @@ class Classifier(nn.Module):
         return self.classify(self.features(images))
 
 
-def check_network(network: str, where: str) -> None:
-    """Refuse a name that timm does not know, with the nearest one that it does, and a network without a feature map.
-    Refused: naming ``where`` (the key of the plan)."""
+@dataclass(frozen=True)
+class Made:
+    """What a backbone makes of an image of a size. Without ``channels`` its features are no map."""
+
+    pooled: int  # features in front of a classifier
+    options: Mapping[str, int]  # that timm builds it with for this size
+    channels: int = 0  # of the map
+    side: int = 0  # of the map, in cells
+
+
+def check_network(network: str, where: str, crop: int | None = None) -> Made:
+    """What a network makes of images of a size, or of its own; nothing is computed for that. Refused, naming ``where``
+    (the key of the plan): timm does not know it (with the nearest one that it does), or it takes no such images."""
     architecture, _, tag = network.partition(".")
     if not timm.is_model(architecture):
         names = timm.list_models() + timm.list_pretrained()
         raise Refused(f'timm {timm.__version__} has no network "{network}".', where, did_you_mean(network, names))
     if tag and network not in (tags := timm.list_pretrained(f"{architecture}.*")):
         raise Refused(f'timm has no weights tagged "{network}".', where, did_you_mean(network, tags))
-    if not _map_channels(network):
-        what = f"{network} makes no feature map (batch, channels, height, width), as convolutional networks do."
-        raise Refused(what, where, "For example resnet50, efficientnet_b3, regnety_032 or convnext_tiny makes one.")
+    own = own_size(network)
+    if (made := _made(network, crop or own)) is None:
+        others = sorted({own, *range(32, 513, 32)}, key=lambda size: abs(size - (crop or own)))
+        fits = sorted(islice((size for size in others if _made(network, size)), 3))
+        advice = f"A crop of {listing([str(size) for size in fits])} fits." if fits else "Take another network."
+        raise Refused(f"{network} takes no images of {crop or own} x {crop or own} pixels.", where, advice)
+    return made
+
+
+def own_size(network: str) -> int:
+    """Side of the images that a network's weights were made with, in pixels."""
+    config = timm.get_pretrained_cfg(network)
+    return 224 if config is None else int(config.input_size[-1])
 
 
 def normalisation(network: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
@@ -130,34 +171,57 @@ def normalisation(network: str) -> tuple[tuple[float, ...], tuple[float, ...], s
     return tuple(config.mean), tuple(config.std), config.interpolation
 
 
-def _backbone(network: str, drop_path_rate: float) -> nn.Module:
-    options: dict[str, Any] = {} if not drop_path_rate else {"drop_path_rate": drop_path_rate}
+def _backbone(network: str, **options: Any) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # timm's notes on renamed networks
-        try:
-            return timm.create_model(network.split(".")[0], num_classes=0, global_pool="", **options)
-        except TypeError as error:
-            if not options:
-                raise
-            raise Refused(f"{network} has no stochastic depth: leave drop_path_rate out.", network) from error
+        return timm.create_model(network.split(".")[0], num_classes=0, **options)
 
 
 @cache
-def _map_channels(network: str) -> int:
-    """C of the feature map (B, C, h, w) that a backbone makes; 0 where it makes tokens or puts channels last."""
+def _made(network: str, crop: int) -> Made | None:
+    """What a network makes of images of a size; None where that fails, in timm or in torch."""
     try:
         with torch.device("meta"), torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            backbone = _backbone(network, 0.0).eval()
-            made = backbone(torch.zeros(1, *backbone.pretrained_cfg["input_size"]))  # type: ignore[index]
-    except AssertionError:  # timm's, of networks that pool tokens and nothing else
-        return 0
-    return int(made.shape[1]) if made.ndim == 4 and made.shape[1] == backbone.head_hidden_size else 0
+            backbone, options = _backbone(network), dict[str, int]()
+            if crop != own_size(network) and "img_size" in signature(type(backbone).__init__).parameters:
+                options = {"img_size": crop}
+                backbone = _backbone(network, **options)
+            features = backbone.eval().forward_features(torch.zeros(2, 3, crop, crop))  # type: ignore[operator]
+            pooled = backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+    try:
+        maps = _as_map(backbone, features)
+    except Refused:
+        return Made(int(pooled.shape[1]), options)
+    return Made(int(pooled.shape[1]), options, int(maps.shape[1]), int(maps.shape[3]))
+
+
+def _as_map(backbone: nn.Module, features: Any) -> Any:
+    """Unpooled features as a map (B, C, h, w). Refused: they have no places in them, or several scales."""
+    axes = features.ndim if isinstance(features, Tensor) else 0
+    if axes == 4:
+        nhwc = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        return features.movedim(3, 1) if nhwc else features
+    if axes == 3:
+        tokens = features.shape[1]
+        prefix = int(getattr(backbone, "num_prefix_tokens", tokens - math.isqrt(tokens) ** 2))
+        side = math.isqrt(tokens - prefix)
+        if side**2 == tokens - prefix > 1:  # a class token alone has no places
+            return features[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+    raise Refused(f"{type(backbone).__name__} makes no map of features.")
+
+
+def _axis(features: Tensor) -> int:
+    """Where the channels are, of the families that can be branched."""
+    return 1 if features.ndim == 4 else 2
 
 
 _LAST = {  # of a family of timm's, the modules after which only pooling follows: what BBN gives each branch its own of
     "ResNet": ("layer4.{last}",),
     "SENet": ("layer4.{last}",),
     "EfficientNet": ("blocks.{last}", "conv_head", "bn2"),
+    "VisionTransformer": ("blocks.{last}", "norm"),
 }
 
 

@@ -5,9 +5,12 @@ A weights folder holds ``model.safetensors``, ``config.json`` (network, input, w
 """
 
 import json
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 from safetensors import SafetensorError
@@ -60,7 +63,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: C
 def load(folder: Path) -> tuple[Classifier, Config, Classes]:
     """The classifier of a weights folder, in eval mode. Refused: it is no weights folder, or one that is damaged."""
     config, classes = describe(folder)
-    model = Classifier(config.network, len(classes.ids), branches=config.branches, unit_weights=config.unit_weights)
+    kind: dict[str, Any] = {"branches": config.branches, "unit_weights": config.unit_weights, "crop": config.crop}
+    model = Classifier(config.network, len(classes.ids), **kind)
     _fill(model, model.state_dict(), read(folder), folder / MODEL)
     return model.eval(), config, classes
 
@@ -90,6 +94,7 @@ def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> No
     tensors = read(folder)
     if config.unit_weights and not model.unit_weights:
         tensors["classifier.weight"] = functional.normalize(tensors["classifier.weight"], dim=1)
+    tensors = _resized(tensors, model)
     if config.branches == 1 < len(model.branches):
         tensors = branched(tensors, model)
     _fill(model, model.state_dict(), tensors, folder / MODEL)
@@ -118,7 +123,7 @@ def fetch_pretrained(network: str, folder: Path) -> None:
         )
         raise Refused(f"timm {timm.__version__} has no pretrained weights for {network}.", network, advice)
     try:
-        backbone = timm.create_model(network, pretrained=True, num_classes=0, global_pool="")
+        backbone = timm.create_model(network, pretrained=True, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
         raise Refused(
             f"its ImageNet weights cannot be fetched: {str(error).splitlines()[0]}",
@@ -140,10 +145,23 @@ def load_pretrained(model: Classifier, file: Path) -> None:
         raise Refused(f"holds no pretrained weights for {model.network} ({error}).", file, advice) from error
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("classifier.")}
     counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
-    tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    tensors = _resized({f"backbone.{name}": tensor for name, tensor in tensors.items()}, model)
     if model.branches:
         tensors = branched(tensors, model)
     _fill(model, own, counters | tensors, file)  # weights from before PyTorch 0.4.1 have no counters
+
+
+def _resized(tensors: dict[str, Tensor], model: Classifier) -> dict[str, Tensor]:
+    """Tensors whose position embeddings, where they are of another crop, are interpolated as timm does it."""
+    own, prefix = model.state_dict(), "backbone."
+    if all(name not in own or own[name].shape == tensor.shape for name, tensor in tensors.items()):
+        return tensors
+    resize = getattr(sys.modules[type(model.backbone).__module__], "checkpoint_filter_fn", None)
+    if resize is None:
+        return tensors
+    theirs = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch's, of how timm interpolates
+        return tensors | {f"{prefix}{name}": tensor for name, tensor in resize(theirs, model.backbone).items()}
 
 
 def _fill(model: Classifier, own: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
@@ -154,6 +172,6 @@ def _fill(model: Classifier, own: Mapping[str, Tensor], found: Mapping[str, Tens
             f"is not of {model.network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
             f"the first {wrong[0]}.",
             file,
-            "Give weights of this network, with as many classes and branches.",
+            "Give weights of this network, with as many classes and branches; of some, also of the same crop.",
         )
     model.load_state_dict({name: found[name] for name in own}, strict=False)

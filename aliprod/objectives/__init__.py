@@ -34,23 +34,25 @@ class Context:
     """What an objective may know before the first batch."""
 
     num_classes: int
-    num_features: int  # channels C of the backbone's feature map
+    num_features: int  # channels C of the backbone's feature map; 0 where it makes none
     crop: int  # side of the square training images, in pixels
     epochs: int
     class_counts: Tensor | None = None  # (K,) int64, training images of each class, where known
     ancestor: Tensor | None = None  # (L, K) int64, each class's node per level of the product tree, last the class
+    side: int = 0  # of the feature map, in cells; 0: that of a stride of 32
 
 
 class Model(Protocol):
     """Backbone and classifier, as an objective sees them."""
 
     @property
-    def classifier(self) -> nn.Linear: ...  # weight (K, branches C), no bias
-    def features(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> (B, branches C, S, S)
+    def classifier(self) -> nn.Linear: ...  # weight (K, branches F), no bias
+    def features(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> as the network makes them: a map, tokens
+    def maps(self, features: Tensor) -> Tensor: ...  # features -> (B, branches C, S, S)
     def trunk(self, images: Tensor) -> Tensor: ...  # what `branch` takes; the features where there is one branch
-    def branch(self, trunk: Tensor, number: int) -> Tensor: ...  # -> (B, C, S, S)
-    def pool(self, features: Tensor) -> Tensor: ...  # (B, C, S, S) -> (B, C), with dropout
-    def classify(self, features: Tensor) -> Tensor: ...  # (B, branches C, S, S) -> (B, K)
+    def branch(self, trunk: Tensor, number: int) -> Tensor: ...  # -> features of one branch
+    def pool(self, features: Tensor) -> Tensor: ...  # features, of one branch or all -> (B, F), with dropout
+    def classify(self, features: Tensor) -> Tensor: ...  # features -> (B, K)
     def __call__(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> (B, K)
 
 
@@ -126,6 +128,12 @@ def require(holds: bool, what: str, advice: str) -> None:
     """Refuse an option, before anything is trained, unless ``holds``."""
     if not holds:
         raise Refused(what, advice=advice)
+
+
+def require_map(context: Context, name: str) -> None:
+    """Refuse a network whose features have no places, which the objective ``name`` looks at."""
+    advice = "Take a network with a feature map or patch tokens: docs/networks.md."
+    require(context.num_features > 0, f"{name} looks at places, and this network makes no map of them.", advice)
 
 
 def needs_of(name: str) -> Needs:

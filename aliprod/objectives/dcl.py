@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.objectives import Batch, Context, Model, Needs, full_precision, mean_over, precise, require
+from aliprod.objectives import Batch, Context, Model, Needs, full_precision, mean_over, precise, require, require_map
 
-STRIDE = 32  # pixels of a cell of the backbones' feature map
+STRIDE = 32  # pixels of a cell of most feature maps
 
 
 def shuffle(parts: int, reach: float, generator: torch.Generator) -> Tensor:
@@ -117,9 +117,9 @@ def _locations(features: Tensor, weight: Tensor, bias: Tensor, parts: int) -> Te
     return located.flatten(1).tanh()
 
 
-def _fits(holds: bool, what: str, parts: int) -> None:
+def _fits(holds: bool, what: str, parts: int, stride: int = STRIDE) -> None:
     """Refuse what cannot be cut into so many cells a side."""
-    sizes = ", ".join(str(parts * STRIDE * multiple) for multiple in (1, 2, 3))
+    sizes = ", ".join(str(parts * stride * multiple) for multiple in (1, 2, 3))
     advice = f"With parts = {parts}, a crop of {sizes}, ... works."
     require(holds, f"{what} cannot be cut into {parts}x{parts} cells.", advice)
 
@@ -128,13 +128,14 @@ class Objective(nn.Module):
     """Class, swap and location loss of a batch of originals and their destructed copies.
 
     Args:
-        parts: cells a side; the crop must be a multiple of parts * 32. reach: how far cells move, in cells.
+        parts: cells a side; the crop must be a multiple of parts * stride of the network's map (32, or its patches).
+        reach: how far cells move, in cells.
         beta, gamma: weights of the swap and of the location loss.
         swap: what the swap head separates: a "pair" of original and destructed, or "classes", each in both forms,
             2K rows (JDAI-CV/DCL, cls_mul: its recipe for birds; at 50,030 classes 205 million parameters).
     """
 
-    needs = Needs(distorts=True)  # half of the norm layers' images are destructed
+    needs = Needs(distorts=True, maps=True)  # half of the norm layers' images are destructed
 
     def __init__(
         self,
@@ -151,7 +152,9 @@ class Objective(nn.Module):
         require(reach > 0, f"reach = {reach} is not positive.", "2 is the paper's.")
         require(beta >= 0 and gamma >= 0, f"beta = {beta}, gamma = {gamma}: one is negative.", "1 is the default.")
         require(swap in ("pair", "classes"), f'swap = "{swap}" is unknown.', 'Say "pair" or "classes".')
-        _fits(context.crop % (parts * STRIDE) == 0, f"dcl's crop of {context.crop}", parts)
+        require_map(context, "dcl")
+        stride = context.crop / context.side if context.side else STRIDE
+        _fits(context.crop % (parts * stride) == 0, f"dcl's crop of {context.crop}", parts, round(stride))
         self.parts, self.reach, self.beta, self.gamma = parts, reach, beta, gamma
         channels = context.num_features
         self.classes = context.num_classes if swap == "classes" else 0
@@ -165,11 +168,12 @@ class Objective(nn.Module):
         sources = shuffles(len(batch.images), self.parts, self.reach, generator)
         sources = sources.to(batch.images.device, non_blocking=True)  # blocking would wait for the step before
         features = model.features(self._pairs(batch.images, sources))
-        logits, labels = precise(model.classify(features)), batch.labels.repeat_interleave(2)
+        maps, labels = model.maps(features), batch.labels.repeat_interleave(2)
+        logits = precise(model.classify(features))
         parts = losses(
             logits,
-            _linear(features, self.swap_weight),
-            _locations(features, self.location_weight, self.location_bias, self.parts),
+            _linear(maps, self.swap_weight),
+            _locations(maps, self.location_weight, self.location_bias, self.parts),
             labels,
             self._swap_labels(labels),
             self._targets(sources),

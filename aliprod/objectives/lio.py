@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aliprod.objectives import Batch, Context, Model, Needs, full_precision, precise, require
+from aliprod.objectives import Batch, Context, Model, Needs, full_precision, precise, require, require_map
 
 WEIGHT = 0.1  # of the context and of the extent loss, in the paper and the public code
 
@@ -142,7 +142,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         require(positives >= 1, f"positives = {positives}: nothing to compare with.", "3 is the paper's.")
-        self.needs = Needs(group=positives + 1)
+        require_map(context, "lio")
+        self.needs = Needs(group=positives + 1, maps=True)
         self.published, self.detach_target = published, detach_target
         self.heads = nn.ParameterDict(_new_heads(context.num_features))
 
@@ -153,7 +154,7 @@ class Objective(nn.Module):
         classes = _class_losses(logits, batch.labels.unflatten(0, groups))
         if batch.weights is not None:
             classes = classes * batch.weights.to(classes).unflatten(0, groups)
-        maps, heads = _pooled(features).unflatten(0, groups), dict(self.heads.items())
+        maps, heads = _pooled(model.maps(features)).unflatten(0, groups), dict(self.heads.items())
         parts = _losses(maps, classes, heads, self.published, self.detach_target)
         return {"class": parts["class"], "context": WEIGHT * parts["context"], "extent": WEIGHT * parts["extent"]}
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pydantic import ValidationError
 
 from aliprod.errors import nearest
+from aliprod.models.sizes import misfit, stride
 from aliprod.plan.options import needs
 from aliprod.plan.problems import MOST_NAMES, Problem, unknown
 from aliprod.plan.schema import Edge, Plan, Settings, effective, merged
@@ -111,7 +112,9 @@ def _clash(plan: Plan, job: str, tables: list[Settings]) -> str:
         stage = effective(plan.seed, plan.defaults, tables)
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return _undealt(stage, *plan.cluster.ranks_of(job)) or _off_grid(stage) or _untaught(stage)
+    network = plan.backbones.get(job.partition("/")[0], "")
+    misfits = misfit(network, stage.crop) or _off_grid(stage, stride(network) if network else 32)
+    return _undealt(stage, *plan.cluster.ranks_of(job)) or misfits or _untaught(stage)
 
 
 def _undealt(stage: Stage, fewest: int, most: int) -> str:
@@ -143,13 +146,17 @@ def _untaught(stage: Stage) -> str:
     return f"objective {name} learns from no teachers: leave them out" if stage.teachers and not taught else ""
 
 
-def _off_grid(stage: Stage) -> str:
-    """DCL cuts the crop into parts x parts cells; the feature map, crop / 32 a side, must fall into the same."""
+def _off_grid(stage: Stage, stride: int | None) -> str:
+    """DCL cuts the crop into parts x parts cells; the feature map, crop / stride a side, must fall into the same."""
     parts = stage.objective.options.get("parts")
-    cells = stage.crop // 32
-    if stage.objective.name != "dcl" or not isinstance(parts, int) or parts < 1 or (cells and cells % parts == 0):
+    if stage.objective.name != "dcl" or not isinstance(parts, int) or parts < 1 or stride is None:
         return ""
-    fitting = " or ".join(str(32 * parts * times) for times in (1, 2))
+    if not stride:
+        return "dcl looks at places, and this network makes no map of them (docs/networks.md)"
+    cells = stage.crop // stride
+    if cells and cells % parts == 0:
+        return ""
+    fitting = " or ".join(str(stride * parts * times) for times in (1, 2))
     return f"crop = {stage.crop} gives {cells} cells a side, no multiple of parts = {parts}; {fitting} would fit"
 
 

@@ -4,6 +4,7 @@ A key is the sha256 of all that the plan says about a result. Where a job runs i
 """
 
 import heapq
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -13,9 +14,14 @@ from typing import Any
 from aliprod.errors import Refused
 from aliprod.plan.options import needs
 from aliprod.plan.schema import Edge, Plan
-from aliprod.recipe import ADDED, RECIPE_VERSION, PerClass, Stage
+from aliprod.recipe import ADDED, ADDED_TO_OPTIMIZER, RECIPE_VERSION, PerClass, Stage
 from aliprod.store.commit import sha256
 from aliprod.store.keys import key_of
+
+# Networks that pool as all did before a backbone's own pooling was kept: their keys stay.
+_MEAN_POOLED = re.compile(
+    r"((wide_|se|legacy_se|test_)?res(net|next)|(tf_|test_)?efficientnet|legacy_senet|regnet|densenet)(?!.*(clip|mlp))"
+)
 
 
 @dataclass(frozen=True)
@@ -127,10 +133,12 @@ def _facts(
     """What the key hashes. The names of other jobs are no part of it, their keys are."""
     out: dict[str, Any] = {"start": True, "teachers": True, "soup": {"of"}, "pseudo_labels": {"by"}}
     out |= {name: True for name in ADDED if getattr(stage, name) == Stage.model_fields[name].default}
+    out["optimizer"] = {name for name in ADDED_TO_OPTIMIZER if getattr(stage.optimizer, name) is None}
     settings: dict[str, Any] = stage.model_dump(mode="json", exclude=out)
     if isinstance(stage.pretrained, str):
         settings["pretrained"] = {"sha256": _weights_digest(Path(stage.pretrained))}
-    return {
+    pooled = {} if _MEAN_POOLED.match(network) else {"pooling": "own"}
+    return pooled | {
         "recipe": RECIPE_VERSION,
         "network": network,
         "stage": settings,

@@ -252,12 +252,19 @@ def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
     return stage.model_copy(update={"objective": objective})
 
 
+def _another(old: Any, new: Any) -> bool:
+    """Whether tables name two optimizers: what is said of one is not meant for the other."""
+    before = old.get("name", "sgd")
+    return bool(new.get("name", before) != before)
+
+
 def merged(*layers: Mapping[str, Any]) -> Settings:
-    """Tables of settings, the later ones winning: lr and optimizer key by key, objective and images as a whole."""
+    """Tables of settings, the later ones winning: lr and optimizer key by key, objective, images and another optimizer
+    as a whole."""
     result: Settings = {}
     for layer in layers:
         for key, value in layer.items():
             old = result.get(key)
             tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
-            result[key] = old | value if tables else value
+            result[key] = old | value if tables and not _another(old, value) else value
     return result

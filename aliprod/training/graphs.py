@@ -5,7 +5,8 @@ ResNet-50 takes 23.6 ms, replayed 9.8 (benchmarks/RESULTS.md). The kernels are t
 """
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +23,24 @@ def replay_passes(backbone: nn.Module) -> None:
     Evaluation, a batch of another shape, and a second pass before the first has gone backward (BBN) run as ever, and
     so does a backbone that cannot be recorded.
     """
-    backbone.forward = _Passes(backbone)
+    backbone.forward_features = _Passes(backbone)  # type: ignore[assignment]
 
 
 class _Passes:
-    """The forward method of a backbone: `_Recording` where there is one that fits, else the class's own."""
+    """The method `forward_features` of a backbone: `_Recording` where there is one that fits, else the class's own."""
 
     def __init__(self, backbone: nn.Module) -> None:
-        self.backbone, self.launch = backbone, backbone.forward
+        self.backbone, self.launch = backbone, cast(Callable[[Tensor], Tensor], backbone.forward_features)
         self.recording: _Recording | None = None
         self.refused, self.under_way = False, False
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.refused or self.under_way or not (self.backbone.training and torch.is_grad_enabled()):
-            return self.launch(images)  # type: ignore[no-any-return]
+            return self.launch(images)
         if self.recording is None:
             self._record(images)
         if self.recording is None or images.shape != self.recording.images.shape:
-            return self.launch(images)  # type: ignore[no-any-return]
+            return self.launch(images)
         self.under_way = True
         features: Tensor = _Replay.apply(self.recording, images, *self.recording.parameters)
         features.register_hook(self._went_back)
@@ -66,7 +67,7 @@ class _Passes:
 class _Recording:
     """Both passes for one shape. All tensors here are the graphs' own memory, filled and read by each replay."""
 
-    def __init__(self, launch: Any, images: Tensor, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, launch: Callable[[Tensor], Tensor], images: Tensor, parameters: list[nn.Parameter]) -> None:
         self.images, self.parameters = images.clone(), parameters
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -77,6 +78,8 @@ class _Recording:
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP):
                     features = launch(self.images)
+                    if not isinstance(features, Tensor):
+                        raise RuntimeError(f"it makes a {type(features).__name__}, not one tensor")
                     self._gradients(features, torch.zeros_like(features))
             torch.cuda.current_stream().wait_stream(stream)
             # other threads, such as the one that pins the next batch, may go on meanwhile

@@ -88,6 +88,7 @@ class Learner(nn.Module):
             stage.zero_init_last,
             asked.branches,
             asked.unit_weights,
+            stage.crop,
         )
         if stage.trains == "classifier":
             for parameter in self.model.backbone_parameters():
@@ -100,7 +101,8 @@ class Learner(nn.Module):
         if place.machine.compile:
             # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them depends
             # on what was seen before, and a resumed job has seen less.
-            self.model.backbone.compile(dynamic=False)
+            features = torch.compile(self.model.backbone.forward_features, dynamic=False)  # type: ignore[arg-type]
+            self.model.backbone.forward_features = features  # type: ignore[assignment]
         elif place.device.type == "cuda" and stage.trains != "classifier":
             replay_passes(self.model.backbone)
 
@@ -180,6 +182,7 @@ def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts
         num_classes=catalogue.num_classes,
         num_features=model.num_features,
         crop=stage.crop,
+        side=model.side,
         epochs=stage.epochs,
         class_counts=torch.from_numpy(counts),
         ancestor=None if catalogue.ancestor is None else torch.from_numpy(catalogue.ancestor),

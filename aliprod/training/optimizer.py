@@ -3,14 +3,23 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from fnmatch import fnmatch
+from itertools import chain
 from typing import Any
 
 import torch
+from timm.models._manipulate import group_with_matcher
+from timm.optim.lamb import Lamb
+from timm.optim.lion import Lion
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 
-from aliprod.recipe import Stage
+from aliprod.errors import Refused
+from aliprod.recipe import OptimizerRecipe, Stage
 from aliprod.training.learner import Learner
 
+_SHORT = {"momentum_buffer": "momentum"}  # names of torch's in a resume checkpoint
+_LONG = {short: name for name, short in _SHORT.items()}
 _SCALER = ("scale", "_growth_tracker")  # the changing part of a gradient scaler's state
 
 
@@ -39,19 +48,19 @@ def cosine_lr_at(step: int, base_lr: float, steps_per_epoch: int, warmup_epochs:
 
 
 class Optimizer:
-    """SGD of a learner's backbone and heads, each at its own rate, that never lets a non-finite step through.
+    """Moves a learner's backbone and heads, each at its own rate, and never lets a non-finite step through.
 
     A step whose gradient norm is not finite is skipped on the device, and so are all after it, without a
-    synchronisation; `first_bad_step` reports which one it was. Where one rank's loss is not finite, all
-    ranks skip the step. In float16 gradients overflow now and then: the scaler skips such a step and lowers its scale,
-    and only a scale below 1 means that losses are not finite.
+    synchronisation (LAMB, Lion and Muon wait for it once a step); `first_bad_step` reports which one it was. Where one
+    rank's loss is not finite, all ranks skip the step. In float16 gradients overflow now and then: the scaler skips
+    such a step and lowers its scale, and only a scale below 1 means that losses are not finite.
     """
 
     def __init__(self, learner: Learner, stage: Stage, steps_per_epoch: int) -> None:
         self.stage, self.steps_per_epoch = stage, steps_per_epoch
         self.groups = _parameter_groups(learner, stage)
-        recipe = stage.optimizer
-        self.sgd = torch.optim.SGD(self.groups, lr=0.0, momentum=recipe.momentum, fused=True)
+        self.kernel = _kernel(self.groups, stage.optimizer)
+        self._on_device = bool(self.kernel.defaults.get("fused"))  # it reads there whether a step is to be skipped
         self.parameters = [p for group in self.groups for p in group["params"]]
         device = self.parameters[0].device
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -73,11 +82,11 @@ class Optimizer:
     def update(self, step: int) -> None:
         """Update the weights once with this step's learning rates, and free the gradients for the next forward pass."""
         for group in self.groups:
-            group["lr"] = self.lr_of(group["part"], step)
+            group["lr"] = self.lr_of(group["part"], step) * group["lr_scale"]
         if self._scaler is not None:
-            self._scaler.unscale_(self.sgd)
+            self._scaler.unscale_(self.kernel)
         self._update(torch.isfinite(self._clip()), step)
-        self.sgd.zero_grad(set_to_none=True)
+        self.kernel.zero_grad(set_to_none=True)
 
     def lr_of(self, part: str, step: int) -> float:
         """The learning rate of the backbone or the heads at a step."""
@@ -93,23 +102,36 @@ class Optimizer:
         return None if step < 0 or (self._scaler is not None and self._scaler.get_scale() >= 1) else step
 
     def state(self) -> dict[str, Tensor]:
-        """Momentum by position of the parameter, for a resume checkpoint."""
-        buffers = (self.sgd.state[p].get("momentum_buffer") for p in self.parameters)
-        state = {f"momentum.{i}": buffer for i, buffer in enumerate(buffers) if buffer is not None}
+        """Momentum and the like by position of the parameter, counters of a group by its position, for a resume
+        checkpoint."""
+        state = {f"group.{i}": group["step"] for i, group in enumerate(self.groups) if "step" in group}
+        for i, parameter in enumerate(self.parameters):
+            state |= {f"{_SHORT.get(name, name)}.{i}": value for name, value in self.kernel.state[parameter].items()}
         if self._scaler is not None:
             scaler = self._scaler.state_dict()
             state |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in _SCALER}
-        return state
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Load what `state` returned."""
-        for i, parameter in enumerate(self.parameters):
-            if (momentum := state.get(f"momentum.{i}")) is not None:
-                buffer = torch.empty_like(parameter, memory_format=torch.preserve_format)
-                self.sgd.state[parameter]["momentum_buffer"] = buffer.copy_(momentum)
+        for key, value in state.items():
+            kind, _, place = key.rpartition(".")
+            if kind == "group":
+                self.groups[int(place)]["step"] = value
+            elif kind != "scaler":
+                self.kernel.state[self.parameters[int(place)]][_LONG.get(kind, kind)] = self._laid_out(
+                    value, int(place)
+                )
         if self._scaler is not None:
             saved = {name: state[f"scaler.{name}"].item() for name in _SCALER}
             self._scaler.load_state_dict(self._scaler.state_dict() | saved)
+
+    def _laid_out(self, value: Tensor, place: int) -> Tensor:
+        """A copy where the optimizer wants it: laid out as its parameter, or a counter."""
+        parameter = self.parameters[place]
+        if value.ndim:
+            return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value)
+        return value.to(parameter.device if self._on_device else "cpu")
 
     def _clip(self) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
@@ -120,20 +142,61 @@ class Optimizer:
     def _update(self, finite: Tensor, step: int) -> None:
         if self._scaler is None:
             self._bad_step.copy_(torch.where((self._bad_step < 0) & ~finite, step, self._bad_step))
-            self.sgd.found_inf = (self._bad_step >= 0).float()  # type: ignore[attr-defined]
-            self.sgd.step()
+            if self._on_device:
+                self.kernel.found_inf = (self._bad_step >= 0).float()  # type: ignore[attr-defined]
+            if self._on_device or self._bad_step.item() < 0:
+                self.kernel.step()
         else:
             self._bad_step.copy_(torch.where(finite, self._bad_step, step))
-            self._scaler.step(self.sgd)
+            self._scaler.step(self.kernel)
             self._scaler.update()
 
 
+def _kernel(groups: list[dict[str, Any]], recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    """The optimizer that a recipe names. Rates are set before each step, gradients are clipped by then."""
+    own: dict[str, Any] = {} if recipe.betas is None else {"betas": recipe.betas}
+    match recipe.name:
+        case "sgd":
+            return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, fused=True)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=0.0, fused=True, **own)
+        case "lamb":
+            return Lamb(groups, lr=0.0, max_grad_norm=None, **own)
+        case "lion":
+            return Lion(groups, lr=0.0, **own)
+        case "muon":
+            return Muon(groups, lr=0.0, momentum=recipe.momentum, **own)
+
+
 def _parameter_groups(learner: Learner, stage: Stage) -> list[dict[str, Any]]:
-    """Backbone and heads, with and without weight decay (none on norm parameters and biases)."""
-    groups: list[dict[str, Any]] = []
-    for part, parameters in (("backbone", learner.model.backbone_parameters()), ("heads", learner.head_parameters())):
-        trained = [p for p in parameters if p.requires_grad]
-        weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-        groups.append({"params": weights, "part": part, "weight_decay": stage.optimizer.weight_decay})
-        groups.append({"params": others, "part": part, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+    """Backbone and heads, layer by layer where their rates differ, with and without weight decay (none on norm
+    parameters, biases, and what timm names beside them). Heads are no matrices to Muon."""
+    backbone, recipe = learner.model.backbone, stage.optimizer
+    names = {parameter: name for name, parameter in backbone.named_parameters()}
+    scales = layer_scales(backbone, recipe.layer_decay or 1.0) if recipe.layer_decay else {}
+    spared = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()  # type: ignore[operator]
+    parts = [("backbone", learner.model.backbone_parameters()), ("heads", learner.head_parameters())]
+    groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
+    for part, parameters in parts:
+        behind = 1.0 if part == "heads" else recipe.layer_decay or 1.0  # branches are the last layer
+        for parameter in (parameter for parameter in parameters if parameter.requires_grad):
+            name = names.get(parameter, "")
+            decays = parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in spared)
+            scale = scales.get(name, behind)
+            new = {"params": [], "part": part, "lr_scale": scale, "use_fallback": part == "heads"}
+            new["weight_decay"] = recipe.weight_decay if decays else 0.0
+            groups.setdefault((part, scale, not decays), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def layer_scales(backbone: nn.Module, decay: float) -> dict[str, float]:
+    """Factor of the learning rate of each of a backbone's parameters: ``decay`` to the power of the layers between it
+    and the heads (BEiT, Bao et al. 2022), by timm's grouping, in which a classifier is the last layer. Refused: the
+    network has no layers that timm can tell apart."""
+    if not hasattr(backbone, "group_matcher"):
+        raise Refused(f"{type(backbone).__name__} names no layers: leave layer_decay out.")
+    heads = backbone.pretrained_cfg["classifier"] or "head"  # type: ignore[index]
+    head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
+    matcher = backbone.group_matcher(coarse=False)  # type: ignore[operator]
+    layers = group_with_matcher(chain(backbone.named_parameters(), [(head, None)]), matcher, reverse=True)
+    return {name: decay ** (max(layers.values()) - layer) for name, layer in layers.items() if name != head}

@@ -104,7 +104,7 @@ def measure_prediction(
     here, processes = place(without_training(machine)), machine.loader_processes
     _forget_peak_memory()
     branches = needs_of(stage.objective.name).branches
-    model = Classifier(network, catalogue.num_classes, branches=branches).eval()
+    model = Classifier(network, catalogue.num_classes, branches=branches, crop=stage.crop).eval()
     model = model.to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     feed = Feed(here.device, *normalisation(network), processes=processes, dtype=precision(here.device))
     before = 1 + 2 * processes  # a process reads two batches ahead

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from aliprod.errors import Refused
-from aliprod.models.classifier import Classifier, check_network, normalisation
+from aliprod.models.classifier import Classifier, branched, check_network, normalisation
 
 # methods.md, the table of backbones: features, and parameters in millions with a head of 50,030 classes.
 BACKBONES = {
@@ -94,32 +94,77 @@ def test_known_networks_pass_with_and_without_a_tag(network: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "network",
-    ["vit_tiny_patch16_224", "deit_tiny_patch16_224.fb_in1k", "swin_tiny_patch4_window7_224", "mixer_s16_224",
-     "crossvit_9_240"],
-)  # fmt: skip
-def test_a_network_without_a_feature_map_is_refused_in_one_sentence_with_some_that_have_one(network: str) -> None:
-    with pytest.raises(Refused) as raised:
-        check_network(network, "[backbones] mine")
-    assert str(raised.value).startswith(f"[backbones] mine: {network} makes no feature map")
-    for name in ("resnet50", "efficientnet_b3", "regnety_032", "convnext_tiny"):
-        assert name in raised.value.advice
-        check_network(name, "")
-    with pytest.raises(Refused):
-        Classifier(network, num_classes=3)
+    ("network", "channels", "pooled"),  # of the map, and in front of the classifier; 0: no map
+    [
+        ("test_vit", 64, 64),  # class token
+        ("test_vit2", 64, 64),  # a mean of patches, then its norm
+        ("test_vit4", 96, 96),
+        ("test_convnext", 64, 64),  # norm behind the mean
+        ("mobilenetv3_small_050", 288, 1024),  # a convolution behind the mean
+        ("ghostnet_050", 480, 1280),
+        ("deit_tiny_distilled_patch16_224", 192, 192),  # two tokens
+        ("efficientvit_b0", 128, 1280),
+        ("pit_ti_224", 0, 256),
+    ],
+)
+def test_features_are_pooled_as_timm_does_for_its_pretrained_weights(network: str, channels: int, pooled: int) -> None:
+    torch.manual_seed(0)
+    model = Classifier(network, num_classes=5).eval()
+    theirs = timm.create_model(network, num_classes=0).eval()
+    theirs.load_state_dict(model.backbone.state_dict())
+    side = theirs.pretrained_cfg["input_size"][-1]
+    images = torch.randn(2, 3, side, side)
+    with torch.inference_mode():
+        features = model.features(images)
+        expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+        assert torch.equal(model.pool(features), expected)
+        assert model.classify(features).shape == (2, 5)
+        if channels:
+            assert model.maps(features).shape == (2, channels, model.side, model.side)
+    assert (model.num_features, model.classifier.in_features) == (channels, pooled)
+
+
+@pytest.mark.parametrize("network", ["test_vit", "test_vit3", "test_convnext", "swin_s3_tiny_224", "hiera_tiny_224"])
+def test_a_cell_of_the_map_lies_where_its_pixels_do(network: str) -> None:
+    torch.manual_seed(0)
+    model = Classifier(network, num_classes=2, crop=64).eval()
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    maps = model.maps(model.features(images))
+    for row, column in ((0, model.side - 1), (model.side - 1, 0)):
+        (gradient,) = torch.autograd.grad(maps[0, :, row, column].square().sum(), images, retain_graph=True)
+        cells = nn.functional.avg_pool2d(gradient.square().sum(dim=1), 64 // model.side)[0]
+        assert int(cells.argmax()) == row * model.side + column
+
+
+@pytest.mark.parametrize(("network", "crop", "side"), [("test_vit", 96, 6), ("maxvit_rmlp_pico_rw_256", 224, 7)])
+def test_a_network_is_built_for_the_size_of_its_images(network: str, crop: int, side: int) -> None:
+    model = Classifier(network, num_classes=2, crop=crop).eval()
+    with torch.inference_mode():
+        features = model.features(torch.randn(1, 3, crop, crop))
+        assert model.maps(features).shape[2:] == (side, side)
+        assert model.classify(features).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("network", "features"),  # channels in front of the classifier: of the papers' tables
-    [("mobilenetv3_large_100", 1280), ("mobilenetv3_small_100", 1024), ("ghostnet_100", 1280), ("convnext_tiny", 768)],
+    ("network", "crop", "advice"),
+    [("crossvit_tiny_240", 224, "240"), ("maxvit_rmlp_pico_rw_256", 112, "96, 128"), ("levit_128s", 64, "224")],
 )
-def test_layers_behind_a_networks_own_pooling_are_part_of_its_feature_map(network: str, features: int) -> None:
-    model = Classifier(network, num_classes=5).eval()
-    with torch.inference_mode():
-        mapped = model.features(torch.zeros(2, 3, 64, 96))
-        assert mapped.shape == (2, features, 2, 3)
-        assert model.classify(mapped).shape == (2, 5)
-    assert model.num_features == features
+def test_a_size_that_a_network_does_not_take_is_refused_with_some_that_it_takes(
+    network: str, crop: int, advice: str
+) -> None:
+    with pytest.raises(Refused, match=f"^mine: {network} takes no images of {crop} x {crop} pixels") as raised:
+        check_network(network, "mine", crop)
+    assert advice in raised.value.advice
+    with pytest.raises(Refused):
+        Classifier(network, num_classes=3, crop=crop)
+
+
+def test_dropout_that_timm_builds_in_is_left_to_the_plan_but_for_the_one_of_the_seeds_network() -> None:
+    torch.manual_seed(0)
+    ghost, legacy = (Classifier(network, 3, crop=64).train() for network in ("ghostnet_050", "legacy_seresnet18"))
+    assert (ghost.map_drop_rate, legacy.map_drop_rate) == (0.0, 0.2)
+    features = torch.randn(2, legacy.num_features, 2, 2)
+    assert torch.equal(legacy.pool(features), features.mean(dim=(2, 3)))
 
 
 def test_looking_at_a_network_draws_no_random_numbers() -> None:
@@ -165,11 +210,24 @@ def test_branches_begin_alike_and_learn_apart() -> None:
     assert {id(p) for p in (*first, *second)} < {id(p) for p in model.backbone_parameters()}
 
 
+@pytest.mark.parametrize("network", ["test_vit", "test_vit2"])
+def test_a_transformer_is_branched_behind_its_last_block_but_one(network: str) -> None:
+    torch.manual_seed(0)
+    plain, double = (Classifier(network, 10, branches=count, crop=64).eval() for count in (1, 2))
+    double.load_state_dict(branched(plain.state_dict(), double), strict=False)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        one = plain.pool(plain.features(images))
+        torch.testing.assert_close(double.pool(double.branch(double.trunk(images), 1)), one)
+        torch.testing.assert_close(double.pool(double.features(images)), torch.cat([one, one], dim=1))
+        torch.testing.assert_close(double(images), plain(images))
+
+
 @pytest.mark.parametrize("network", ["mobilenetv3_small_050", "convnext_atto"])
 def test_a_family_whose_last_block_is_not_known_is_refused_with_those_that_are(network: str) -> None:
     with pytest.raises(Refused, match=rf"{network} \(\w+\) has no last block that can be branched") as raised:
         Classifier(network, num_classes=3, branches=2)
-    assert "ResNet, SENet, EfficientNet" in raised.value.advice
+    assert "ResNet, SENet, EfficientNet, VisionTransformer" in raised.value.advice
 
 
 def test_rows_of_unit_length_make_logits_of_directions_alone() -> None:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from aliprod.errors import Refused
@@ -233,3 +234,37 @@ def test_the_files_are_plain_json_and_safetensors(saved: Path) -> None:
     assert {path.name for path in saved.iterdir()} == {
         "model.safetensors", "config.json", "classes.json", "manifest.json"
     }  # fmt: skip
+
+
+# Networks that are built for one size
+
+
+def test_position_embeddings_of_another_crop_are_interpolated_as_timm_does(tmp_path: Path) -> None:
+    config = replace(CONFIG, network="test_vit", crop=64)
+    parent, child = (Classifier("test_vit", 3, crop=crop) for crop in (64, 96))
+    weights.save(tmp_path, parent.state_dict(), config, CLASSES)
+    load_parent(child, tmp_path, CLASSES.ids)
+    theirs, own = child.state_dict(), parent.state_dict()
+    expected = resample_abs_pos_embed(own["backbone.pos_embed"], (6, 6), (4, 4), num_prefix_tokens=1)
+    torch.testing.assert_close(theirs.pop("backbone.pos_embed"), expected)
+    assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items())
+    assert weights.load(tmp_path)[0].side == 4
+
+
+@pytest.mark.parametrize("network", ["swin_tiny_patch4_window7_224", "swinv2_cr_tiny_224", "test_vit3"])
+def test_pretrained_weights_of_the_networks_own_size_fit_another_crop(network: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model(network)
+    save_file({name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, tmp_path / "own.safetensors")
+    model = Classifier(network, 3, crop=96).eval()
+    load_pretrained(model, tmp_path / "own.safetensors")
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, 96, 96)).isfinite().all()
+
+
+@pytest.mark.parametrize("network", ["gmlp_ti16_224", "hiera_tiny_224"])  # which timm does not resize
+def test_weights_that_are_made_for_one_size_alone_are_refused_at_another(network: str, tmp_path: Path) -> None:
+    save_file(timm.create_model(network).state_dict(), tmp_path / "own.safetensors")
+    with pytest.raises(Refused, match=f"is not of {network}") as raised:
+        load_pretrained(Classifier(network, 3, crop=96), tmp_path / "own.safetensors")
+    assert "of the same crop" in raised.value.advice

@@ -39,6 +39,9 @@ class Classifier(nn.Module):
         maps = self.trunk(images)
         return torch.cat([branch(maps) for branch in self.branches], dim=1) if self.branches else maps
 
+    def maps(self, features: Tensor) -> Tensor:
+        return features
+
     def pool(self, features: Tensor) -> Tensor:
         return features.mean(dim=(2, 3))
 

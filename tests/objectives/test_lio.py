@@ -271,7 +271,7 @@ def test_what_is_saved_after_training_is_the_plain_backbone_and_its_classifier(p
     """Same names, same number: so the same module, and the same speed, whatever it was trained with."""
     stage = Stage(resize=64, crop=64, batch_size=16, objective=objective, precision="float32")
     *_, progress = train(stage, "test_resnet", packages)
-    plain = timm.create_model("test_resnet", num_classes=0, global_pool="")
+    plain = timm.create_model("test_resnet", num_classes=0)
     expected = {f"backbone.{name}": value.shape for name, value in plain.state_dict().items()}
     expected["classifier.weight"] = (packages.num_classes, plain.num_features)
     assert {name: value.shape for name, value in progress.state.best.tensors.items()} == expected

@@ -3,18 +3,23 @@
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.recipe import LearningRate, OptimizerRecipe, Stage
+from aliprod.errors import Refused
+from aliprod.recipe import LearningRate, Machine, OptimizerRecipe, Stage
 from aliprod.training.learner import Learner, Place
-from aliprod.training.optimizer import Optimizer, cosine_lr_at, lr_at
+from aliprod.training.loop import train
+from aliprod.training.optimizer import Optimizer, cosine_lr_at, layer_scales, lr_at
 
 CPU = Place(torch.device("cpu"))
 NETWORK = "test_resnet"
@@ -50,10 +55,12 @@ def test_a_cosine_starts_at_the_base_rate_falls_and_would_end_at_zero(
     assert cosine_lr_at(steps * epochs, base_lr, steps, warmup, epochs) == pytest.approx(0, abs=1e-12)
 
 
-def built(packages: Catalogue, precision: str = "float32", **recipe: float | None) -> tuple[Learner, Optimizer]:
+def built(
+    packages: Catalogue, precision: str = "float32", network: str = NETWORK, **recipe: Any
+) -> tuple[Learner, Optimizer]:
     rates = LearningRate(backbone=0.1, heads=0.5)
     stage = Stage(lr=rates, optimizer=OptimizerRecipe(**recipe), crop=32, precision=precision)
-    learner = Learner(stage, NETWORK, packages, CPU)
+    learner = Learner(stage, network, packages, CPU)
     return learner, Optimizer(learner, stage, steps_per_epoch=4)
 
 
@@ -163,3 +170,107 @@ def test_a_float16_job_whose_losses_stay_bad_is_noticed(packages: Catalogue) -> 
         optimizer.step(learner.model.classifier.weight.sum() * math.nan, step)
     assert optimizer.first_bad_step() == 16
     assert all(torch.equal(p, before[name]) for name, p in learner.named_parameters())
+
+
+# By the field's names: the steps of torch and timm themselves
+
+
+OTHERS = {
+    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.99)}),
+    "lamb": (timm.optim.Lamb, {"max_grad_norm": None}),
+    "lion": (timm.optim.Lion, {"betas": (0.9, 0.95)}),
+    "muon": (timm.optim.Muon, {"momentum": 0.9}),
+}
+
+
+def loss_of(learner: nn.Module, step: int) -> Tensor:
+    return sum((p * (step + 1)).cos().sum() for p in learner.parameters())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_three_steps_are_those_of_the_optimizer_itself(packages: Catalogue, name: str) -> None:
+    kind, options = OTHERS[name]
+    said = {key: value for key, value in options.items() if key in ("betas", "momentum")}
+    (learner, optimizer), (other, _) = (built(packages, name=name, clip_norm=None, **said) for _ in range(2))
+    heads = set(other.head_parameters())
+    groups = [
+        {"params": [p], "lr": 0.5 if p in heads else 0.1, "weight_decay": 0.05 if p.ndim > 1 else 0.0}
+        | ({"use_fallback": p in heads} if name == "muon" else {})
+        for p in other.parameters()
+    ]
+    theirs = kind(groups, **options)
+    for step in range(3):
+        optimizer.step(loss_of(learner, step), step)
+        theirs.zero_grad()
+        loss_of(other, step).backward()
+        theirs.step()
+    for (weight, mine), its in zip(learner.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6, msg=weight)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_any_optimizer_comes_back_to_the_bit_and_never_takes_a_bad_step(
+    packages: Catalogue, name: str, precision: str
+) -> None:
+    (learner, optimizer), (other, its_optimizer) = (built(packages, precision, name=name) for _ in range(2))
+    for step in range(2):
+        optimizer.step(loss_of(learner, step), step)
+    other.load_state_dict(learner.state_dict())
+    its_optimizer.load_state({key: value.clone() for key, value in optimizer.state().items()})
+    for trained, moved in ((learner, optimizer), (other, its_optimizer)):
+        moved.step(loss_of(trained, 2), 2)
+    assert all(torch.equal(mine, its) for mine, its in zip(learner.parameters(), other.parameters(), strict=True))
+    mine, its = optimizer.state(), its_optimizer.state()
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(mine[key], its[key]) for key in mine)
+    before = copied(learner)
+    optimizer.step(loss_of(learner, 3) * math.nan, 3)
+    assert all(torch.equal(p, before[name]) for name, p in learner.named_parameters())
+    assert optimizer.first_bad_step() == (3 if precision == "float32" else None)
+
+
+@pytest.mark.parametrize("network", ["test_vit", "test_vit2", "test_resnet", "test_convnext", "test_efficientnet"])
+def test_rates_fall_from_layer_to_layer_as_timm_groups_them(packages: Catalogue, network: str) -> None:
+    model = timm.create_model(network, num_classes=4)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_layer_decay(model, 0.05, spared, layer_decay=0.6)
+    theirs = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    learner, optimizer = built(packages, network=network, name="adamw", layer_decay=0.6)
+    own = {id(parameter): name for name, parameter in learner.named_parameters()}
+    head = model.pretrained_cfg["classifier"]
+    for group in optimizer.groups:
+        for parameter in group["params"]:
+            name = own[id(parameter)].removeprefix("model.backbone.").replace("model.classifier", head)
+            scale, decay = theirs.pop(name)
+            assert group["lr_scale"] == pytest.approx(scale)
+            assert group["weight_decay"] == decay
+    assert list(theirs) == [f"{head}.bias"]
+    optimizer.step(loss_of(learner, 0), 0)
+    assert {group["lr"] for group in optimizer.groups if group["part"] == "heads"} == {0.5}
+    assert min(group["lr"] for group in optimizer.groups) < 0.1 * 0.6
+
+
+def test_a_network_without_layers_that_timm_knows_is_refused_layer_decay() -> None:
+    with pytest.raises(Refused, match="Sequential names no layers: leave layer_decay out"):
+        layer_scales(nn.Sequential(nn.Linear(2, 2)), 0.5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_transformer_resumed_in_mid_epoch_ends_with_the_same_bytes(
+    packages: Catalogue, stage: Stage, name: str, tmp_path: Path
+) -> None:
+    """With shares, averaged weights, clipping and layer decay."""
+    said = {"epochs": 2, "shares": 2, "optimizer": {"name": name, "layer_decay": 0.7}}
+    stage = Stage.model_validate(stage.model_dump() | said | {"lr": {"backbone": 1e-3, "heads": 1e-3}})
+    events = train(stage, "test_vit", packages, machine=Machine(save_every_steps=3))
+    found = [next(events)]
+    assert found[0].state.step == 3
+    found[0].snapshot().write(tmp_path)
+    found += events
+    *_, last = train(stage, "test_vit", packages, resume=tmp_path)
+    assert last.last is not None
+    assert found[-1].last is not None
+    assert last.last.tensors.keys() == found[-1].last.tensors.keys()
+    assert all(torch.equal(mine, found[-1].last.tensors[key]) for key, mine in last.last.tensors.items())
