@@ -8,7 +8,6 @@ float64 for all sums of up to 127 such numbers. Adding everything in float64, or
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from torch.utils.dlpack import from_dlpack
 
 from aliprod.data.selection import surest
 from aliprod.errors import Failed, Refused
-from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import Probabilities, check, tempered, tolerance
 from aliprod.store import commit
 from aliprod.store.resumable import append
@@ -178,7 +176,6 @@ def write_ensemble(
         classes.parquet      class_id, ascending
         predictions.parquet  image_id, class_id, top_classes (five class ids), shares (their sums over the weights' sum)
         submission.csv       id, predicted
-        scores.json          top-1 errors (means over classes) of ensemble and members, null without labels
 
     Args:
         record: further facts of the manifest, beside the members' records, weights and digests.
@@ -322,23 +319,13 @@ def _fill(staging: Path, ensemble: MatchedMembers, rows_per_block: int | None) -
     for sums in each_block(ensemble, rows_per_block):
         append(staging / "sums", sums.rounded.numpy(), sums.low, len(ensemble.ids), per_shard)
         best[sums.low : sums.high], shares[sums.low : sums.high] = classes[sums.columns], sums.values / total
-    labels, found = ensemble.labels, Predictions(ensemble.ids, best[:, 0])
-    errors = _scores(labels, found, ensemble.members)
-    (staging / "scores.json").write_text(json.dumps(errors, indent=1), encoding="utf-8")
+    found = Predictions(ensemble.ids, best[:, 0])
     (staging / "submission.csv").write_text(submission(found.ids, found.predicted), encoding="utf-8")
-    pq.write_table(pa.table({"image_id": ensemble.ids, "label": labels}), staging / "rows.parquet")
+    pq.write_table(pa.table({"image_id": ensemble.ids, "label": ensemble.labels}), staging / "rows.parquet")
     pq.write_table(pa.table({"class_id": ensemble.classes}), staging / "classes.parquet")
     predictions = {"class_id": best[:, 0].numpy(), "top_classes": _lists(best), "shares": _lists(shares)}
     pq.write_table(pa.table({"image_id": ensemble.ids} | predictions), staging / "predictions.parquet")
     return found
-
-
-def _scores(labels: pa.Int64Array, found: Predictions, members: Sequence[Probabilities]) -> dict[str, Any]:
-    if labels.null_count == len(labels):
-        return {"ensemble": None, "members": {member.name: None for member in members}}
-    pairs = [(labels, found.predicted.numpy()), *((member.labels, member.predicted()) for member in members)]
-    ensemble, *errors = ((score(*pair) or {}).get("top1_error") for pair in pairs)
-    return {"ensemble": ensemble, "members": dict(zip((member.name for member in members), errors, strict=True))}
 
 
 def _lists(rows: Tensor) -> pa.ListArray:

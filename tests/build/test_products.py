@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,7 +14,10 @@ from aliprod.build.graph import Chosen, targets
 from aliprod.build.outputs import compared
 from aliprod.build.target import Site, Target, lacking
 from aliprod.catalogue import sources
+from aliprod.ensemble.add import read_predictions
 from aliprod.errors import Refused
+from aliprod.inference.metrics import score
+from aliprod.inference.probabilities import open_store
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
@@ -21,6 +25,7 @@ from aliprod.plan.places import resolve
 from aliprod.store import commit
 from aliprod.synth.synth import synthesise
 
+MEMBERS = ("net/soup", "net/student")
 PLAN = """\
 format = 1
 name = "shop"
@@ -100,13 +105,16 @@ def test_the_submission_names_every_test_image_and_the_errors_are_of_val(shop: O
     header, *lines = (shop.folder / "ensemble" / "submission.csv").read_text().splitlines()
     assert header == "id,predicted"
     assert {line.split(",")[0] for line in lines} == set(catalogue.test.ids.to_pylist())
-    errors = json.loads((shop.folder / "ensemble-val" / "scores.json").read_text())
+    stores = [open_store(next(shop.places.storage.glob(f"jobs/{name}/*/probabilities/*-val-*"))) for name in MEMBERS]
+    errors = {store.name: (score(store.labels, store.predicted()) or {})["top1_error"] for store in stores}
     found = compared(shop.places.storage, targets(shop, False))
     assert found is not None
     assert (found["split"], found["views"], found["combine"]) == ("val", "center", "sum")
-    assert {name: one["top1_error"] for name, one in found["members"].items()} == errors["members"]
-    assert found["ensemble"]["top1_error"] == errors["ensemble"]
-    best = min(errors["members"], key=errors["members"].get)
+    assert {name: one["top1_error"] for name, one in found["members"].items()} == errors
+    summed = read_predictions(shop.folder / "ensemble-val")
+    labels = stores[0].labels.take(pc.index_in(summed.ids, value_set=stores[0].ids))
+    assert found["ensemble"]["top1_error"] == (score(labels, summed.predicted.numpy()) or {})["top1_error"]
+    best = min(errors, key=lambda name: errors[name])
     assert found["best"] == {"member": best, "split": "val", "views": "center"}
 
 

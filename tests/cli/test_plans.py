@@ -15,7 +15,7 @@ def test_plan_tells_each_job_and_what_is_done(shop: Shop) -> None:
     told = answer("plan", shop.plan)
     assert set(told) == {"plan", "jobs", "members", "missing", "estimate"}
     assert (told["plan"], told["members"]) == ("shop", ["net/accuracy"])
-    assert told["missing"] == {"ensemble": 1, "prediction": 1, "training": 1}
+    assert told["missing"] == {"comparison": 1, "ensemble": 1, "prediction": 1, "training": 1}
     jobs = {job.pop("name"): job for job in told["jobs"]}
     keys = {job.pop("key") for job in jobs.values()}
     assert all(len(key) == 64 for key in keys)
@@ -43,7 +43,7 @@ def test_plan_for_people_says_which_jobs_run_or_have_failed(shop: Shop) -> None:
 def test_plan_for_people_counts_what_is_to_be_trained(shop: Shop) -> None:
     shop.finish("net/full")
     text = aliprod("plan", shop.plan).stdout
-    assert "2 jobs, 1 to train, 1 members. To make: ensemble 1, prediction 1, training 1." in text
+    assert "2 jobs, 1 to train, 1 members. To make: comparison 1, ensemble 1, prediction 1, training 1." in text
     assert "{" not in text
 
 
