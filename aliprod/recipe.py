@@ -248,9 +248,10 @@ class Stage(Frozen):
 
 
 def _consistent_optimizer(stage: Stage) -> None:
-    name, said = stage.optimizer.name, stage.optimizer.model_fields_set
+    recipe, fields = stage.optimizer, OptimizerRecipe.model_fields
+    name = recipe.name
     for setting, kinds in (("momentum", ("sgd", "muon")), ("betas", ("adamw", "lamb", "lion", "muon"))):
-        if setting in said and name not in kinds:
+        if getattr(recipe, setting) != fields[setting].default and name not in kinds:
             raise ValueError(f"{name} has no {setting}: {', '.join(kinds)} have")
     if name != "sgd" and not {"backbone", "heads"} <= stage.lr.model_fields_set:
         what = f"the default rates are for sgd: with {name} say both"

@@ -35,7 +35,7 @@ RATES = {"backbone": 1e-4, "heads": 1e-3}
     ("optimizer", "lr", "says"),
     [
         ({"betas": [0.9, 0.99]}, {}, "sgd has no betas: adamw, lamb, lion, muon have"),
-        ({"name": "adamw", "momentum": 0.9}, RATES, "adamw has no momentum: sgd, muon have"),
+        ({"name": "adamw", "momentum": 0.8}, RATES, "adamw has no momentum: sgd, muon have"),
         ({"name": "lion"}, {"heads": 1e-3}, "the default rates are for sgd: with lion say both"),
         ({"name": "adam"}, RATES, "'sgd', 'adamw', 'lamb', 'lion' or 'muon'"),
         ({"name": "adamw", "betas": [0.9]}, RATES, "at least 2 items"),

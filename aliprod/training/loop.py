@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,6 @@ from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, Setup, set_up
 from aliprod.training.optimizer import Optimizer
 from aliprod.training.shares import Losses, ShareMean
-from aliprod.training.vote import Stopped, StopVote
 
 _Share = tuple[dict[str, float], list[str]]  # loss parts and image ids
 
@@ -104,7 +104,7 @@ def steps(
     average = Average(learner.model, stage.ema) if stage.ema else None
     state = TrainingState() if resume is None else checkpoint.restore(resume, learner, optimizer, average)
     snapshot = partial(checkpoint.snapshot, learner=learner, optimizer=optimizer, average=average)
-    vote = StopVote(stop)
+    vote = _StopVote(stop)
 
     while state.epoch < stage.epochs:
         learner.train()
@@ -129,7 +129,7 @@ def steps(
         metrics = meter.metrics(state)
         try:
             last, errors = best_candidate(setup, average, state.epoch, vote.heed)
-        except Stopped:
+        except _Stopped:
             yield Progress(state, metrics, partial(snapshot, state), where, stopped=True)
             return
         best = last if last.beats(state.best) else state.best
@@ -239,6 +239,43 @@ def _of_all_ranks(mine: list[_Share]) -> list[_Share]:
     gathered = [mine] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return [share for shares in gathered for share in shares]
+
+
+class _Stopped(Exception):
+    """The ranks have agreed to stop."""
+
+
+class _StopVote:
+    """Asks every rank at each step, so that all end together where one is told to; the answer is that of the step
+    before, so that no step waits for it.
+
+    Args:
+        stop: whether this rank is told to end.
+    """
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self.stop = stop
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group: Any = dist.new_group(backend="gloo") if several else None  # on the CPU: no GPU is waited for
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def is_for_stopping(self) -> bool:
+        """Whether any rank was told to stop; every rank must ask equally often."""
+        if self._group is None:
+            return self.stop()
+        before = self._asked
+        told = torch.tensor([float(self.stop())])
+        self._asked = told, dist.all_reduce(told, dist.ReduceOp.MAX, self._group, async_op=True)
+        if before is None:
+            return False
+        answer, work = before
+        work.wait()
+        return bool(answer.item())
+
+    def heed(self) -> None:
+        """Ask, and raise `_Stopped` where the answer is yes."""
+        if self.is_for_stopping():
+            raise _Stopped
 
 
 def peak_memory_bytes() -> int:
