@@ -9,7 +9,7 @@ demo: $(INSTALLED)  ## render a small catalogue, train sixteen jobs, add eleven 
 	$(BIN)/aliprod run jobs/quickstart.toml
 
 test: $(INSTALLED)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)  ## what pre-commit and .ci/run ask for
 	$(BIN)/ruff check
