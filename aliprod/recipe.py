@@ -5,6 +5,7 @@ choices of its field, stated beside each.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -231,54 +232,72 @@ class Stage(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
-        if self.crop > self.resize:
-            raise ValueError(f"crop = {self.crop} is larger than resize = {self.resize}: raise resize, or lower crop")
-        shapes = [a for a in self.augmentation if a in ("random_resized_crop", "random_crop", "resize")]
-        if len(shapes) != 1:
-            said = ", ".join(shapes) or "none"
-            raise ValueError(f"augmentation needs exactly one of random_resized_crop, random_crop, resize, not {said}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale = {list(self.scale)}: shares of the area, 0 < smallest <= largest <= 1")
-        if self.start is not None and "pretrained" in self.model_fields_set and self.pretrained:
-            raise ValueError("a stage with start takes its parent's weights: leave pretrained out")
-        _consistent_optimizer(self)
-        _consistent_shares(self)
-        _consistent_sources(self)
+        if wrong := [what for check in _CHECKS for what in check(self)]:
+            raise ValueError("\n".join(wrong))
         return self
 
 
-def _consistent_optimizer(stage: Stage) -> None:
+def _inconsistent_views(stage: Stage) -> Iterator[str]:
+    if stage.crop > stage.resize:
+        yield f"crop = {stage.crop} is larger than resize = {stage.resize}: raise resize, or lower crop"
+    shapes = [a for a in stage.augmentation if a in ("random_resized_crop", "random_crop", "resize")]
+    if len(shapes) != 1:
+        said = ", ".join(shapes) or "none"
+        yield f"augmentation needs exactly one of random_resized_crop, random_crop, resize, not {said}"
+    if not 0 < stage.scale[0] <= stage.scale[1] <= 1:
+        yield f"scale = {list(stage.scale)}: shares of the area, 0 < smallest <= largest <= 1"
+
+
+def _inconsistent_rates(stage: Stage) -> Iterator[str]:
+    if stage.lr.schedule == "cosine" and stage.lr.milestones:
+        yield 'lr.milestones do nothing with schedule = "cosine": leave them out, or say "steps"'
+    if stage.lr.warmup_epochs > stage.epochs:
+        yield f"lr.warmup_epochs = {stage.lr.warmup_epochs:g} is longer than the stage: epochs = {stage.epochs}"
+
+
+def _inconsistent_optimizer(stage: Stage) -> Iterator[str]:
     recipe, fields = stage.optimizer, OptimizerRecipe.model_fields
     name = recipe.name
     for setting, kinds in (("momentum", ("sgd", "muon")), ("betas", ("adamw", "lamb", "lion", "muon"))):
         if getattr(recipe, setting) != fields[setting].default and name not in kinds:
-            raise ValueError(f"{name} has no {setting}: {', '.join(kinds)} have")
+            yield f"{name} has no {setting}: {', '.join(kinds)} have"
     if name != "sgd" and not {"backbone", "heads"} <= stage.lr.model_fields_set:
         what = f"the default rates are for sgd: with {name} say both"
-        raise ValueError(f"{what}, lr = {{ backbone = 1e-4, heads = 1e-3 }}")
+        yield f"{what}, lr = {{ backbone = 1e-4, heads = 1e-3 }}"
 
 
-def _consistent_shares(stage: Stage) -> None:
+def _inconsistent_shares(stage: Stage) -> Iterator[str]:
     if stage.shares == "ranks":
         return
     if stage.shares.bit_count() != 1:
-        raise ValueError(f"shares = {stage.shares} is no power of two: 1, 2, 4, 8 ... are")
-    if stage.batch_size % stage.shares:
+        yield f"shares = {stage.shares} is no power of two: 1, 2, 4, 8 ... are"
+    elif stage.batch_size % stage.shares:
         what = f"batch_size = {stage.batch_size} cannot be dealt to {stage.shares} shares in equal parts"
-        raise ValueError(f"{what}: make it a multiple of {stage.shares}")
+        yield f"{what}: make it a multiple of {stage.shares}"
     if stage.gradients == "bfloat16":
-        raise ValueError('gradients = "bfloat16" rounds by rank: it needs shares = "ranks"')
+        yield 'gradients = "bfloat16" rounds by rank: it needs shares = "ranks"'
 
 
-def _consistent_sources(stage: Stage) -> None:
+def _inconsistent_sources(stage: Stage) -> Iterator[str]:
+    if stage.start is not None and "pretrained" in stage.model_fields_set and stage.pretrained:
+        yield "a stage with start takes its parent's weights: leave pretrained out"
     if stage.start is None and stage.trains == "classifier":
-        raise ValueError('trains = "classifier" needs a start: a backbone that has learned something')
+        yield 'trains = "classifier" needs a start: a backbone that has learned something'
     if stage.start is None and stage.duplicates == "teacher":
-        raise ValueError('duplicates = "teacher" needs a start: it is the teacher')
+        yield 'duplicates = "teacher" needs a start: it is the teacher'
     if stage.soup is not None and (stage.start is not None or stage.epochs != 1 or stage.teachers):
-        raise ValueError("a soup trains nothing: leave start, teachers and epochs out")
+        yield "a soup trains nothing: leave start, teachers and epochs out"
     if stage.teachers and stage.pseudo_labels is not None:
-        raise ValueError("teachers have seen the training images alone: leave pseudo_labels or teachers out")
+        yield "teachers have seen the training images alone: leave pseudo_labels or teachers out"
+
+
+_CHECKS = (
+    _inconsistent_views,
+    _inconsistent_rates,
+    _inconsistent_optimizer,
+    _inconsistent_shares,
+    _inconsistent_sources,
+)
 
 
 class Machine(Frozen):

@@ -45,6 +45,13 @@ class RunState:
             yield self._set(name, "reused")
         self._publish()
 
+    def reuse_of_others(self) -> Iterator[Event]:
+        """Report what another driver has finished since this run looked."""
+        for name in self.jobs_in("waiting"):
+            if self.opened.record(name) is not None:
+                yield self._set(name, "reused")
+        self._publish()
+
     def apply(self, target: Target, change: Change) -> Iterator[Event]:
         """Report what a change of a target means: for its job, where it is a training, else for itself."""
         task = self._task(target, change)

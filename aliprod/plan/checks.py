@@ -3,19 +3,51 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
-from itertools import islice
+from itertools import chain, islice
+from typing import Any
 
 from pydantic import ValidationError
 
 from aliprod.errors import nearest
 from aliprod.models.sizes import misfit, stride
-from aliprod.plan.options import needs
+from aliprod.plan import networks
+from aliprod.plan.options import needs, refusals
 from aliprod.plan.problems import MOST_NAMES, Problem, unknown
 from aliprod.plan.schema import Edge, Plan, Settings, effective, merged
 from aliprod.plan.source import Key, dotted, shown
 from aliprod.recipe import Stage
 
 _MOST_MENDED = 20  # misspelt names, so that a hostile plan takes no minutes
+
+
+def meant(plan: Plan) -> tuple[Plan, list[Problem]]:
+    """The plan with backbones and stages defined under the names that the rest of it says, where all of it agrees on
+    another; with those that were not."""
+    members = [member.partition("/")[::2] for member in plan.ensemble.members]
+    starts = [start for table in plan.stages.values() if isinstance(start := table.get("start"), str)]
+    found, problems = dict[str, dict[str, Any]](), list[Problem]()
+    for group, known, said in (
+        ("backbones", plan.backbones, [*plan.jobs, *(backbone for backbone, _ in members)]),
+        ("stages", plan.stages, [*chain(*plan.jobs.values()), *starts, *(stage for _, stage in members)]),
+    ):
+        count = Counter(said)
+        strange = [name for name, times in count.items() if name not in known and times > 1]
+        idle = (name for name in known if strange and name not in count)
+        right = {name: near for name in islice(idle, _MOST_MENDED) if (near := nearest(name[:128], strange))}
+        for name, near in right.items():
+            sentence = f"{group}: no job is of {shown(name)}, and the plan says {shown(near)} {count[near]} times."
+            problems.append(Problem((group, name), sentence, f"Did you mean {near}?"))
+        found[group] = {right.get(name, name): value for name, value in known.items()}
+    return plan.model_copy(update=found), problems
+
+
+def unknown_networks(plan: Plan) -> Iterator[Problem]:
+    """Networks and tags of weights that timm does not have."""
+    for backbone, network in islice(plan.backbones.items(), MOST_NAMES):
+        sentence, advice = networks.complaint(network)
+        if sentence:
+            key: Key = ("backbones", backbone)
+            yield Problem(key, f"{dotted(key)}: {sentence}", advice)
 
 
 def names(plan: Plan) -> Iterator[Problem]:
@@ -102,19 +134,36 @@ def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
 def _combined(plan: Plan, job: str, keys: list[Key]) -> Iterator[Problem]:
     """What is wrong with a job's merged settings, at the first table with which it is."""
     tables = [getattr(plan, str(group))[name] for group, name in keys]
-    if _clash(plan, job, tables):
-        reasons = ((key, _clash(plan, job, tables[:count])) for count, key in enumerate(keys, 1))
-        yield next(Problem(key, f"{dotted(key)}: {reason}.") for key, reason in reasons if reason)
+    found = _clashes(plan, job, tables)
+    by_table = [(key, _clashes(plan, job, tables[:count])) for count, key in enumerate(keys, 1)] if found else []
+    for reason in found:
+        key = next(key for key, reasons in by_table if reason in reasons)
+        yield Problem(key, f"{dotted(key)}: {reason}.")
 
 
-def _clash(plan: Plan, job: str, tables: list[Settings]) -> str:
+def _clashes(plan: Plan, job: str, tables: list[Settings]) -> list[str]:
     try:
         stage = effective(plan.seed, plan.defaults, tables)
     except ValidationError as error:
-        return error.errors()[0]["msg"].removeprefix("Value error, ")
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ").split("\n")
     network = plan.backbones.get(job.partition("/")[0], "")
-    misfits = misfit(network, stage.crop) or _off_grid(stage, stride(network) if network else 32)
-    return _undealt(stage, *plan.cluster.ranks_of(job)) or misfits or _untaught(stage)
+    refused = refusals(stage.objective.name, stage.objective.options)
+    found = [
+        _undealt(stage, *plan.cluster.ranks_of(job)),
+        misfit(network, stage.crop) or _off_grid(stage, stride(network) if network else 32),
+        _untaught(stage),
+        *(f"{what}: {advice}".rstrip(" .:") for what, advice in refused),
+        _unweighted(stage, network) if network else "",
+    ]
+    return [reason for reason in found if reason]
+
+
+def _unweighted(stage: Stage, network: str) -> str:
+    """Pretrained weights that nobody has made."""
+    asked = stage.pretrained is True and stage.start is None and stage.soup is None
+    if not asked or networks.has_weights(network):
+        return ""
+    return f"timm has no pretrained weights for {network}: say pretrained = false, or a safetensors file of your own"
 
 
 def _undealt(stage: Stage, fewest: int, most: int) -> str:

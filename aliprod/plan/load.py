@@ -3,7 +3,8 @@
 Whether the catalogue is there is asked by who needs it, and whether timm knows the backbones by `run`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from aliprod.errors import Refused
 from aliprod.plan import checks, options
 from aliprod.plan.problems import Problem, shape, unknown
 from aliprod.plan.schema import Plan, Settings
-from aliprod.plan.source import Key, Source, absolute, dotted, odd_values, read, shown
+from aliprod.plan.source import MOST_DEPTH, Key, Source, absolute, dotted, odd_values, read, shown
 from aliprod.recipe import Stage
 
 MOST_PROBLEMS = 20
@@ -67,6 +68,9 @@ def _problems(source: Source) -> Iterator[Problem]:
             wrong.add(key)
             yield problem
     if plan is not None:
+        plan, misnamed = checks.meant(plan)
+        yield from misnamed
+        yield from checks.unknown_networks(plan)
         yield from checks.names(plan)
         yield from checks.edges(plan)
         yield from checks.together(plan, wrong)
@@ -74,17 +78,24 @@ def _problems(source: Source) -> Iterator[Problem]:
 
 
 def _structure(data: dict[str, Any]) -> tuple[Plan | None, list[Problem]]:
-    """The plan, and what is wrong with its tables; a plan also where only tables are wrong that name nothing."""
+    """The plan, and what is wrong with its tables; a plan also where it is one without what is wrong."""
     try:
         return Plan.model_validate(data), []
     except ValidationError as error:
         problems = list(shape(Plan, data, error))
-    wrong = {name for problem in problems for name in problem.key[:1]}
-    try:
-        sound = {key: value for key, value in data.items() if key not in wrong}
-        return Plan.model_validate(_STAND_IN | sound), problems
-    except ValidationError:
-        return None, problems
+    for most in (MOST_DEPTH, 1):  # without the settings that are wrong, else without their tables
+        with suppress(ValidationError):
+            return Plan.model_validate(
+                _STAND_IN | _without({problem.key[:most] for problem in problems}, data)
+            ), problems
+    return None, problems
+
+
+def _without(keys: Set[Key], table: Any, at: Key = ()) -> Any:
+    """A table of a plan without the settings at these keys."""
+    if not isinstance(table, dict) or len(at) == MOST_DEPTH:
+        return table
+    return {name: _without(keys, inner, (*at, name)) for name, inner in table.items() if (*at, name) not in keys}
 
 
 def _layers(data: dict[str, Any]) -> Iterator[tuple[Key, Settings]]:

@@ -5,7 +5,8 @@ import importlib.machinery
 import importlib.util
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from aliprod.recipe import Frozen, Needs
 
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
 _ARITHMETIC = ast.Constant | ast.Name | ast.BinOp | ast.UnaryOp | ast.BoolOp | ast.Compare | ast.IfExp
+_TEXT = ast.JoinedStr | ast.FormattedValue
 _SIGNS = ast.expr_context | ast.operator | ast.unaryop | ast.boolop | ast.cmpop
 # Not by way of the package, which has no file where the current folder holds one named aliprod (a clone, results).
 _FOLDER = Path(__file__).parents[1] / "objectives"
@@ -92,10 +94,24 @@ def needs(name: str, given: Mapping[str, Any] | None = None) -> Needs:
     return Needs()
 
 
+def refusals(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What an objective would refuse of its options, and its advice: each ``require(holds, what, advice)`` at the top
+    of its ``__init__`` that asks about options alone."""
+    init = _init(_class(name) or [])
+    known = complete(name, given) if init else {}
+    for node in init.body if init else ():
+        match node:
+            case ast.Expr(value=ast.Call(func=ast.Name(id="require"), args=[holds, *said])):
+                with suppress(Refused):
+                    if not _evaluated(name, holds, known):
+                        what, advice = (_evaluated(name, one, known) for one in said)
+                        yield str(what).rstrip("."), str(advice)
+
+
 def _evaluated(name: str, node: ast.expr, known: dict[str, Any]) -> Any:
     """The value of arithmetic; neither calls nor attributes, so that nothing of a module is run."""
     try:
-        if all(isinstance(part, _ARITHMETIC | _SIGNS) for part in ast.walk(node)):
+        if all(isinstance(part, _ARITHMETIC | _TEXT | _SIGNS) for part in ast.walk(node)):
             return eval(compile(ast.Expression(node), name, "eval"), {"__builtins__": {}}, known)  # noqa: S307
     except (NameError, TypeError, ValueError, ArithmeticError):
         pass

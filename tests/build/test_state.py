@@ -200,3 +200,14 @@ def test_a_job_that_another_driver_has_made_meanwhile_is_reused(opened: Opened, 
     assert [event.state for event in apply(state, "net/full", "started") if isinstance(event, Changed)] == ["reused"]
     assert apply(state, "net/full", "done") == []
     assert state.jobs_in("reused") == ["net/full"]
+
+
+def test_what_another_driver_finishes_before_anything_is_begun_here_is_reused_once(
+    opened: Opened, state: RunState
+) -> None:
+    finish(opened, {"best_epoch": 1, "top1_error": 0.5})
+    assert [(event.job, event.state) for event in state.reuse_of_others() if isinstance(event, Changed)] == [
+        ("net/full", "reused")
+    ]
+    assert state.states["net/full"] == "reused"
+    assert list(state.reuse_of_others()) == []
