@@ -1,6 +1,6 @@
 """A TOML file and --set flags become a Plan, or a list of everything that is wrong with them.
 
-Whether the catalogue is there is asked by who needs it, and whether timm knows the backbones by `run`.
+Whether the catalogue is there is asked by who needs it; timm itself by `run`, where it is not the version of the list.
 """
 
 from collections.abc import Iterator, Sequence, Set
