@@ -36,7 +36,11 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
     estimate = None if gpus is None or opened.catalogue is None else _estimate(opened, gpus)
     rows = [_row(opened, name) for name in opened.jobs]
     members, missing = list(opened.plan.ensemble.members), _missing(opened)
-    text = _jobs_table(rows, estimate, told(opened).states) + f"\n{len(rows)} jobs, "
+    text = _jobs_table(rows, estimate, told(opened).states) + "\n"
+    text += "".join(
+        f"{row['name']}: {'; '.join(row['because'])}\n" for row in rows if row["because"] not in ([], ["new"])
+    )
+    text += f"{len(rows)} jobs, "
     text += f"{sum(row['state'] == 'waiting' for row in rows)} to train, {len(members)} members."
     if missing:
         text += f" To make: {', '.join(f'{kind} {count}' for kind, count in missing.items())}."
@@ -114,6 +118,8 @@ def _missing(opened: "Opened") -> dict[str, int]:
 
 def _row(opened: "Opened", name: str) -> dict[str, Any]:
     """What `plan --json` says of a job."""
+    from aliprod.report.because import because
+
     job = opened.jobs[name]
     return {
         "name": job.name,
@@ -123,6 +129,7 @@ def _row(opened: "Opened", name: str) -> dict[str, Any]:
         "key": job.key,
         "state": "waiting" if opened.record(name) is None else "finished",
         "member": job.member,
+        "because": because(opened, name),
     }
 
 

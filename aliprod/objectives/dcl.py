@@ -110,7 +110,8 @@ def _linear(features: Tensor, weight: Tensor) -> Tensor:
 def _locations(features: Tensor, weight: Tensor, bias: Tensor, parts: int) -> Tensor:
     """tanh of a 1x1 convolution, averaged over each of N x N windows (which come first, being linear too)."""
     side = features.shape[-1]
-    _fits(side % parts == 0, f"a feature map of {side}x{side}", parts)
+    advice = f"A larger crop, or fewer parts: its sides must be multiples of {parts}."  # not every stride is 32
+    require(side % parts == 0, f"a feature map of {side}x{side} cannot be cut into {parts}x{parts} cells.", advice)
     windows = precise(functional.avg_pool2d(features, side // parts))
     with full_precision(windows):
         located = functional.conv2d(windows, precise(weight), precise(bias))

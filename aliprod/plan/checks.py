@@ -43,11 +43,10 @@ def meant(plan: Plan) -> tuple[Plan, list[Problem]]:
 
 def unknown_networks(plan: Plan) -> Iterator[Problem]:
     """Networks and tags of weights that timm does not have."""
-    for backbone, network in islice(plan.backbones.items(), MOST_NAMES):
-        sentence, advice = networks.complaint(network)
-        if sentence:
-            key: Key = ("backbones", backbone)
-            yield Problem(key, f"{dotted(key)}: {sentence}", advice)
+    complaints = ((name, *networks.complaint(network)) for name, network in plan.backbones.items())
+    for name, sentence, advice in islice((found for found in complaints if found[1]), _MOST_MENDED):
+        key: Key = ("backbones", name)
+        yield Problem(key, f"{dotted(key)}: {sentence}", advice)
 
 
 def names(plan: Plan) -> Iterator[Problem]:

@@ -72,7 +72,9 @@ class Shop:
         """Commit a job's weights, as its training would."""
         job = jobs_of(load(self.plan), sources.read(self.folder / "photos").fingerprint)[name]
         folder = job_folder(self.storage, name, str(job.key)) / "weights"
-        commit.write(folder, model, {"top1_error": error, "best_epoch": 0, "seconds": 1.0})
+        record = {"top1_error": error, "best_epoch": 0, "seconds": 1.0}
+        record |= {"network": job.network, "stage": job.stage.model_dump(mode="json")}
+        commit.write(folder, model, record)
 
 
 def model(folder: Path, classes: int = 3) -> None:

@@ -20,15 +20,41 @@ def test_plan_tells_each_job_and_what_is_done(shop: Shop) -> None:
     keys = {job.pop("key") for job in jobs.values()}
     assert all(len(key) == 64 for key in keys)
     assert jobs == {
-        "net/full": {"backbone": "net", "stage": "full", "parents": [], "state": "finished", "member": False},
+        "net/full": {
+            "backbone": "net",
+            "stage": "full",
+            "parents": [],
+            "state": "finished",
+            "member": False,
+            "because": [],
+        },
         "net/accuracy": {
             "backbone": "net",
             "stage": "accuracy",
             "parents": ["net/full"],
             "state": "waiting",
             "member": True,
+            "because": ["new"],
         },
     }
+
+
+def test_plan_says_why_each_job_would_run(shop: Shop) -> None:
+    shop.finish("net/full")
+    shop.finish("net/accuracy")
+
+    def because(*sets: str) -> dict[str, list[str]]:
+        flags = [word for text in sets for word in ("--set", text)]
+        return {job["name"]: job["because"] for job in answer("plan", shop.plan, *flags)["jobs"]}
+
+    assert because() == {"net/full": [], "net/accuracy": []}
+    said = because("stages.full.epochs=3", "stages.full.lr.heads=0.5")
+    assert said["net/full"] == ["stage.epochs 1 -> 3", "stage.lr.heads 0.1 -> 0.5"]
+    assert said["net/accuracy"] == ["net/full is trained anew"]
+    key = next(job["key"] for job in answer("plan", shop.plan, "--set", "stages.full.seed=5")["jobs"])
+    (shop.storage / "jobs" / "net" / "full" / key / "resume" / "step-00000012").mkdir(parents=True)
+    assert because("stages.full.seed=5")["net/full"] == ["goes on from step 12"]
+    assert "net/full: goes on from step 12" in aliprod("plan", shop.plan, "--set", "stages.full.seed=5").stdout
 
 
 def test_plan_for_people_says_which_jobs_run_or_have_failed(shop: Shop) -> None:
@@ -239,7 +265,7 @@ def test_an_address_without_a_ray_stops_a_run(shop: Shop) -> None:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
     began = time.monotonic()
     said = refusal(3, "run", shop.plan, "--address", address)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120  # Ray itself would go on for minutes
     assert f"{address}: no Ray cluster answers" in said
     assert "--address" in said
 
