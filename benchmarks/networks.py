@@ -1,5 +1,6 @@
 """Which of timm's networks train here, at which sizes of images, with which objectives?
 
+python benchmarks/networks.py names            aliprod/plan/networks.txt: all names, with their tags of weights
 python benchmarks/networks.py sizes            aliprod/models/networks.json: sizes and strides of all, no arithmetic
 python benchmarks/networks.py survey           docs/networks.md: the smallest of each family, trained and asked
 """
@@ -29,6 +30,7 @@ from aliprod.models.classifier import Classifier, _backbone, _made, check_networ
 from aliprod.objectives import Context, build
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMES = ROOT / "aliprod/plan/networks.txt"
 TABLE, PAGE = ROOT / "aliprod/models/networks.json", ROOT / "docs/networks.md"
 SIZES = (64, 96, 224)
 PROBED = (64, 96, 100, 104, 112)  # multiples of 32, 32, 4, 8, 16
@@ -228,15 +230,25 @@ DCL and LIO look at places: a network without a map of features, or patch tokens
 """
 
 
+def names(_cache: Path) -> None:
+    """Write networks.txt: timm's version, then a line a network, its name and the tags of its pretrained weights."""
+    tags: dict[str, list[str]] = {name: [] for name in timm.list_models()}
+    for name in timm.list_pretrained():
+        architecture, _, tag = name.partition(".")
+        tags[architecture].append(tag)
+    lines = [f"timm {timm.__version__}", *(" ".join([name, *own]) for name, own in tags.items())]
+    NAMES.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Make one of the two."""
+    """Make one of the three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["sizes", "survey"])
+    parser.add_argument("command", choices=["names", "sizes", "survey"])
     parser.add_argument("--cache", type=Path, default=Path("networks.jsonl"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    (sizes if options.command == "sizes" else survey)(options.cache)
+    {"names": names, "sizes": sizes, "survey": survey}[options.command](options.cache)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """What timm's networks are called and can do, without timm, which takes torch along.
 
 networks.txt beside this file has timm's version, then a line a network: its name, the tags of its pretrained weights.
-`python -m aliprod.plan.networks` makes it anew of the timm that is installed.
+`python benchmarks/networks.py names` makes it anew of the timm that is installed.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -39,22 +38,5 @@ def has_weights(network: str) -> bool:
     return bool(known().get(network.partition(".")[0], ("unknown",)))
 
 
-def listed() -> Iterator[str]:
-    """The lines of networks.txt, of the timm that is installed."""
-    import timm
-
-    tags: dict[str, list[str]] = {name: [] for name in timm.list_models()}
-    for name in timm.list_pretrained():
-        architecture, _, tag = name.partition(".")
-        tags[architecture].append(tag)
-    yield f"timm {timm.__version__}"
-    yield from (" ".join([name, *own]) for name, own in tags.items())
-
-
 def _tagged(names: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     return (f"{name}.{tag}" for name, tags in names.items() for tag in tags)
-
-
-if __name__ == "__main__":
-    FILE.write_text("\n".join(listed()) + "\n", encoding="utf-8")
-    sys.stdout.write(f"{FILE}\n")
