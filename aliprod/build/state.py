@@ -89,7 +89,7 @@ class RunState:
             error, state = record.get("top1_error"), self.states[name].replace("_", " ")
             if reason := reasons.get(name):
                 state += f" for {reason}" if state == "waiting" else f": {reason}"
-            cells = [name, state, "" if error is None else f"{error:.2%}", record.get("best_epoch", "")]
+            cells = [name, state, "" if error is None else f"{error:.2%}", record["best_epoch"] + 1 if record else ""]
             rows.append(f"| {' | '.join(map(str, cells))} | {str(job.key)[:12]} |")
         return "\n".join(rows)
 

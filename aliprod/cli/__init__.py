@@ -33,7 +33,7 @@ class Commands(click.Group):
             context.exit(INTERRUPTED)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(package_name="aliprod", prog_name="aliprod")
 def app() -> None:
     """Train an ensemble of image classifiers from one plan, on the Ray cluster you have.

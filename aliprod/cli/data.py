@@ -29,7 +29,9 @@ def data_group() -> None:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Same seed, same pictures.")
 @json_flag
 def synth_command(out: Path, classes: int, images: int, seed: int) -> None:
-    """Render a long-tailed catalogue of product packages in AliProducts layout.
+    """Render a long-tailed catalogue of product packages.
+
+    In AliProducts layout.
 
     \b
     Example: aliprod data synth photos --classes 100 --images 5000
@@ -107,7 +109,9 @@ def check_command(asked: AskedReading, catalogue: Path, strict: bool) -> None:
 def prepare_command(
     asked: AskedReading, catalogue: str, out: str, short_side: int, quality: int, max_skipped: float
 ) -> None:
-    """Read every image once and write it, upright RGB of a bounded size, into Parquet shards to train from.
+    """Write a catalogue as Parquet shards to train from.
+
+    Every image is read once and written upright, RGB, of a bounded size.
 
     What cannot be read is skipped and listed. A call that was killed goes on where it was: start it again.
     Both may be URIs, such as s3://bucket/photos?endpoint_override=HOST:PORT.

@@ -26,7 +26,7 @@ _STEPS = 3  # measured of each piece of work
 @storage_flag
 @json_flag
 def init_command(asked: AskedReading, photos: Path, out: Path | None, storage: Path | None) -> None:
-    """Look at photographs and this machine, and write a plan that is fit for both.
+    """Write a plan fit for photographs and this machine.
 
     PHOTOS is a folder in any layout that docs/catalogues.md names, or a table. Then a few steps of each training are
     measured, for a forecast.

@@ -44,13 +44,15 @@ class Work:
 def benchmark_command(
     work: Work, part: "Part", file: Path, sets: tuple[str, ...], storage: Path | None, steps: int
 ) -> None:
-    """Measure what limits training on this machine: the loader alone, the step alone, or the training of both.
+    """Measure what limits training on this machine.
+
+    The loader alone, the step alone, or the training of both.
 
     PATH is a catalogue; or a plan, whose distinct work is then measured as its jobs would do it, and with `train`
     the predictions too. `aliprod plan PLAN --gpus N` makes its forecast of what was measured last.
 
     \b
-    Example: aliprod benchmark train photos --network resnet50 --loader-processes 8
+    Example: aliprod benchmark train photos --loader-processes 8
              aliprod benchmark train jobs/quickstart.toml
     """
     if file.suffix == ".toml":
@@ -67,7 +69,9 @@ def benchmark_command(
 @takes_plan
 @click.argument("job")
 def tune_command(asked: Asked, job: str) -> None:
-    """Search for the learning rates of a job, BACKBONE/STAGE, in short trainings on few images a class.
+    """Search for the learning rates of a job, BACKBONE/STAGE.
+
+    In short trainings on few images a class.
 
     What it tries stands in the plan's table [tune]. Nothing of the plan changes: the answer is what to give to --set.
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.option("--gpus", type=click.IntRange(1, 100_000), help="Forecast what the rest takes on so many.")
 @takes_plan
 def plan_command(asked: Asked, gpus: int | None) -> None:
-    """Check a plan and show its jobs, their keys, what is done and what would run.
+    """Check a plan and show what would run, and why.
+
+    Its jobs, their keys, what is done, and what differs from what was trained before.
 
     With --gpus, how long that will take, job by job, from rates that finished or running jobs have shown, else those
     of `aliprod benchmark train FILE`. Where jobs run on CPUs, N is how many ranks run at a time.
@@ -69,7 +71,9 @@ def run_command(asked: Asked) -> None:
 @click.command("ensemble")
 @takes_plan
 def ensemble_command(asked: Asked) -> None:
-    """Write the ensemble anew from the checkpoints that carry the alias `member` in MLflow.
+    """Write the ensemble anew from the checkpoints chosen in MLflow.
+
+    Those are the versions that carry the alias `member`.
 
     \b
     Example: aliprod ensemble jobs/aliproducts.toml --storage /shared/aliprod
@@ -83,7 +87,9 @@ def ensemble_command(asked: Asked) -> None:
 @click.command("status")
 @takes_plan
 def status_command(asked: Asked) -> None:
-    """Show the state of every job, now or at the end, from the storage path alone.
+    """Show the state of every job, now or at the end.
+
+    From the storage path alone.
 
     Gain is a finished job's error less that of the job it starts from: below zero, it helped.
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.command("report")
 @takes_plan
 def report_command(asked: Asked) -> None:
-    """Write the report of a plan in pictures, one HTML file: errors, members, and what is taken for what.
+    """Write the report of a plan in pictures, one HTML file.
+
+    Errors, members, and what is taken for what.
 
     `run` writes it at its end; this writes it anew, in the middle of a run too.
 
@@ -37,7 +39,9 @@ def report_command(asked: Asked) -> None:
 @storage_flag
 @json_flag
 def trace_command(submission: Path, storage: Path | None) -> None:
-    """Show what a submission was made of: members, versions, weights, keys, plan and catalogue.
+    """Show what a submission was made of.
+
+    Members, versions, weights, keys, plan and catalogue.
 
     A copy, or one that was overwritten since, is found by its bytes.
 
@@ -56,13 +60,15 @@ def trace_command(submission: Path, storage: Path | None) -> None:
 @click.argument("labels", type=path)
 @json_flag
 def evaluate_command(predictions: Path, labels: Path) -> None:
-    """Top-1 error of a submission, or of a folder of probabilities, against labels.
+    """Tell the top-1 error of a submission against labels.
+
+    Or of a folder of probabilities.
 
     LABELS is test_labels.json of a catalogue, or a CSV with the columns id and class_id; every image in it must
     have a prediction.
 
     \b
-    Example: aliprod evaluate runs/quickstart/submission.csv photos/test_labels.json
+    Example: aliprod evaluate submission.csv photos/test_labels.json
     """
     for given in (predictions, labels):
         if not given.exists():

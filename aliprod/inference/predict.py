@@ -17,7 +17,7 @@ from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data.augment import normalise, square
 from aliprod.data.loader import Feed, squared_batches
-from aliprod.errors import Refused
+from aliprod.errors import Refused, listing
 from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.probabilities import tempered
 from aliprod.inference.ten_crop import crops, mean_probabilities
@@ -142,9 +142,11 @@ def classify(voices: Sequence[Voice], inputs: Sequence[Path]) -> Iterator[dict[s
     Yields:
         path, class_id, name, probability and the top five; or path and error, for what is no picture.
     Raises:
-        Refused: a folder holds no weights, or they know other classes than the first.
+        Refused: there is no picture; a folder holds no weights, or they know other classes than the first.
     """
     paths = [path for given in inputs for path in _files(given)]
+    if not paths:
+        raise Refused("holds no picture.", listing(map(str, inputs)), f"Pictures are {listing(PICTURE_SUFFIXES)}.")
     members = [ready(voice.folder) for voice in voices]
     for voice, member in zip(voices, members, strict=True):
         if member.classes.ids != members[0].classes.ids:

@@ -86,7 +86,7 @@ def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
             row["world_size"] if row["state"] == "running" else None,
             f"{row['epoch']}/{row['epochs']}",
             _percent(row["top1_error"]),
-            "" if row["gain"] is None else f"{100 * row['gain']:+6.2f}",
+            "" if row["gain"] is None else f"{round(100 * row['gain'], 2) + 0.0:+6.2f}",
             row["images_per_second"],
             duration(row["eta_seconds"]) if row["eta_seconds"] else "",
             row["reason"],

@@ -124,8 +124,10 @@ class Registry:
             self._restore(choice.model_id, weights.folder)
             return choice
         error = "" if weights.top1_error is None else f"{weights.top1_error:.4f}"
-        description = f"{checkpoint} of {key[:12]}: epoch {weights.epoch}" + (f", top-1 error {error}" if error else "")
-        tags = {"epoch": str(weights.epoch), "top1": error or "unknown", "checkpoint": checkpoint}
+        description = f"{checkpoint} of {key[:12]}: epoch {weights.epoch + 1}" + (
+            f", top-1 error {error}" if error else ""
+        )
+        tags = {"epoch": str(weights.epoch), "top1_error": error or "unknown", "checkpoint": checkpoint}
         self._model(name)
         model_id = self._logged_model(job, run_id, weights)
         version = self._client.create_model_version(

@@ -89,7 +89,7 @@ def test_a_job_is_waiting_running_finished(state: RunState, opened: Opened) -> N
     assert (finished.state, finished.record, finished.seconds is not None) == ("finished", record, True)
     assert stated(opened) == {"net/full": "finished", "net/accuracy": "waiting"}
     assert state.jobs_in("finished") == ["net/full"]
-    assert "| net/full | finished | 50.00% | 0 |" in state.table()
+    assert "| net/full | finished | 50.00% | 1 |" in state.table()
 
 
 def test_a_failure_names_its_cause_and_what_it_keeps_from_running(state: RunState, opened: Opened) -> None:

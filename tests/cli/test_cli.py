@@ -35,3 +35,10 @@ def test_a_misspelt_command_or_flag_is_named() -> None:
     assert "No such command 'rnu'" in aliprod("rnu").stderr
     assert "--storrage" in aliprod("plan", "plan.toml", "--storrage", "x").stderr
     assert aliprod("rnu").exit_code == aliprod("plan", "plan.toml", "--storrage", "x").exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["", "data", *(name for name, _ in commands(app))])
+def test_help_fits_a_terminal_of_80_columns_and_cuts_no_summary_off(name: str) -> None:
+    lines = aliprod(*name.split(), "--help").output.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert [line for line in lines if line.endswith("...") and not line.startswith("Usage")] == []

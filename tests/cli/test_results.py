@@ -90,3 +90,9 @@ def test_a_table_that_is_none_is_refused(shop: Shop, broken: str) -> None:
     (shop.folder / "submission.csv").write_text("id,predicted\na.jpg,1\n" if broken == "labels" else "nonsense\n")
     (shop.folder / "labels.csv").write_text("id,class_id\na.jpg,1\n" if broken == "submission" else "nonsense\n")
     assert f"{broken}.csv" in refusal(2, "evaluate", shop.folder / "submission.csv", shop.folder / "labels.csv")
+
+
+def test_a_folder_without_pictures_is_refused(weights_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    said = refusal(2, "predict", weights_folder, tmp_path / "empty")
+    assert f"{tmp_path / 'empty'}: holds no picture." in said

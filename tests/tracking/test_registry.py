@@ -32,11 +32,11 @@ def test_best_and_last_become_versions_that_say_what_they_are(place, job, traine
     best, last = client.get_model_version(MODEL, "1"), client.get_model_version(MODEL, "2")
     assert aliases(client) == {"best": 1, "member": 1}
     assert best.tags == {
-        "epoch": "1", "top1": "0.2000", "checkpoint": "best", "key": job().key,
+        "epoch": "1", "top1_error": "0.2000", "checkpoint": "best", "key": job().key,
         "sha256": commit.file_digest(folder / "weights", "model.safetensors"),
     }  # fmt: skip
     assert (last.tags["epoch"], last.tags["checkpoint"]) == ("2", "last")
-    assert best.description == f"best of {str(job().key)[:12]}: epoch 1, top-1 error 0.2000"
+    assert best.description == f"best of {str(job().key)[:12]}: epoch 2, top-1 error 0.2000"
     models = client.search_logged_models([client.get_experiment_by_name("shop").experiment_id])
     assert {model.status for model in models} == {LoggedModelStatus.READY}
     assert {(metric.key, metric.value) for model in models for metric in model.metrics or []} >= {
