@@ -10,13 +10,13 @@ memory: pages that the C library keeps after a free count too, so it is an upper
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from ratio import header
 from torch import Tensor, nn
 
+from aliprod.data.loader import TrainBatch
 from aliprod.objectives import Context
 from aliprod.objectives.cross_entropy import Objective
 from aliprod.recipe import Machine, Stage
@@ -24,25 +24,12 @@ from aliprod.training.learner import autocast, place, precision
 from aliprod.training.optimizer import Optimizer
 
 
-@dataclass(frozen=True)
-class Features:
-    """A batch whose images are features already."""
-
-    images: Tensor
-    labels: Tensor
-    epoch: int = 0
-    step: int = 0
-    seed: int = 0
-    weights: Tensor | None = None
-    second: None = None
-    teacher: None = None
-
-
 class Pooled(nn.Module):
     """A classifier without a backbone: its classifier computes in float32, as `Classifier.classify`."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
+        self.backbone = nn.Identity()
         self.classifier = nn.Linear(num_features, num_classes, bias=False)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
@@ -87,7 +74,7 @@ def main() -> None:
     optimizer = Optimizer(head, stage, steps_per_epoch=100)  # type: ignore[arg-type]
     for step in range(asked.steps):
         with autocast(here.device, head.dtype):
-            (loss,) = head.objective(head.model, Features(images, labels)).values()
+            (loss,) = head.objective(head.model, TrainBatch(images, labels, labels, epoch=0, step=0, seed=0)).values()
         optimizer.step(loss, step)
         del loss
     if optimizer.first_bad_step() is not None:

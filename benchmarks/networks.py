@@ -14,7 +14,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from unittest.mock import patch
 import timm
 import torch
 from timm.models import list_modules
-from torch import Tensor
 
+from aliprod.data.loader import TrainBatch
 from aliprod.errors import Refused
 from aliprod.models.classifier import Classifier, _backbone, _made, check_network, own_size
 from aliprod.objectives import Context, build
@@ -138,20 +137,6 @@ def table(known: dict[str, dict[str, Any]], groups: dict[str, list[list[str]]]) 
     return "[\n" + ",\n".join(lines).replace(", }", "}") + "\n]\n"
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What an objective reads of a batch."""
-
-    images: Tensor
-    labels: Tensor
-    seed: int = 0
-    epoch: int = 0
-    step: int = 0
-    weights: Tensor | None = None
-    second: "Shown | None" = None
-    teacher: Tensor | None = None
-
-
 def works(network: str, size: int, name: str) -> str:
     """Forward, backward and a prediction of two images a side; empty where that works, else why not."""
     try:
@@ -161,7 +146,8 @@ def works(network: str, size: int, name: str) -> str:
         torch.manual_seed(0)
         model = Classifier(network, 3, crop=size)
         objective = build(name, options, Context(3, made.channels, size, 1, side=made.side))
-        batch = Shown(torch.randn(2, 3, size, size), torch.tensor([1, 1]))
+        labels = torch.tensor([1, 1])
+        batch = TrainBatch(torch.randn(2, 3, size, size), labels, labels, epoch=0, step=0, seed=0)
         torch.stack(list(objective(model.train(), batch).values())).sum().backward()
         norms = [p.grad.abs().sum() for p in model.backbone_parameters() if p.grad is not None]
         with torch.inference_mode():

@@ -34,7 +34,8 @@ def init_command(asked: AskedReading, photos: Path, out: Path | None, storage: P
     \b
     Example: aliprod init photos --out photos.toml
     """
-    plan, photographs = _write(asked, photos, out or _file_of(photos))
+    plan = out or _file_of(photos)
+    photographs, computer = _write(asked, photos, plan)
     request = Asked(plan, (), storage).request()
     from aliprod.forecast.measure import measure_plan
     from aliprod.forecast.simulate import forecast
@@ -44,7 +45,7 @@ def init_command(asked: AskedReading, photos: Path, out: Path | None, storage: P
     say(f"{plan} is written. Measuring a few steps of each training ...")
     for found in measure_plan(request, "train", _STEPS):
         say(f"  {found['part']} of {', '.join(found['jobs'])}: {found['images_per_second']:,.0f} images/s")
-    opened, ranks = open_plan(request), _computer().gpus or cores()
+    opened, ranks = open_plan(request), computer.gpus or computer.cpus
     estimate = asdict(forecast(opened, ranks))
     found = {"plan": request.plan.name, "path": str(plan), "classes": len(photographs.counts)}
     found |= {"train": photographs.train, "val": photographs.val, "test": photographs.test, "estimate": estimate}
@@ -75,8 +76,8 @@ def _file_of(photos: Path) -> Path:
     return Path(f"{plain(photos.absolute().stem if photos.is_file() else photos.absolute().name)}.toml")
 
 
-def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Path, Photographs]":
-    """Write the plan, and return what was seen of the photographs. Refused: the file is there already."""
+def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Photographs, Computer]":
+    """Write the plan, and return what it is fit for. Refused: the file is there already."""
     from aliprod.catalogue import sources
     from aliprod.plan import draft
 
@@ -85,13 +86,13 @@ def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Path, Photogr
     catalogue = sources.read(photos, asked.reading())  # first: what is no catalogue is refused at once
     for remark in catalogue.remarks:
         say(remark)
-    photographs = draft.look_at(catalogue)
-    text = draft.draft(draft.plain(out.stem), _as_said(photos, out), photographs, _computer(), _said(asked, out))
+    photographs, computer = draft.look_at(catalogue), _computer()
+    text = draft.draft(draft.plain(out.stem), _as_said(photos, out), photographs, computer, _said(asked, out))
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise Refused(f"cannot be written: {error.strerror}.", out, "Say --out.") from error
-    return out, photographs
+    return photographs, computer
 
 
 def _as_said(place: Path, out: Path) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 from aliprod.data.selection import order
 from aliprod.ensemble.add import MatchedMembers, Places, match
@@ -40,7 +40,7 @@ def fit(members: Sequence[Probabilities], combine: Literal["greedy", "weights"],
     kept = [*(held != fold for fold in range(FOLDS)), np.ones(len(known), bool)]
     temperatures, own = np.empty((len(kept), len(members))), np.empty((len(kept), len(members), len(known)))
     for number in range(len(members)):
-        found = np.concatenate([losses(rows, columns[at]) for at, rows in _blocks(ensemble, number, known)])
+        found = np.concatenate(list(_losses(ensemble, number, known, columns)))
         for fold, rows in enumerate(kept):
             best = int(found[rows].mean(axis=0).argmin())
             temperatures[fold, number], own[fold, number] = TEMPERATURES[best], np.exp(-found[:, best])
@@ -67,19 +67,21 @@ def own_probabilities(ensemble: MatchedMembers, places: Places, columns: Places)
     """What each member gives the classes in these columns at these places: (M, n), above 0."""
     found = np.empty((len(ensemble.members), len(places)))
     for number, own in enumerate(found):
-        for low in range(0, len(places), _ROWS):
-            at = slice(low, low + _ROWS)
-            own[at] = ensemble.part(number, places[at]).numpy()[np.arange(len(columns[at])), columns[at]]
+        for at, rows in _blocks(ensemble, number, places):
+            own[at] = rows.numpy()[np.arange(len(rows)), columns[at]]
     return found.clip(FLOOR)
 
 
-def _blocks(ensemble: MatchedMembers, number: int, places: Places) -> Iterator[tuple[slice, NDArray[np.float16]]]:
-    """A member's rows of these places, checked, a few at a time, and which they are."""
-    member = ensemble.members[number]
+def _blocks(ensemble: MatchedMembers, number: int, places: Places) -> Iterator[tuple[slice, Tensor]]:
+    """A member's rows of these places, a few at a time, and which they are."""
     for low in range(0, len(places), _ROWS):
         at = slice(low, min(low + _ROWS, len(places)))
-        part = ensemble.part(number, places[at])
-        check(
-            part, ensemble.ids.take(places[at]), ensemble.rows[number][places[at]].tolist(), member.name, member.split
-        )
-        yield at, part.numpy()
+        yield at, ensemble.part(number, places[at])
+
+
+def _losses(ensemble: MatchedMembers, number: int, places: Places, columns: Places) -> Iterator[Floats]:
+    """`calibrate.losses` of a member's rows of these places. Failed: a row is no distribution."""
+    member, rows = ensemble.members[number], ensemble.rows[number]
+    for at, part in _blocks(ensemble, number, places):
+        check(part, ensemble.ids.take(places[at]), rows[places[at]].tolist(), member.name, member.split)
+        yield losses(part.numpy(), columns[at])

@@ -101,8 +101,8 @@ class _Draft:
         return size, max(1, size // 32)
 
     def _epochs(self) -> int:
-        """As many as show a small catalogue often and a large one seldom: some 400,000 images on a GPU for each of its
-        trainings, and a thousandth of that for each CPU."""
+        """As many as show a small catalogue often and a large one seldom: on GPUs some 400,000 images a
+        training, without them 10,000 for each CPU in all trainings together."""
         trainings = len(self.backbones) * len(self.stages)
         shown = 400_000 if self.computer.gpus else 10_000 * self.computer.cpus / trainings
         return max(4, min(30, ceil(shown / max(1, self.photographs.train))))
