@@ -2,11 +2,9 @@
 
 import os
 import pty
-import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +23,28 @@ SETS = (
 )
 
 
-def _ctrl_c(cluster: Any, command: list[str]) -> tuple[subprocess.Popen[Any], Callable[[], None]]:
-    streams: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-    process = subprocess.Popen(command, env=cluster.environment, cwd=cluster.home, start_new_session=True, **streams)
-    return process, lambda: os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
-
-
-def _closed_terminal(cluster: Any, command: list[str]) -> tuple[subprocess.Popen[Any], Callable[[], None]]:
-    ours, its = pty.openpty()
+@pytest.mark.usefixtures("attended")
+@pytest.mark.parametrize("way", ["Ctrl-C", "closed terminal"])
+def test_a_run_that_is_interrupted_takes_a_checkpoint_and_leaves_nothing_behind(
+    way: str, cluster: Any, plan: Path, tmp_path: Path
+) -> None:
+    sets = [word for one in SETS for word in ("--set", one)]
+    command = [sys.executable, "-m", "aliprod", "run", str(plan), "--storage", str(tmp_path), *sets]
+    terminal, its = pty.openpty()
     streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), its)
     process = subprocess.Popen(["setsid", "--ctty", *command], env=cluster.environment, cwd=cluster.home, **streams)
     os.close(its)
-    return process, lambda: os.close(ours)
-
-
-@pytest.mark.usefixtures("attended")
-@pytest.mark.parametrize("way", [_ctrl_c, _closed_terminal])
-def test_a_run_that_is_interrupted_takes_a_checkpoint_and_leaves_nothing_behind(
-    way: Any, cluster: Any, plan: Path, tmp_path: Path
-) -> None:
-    sets = [word for one in SETS for word in ("--set", one)]
-    process, interrupt = way(
-        cluster, [sys.executable, "-m", "aliprod", "run", str(plan), "--storage", str(tmp_path), *sets]
-    )
-    cluster.until(lambda: list(tmp_path.glob(f"jobs/*/*/*/{METRICS}")), process)
+    try:
+        cluster.until(lambda: list(tmp_path.glob(f"jobs/*/*/*/{METRICS}")), process)
+    except AssertionError as error:
+        os.set_blocking(terminal, False)
+        raise AssertionError(os.read(terminal, 1 << 16).decode()) from error
     family = psutil.Process(process.pid).children(recursive=True)
     assert "raylet" in {child.name() for child in family}
-    interrupt()
+    if way == "Ctrl-C":
+        os.write(terminal, b"\x03")  # which the terminal sends to the whole group
+    else:
+        os.close(terminal)
     try:
         assert process.wait(120) == 130
     finally:
