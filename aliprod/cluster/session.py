@@ -45,15 +45,14 @@ def join(address: str | None) -> None:
         else:
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # by default one a core
             os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # for a dashboard, which is not started
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray's own deprecations are none of the user's business
-            ray.init(
-                address=address or "local",
-                include_dashboard=None if address else False,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-            )
-    except (OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError) as error:
+        try:
+            _init(address)
+        except Exception:
+            if address:
+                raise
+            ray.shutdown()
+            _init(address)  # on a busy machine Ray gives up a raylet after 30 s, and another try finds all in memory
+    except Exception as error:  # Ray raises bare ones too
         first = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         raise Unreachable(
             f"no Ray cluster answers: {first}",
@@ -61,6 +60,17 @@ def join(address: str | None) -> None:
             "Check --address or RAY_ADDRESS (and RAY_AUTH_MODE where the cluster asks for a token); "
             "without an address, aliprod starts a local Ray.",
         ) from error
+
+
+def _init(address: str | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own deprecations are none of the user's business
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
 
 
 def _knock(address: str) -> None:

@@ -58,3 +58,32 @@ def test_a_run_that_is_interrupted_takes_a_checkpoint_and_leaves_nothing_behind(
         assert set(database.execute("select status from runs")) == {("KILLED",)}
     database.close()
     assert cluster.workers() == [], "the other Ray was left alone"
+
+
+def test_a_ray_that_does_not_come_up_is_started_once_more() -> None:
+    script = """
+import ray._private.services as services
+from aliprod.cluster import session
+from aliprod.errors import Unreachable
+
+def not_at_first(*arguments):
+    late.append(1)
+    if len(late) <= times:
+        raise Exception("The current node timed out during startup.")  # as Ray says it, after 30 s
+    return get_node(*arguments)
+
+get_node, services.get_node = services.get_node, not_at_first
+late, times = [], 1
+session.join(None)
+print(len(session.nodes()))
+session.ray.shutdown()
+late, times = [], 2
+try:
+    session.join(None)
+except Unreachable as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+    first, *rest = done.stdout.splitlines()
+    assert first == "1"
+    assert rest[0].startswith("local Ray: no Ray cluster answers: The current node timed out during startup.")
