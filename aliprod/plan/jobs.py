@@ -5,7 +5,7 @@ A key is the sha256 of all that the plan says about a result. Where a job runs i
 
 import heapq
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -61,20 +61,16 @@ def jobs_of(plan: Plan, fingerprint: str | None, tree: str = "") -> dict[str, Jo
     return found
 
 
-def order_by_remaining_work(jobs: Mapping[str, Job], images: Callable[[Stage], float] | None = None) -> list[str]:
+def order_by_remaining_work(jobs: Mapping[str, Job]) -> list[str]:
     """Names of the jobs, the one with the longest path of work before it first.
 
-    Work is epochs x crop^2 x images, summed along the longest path down from a job: a job never comes after
-    its children.
-
-    Args:
-        images: how many images an epoch of a stage has; without it a balanced view counts as half of all.
+    Work is epochs x crop^2 x images, of which a balanced view counts as half of all, summed along the longest path
+    down from a job: a job never comes after its children.
     """
-    count = images or _share
     remaining: dict[str, float] = {}
     for job in reversed(list(jobs.values())):
         children = (remaining[other.name] for other in jobs.values() if job.name in other.parents)
-        remaining[job.name] = job.stage.epochs * job.stage.crop**2 * count(job.stage) + max(children, default=0)
+        remaining[job.name] = job.stage.epochs * job.stage.crop**2 * _share(job.stage) + max(children, default=0)
     return sorted(jobs, key=lambda name: -remaining[name])
 
 
