@@ -70,6 +70,14 @@ def parameters(network: str) -> int:
         return sys.maxsize
 
 
+def weight(network: str) -> tuple[int, int]:
+    """kB of a backbone's tensors, and its features in front of a classifier."""
+    with torch.device("meta"):
+        backbone = _backbone(network)
+    tensors = backbone.state_dict().values()
+    return round(sum(t.numel() * t.element_size() for t in tensors) / 1000), int(backbone.head_hidden_size)
+
+
 def smallest() -> dict[str, str]:
     """The network with the fewest parameters of each family, of those that have one below the largest."""
     with without_initialisation():
@@ -217,12 +225,15 @@ DCL and LIO look at places: a network without a map of features, or patch tokens
 
 
 def names(_cache: Path) -> None:
-    """Write networks.txt: timm's version, then a line a network, its name and the tags of its pretrained weights."""
+    """Write networks.txt: timm's version, then a line a network: name, kB of its weights and features in front of a
+    classifier, tags of pretrained weights."""
     tags: dict[str, list[str]] = {name: [] for name in timm.list_models()}
     for name in timm.list_pretrained():
         architecture, _, tag = name.partition(".")
         tags[architecture].append(tag)
-    lines = [f"timm {timm.__version__}", *(" ".join([name, *own]) for name, own in tags.items())]
+    with without_initialisation():
+        rows = [" ".join([name, *map(str, weight(name)), *own]) for name, own in tags.items()]
+    lines = [f"timm {timm.__version__}", *rows]
     NAMES.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,46 @@
 """A forecast for a terminal, from what `aliprod plan --json` says of it."""
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aliprod.errors import listing
 
+if TYPE_CHECKING:
+    from aliprod.forecast.demand import Demand
+
 HEADER = ["takes", "from", "to", "ranks", "images/s", "seen in"]
+
+
+def known(number: float) -> float | None:
+    """None of NaN, which JSON has not."""
+    return None if math.isnan(number) else number
+
+
+def total(takes: "Demand") -> dict[str, float | None]:
+    """What `plan --json` says of a whole plan: bytes of disk, and GPU-hours."""
+    return {
+        "bytes": known(sum(takes.kept.values())),
+        "checkpoint_bytes": known(max(takes.resume.values(), default=0)),
+        "cache_bytes": takes.cache,
+        "gpu_hours": known(sum(takes.gpu_hours.values())),
+    }
+
+
+def takes(total: Mapping[str, float | None], on_gpus: bool) -> str:
+    """The same for people, as far as it is known; '' where nothing is to be made."""
+    kept, resume, cache, hours = (total[name] for name in ("bytes", "checkpoint_bytes", "cache_bytes", "gpu_hours"))
+    text = f"It takes up to {size(kept)} of the storage folder" if kept else ""
+    text += f", and {size(resume)} more while a job trains" if kept and resume else ""
+    text += f"; {size(cache)} on the own disk of each machine" if kept and cache else ""
+    text += f"; {hours:,.2f} {'GPU' if on_gpus else 'rank'}-hours" if kept and hours else ""
+    return f"{text}." if text else ""
+
+
+def size(count: float) -> str:
+    """Bytes: ``512.0 MB``."""
+    power = next((power for power in (1, 2, 3) if count < 1000 ** (power + 1)), 4)
+    return f"{count / 1000**power:,.1f} {' kMGT'[power]}B"
 
 
 def cells(job: Mapping[str, Any]) -> list[object]:
