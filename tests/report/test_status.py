@@ -20,7 +20,7 @@ from aliprod.plan.open import Opened
 from aliprod.plan.places import Places, resolve
 from aliprod.plan.schema import Plan
 from aliprod.report import status
-from aliprod.store import commit
+from aliprod.store import commit, epochs
 
 PLAN = """\
 format = 1
@@ -95,6 +95,7 @@ def test_nothing_is_known_of_jobs_that_have_not_begun(shop: Shop) -> None:
         "epoch": 0,
         "epochs": 4,
         "top1_error": None,
+        "kind": None,
         "images_per_second": None,
         "eta_seconds": 20.0,
         "gain": None,
@@ -220,6 +221,24 @@ def test_a_line_names_the_job_and_what_came_of_it() -> None:
     assert status.line(Changed("net/full", "running", world_size=4), 0).endswith(
         "net/full                   running on 4 ranks"
     )
+
+
+def test_an_error_is_of_the_weights_that_are_picked_and_says_which(shop: Shop) -> None:
+    line = {"epoch": 0, "train/loss": 1.0, "val/top1_error": 0.4792, "val/top1_error_raw_restated": 0.3958}
+    named = "top-1 error 39.58% (norm statistics taken anew)"
+    assert f"epoch 1: loss 1.0000, {named}, " in status.line(Reported("net/full", line), 0)
+    record = {"seconds": 1.0, "top1_error": 0.3958, "best_epoch": 0, "kind": "raw_restated"}
+    assert status.line(Changed("net/full", "finished", record=record, seconds=9.0), 0).endswith(f"{named} of epoch 1")
+    (shop.folder("net/full")).mkdir(parents=True)
+    (shop.folder("net/full") / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    running = status.states(shop.opened, told(shop.opened), {})
+    assert (running[0]["top1_error"], running[0]["kind"]) == (0.3958, "raw_restated")
+    row = status.states_table(running).splitlines()[2]
+    assert row.endswith("norm statistics taken anew")
+    assert "39.58" in row
+    equal = line | {"val/top1_error_averaged": 0.3958}
+    assert epochs.error(equal) == (0.3958, "averaged"), "of equals the later one, as training picks"
+    assert epochs.error({"epoch": 0}) == (None, "raw")
 
 
 def test_a_line_tells_when_a_task_begins_and_ends() -> None:
