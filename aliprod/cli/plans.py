@@ -187,7 +187,9 @@ def _announced(asked: Asked) -> "Request":
     request = asked.request()
     from aliprod.report.status import stamped
 
-    say(stamped(f"Plan {request.plan.name}, in the storage path {request.places.storage}."))
+    plan, jobs = request.plan, sum(map(len, request.plan.jobs.values()))
+    what = f"Plan {plan.name}: {jobs} jobs, {len(plan.ensemble.members)} members. Loading Ray and MLflow."
+    say(stamped(f"{what} Storage path: {request.places.storage}."))
     _remark(request)
     return request
 
