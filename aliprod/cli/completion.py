@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 from aliprod.errors import AliprodError
 
 
-class Place(click.Path):
+class ExpandedPath(click.Path):
     """A path; ~ at its beginning is the home folder, which no shell says behind the = of --storage=~/runs."""
 
     def __init__(self) -> None:

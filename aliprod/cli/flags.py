@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aliprod.cli.completion import Place, plans
+from aliprod.cli.completion import ExpandedPath, plans
 
 if TYPE_CHECKING:
     from aliprod.plan.open import Opened, Request
@@ -24,7 +24,7 @@ def _keep_json(context: click.Context, _: click.Parameter, value: bool) -> None:
     context.meta[_JSON] = value
 
 
-path = Place()
+path = ExpandedPath()
 storage_flag = click.option("--storage", type=path, help="Folder of all results. [runs]")
 sets_flag = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan.")
 tracking_flag = click.option("--tracking-uri", help="MLflow. [SQLite in the storage folder]")

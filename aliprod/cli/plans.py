@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aliprod.build.events import LOST, Changed, Ended, Event
+from aliprod.build.events import DONE, LOST, Changed, Ended, Event
 from aliprod.cli.drafts import drafted
 from aliprod.cli.flags import Asked, answer, say, takes_plan
 from aliprod.errors import AliprodError
@@ -42,11 +42,11 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
 
     takes = None if opened.catalogue is None else demand(opened)
     estimate = None if gpus is None or opened.catalogue is None else _estimate(opened, gpus)
-    rows = [_row(opened, name, takes) for name in opened.jobs]
-    members, missing = list(opened.plan.ensemble.members), _kinds(takes)
-    total = None if takes is None else shown.total(takes)
+    states = told(opened).states
+    rows = [_row(opened, name, states[name] in DONE, takes) for name in opened.jobs]
+    members, missing, total = list(opened.plan.ensemble.members), _kinds(takes), _total(takes)
     on_gpus = opened.plan.cluster.use_gpu is not False
-    text = _jobs_table(rows, estimate, told(opened).states, on_gpus) + "\n"
+    text = _jobs_table(rows, estimate, states, on_gpus) + "\n"
     text += "".join(
         f"{row['name']}: {'; '.join(row['because'])}\n" for row in rows if row["because"] not in ([], ["new"])
     )
@@ -54,8 +54,8 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
     text += f"{sum(row['state'] == 'waiting' for row in rows)} to train, {len(members)} members."
     if missing:
         text += f" To make: {', '.join(f'{kind} {count}' for kind, count in missing.items())}."
-    if total:
-        text += f"\n{shown.takes(total, on_gpus)}"
+    if total and (line := shown.takes(total, on_gpus)):
+        text += f"\n{line}"
     if gpus is not None:
         text += "\n" + _forecast(estimate, opened, asked.benchmark())
     found = {"plan": opened.plan.name, "jobs": rows, "members": members, "missing": missing}
@@ -127,7 +127,19 @@ def _kinds(takes: "Demand | None") -> dict[str, int]:
     return {kind.replace("_", " "): count for kind, count in sorted(kinds.items())}
 
 
-def _row(opened: "Opened", name: str, takes: "Demand | None") -> dict[str, Any]:
+def _total(takes: "Demand | None") -> dict[str, float | None] | None:
+    """What `plan --json` says of a whole plan: bytes of disk, and GPU-hours."""
+    from aliprod.report.estimate import known
+
+    return takes and {
+        "bytes": known(sum(takes.kept.values())),
+        "checkpoint_bytes": known(max(takes.resume.values(), default=0)),
+        "cache_bytes": takes.cache,
+        "gpu_hours": known(sum(takes.gpu_hours.values())),
+    }
+
+
+def _row(opened: "Opened", name: str, done: bool, takes: "Demand | None") -> dict[str, Any]:
     """What `plan --json` says of a job."""
     from aliprod.report.because import because
     from aliprod.report.estimate import known
@@ -139,9 +151,9 @@ def _row(opened: "Opened", name: str, takes: "Demand | None") -> dict[str, Any]:
         "stage": job.stage_name,
         "parents": list(job.parents),
         "key": job.key,
-        "state": "waiting" if opened.record(name) is None else "finished",
+        "state": "finished" if done else "waiting",
         "member": job.member,
-        "because": because(opened, name),
+        "because": [] if done else because(opened, name),
         "bytes": known(takes.kept[name]) if takes else None,
         "gpu_hours": known(takes.gpu_hours[name]) if takes else None,
     }

@@ -1,6 +1,6 @@
-"""What the unfinished rest of a plan takes: bytes on disk and GPU-hours, job by job, without torch.
+"""What the unfinished rest of a plan takes of disks and GPUs, job by job, without torch.
 
-Left out: metrics, hashes, ids, heads of objectives, copies of a backbone's last block (BBN): a per cent in most plans.
+Left out: ids, metrics, hashes, heads of objectives, copies of a backbone's last block (BBN): a per cent of most plans.
 """
 
 from collections import defaultdict
@@ -17,21 +17,19 @@ from aliprod.plan import networks
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 
-_CHECKPOINTS = 2  # that a job keeps while it trains
-_SOFT_LABELS = 64  # classes of an image that soft labels keep: an int32 and a float16 each
 _MOMENTS = {"sgd": 1, "adamw": 2, "lamb": 2, "lion": 1, "muon": 1}  # that an optimizer keeps of each weight
+_NOBODY_KNOWS = networks.Network(UNKNOWN, UNKNOWN, ())
 
 
 @dataclass(frozen=True)
 class Demand:
-    """NaN is what nobody knows: a network that is not in the list, a rate that nobody has measured.
+    """NaN: a network that is not in the list, a rate that nobody has measured. Of jobs; under "" the whole plan's.
 
     Attributes:
         todo: what is to be made.
-        kept: bytes that stay in the storage folder, by job; "": of the whole plan.
-        resume: bytes of the checkpoints of a job while it trains.
+        kept: bytes that stay in the storage folder. resume: those of a job's two checkpoints, while it trains.
         cache: bytes of a prepared catalogue on the own disk of each machine.
-        gpu_hours: with the fewest ranks, by job; where jobs run on CPUs, hours of ranks.
+        gpu_hours: with the fewest ranks; where jobs run on CPUs, hours of ranks.
     """
 
     todo: Mapping[str, Target]
@@ -42,62 +40,48 @@ class Demand:
 
 
 def demand(opened: Opened) -> Demand:
-    """Count what a run would make.
-
-    Args:
-        opened: with its catalogue.
-    """
-    todo = lacking(targets(opened, gpu=True), opened.places.storage)
+    """Count what a run would make. Refused: there is no catalogue."""
+    catalogue, todo = opened.read_catalogue(), lacking(targets(opened, gpu=True), opened.places.storage)
     estimates, resume = Estimates(opened), dict[str, float]()
     kept, hours = defaultdict[str, float](float), defaultdict[str, float](float)
     for target in todo.values():
-        owner = target.job.name if target.job else ""
-        kept[owner] += _bytes(target, opened)
-        trains = target.kind == "training"
-        seconds = estimates.known(target, target.floor) + (STARTING_SECONDS if trains else 0)
-        hours[owner] += seconds * target.floor * target.resources.gpus / 3600
-        if trains:
-            resume[owner] = _CHECKPOINTS * _state(target.owner, opened)
-    catalogue, cache = opened.read_catalogue(), 0
-    if catalogue.prepared:
-        splits = shards.manifest(catalogue.root).record.shards.values()
-        cache = sum(size for split in splits for _, size in split)
-    return Demand(todo, kept, resume, cache, hours)
+        name, seconds = target.job.name if target.job else "", estimates.known(target, target.floor)
+        if target.kind == "training":
+            resume[name], seconds = 2 * _state(target.owner, catalogue.num_classes), seconds + STARTING_SECONDS
+        kept[name] += _bytes(target, opened)
+        hours[name] += seconds * target.floor * target.resources.gpus / 3600
+    splits = shards.manifest(catalogue.root).record.shards.values() if catalogue.prepared else ()
+    return Demand(todo, kept, resume, sum(size for split in splits for _, size in split), hours)
 
 
 def _bytes(target: Target, opened: Opened) -> float:
     """What a target leaves in the storage folder, MLflow's copy of weights included where that is there."""
-    catalogue, seen = opened.read_catalogue(), target.cost.seen
+    catalogue = opened.read_catalogue()
+    seen, classes = target.cost.seen, catalogue.num_classes
     match target.kind:
         case "training":
-            both = target.owner.stage.epochs > 1 and len(catalogue.val) > 0  # best and last
-            return (1 + both) * (2 if opened.places.artifacts else 1) * _weights(target.owner, opened)
+            both = target.owner.stage.epochs > 1 and len(catalogue.val) > 0  # the best and the last
+            return (1 + both) * (2 if opened.places.artifacts else 1) * sum(_weights(target.owner, classes))
         case "pretrained":
-            return _backbone(str((target.facts or {})["network"]))
+            return 1000 * (networks.facts(str((target.facts or {})["network"])) or _NOBODY_KNOWS).kilobytes
         case "prediction":
-            return 2 * seen * catalogue.num_classes
-        case "soft_labels":
-            return 6 * seen * min(_SOFT_LABELS, catalogue.num_classes)
+            return 2 * seen * classes
+        case "soft_labels":  # an int32 and a float16 of 64 classes: aliprod.data.training_set
+            return 6 * seen * min(64, classes)
         case "ensemble":
-            return 4 * target.needs["members"][0].cost.seen * catalogue.num_classes
+            return 4 * target.needs["members"][0].cost.seen * classes
     return 0
 
 
-def _state(job: Job, opened: Opened) -> float:
-    """A resume checkpoint: the weights, the best so far, their average, and the optimizer's."""
-    stage, weights = job.stage, _weights(job, opened)
-    if stage.soup:
-        return 0
-    trained = weights if stage.trains == "all" else weights - _backbone(job.network)
-    return weights * (2 + (stage.ema is not None)) + trained * _MOMENTS[stage.optimizer.name]
+def _state(job: Job, classes: int) -> float:
+    """A resume checkpoint: the weights, the best so far, their average, and what the optimizer keeps."""
+    backbone, head = _weights(job, classes)
+    trained = head if job.stage.trains == "classifier" else backbone + head
+    weights = (2 + (job.stage.ema is not None)) * (backbone + head)
+    return 0 if job.stage.soup else weights + _MOMENTS[job.stage.optimizer.name] * trained
 
 
-def _weights(job: Job, opened: Opened) -> float:
-    found = networks.facts(job.network)
-    features = found.features if found else UNKNOWN
-    return _backbone(job.network) + 4 * features * branches(job) * opened.read_catalogue().num_classes
-
-
-def _backbone(network: str) -> float:
-    found = networks.facts(network)
-    return 1000 * found.kilobytes if found else UNKNOWN
+def _weights(job: Job, classes: int) -> tuple[float, float]:
+    """Bytes of a job's backbone, and of its classifier."""
+    found = networks.facts(job.network) or _NOBODY_KNOWS
+    return 1000 * found.kilobytes, 4 * found.features * branches(job) * classes

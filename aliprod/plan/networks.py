@@ -23,8 +23,8 @@ class Network(NamedTuple):
         tags: of its pretrained weights.
     """
 
-    kilobytes: int
-    features: int
+    kilobytes: float
+    features: float
     tags: tuple[str, ...]
 
 

@@ -2,12 +2,9 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aliprod.errors import listing
-
-if TYPE_CHECKING:
-    from aliprod.forecast.demand import Demand
 
 HEADER = ["takes", "from", "to", "ranks", "images/s", "seen in"]
 
@@ -17,24 +14,16 @@ def known(number: float) -> float | None:
     return None if math.isnan(number) else number
 
 
-def total(takes: "Demand") -> dict[str, float | None]:
-    """What `plan --json` says of a whole plan: bytes of disk, and GPU-hours."""
-    return {
-        "bytes": known(sum(takes.kept.values())),
-        "checkpoint_bytes": known(max(takes.resume.values(), default=0)),
-        "cache_bytes": takes.cache,
-        "gpu_hours": known(sum(takes.gpu_hours.values())),
-    }
-
-
-def takes(total: Mapping[str, float | None], on_gpus: bool) -> str:
-    """The same for people, as far as it is known; '' where nothing is to be made."""
-    kept, resume, cache, hours = (total[name] for name in ("bytes", "checkpoint_bytes", "cache_bytes", "gpu_hours"))
-    text = f"It takes up to {size(kept)} of the storage folder" if kept else ""
-    text += f", and {size(resume)} more while a job trains" if kept and resume else ""
-    text += f"; {size(cache)} on the own disk of each machine" if kept and cache else ""
-    text += f"; {hours:,.2f} {'GPU' if on_gpus else 'rank'}-hours" if kept and hours else ""
-    return f"{text}." if text else ""
+def takes(found: Mapping[str, float | None], on_gpus: bool) -> str:
+    """What a plan takes, as far as it is known; '' where nothing is to be made."""
+    kept, resume, cache, hours = found.values()
+    if not kept:
+        return ""
+    more = f", and {size(resume)} more while a job trains" if resume else ""
+    parts = [f"It takes up to {size(kept)} of the storage folder{more}"]
+    parts += [f"{size(cache)} on the own disk of each machine"] if cache else []
+    parts += [f"{hours:,.2f} {'GPU' if on_gpus else 'rank'}-hours"] if hours else []
+    return f"{'; '.join(parts)}."
 
 
 def size(count: float) -> str:

@@ -86,7 +86,7 @@ def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
             row["world_size"] if row["state"] == "running" else None,
             f"{row['epoch']}/{row['epochs']}",
             _percent(row["top1_error"]),
-            "" if row["gain"] is None else f"{round(100 * row['gain'], 2) + 0.0:+6.2f}",
+            "" if row["gain"] is None else f"{points(row['gain']):>6}",
             row["images_per_second"],
             duration(row["eta_seconds"]) if row["eta_seconds"] else "",
             row["reason"] or epochs.KINDS.get(row["kind"]),
@@ -145,7 +145,7 @@ def gain(told: Mapping[str, Any] | None) -> str:
     if told is None:
         return ""
     low, high = told["gain_interval"]
-    return f"{100 * told['gain']:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
+    return f"{points(told['gain'])} points ({points(low)} to {points(high)})"
 
 
 def outcome_table(outcome: Mapping[str, Any]) -> str:
@@ -216,6 +216,11 @@ def _numbers(line: Mapping[str, Any]) -> str:
 def _of_kind(error: float, kind: str) -> str:
     words = epochs.KINDS.get(kind)
     return f"{error:.2%} ({words})" if words else f"{error:.2%}"
+
+
+def points(share: float) -> str:
+    """Per cent points with their sign, never -0.00."""
+    return f"{round(100 * share, 2) + 0.0:+.2f}"
 
 
 def _percent(error: float | None) -> float | None:

@@ -105,7 +105,18 @@ def test_status_tells_the_state_of_each_job(shop: Shop) -> None:
     shop.finish("net/full")
     told = answer("status", shop.plan)
     full, accuracy = told["jobs"]
-    columns = {"name", "key", "state", "reason", "world_size", "epoch", "epochs", "top1_error", "images_per_second"}
+    columns = {
+        "name",
+        "key",
+        "state",
+        "reason",
+        "world_size",
+        "epoch",
+        "epochs",
+        "top1_error",
+        "kind",
+        "images_per_second",
+    }
     assert (set(told), set(full)) == ({"plan", "jobs", "tasks", "eta_seconds"}, columns | {"eta_seconds", "gain"})
     assert (told["tasks"], told["eta_seconds"]) == ([], None), "nothing runs"
     assert (full["reason"], accuracy["reason"]) == (None, None), "nothing is missing but a run"

@@ -254,6 +254,11 @@ def test_an_epoch_is_counted_from_one_for_people() -> None:
     assert status.line(Reported("net/full", unscored), 0).endswith("epoch 2: loss 1.2500, 100 images/s")
 
 
+def test_nothing_is_less_than_nothing() -> None:
+    assert status.gain({"gain": -1e-6, "gain_interval": [-4e-5, 1e-6]}) == "+0.00 points (+0.00 to +0.00)"
+    assert status.gain({"gain": -1e-4, "gain_interval": [-1, 6e-5]}) == "-0.01 points (-100.00 to +0.01)"
+
+
 def test_what_was_said_is_told_and_the_end_is_not_a_line() -> None:
     assert status.line(Said("MLflow is away."), 0).endswith("MLflow is away.")
     assert status.line(Ended({}), 0) == ""
