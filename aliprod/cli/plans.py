@@ -131,7 +131,9 @@ def _total(takes: "Demand | None") -> dict[str, float | None] | None:
     """What `plan --json` says of a whole plan: bytes of disk, and GPU-hours."""
     from aliprod.report.estimate import known
 
-    return takes and {
+    if takes is None:
+        return None
+    return {
         "bytes": known(sum(takes.kept.values())),
         "checkpoint_bytes": known(max(takes.resume.values(), default=0)),
         "cache_bytes": takes.cache,

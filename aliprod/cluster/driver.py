@@ -97,11 +97,8 @@ class _Run:
             self.leases.release("mlflow")
             try:
                 if self._untrained():
-                    yield Said(
-                        f"Joining Ray at {places.address}."
-                        if places.address
-                        else "Starting Ray here, without its dashboard."
-                    )
+                    here = "Starting Ray here, without its dashboard."
+                    yield Said(f"Joining Ray at {places.address}." if places.address else here)
                     self._join()  # first: where there is no cluster, MLflow is shown nothing
                 yield from self._tracked()
             finally:
