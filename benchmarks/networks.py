@@ -1,6 +1,6 @@
 """Which of timm's networks train here, at which sizes of images, with which objectives?
 
-python benchmarks/networks.py names            aliprod/plan/networks.txt: all names, with their tags of weights
+python benchmarks/networks.py names            aliprod/plan/networks.txt: all names, their sizes and tags of weights
 python benchmarks/networks.py sizes            aliprod/models/networks.json: sizes and strides of all, no arithmetic
 python benchmarks/networks.py survey           docs/networks.md: the smallest of each family, trained and asked
 """
