@@ -1,6 +1,6 @@
 """Which of timm's networks train here, at which sizes of images, with which objectives?
 
-python benchmarks/networks.py names            aliprod/plan/networks.txt: all names, with their tags of weights
+python benchmarks/networks.py names            aliprod/plan/networks.txt: all names, their sizes and tags of weights
 python benchmarks/networks.py sizes            aliprod/models/networks.json: sizes and strides of all, no arithmetic
 python benchmarks/networks.py survey           docs/networks.md: the smallest of each family, trained and asked
 """
@@ -68,6 +68,14 @@ def parameters(network: str) -> int:
             return sum(p.numel() for p in _backbone(network).parameters())
     except (ImportError, RuntimeError, TypeError):
         return sys.maxsize
+
+
+def weight(network: str) -> tuple[int, int]:
+    """kB of a backbone's tensors, and its features in front of a classifier."""
+    with torch.device("meta"):
+        backbone = _backbone(network)
+    tensors = backbone.state_dict().values()
+    return round(sum(t.numel() * t.element_size() for t in tensors) / 1000), int(backbone.head_hidden_size)
 
 
 def smallest() -> dict[str, str]:
@@ -217,12 +225,15 @@ DCL and LIO look at places: a network without a map of features, or patch tokens
 
 
 def names(_cache: Path) -> None:
-    """Write networks.txt: timm's version, then a line a network, its name and the tags of its pretrained weights."""
+    """Write networks.txt: timm's version, then a line a network: name, kB of its weights and features in front of a
+    classifier, tags of pretrained weights."""
     tags: dict[str, list[str]] = {name: [] for name in timm.list_models()}
     for name in timm.list_pretrained():
         architecture, _, tag = name.partition(".")
         tags[architecture].append(tag)
-    lines = [f"timm {timm.__version__}", *(" ".join([name, *own]) for name, own in tags.items())]
+    with without_initialisation():
+        rows = [" ".join([name, *map(str, weight(name)), *own]) for name, own in tags.items()]
+    lines = [f"timm {timm.__version__}", *rows]
     NAMES.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

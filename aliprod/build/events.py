@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # whoever reads arguments imports this
 
 JobState = Literal["waiting", "running", "finished", "failed", "not_run", "reused"]
 DONE: tuple[JobState, ...] = ("finished", "reused")
+LOST: tuple[JobState, ...] = ("failed", "not_run")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from aliprod.build.events import DONE, Changed, Event, JobState, Reported, Standing, Task
+from aliprod.build.events import DONE, LOST, Changed, Event, JobState, Reported, Standing, Task
 from aliprod.build.room import Node
 from aliprod.build.schedule import Change
 from aliprod.build.target import Resources, Target
@@ -24,17 +24,20 @@ _STANDING_SECONDS = 1.0
 class RunState:
     """The states of a run's jobs, and its tasks.
 
+    Args:
+        before: what was told of the plan, where jobs that failed then are not tried again.
     Attributes:
         failure: why the plan as a whole has failed; '' while it has not.
         nodes: of the cluster; none before it is joined.
     """
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: Opened, before: Standing | None = None) -> None:
         self.opened, self.failure, self.nodes = opened, "", tuple[Node, ...]()
+        lost = {name: state for name, state in (before or Standing()).states.items() if state in LOST}
         self.states: dict[str, JobState] = {
-            name: "waiting" if opened.record(name) is None else "reused" for name in opened.jobs
+            name: lost.get(name, "waiting") if opened.record(name) is None else "reused" for name in opened.jobs
         }
-        self.reasons: dict[str, str] = {}
+        self.reasons = {name: why for name, why in (before or Standing()).reasons.items() if name in lost}
         self.tasks: dict[str, Task] = {}
         self._tails = {name: _Tail(opened.job_folder(name) / METRICS) for name in opened.jobs}
         self._stood = 0.0
@@ -165,7 +168,7 @@ def told(opened: Opened) -> Standing:
             states[name] = "reused" if state == "reused" else "finished"
         else:
             states[name] = "waiting" if state in DONE or (gone and state == "running") else state
-    kept = {name: why for name, why in said.reasons.items() if said.states.get(name) in ("failed", "not_run")}
+    kept = {name: why for name, why in said.reasons.items() if said.states.get(name) in LOST}
     if not gone:
         kept |= {name: why for name, why in said.reasons.items() if states.get(name) == "waiting"}
     tasks = tuple(task for task in said.tasks if task.until is not None or not gone)

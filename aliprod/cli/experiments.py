@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from aliprod.cli.completion import jobs, plans
 from aliprod.cli.flags import Asked, answer, json_flag, path, say, sets_flag, storage_flag, takes, takes_plan
 from aliprod.errors import Refused
 
@@ -29,7 +30,7 @@ class Work:
 
 @click.command("benchmark")
 @click.argument("part", type=click.Choice(["loader", "step", "train"]))
-@click.argument("file", metavar="PATH", type=path)
+@click.argument("file", metavar="PATH", type=path, shell_complete=plans)
 @takes(
     Work,
     click.option("--network", default="resnet50", show_default=True, help="timm's name."),
@@ -67,7 +68,7 @@ def benchmark_command(
 
 @click.command("tune")
 @takes_plan
-@click.argument("job")
+@click.argument("job", shell_complete=jobs)
 def tune_command(asked: Asked, job: str) -> None:
     """Search for the learning rates of a job, BACKBONE/STAGE.
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from aliprod.cli.completion import ExpandedPath, plans
+
 if TYPE_CHECKING:
     from aliprod.plan.open import Opened, Request
 
@@ -22,7 +24,8 @@ def _keep_json(context: click.Context, _: click.Parameter, value: bool) -> None:
     context.meta[_JSON] = value
 
 
-path = click.Path(path_type=Path)
+path = ExpandedPath()
+plan_argument = click.argument("file", type=path, shell_complete=plans)
 storage_flag = click.option("--storage", type=path, help="Folder of all results. [runs]")
 sets_flag = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan.")
 tracking_flag = click.option("--tracking-uri", help="MLflow. [SQLite in the storage folder]")
@@ -113,6 +116,4 @@ class Asked:
         return shlex.join(["aliprod", "benchmark", "train", str(self.file), *flags])
 
 
-takes_plan = takes(
-    Asked, click.argument("file", type=path), sets_flag, storage_flag, tracking_flag, address_flag, json_flag
-)
+takes_plan = takes(Asked, plan_argument, sets_flag, storage_flag, tracking_flag, address_flag, json_flag)

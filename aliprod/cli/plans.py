@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aliprod.build.events import Changed, Ended, Event
+from aliprod.build.events import DONE, LOST, Changed, Ended, Event
 from aliprod.cli.drafts import drafted
 from aliprod.cli.flags import Asked, answer, say, takes_plan
 from aliprod.errors import AliprodError
 
 if TYPE_CHECKING:
+    from aliprod.forecast.demand import Demand
     from aliprod.plan.open import Opened, Request
 
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def plan_command(asked: Asked, gpus: int | None) -> None:
     """Check a plan and show what would run, and why.
 
-    Its jobs, their keys, what is done, and what differs from what was trained before.
+    Its jobs, their keys, what is done, what differs from what was trained before, and what disk and, where rates are
+    known, GPU-hours the rest takes.
 
     With --gpus, how long that will take, job by job, from rates that finished or running jobs have shown, else those
     of `aliprod benchmark train FILE`. Where jobs run on CPUs, N is how many ranks run at a time.
@@ -33,12 +35,18 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
              aliprod plan jobs/aliproducts.toml --gpus 8
     """
     opened = asked.opened()
+    _remark(opened)
     from aliprod.build.state import told
+    from aliprod.forecast.demand import demand
+    from aliprod.report import estimate as shown
 
+    takes = None if opened.catalogue is None else demand(opened)
     estimate = None if gpus is None or opened.catalogue is None else _estimate(opened, gpus)
-    rows = [_row(opened, name) for name in opened.jobs]
-    members, missing = list(opened.plan.ensemble.members), _missing(opened)
-    text = _jobs_table(rows, estimate, told(opened).states) + "\n"
+    states = told(opened).states
+    rows = [_row(opened, name, states[name] in DONE, takes) for name in opened.jobs]
+    members, missing, total = list(opened.plan.ensemble.members), _kinds(takes), _total(takes)
+    on_gpus = opened.plan.cluster.use_gpu is not False
+    text = _jobs_table(rows, estimate, states, on_gpus) + "\n"
     text += "".join(
         f"{row['name']}: {'; '.join(row['because'])}\n" for row in rows if row["because"] not in ([], ["new"])
     )
@@ -46,9 +54,12 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
     text += f"{sum(row['state'] == 'waiting' for row in rows)} to train, {len(members)} members."
     if missing:
         text += f" To make: {', '.join(f'{kind} {count}' for kind, count in missing.items())}."
+    if total and (line := shown.takes(total, on_gpus)):
+        text += f"\n{line}"
     if gpus is not None:
         text += "\n" + _forecast(estimate, opened, asked.benchmark())
-    answer({"plan": opened.plan.name, "jobs": rows, "members": members, "missing": missing, "estimate": estimate}, text)
+    found = {"plan": opened.plan.name, "jobs": rows, "members": members, "missing": missing}
+    answer(found | {"takes": total, "estimate": estimate}, text)
 
 
 @click.command("run")
@@ -108,23 +119,32 @@ def status_command(asked: Asked) -> None:
     answer(found, status.text(found))
 
 
-def _missing(opened: "Opened") -> dict[str, int]:
+def _kinds(takes: "Demand | None") -> dict[str, int]:
     """How many targets of each kind a run would make; {} without a catalogue."""
-    if opened.catalogue is None:
-        return {}
     from collections import Counter
 
-    from aliprod.build.graph import targets
-    from aliprod.build.target import lacking
-
-    missing = lacking(targets(opened, gpu=False), opened.places.storage)
-    kinds = Counter(target.kind for target in missing.values())
+    kinds = Counter(target.kind for target in takes.todo.values()) if takes else {}
     return {kind.replace("_", " "): count for kind, count in sorted(kinds.items())}
 
 
-def _row(opened: "Opened", name: str) -> dict[str, Any]:
+def _total(takes: "Demand | None") -> dict[str, float | None] | None:
+    """What `plan --json` says of a whole plan: bytes of disk, and GPU-hours."""
+    from aliprod.report.estimate import known
+
+    if takes is None:
+        return None
+    return {
+        "bytes": known(sum(takes.kept.values())),
+        "checkpoint_bytes": known(max(takes.resume.values(), default=0)),
+        "cache_bytes": takes.cache,
+        "gpu_hours": known(sum(takes.gpu_hours.values())),
+    }
+
+
+def _row(opened: "Opened", name: str, done: bool, takes: "Demand | None") -> dict[str, Any]:
     """What `plan --json` says of a job."""
     from aliprod.report.because import because
+    from aliprod.report.estimate import known
 
     job = opened.jobs[name]
     return {
@@ -133,23 +153,29 @@ def _row(opened: "Opened", name: str) -> dict[str, Any]:
         "stage": job.stage_name,
         "parents": list(job.parents),
         "key": job.key,
-        "state": "waiting" if opened.record(name) is None else "finished",
+        "state": "finished" if done else "waiting",
         "member": job.member,
-        "because": because(opened, name),
+        "because": [] if done else because(opened, name),
+        "bytes": known(takes.kept[name]) if takes else None,
+        "gpu_hours": known(takes.gpu_hours[name]) if takes else None,
     }
 
 
-def _jobs_table(rows: list[dict[str, Any]], estimate: dict[str, Any] | None, states: Mapping[str, str]) -> str:
+def _jobs_table(
+    rows: list[dict[str, Any]], estimate: dict[str, Any] | None, states: Mapping[str, str], on_gpus: bool
+) -> str:
     """The jobs for people, with their states as a run tells them."""
     from aliprod.report import estimate as forecast
     from aliprod.report import status
 
-    header = ["job", "needs", "key", "state", "member"]
+    header = ["job", "needs", "key", "state", "member", "disk", "GPU-hours" if on_gpus else "rank-hours"]
     shown: list[list[object]] = []
     for row in rows:
         state = row["state"] if row["state"] == "finished" else states[row["name"]].replace("_", " ")
         member = "yes" if row["member"] else ""
-        shown.append([row["name"], ", ".join(row["parents"]), (row["key"] or "-")[:12], state, member])
+        disk = forecast.size(row["bytes"]) if row["bytes"] else ""
+        first = [row["name"], ", ".join(row["parents"]), (row["key"] or "-")[:12], state, member]
+        shown.append([*first, disk, row["gpu_hours"] or None])
     if estimate is not None:
         header += forecast.HEADER
         shown = [[*row, *forecast.cells(job)] for row, job in zip(shown, estimate["jobs"], strict=True)]
@@ -175,8 +201,19 @@ def _announced(asked: Asked) -> "Request":
     request = asked.request()
     from aliprod.report.status import stamped
 
-    say(stamped(f"Plan {request.plan.name}, in the storage path {request.places.storage}."))
+    plan, jobs = request.plan, sum(map(len, request.plan.jobs.values()))
+    what = f"Plan {plan.name}: {jobs} jobs, {len(plan.ensemble.members)} members. Loading Ray and MLflow."
+    say(stamped(f"{what} Storage path: {request.places.storage}."))
+    _remark(request)
     return request
+
+
+def _remark(request: "Request") -> None:
+    """Say what of a plan does nothing."""
+    from aliprod.plan.checks import remarks
+
+    for remark in remarks(request.plan):
+        click.echo(remark, err=True)
 
 
 def _drive(request: "Request", events: Iterator[Event], whole: bool) -> None:
@@ -186,7 +223,7 @@ def _drive(request: "Request", events: Iterator[Event], whole: bool) -> None:
 
     failures, outcome = list[Changed](), dict[str, Any]()
     for event in watched(events):
-        if isinstance(event, Changed) and event.state in ("failed", "not_run"):
+        if isinstance(event, Changed) and event.state in LOST:
             failures.append(event)
         if isinstance(event, Ended):
             outcome |= event.outcome
@@ -195,7 +232,8 @@ def _drive(request: "Request", events: Iterator[Event], whole: bool) -> None:
     if failures:
         for failure in failures:
             click.echo(f"Error: {failure.job} {failure.state.replace('_', ' ')}: {failure.detail}", err=True)
-        click.echo("No ensemble was made. What is finished is kept; the same command goes on.", err=True)
+        made = "The ensemble was made: it needs none of them." if outcome["ensemble"] else "No ensemble was made."
+        click.echo(f"{made} What is finished is kept; the same command goes on.", err=True)
         sys.exit(1)
 
 

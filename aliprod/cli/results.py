@@ -138,15 +138,17 @@ def _prediction(found: Mapping[str, Any]) -> str:
 
 def _origin(found: Mapping[str, Any]) -> str:
     from aliprod.report.status import table
+    from aliprod.store.epochs import KINDS
 
     rows = [
-        [name, one["version"], one["epoch"] + 1, one.get("weight", 1), one["weights"][:16], one["key"][:16]]
+        [name, one["version"], one["epoch"] + 1, one.get("weight", 1), one["weights"][:16], one["key"][:16], kind]
         for name, one in found["members"].items()
+        for kind in [KINDS.get(one.get("kind"))]
     ]
     plan, catalogue = found["plan"], found["catalogue"]
     error = "" if found["top1_error"] is None else f", top-1 error {found['top1_error']:.2%} on {found['split']}"
     return (
-        f"{table(rows, ['member', 'version', 'epoch', 'counts', 'weights', 'key'])}\n"
+        f"{table(rows, ['member', 'version', 'epoch', 'counts', 'weights', 'key', 'note'])}\n"
         f"Plan {plan['name']}, {plan['sha256'][:16]}{error}.\n"
         f"Catalogue {catalogue['path']}, {catalogue['fingerprint'][:16]}."
     )

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import ray
 
-from aliprod.build.events import Began, Ended, Event, Said
+from aliprod.build.events import LOST, Began, Ended, Event, Said
 from aliprod.build.graph import Chosen, targets
 from aliprod.build.outputs import compared, splits
 from aliprod.build.preflight import make_first, prepare
 from aliprod.build.room import check_room, uses_gpu, with_cpus
 from aliprod.build.schedule import execute
-from aliprod.build.state import RunState
+from aliprod.build.state import RunState, told
 from aliprod.build.target import Site, Target, lacking
 from aliprod.cluster import session
 from aliprod.cluster.launch import start_launcher
@@ -89,14 +89,16 @@ class _Run:
                 make_first(self.opened, first, self.site)
             self.site = replace(self.site, driver=self.leases.token)
             yield from self._alone(f"plan-{plan.name}")
-            self.state = RunState(self.opened)  # as the driver before has left it
+            before = None if self.whole else told(self.opened)  # a whole run tries anew what has failed
+            self.state = RunState(self.opened, before)  # as the driver before has left it
             yield Said(f"Opening MLflow: {redacted(places.tracking_uri)}.")
             yield from self._alone("mlflow")  # the first one migrates its database
             self.tracking = Tracking.connect(places.tracking_uri, plan.name, places.artifacts, self.said.append)
             self.leases.release("mlflow")
             try:
                 if self._untrained():
-                    yield Said(f"Joining Ray at {places.address}." if places.address else "Starting Ray here.")
+                    here = "Starting Ray here, without its dashboard."
+                    yield Said(f"Joining Ray at {places.address}." if places.address else here)
                     self._join()  # first: where there is no cluster, MLflow is shown nothing
                 yield from self._tracked()
             finally:
@@ -119,7 +121,7 @@ class _Run:
                 yield event
                 self._show()
                 yield from self._drained()
-            if not self.state.jobs_in("failed", "not_run"):
+            if not self.state.jobs_in(*LOST):
                 status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -141,7 +143,7 @@ class _Run:
             yield Said("There are no val images: the last checkpoint of each job is its member.")
         yield from self.state.reuse()
         choices: dict[str, Choice] = {}
-        while not self.state.jobs_in("failed", "not_run"):
+        while True:
             self.leases.check()
             trained = all(self.opened.record(name) is not None for name in self.opened.plan.ensemble.members)
             if trained:
@@ -152,13 +154,15 @@ class _Run:
                 yield from _say(note)
             before = set(self._missing(gpu=False))
             if not before:
-                self._finish(choices)
                 break
             yield from self._make(choices)
-            if before == set(self._missing(gpu=False)) and not self.state.jobs_in("failed", "not_run"):
-                raise Failed(f"made, and not there: {', '.join(sorted(before))}.", self.opened.places.storage)
             if self.state.failure:
                 raise Failed(self.state.failure)
+            if before == set(self._missing(gpu=False)):
+                raise Failed(f"made, and not there: {', '.join(sorted(before))}.", self.opened.places.storage)
+        graph = self._graph(gpu=False)
+        if choices and not lacking(graph, self.opened.places.storage, _goals(graph, trainings=False)):
+            self._finish(choices)
         outcome = {
             "plan": self.opened.plan.name,
             "trained": self.state.jobs_in("finished"),
@@ -211,11 +215,15 @@ class _Run:
         return targets(self.opened.with_cluster(self.site.cluster), gpu, self.chosen)
 
     def _missing(self, gpu: bool) -> dict[str, Target]:
-        """What is to be made now; an ensemble once its members are known."""
-        graph = self._graph(gpu)
-        goals = [target for target in graph.values() if target.goal and (self.whole or target.kind != "training")]
-        missing = lacking(graph, self.opened.places.storage, goals)
-        return {name: target for name, target in missing.items() if target.facts is not None or not target.latest}
+        """What is to be made now: nothing that needs what has failed, and an ensemble once its members are known."""
+        graph, lost, out = self._graph(gpu), self.state.jobs_in(*LOST), set[str]()
+        missing = lacking(graph, self.opened.places.storage, _goals(graph, self.whole))
+        for name, target in missing.items():
+            failed = target.job is not None and target.job.name in lost
+            unknown = target.facts is None and target.latest
+            if failed or unknown or any(need.name in out for need in target.needed()):
+                out.add(name)
+        return {name: target for name, target in missing.items() if name not in out}
 
     def _untrained(self) -> bool:
         return any(target.kind == "training" for target in self._missing(gpu=False).values())
@@ -262,6 +270,10 @@ class _Run:
     def _drained(self) -> Iterator[Event]:
         while self.said:
             yield Said(self.said.pop(0))
+
+
+def _goals(graph: Mapping[str, Target], trainings: bool) -> list[Target]:
+    return [target for target in graph.values() if target.goal and (trainings or target.kind != "training")]
 
 
 def _opened(request: Request) -> Generator[Event, None, Opened]:

@@ -55,7 +55,7 @@ def launch(launcher: Any, start: Start) -> Any:
 def environment(cluster: Cluster) -> dict[str, str]:
     """Variables that Ray Train reads where ``fit`` is called and in its workers."""
     return {
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard has no Train tab
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard's API knows no runs of Ray Train
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(cluster.poll_seconds),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a node that is about to go is the scheduler's business
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",  # then it is looked whether the nodes are still there

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import socket
+import traceback
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -53,12 +54,19 @@ def join(address: str | None) -> None:
             ray.shutdown()
             _init(address)  # on a busy machine Ray gives up a raylet after 30 s, and another try finds all in memory
     except Exception as error:  # Ray raises bare ones too
+        said = "".join(traceback.format_exception(error))  # what caused it stands in a text, if anywhere
+        if "AuthenticationError" in said or "nauthenticated" in said:
+            what = "this Ray cluster asks for a token, and none, or a wrong one, was shown."
+            advice = (
+                "Say RAY_AUTH_MODE=token, and put what `ray get-auth-token` prints on its head into "
+                "~/.ray/auth_token or RAY_AUTH_TOKEN."
+            )
+            raise Unreachable(what, address or "local Ray", advice) from error
         first = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         raise Unreachable(
             f"no Ray cluster answers: {first}",
             address or "local Ray",
-            "Check --address or RAY_ADDRESS (and RAY_AUTH_MODE where the cluster asks for a token); "
-            "without an address, aliprod starts a local Ray.",
+            "Check --address or RAY_ADDRESS; without an address, aliprod starts a local Ray.",
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from aliprod.errors import nearest
+from aliprod.errors import did_you_mean, listing, nearest
 from aliprod.models.sizes import misfit, stride
 from aliprod.plan import networks
 from aliprod.plan.options import needs, refusals
@@ -128,6 +128,22 @@ def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
     for job, keys in combinations:
         if not wrong & {("defaults",), *keys}:
             yield from _combined(plan, job, keys)
+
+
+def remarks(plan: Plan) -> Iterator[str]:
+    """What is allowed and does nothing."""
+    used = {name for stages in plan.jobs.values() for name in stages}
+    for group, known, needed in (("backbones", plan.backbones, {*plan.jobs}), ("stages", plan.stages, used)):
+        for name in islice((name for name in known if name not in needed), _MOST_MENDED):
+            yield f"{dotted((group, name))}: no job is of it. {did_you_mean(name[:128], needed)}".rstrip()
+    idle: dict[str, list[str]] = {}
+    for job in plan.job_names():
+        stage = plan.stage(*job.split("/", 1))
+        if late := [one for one in stage.lr.milestones if one >= stage.epochs]:
+            idle.setdefault(f"lr.milestones {late} are never reached: epochs = {stage.epochs}.", []).append(job)
+        if "gamma" in stage.lr.model_fields_set and not stage.lr.milestones:
+            idle.setdefault("lr.gamma does nothing without lr.milestones.", []).append(job)
+    yield from (f"{listing(jobs)}: {sentence}" for sentence, jobs in idle.items())
 
 
 def _combined(plan: Plan, job: str, keys: list[Key]) -> Iterator[Problem]:

@@ -10,9 +10,9 @@ from aliprod.store.layout import WEIGHTS, newest_step
 
 
 def because(opened: Opened, name: str) -> list[str]:
-    """Reasons, the settings that differ first, old and new; none where the job is finished or has no key."""
+    """Reasons of a job that is not finished, the settings that differ first, old and new; none where it has no key."""
     job = opened.jobs[name]
-    if job.key is None or opened.record(name) is not None:
+    if job.key is None:
         return []
     if (step := newest_step(opened.job_folder(name))) is not None:
         return [f"goes on from step {step:,}"]

@@ -1,11 +1,35 @@
 """A forecast for a terminal, from what `aliprod plan --json` says of it."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aliprod.errors import listing
 
 HEADER = ["takes", "from", "to", "ranks", "images/s", "seen in"]
+
+
+def known(number: float) -> float | None:
+    """None of NaN, which JSON has not."""
+    return None if math.isnan(number) else number
+
+
+def takes(found: Mapping[str, float | None], on_gpus: bool) -> str:
+    """What a plan takes, as far as it is known; '' where nothing is to be made."""
+    kept, resume, cache, hours = found.values()
+    if not kept:
+        return ""
+    more = f", and {size(resume)} more while a job trains" if resume else ""
+    parts = [f"It takes up to {size(kept)} of the storage folder{more}"]
+    parts += [f"{size(cache)} on the own disk of each machine"] if cache else []
+    parts += [f"{hours:,.2f} {'GPU' if on_gpus else 'rank'}-hours"] if hours else []
+    return f"{'; '.join(parts)}."
+
+
+def size(count: float) -> str:
+    """Bytes: ``512.0 MB``."""
+    power = next((power for power in (1, 2, 3) if count < 1000 ** (power + 1)), 4)
+    return f"{count / 1000**power:,.1f} {' kMGT'[power]}B"
 
 
 def cells(job: Mapping[str, Any]) -> list[object]:

@@ -111,7 +111,7 @@ def _training(opened: Opened, row: Doing) -> Doing:
         row.seconds,
         row.left,
         f"{len(lines)}/{opened.jobs[row.name].stage.epochs}",
-        last.get(epochs.TOP1),
+        epochs.error(last)[0],
         pace.get("images_per_second", last.get("speed/images_per_second")),
     )
 

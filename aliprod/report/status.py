@@ -78,7 +78,7 @@ def tasks(standing: Standing, now: float) -> list[dict[str, Any]]:
 
 def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of `states`."""
-    header = ["job", "state", "ranks", "epoch", "top-1 error, %", "gain, points", "images/s", "left", "why"]
+    header = ["job", "state", "ranks", "epoch", "top-1 error, %", "gain, points", "images/s", "left", "note"]
     shown = [
         [
             row["name"],
@@ -86,10 +86,10 @@ def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
             row["world_size"] if row["state"] == "running" else None,
             f"{row['epoch']}/{row['epochs']}",
             _percent(row["top1_error"]),
-            "" if row["gain"] is None else f"{round(100 * row['gain'], 2) + 0.0:+6.2f}",
+            "" if row["gain"] is None else f"{points(row['gain']):>6}",
             row["images_per_second"],
             duration(row["eta_seconds"]) if row["eta_seconds"] else "",
-            row["reason"],
+            row["reason"] or epochs.KINDS.get(row["kind"]),
         ]
         for row in rows
     ]
@@ -145,7 +145,7 @@ def gain(told: Mapping[str, Any] | None) -> str:
     if told is None:
         return ""
     low, high = told["gain_interval"]
-    return f"{100 * told['gain']:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
+    return f"{points(told['gain'])} points ({points(low)} to {points(high)})"
 
 
 def outcome_table(outcome: Mapping[str, Any]) -> str:
@@ -161,6 +161,7 @@ def _state(opened: Opened, name: str, standing: Standing) -> dict[str, Any]:
     job, record, lines = opened.jobs[name], opened.record(name), opened.metrics(name)
     last: Mapping[str, Any] = lines[-1] if lines else {}
     pace = None if record or job.key is None else epochs.pace(opened.job_folder(name))
+    error, kind = (record["top1_error"], record.get("kind", "raw")) if record else epochs.error(last)
     return {
         "name": job.name,
         "key": job.key,
@@ -168,7 +169,8 @@ def _state(opened: Opened, name: str, standing: Standing) -> dict[str, Any]:
         "reason": standing.reasons.get(name),
         "epoch": len(lines),
         "epochs": job.stage.epochs,
-        "top1_error": record["top1_error"] if record else last.get(epochs.TOP1),
+        "top1_error": error,
+        "kind": None if error is None else kind,
         "images_per_second": (pace or {}).get("images_per_second", last.get("speed/images_per_second")),
     }
 
@@ -199,13 +201,26 @@ def _after(event: Changed) -> str:
         return f": {event.detail}" if event.detail else ""
     error = event.record.get("top1_error")
     seconds = "" if event.seconds is None else f" after {duration(event.seconds)}"
-    return seconds + ("" if error is None else f", top-1 error {error:.2%} of epoch {event.record['best_epoch'] + 1}")
+    if error is None:
+        return seconds
+    scored = _of_kind(error, event.record.get("kind", "raw"))
+    return f"{seconds}, top-1 error {scored} of epoch {event.record['best_epoch'] + 1}"
 
 
 def _numbers(line: Mapping[str, Any]) -> str:
-    error, speed = line.get(epochs.TOP1), line.get("speed/images_per_second", 0.0)
-    scored = "" if error is None else f"top-1 error {error:.2%}, "
+    (error, kind), speed = epochs.error(line), line.get("speed/images_per_second", 0.0)
+    scored = "" if error is None else f"top-1 error {_of_kind(error, kind)}, "
     return f"loss {line.get('train/loss', float('nan')):.4f}, {scored}{speed:.0f} images/s"
+
+
+def _of_kind(error: float, kind: str) -> str:
+    words = epochs.KINDS.get(kind)
+    return f"{error:.2%} ({words})" if words else f"{error:.2%}"
+
+
+def points(share: float) -> str:
+    """Per cent points with their sign, never -0.00."""
+    return f"{round(100 * share, 2) + 0.0:+.2f}"
 
 
 def _percent(error: float | None) -> float | None:

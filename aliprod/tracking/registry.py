@@ -18,7 +18,7 @@ from aliprod.errors import Failed, Refused, Unreachable, did_you_mean, listing
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.store import commit, lineage
-from aliprod.store.layout import MODEL, WEIGHTS
+from aliprod.store.layout import LAST, MODEL, WEIGHTS
 from aliprod.tracking.server import Server, asking, reach, suppress_missing
 
 
@@ -46,6 +46,7 @@ class Weights:
     sha256: str
     epoch: int
     top1_error: float | None
+    kind: str
 
     @classmethod
     def read(cls, folder: Path) -> "Weights | None":
@@ -53,7 +54,9 @@ class Weights:
         if commit.read(folder) is None:
             return None
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return cls(folder, commit.file_digest(folder, MODEL), config["epoch"], config["top1_error"])
+        return cls(
+            folder, commit.file_digest(folder, MODEL), config["epoch"], config["top1_error"], config.get("kind", "raw")
+        )
 
 
 class Registry:
@@ -257,6 +260,7 @@ def origin(opened: Opened, choices: Mapping[str, Choice], key: str, result: Mapp
     return {
         "members": {
             name: {"version": choice.version, "epoch": choice.epoch, "weights": choice.sha256, "key": choice.key}
+            | {"kind": _kind(opened, name, choice)}
             | {key: fitted[name][key] for key in ("weight", "temperature") if fitted}
             for name, choice in choices.items()
         },
@@ -266,6 +270,12 @@ def origin(opened: Opened, choices: Mapping[str, Choice], key: str, result: Mapp
         "top1_error": result["top1_error"],
         "split": result["split"],
     }
+
+
+def _kind(opened: Opened, name: str, choice: Choice) -> str:
+    """Which weights of its epoch a choice has (`aliprod.store.epochs.KINDS`); '' where another state trained them."""
+    found = (Weights.read(opened.job_folder(name) / part) for part in (WEIGHTS, LAST))
+    return next((one.kind for one in found if one and one.sha256 == choice.sha256), "")
 
 
 def _best(opened: Opened, name: str, model: str) -> Choice:

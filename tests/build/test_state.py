@@ -104,6 +104,19 @@ def test_a_failure_names_its_cause_and_what_it_keeps_from_running(state: RunStat
     assert "| net/accuracy | not run: net/full failed |" in state.table()
 
 
+def test_a_run_that_trains_nothing_keeps_what_has_failed_and_why(state: RunState, opened: Opened) -> None:
+    apply(state, "net/full", "started")
+    apply(state, "net/full", "failed", "ValueError: no")
+    apply(state, "net/accuracy", "dropped", "net/full")
+    before = told(opened)
+    assert list(RunState(opened, before).reuse()) == []
+    assert (told(opened).states, told(opened).reasons) == (before.states, before.reasons)
+    list(RunState(opened).reuse())
+    assert (told(opened).states["net/full"], told(opened).reasons) == ("waiting", {"net/accuracy": "net/full"})
+    finish(opened, {"top1_error": 0.5, "best_epoch": 0, "seconds": 1.0})
+    assert RunState(opened, before).jobs_in("reused") == ["net/full"]
+
+
 def test_a_waiting_job_says_what_for_until_it_runs(state: RunState, opened: Opened) -> None:
     list(state.reuse())
     assert told(opened).reasons == {"net/accuracy": "net/full"}

@@ -16,6 +16,7 @@ from aliprod.build.target import Resources, Target
 from aliprod.catalogue import sources
 from aliprod.errors import Refused
 from aliprod.forecast import rates
+from aliprod.forecast.demand import demand
 from aliprod.forecast.seconds import Estimates, speed_up
 from aliprod.forecast.simulate import STARTING_SECONDS as START
 from aliprod.forecast.simulate import forecast, lower_bound, machines, simulate
@@ -92,6 +93,9 @@ def test_a_job_takes_its_images_at_the_measured_rates(prepared: Opened) -> None:
     assert found.lower_bound_seconds == pytest.approx(full + balanced + accuracy + ten_crop)
     assert found.seconds == pytest.approx(3 * START + found.lower_bound_seconds)
     assert found.gpu_hours == pytest.approx(found.seconds / 3600)
+    hours = demand(prepared).gpu_hours
+    assert sum(hours.values()) == pytest.approx(found.gpu_hours), "as plan says without --gpus"
+    assert hours["net/accuracy"] == pytest.approx((START + accuracy + ten_crop) / 3600), "its prediction among them"
     assert {job.source for job in found.jobs} == {"benchmark, NVIDIA H100"}
     assert {job.ranks for job in found.jobs} == {(1,)}
     both = forecast(prepared, 2)  # balanced beside accuracy

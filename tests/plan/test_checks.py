@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from aliprod.errors import Refused
+from aliprod.plan.checks import remarks
 from aliprod.plan.schema import Plan
 
 Load = Callable[..., Plan]
@@ -192,3 +193,16 @@ def test_a_misspelt_member_is_compared_with_what_jobs_mean(load_text: Load, smal
     message = refusal(load_text, text.replace('[overrides."net-b3/dcll"]', '[overrides."net-b3/dcl"]'))
     assert "Did you mean net-b3/dcl?" in message
     assert "net-b3/dlc" not in message
+
+
+def test_what_does_nothing_is_said(load_text: Load, small: str) -> None:
+    assert list(remarks(load_text(small))) == []
+    late = load_text(
+        small, ["stages.dcl.lr.milestones=[1,9]", "stages.full.lr.gamma=0.5", 'backbones.resnett="resnet18"']
+    )
+    assert list(remarks(late)) == [
+        "backbones.resnett: no job is of it. Did you mean resnet?",
+        "resnet/dcl: lr.milestones [1, 9] are never reached: epochs = 1.",
+        "resnet/full, net-b3/full: lr.gamma does nothing without lr.milestones.",
+        "net-b3/dcl: lr.milestones [9] are never reached: epochs = 4.",
+    ]

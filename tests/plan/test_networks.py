@@ -24,7 +24,8 @@ def refusal(load_text: Load, text: str, *sets: str) -> str:
 def test_the_list_is_that_of_the_timm_that_is_installed() -> None:
     tagged = [name.partition(".")[::2] for name in timm.list_pretrained()]
     tags = {name: tuple(tag for of, tag in tagged if of == name) for name in timm.list_models()}
-    assert networks.known() == tags, "python benchmarks/networks.py names"
+    listed = {name: found.tags for name, found in networks.known().items()}
+    assert listed == tags, "python benchmarks/networks.py names"
 
 
 def test_asking_it_imports_neither_timm_nor_torch() -> None:
@@ -60,6 +61,6 @@ def test_settings_that_do_nothing_are_refused(load_text: Load, small: str) -> No
 
 
 def test_a_network_without_pretrained_weights_is_refused_where_they_are_asked_for(load_text: Load, small: str) -> None:
-    bare = next(name for name, tags in networks.known().items() if not tags and name.startswith("resnet"))
+    bare = next(name for name, found in networks.known().items() if not found.tags and name.startswith("resnet"))
     assert f"timm has no pretrained weights for {bare}" in refusal(load_text, small, f'backbones.resnet="{bare}"')
     load_text(small, [f'backbones.resnet="{bare}"', "defaults.pretrained=false"])

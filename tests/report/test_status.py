@@ -20,7 +20,7 @@ from aliprod.plan.open import Opened
 from aliprod.plan.places import Places, resolve
 from aliprod.plan.schema import Plan
 from aliprod.report import status
-from aliprod.store import commit
+from aliprod.store import commit, epochs
 
 PLAN = """\
 format = 1
@@ -95,6 +95,7 @@ def test_nothing_is_known_of_jobs_that_have_not_begun(shop: Shop) -> None:
         "epoch": 0,
         "epochs": 4,
         "top1_error": None,
+        "kind": None,
         "images_per_second": None,
         "eta_seconds": 20.0,
         "gain": None,
@@ -222,6 +223,24 @@ def test_a_line_names_the_job_and_what_came_of_it() -> None:
     )
 
 
+def test_an_error_is_of_the_weights_that_are_picked_and_says_which(shop: Shop) -> None:
+    line = {"epoch": 0, "train/loss": 1.0, "val/top1_error": 0.4792, "val/top1_error_raw_restated": 0.3958}
+    named = "top-1 error 39.58% (norm statistics taken anew)"
+    assert f"epoch 1: loss 1.0000, {named}, " in status.line(Reported("net/full", line), 0)
+    record = {"seconds": 1.0, "top1_error": 0.3958, "best_epoch": 0, "kind": "raw_restated"}
+    assert status.line(Changed("net/full", "finished", record=record, seconds=9.0), 0).endswith(f"{named} of epoch 1")
+    (shop.folder("net/full")).mkdir(parents=True)
+    (shop.folder("net/full") / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    running = status.states(shop.opened, told(shop.opened), {})
+    assert (running[0]["top1_error"], running[0]["kind"]) == (0.3958, "raw_restated")
+    row = status.states_table(running).splitlines()[2]
+    assert row.endswith("norm statistics taken anew")
+    assert "39.58" in row
+    equal = line | {"val/top1_error_averaged": 0.3958}
+    assert epochs.error(equal) == (0.3958, "averaged"), "of equals the later one, as training picks"
+    assert epochs.error({"epoch": 0}) == (None, "raw")
+
+
 def test_a_line_tells_when_a_task_begins_and_ends() -> None:
     task = Task("net/full test", "soft_labels", "net/full", ("a",), 100.0)
     assert status.line(task, 0).endswith("net/full test              soft labels begins")
@@ -233,6 +252,11 @@ def test_an_epoch_is_counted_from_one_for_people() -> None:
     assert status.line(Reported("net/full", line), 0).endswith("epoch 1: loss 1.2500, top-1 error 50.00%, 100 images/s")
     unscored = {"epoch": 1, "train/loss": 1.25, "speed/images_per_second": 99.6}
     assert status.line(Reported("net/full", unscored), 0).endswith("epoch 2: loss 1.2500, 100 images/s")
+
+
+def test_nothing_is_less_than_nothing() -> None:
+    assert status.gain({"gain": -1e-6, "gain_interval": [-4e-5, 1e-6]}) == "+0.00 points (+0.00 to +0.00)"
+    assert status.gain({"gain": -1e-4, "gain_interval": [-1, 6e-5]}) == "-0.01 points (-100.00 to +0.01)"
 
 
 def test_what_was_said_is_told_and_the_end_is_not_a_line() -> None:

@@ -211,6 +211,30 @@ def test_a_job_that_fails_for_good_stops_its_descendants_alone(whole: Run, clust
     assert "Traceback" not in process.stderr
 
 
+def test_an_ensemble_is_made_where_what_failed_is_none_of_its_members(whole: Run, cluster: Any, plan: Path) -> None:
+    sets = ["--set", "stages.dcl.optimizer.weight_decay=1e38", "--set", 'name="unrelated"']
+    sets += ["--set", 'ensemble.members=["resnet/lio", "efficientnet/full"]', "--storage", str(whole.storage), "--json"]
+    process = cluster.aliprod("run", plan, *sets)
+    outcome = last_line(process)
+    assert (process.returncode, outcome["failed"], outcome["not_run"]) == (1, ["resnet/dcl"], ["resnet/accuracy"])
+    assert set(outcome["ensemble"]["members"]) == {"resnet/lio", "efficientnet/full"}
+    assert "The ensemble was made: it needs none of them." in process.stderr
+
+    def told() -> dict[str, tuple[str, str | None]]:
+        return {
+            job["name"]: (job["state"], job["reason"])
+            for job in last_line(cluster.aliprod("status", plan, *sets))["jobs"]
+        }
+
+    before = told()
+    state, reason = before["resnet/dcl"]
+    assert (state, before["resnet/accuracy"]) == ("failed", ("not_run", "resnet/dcl failed"))
+    assert "not finite" in str(reason)
+    again = cluster.aliprod("ensemble", plan, *sets)
+    assert (again.returncode, last_line(again)) == (0, outcome["ensemble"])
+    assert told() == before, "what failed is still known"
+
+
 def test_the_ensemble_takes_the_version_that_a_person_has_chosen(whole: Run, cluster: Any, plan: Path) -> None:
     client, model = mlflow_of(whole.storage), "tiny.resnet.accuracy"
     [last] = [one for one in client.search_model_versions(f"name = '{model}'") if one.tags["checkpoint"] == "last"]

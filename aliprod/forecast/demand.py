@@ -1,0 +1,87 @@
+"""What the unfinished rest of a plan takes of disks and GPUs, job by job, without torch.
+
+Left out: ids, metrics, hashes, heads of objectives, copies of a backbone's last block (BBN): a per cent of most plans.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aliprod.build.graph import targets
+from aliprod.build.target import Target, lacking
+from aliprod.catalogue import shards
+from aliprod.forecast.rates import branches
+from aliprod.forecast.seconds import UNKNOWN, Estimates
+from aliprod.forecast.simulate import STARTING_SECONDS
+from aliprod.plan import networks
+from aliprod.plan.jobs import Job
+from aliprod.plan.open import Opened
+
+_MOMENTS = {"sgd": 1, "adamw": 2, "lamb": 2, "lion": 1, "muon": 1}  # that an optimizer keeps of each weight
+_NOBODY_KNOWS = networks.Network(UNKNOWN, UNKNOWN, ())
+
+
+@dataclass(frozen=True)
+class Demand:
+    """NaN: a network that is not in the list, a rate that nobody has measured. Of jobs; under "" the whole plan's.
+
+    Attributes:
+        todo: what is to be made.
+        kept: bytes that stay in the storage folder. resume: those of a job's two checkpoints, while it trains.
+        cache: bytes of a prepared catalogue on the own disk of each machine.
+        gpu_hours: with the fewest ranks; where jobs run on CPUs, hours of ranks.
+    """
+
+    todo: Mapping[str, Target]
+    kept: Mapping[str, float]
+    resume: Mapping[str, float]
+    cache: int
+    gpu_hours: Mapping[str, float]
+
+
+def demand(opened: Opened) -> Demand:
+    """Count what a run would make. Refused: there is no catalogue."""
+    catalogue, todo = opened.read_catalogue(), lacking(targets(opened, gpu=True), opened.places.storage)
+    estimates, resume = Estimates(opened), dict[str, float]()
+    kept, hours = defaultdict[str, float](float), defaultdict[str, float](float)
+    for target in todo.values():
+        name, seconds = target.job.name if target.job else "", estimates.known(target, target.floor)
+        if target.kind == "training":
+            resume[name], seconds = 2 * _state(target.owner, catalogue.num_classes), seconds + STARTING_SECONDS
+        kept[name] += _bytes(target, opened)
+        hours[name] += seconds * target.floor * target.resources.gpus / 3600
+    splits = shards.manifest(catalogue.root).record.shards.values() if catalogue.prepared else ()
+    return Demand(todo, kept, resume, sum(size for split in splits for _, size in split), hours)
+
+
+def _bytes(target: Target, opened: Opened) -> float:
+    """What a target leaves in the storage folder, MLflow's copy of weights included where that is there."""
+    catalogue = opened.read_catalogue()
+    seen, classes = target.cost.seen, catalogue.num_classes
+    match target.kind:
+        case "training":
+            both = target.owner.stage.epochs > 1 and len(catalogue.val) > 0  # the best and the last
+            return (1 + both) * (2 if opened.places.artifacts else 1) * sum(_weights(target.owner, classes))
+        case "pretrained":
+            return 1000 * (networks.facts(str((target.facts or {})["network"])) or _NOBODY_KNOWS).kilobytes
+        case "prediction":
+            return 2 * seen * classes
+        case "soft_labels":  # an int32 and a float16 of 64 classes: aliprod.data.training_set
+            return 6 * seen * min(64, classes)
+        case "ensemble":
+            return 4 * target.needs["members"][0].cost.seen * classes
+    return 0
+
+
+def _state(job: Job, classes: int) -> float:
+    """A resume checkpoint: the weights, the best so far, their average, and what the optimizer keeps."""
+    backbone, head = _weights(job, classes)
+    trained = head if job.stage.trains == "classifier" else backbone + head
+    weights = (2 + (job.stage.ema is not None)) * (backbone + head)
+    return 0 if job.stage.soup else weights + _MOMENTS[job.stage.optimizer.name] * trained
+
+
+def _weights(job: Job, classes: int) -> tuple[float, float]:
+    """Bytes of a job's backbone, and of its classifier."""
+    found = networks.facts(job.network) or _NOBODY_KNOWS
+    return 1000 * found.kilobytes, 4 * found.features * branches(job) * classes
