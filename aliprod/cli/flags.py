@@ -4,16 +4,20 @@ import functools
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from aliprod.plan.open import Opened, Request
+    from aliprod.processes import Progress
 
+Done = TypeVar("Done")
 Command = Callable[..., None]
 _JSON = "aliprod.json"  # in click's context: whether --json is given
 
@@ -22,7 +26,11 @@ def _keep_json(context: click.Context, _: click.Parameter, value: bool) -> None:
     context.meta[_JSON] = value
 
 
-path = click.Path(path_type=Path)
+def path(text: str) -> Path:
+    """A path whose ``~`` no shell may have made a home folder."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's raises at ~nobody
+
+
 storage_flag = click.option("--storage", type=path, help="Folder of all results. [runs]")
 sets_flag = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan.")
 tracking_flag = click.option("--tracking-uri", help="MLflow. [SQLite in the storage folder]")
@@ -50,6 +58,25 @@ def answer(found: Mapping[str, Any] | None, text: str) -> None:
     """Print a command's answer: as JSON where that is asked for, else the text, where there is one."""
     if text or as_json():
         click.echo(json.dumps(found, ensure_ascii=False) if as_json() else text)
+
+
+def watched(events: "Iterable[Progress | Done]") -> Done:
+    """The last of the events. Until then it is shown on stderr how far it is: one line that is renewed on a terminal, a
+    line now and then in a log."""
+    from aliprod.processes import Progress
+
+    terminal = sys.stderr.isatty()
+    before, after, seconds = ("\r", "\033[K", 0.2) if terminal else ("", "\n", 30.0)
+    began = due = time.monotonic()
+    for event in events:
+        now = time.monotonic()
+        if not isinstance(event, Progress):
+            click.echo("", err=True, nl=terminal and due > began)
+            return event
+        if now >= due or event.images == event.of:
+            click.echo(f"{before}{event.line(now - began)}{after}", err=True, nl=False)
+            due = now + seconds
+    raise ValueError("nothing was done")
 
 
 def cores() -> int:

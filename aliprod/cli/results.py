@@ -8,11 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aliprod.cli.flags import Asked, answer, as_json, json_flag, path, storage_flag, takes_plan, tracking_flag
-from aliprod.errors import Refused
+from aliprod.cli.flags import (
+    Asked,
+    answer,
+    as_json,
+    cores,
+    json_flag,
+    path,
+    storage_flag,
+    takes_plan,
+    tracking_flag,
+    watched,
+)
+from aliprod.errors import Refused, listing
 
 if TYPE_CHECKING:
+    from aliprod.recipe import Views
     from aliprod.store.lineage import Voice
+
+_VIEWS: "dict[str, Views]" = {"ten": "ten_crop", "centre": "center"}
+_ENDINGS = (".csv", ".jsonl", ".parquet")
 
 
 @click.command("report")
@@ -82,26 +97,44 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
 
 @click.command("predict")
 @click.argument("model")
-@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=path)
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
+@click.option("--out", type=path, metavar="FILE", help="Write .csv, .jsonl or .parquet; a killed call goes on.")
+@click.option("--views", type=click.Choice(list(_VIEWS)), default="ten", show_default=True, help="Crops of a picture.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes that are told of a picture.")
 @storage_flag
 @tracking_flag
 @json_flag
-def predict_command(model: str, inputs: tuple[Path, ...], storage: Path | None, tracking_uri: str | None) -> None:
-    """Classify products in files or folders of images. With --json, one object a line.
+def predict_command(model: str, inputs: tuple[str, ...], out: Path | None, views: str, top: int, **places: Any) -> None:
+    """Classify pictures. With --json, one object a line.
 
     MODEL is a weights folder, an address in MLflow (models:/NAME@ALIAS), or a plan, whose ensemble is then asked.
+
+    INPUT is a picture, a folder, a table of paths (CSV, Parquet), or a URI (s3://bucket/folder). What is no picture has
+    an error in its row, and the exit status is 1 then.
 
     \b
     Example: aliprod predict models:/quickstart.resnet50.dcl@member photos/
     """
-    asked = _voices(model, storage, tracking_uri)
-    from aliprod.inference.predict import classify
+    if out and out.suffix not in _ENDINGS:
+        raise Refused("has an ending that says no format.", out, f"Write {listing(_ENDINGS)}.")
+    asked = _voices(model, **places)
+    from aliprod.inference import answers
+    from aliprod.inference.classify import Recogniser, classify
+    from aliprod.inference.pictures import listed
 
-    failed = False
-    for found in classify(asked, inputs):
-        failed |= "error" in found
-        click.echo(json.dumps(found, ensure_ascii=False) if as_json() else _prediction(found))
+    pictures = listed(inputs)
+    recogniser = Recogniser.load(asked, _VIEWS[views], top)
+    if out:
+        done = watched(answers.write(out, recogniser, pictures, lambda left: classify(recogniser, left, cores())))
+        answer(vars(done), f"{done.path}: {done.pictures:,} pictures, {done.unreadable:,} of them unreadable.")
+        failed = done.unreadable
+    else:
+        failed = 0
+        for found in classify(recogniser, pictures, cores()):
+            failed += "error" in found
+            click.echo(json.dumps(found, ensure_ascii=False) if as_json() else _prediction(found))
     if failed:
+        click.echo(f"{failed:,} of {len(pictures):,} pictures cannot be read: see their errors.", err=True)
         sys.exit(1)
 
 
@@ -120,14 +153,15 @@ def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list
         folder = places.default_storage(storage)
         return [Voice(fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models"))]
     if model.endswith(".toml"):
-        asked = Asked(Path(model), (), storage, tracking_uri).request()
+        asked = Asked(Path(model).expanduser(), (), storage, tracking_uri).request()
         if not (found := voices(asked.places.storage, asked.plan.name)):
             raise Refused("has no ensemble in this storage path yet.", f"plan {asked.plan.name}", "Run the plan first.")
         return found
-    if not Path(model).is_dir():
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
         advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
         raise Refused("is no weights folder: there is no such folder.", model, advice)
-    return [Voice(Path(model))]
+    return [Voice(folder)]
 
 
 def _prediction(found: Mapping[str, Any]) -> str:
