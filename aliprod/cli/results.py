@@ -1,6 +1,8 @@
 """The commands that use and explain what a plan has made."""
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ import click
 
 from aliprod.cli.flags import (
     Asked,
+    address_flag,
     answer,
     as_json,
     cores,
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 
 _VIEWS: "dict[str, Views]" = {"ten": "ten_crop", "centre": "center"}
 _ENDINGS = (".csv", ".jsonl", ".parquet")
+_views_flag = click.option(
+    "--views", type=click.Choice(list(_VIEWS)), default="ten", show_default=True, help="Crops of a picture."
+)
+_top_flag = click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to tell.")
 
 
 @click.command("report")
@@ -99,8 +106,8 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
 @click.argument("model")
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option("--out", type=path, metavar="FILE", help="Write .csv, .jsonl or .parquet; a killed call goes on.")
-@click.option("--views", type=click.Choice(list(_VIEWS)), default="ten", show_default=True, help="Crops of a picture.")
-@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes that are told of a picture.")
+@_views_flag
+@_top_flag
 @storage_flag
 @tracking_flag
 @json_flag
@@ -118,6 +125,7 @@ def predict_command(model: str, inputs: tuple[str, ...], out: Path | None, views
     if out and out.suffix not in _ENDINGS:
         raise Refused("has an ending that says no format.", out, f"Write {listing(_ENDINGS)}.")
     asked = _voices(model, **places)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of torch that wait leave their cores to who reads
     from aliprod.inference import answers
     from aliprod.inference.classify import Recogniser, classify
     from aliprod.inference.pictures import listed
@@ -138,6 +146,41 @@ def predict_command(model: str, inputs: tuple[str, ...], out: Path | None, views
         sys.exit(1)
 
 
+@click.command("serve")
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets everybody in who reaches it.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option(
+    "--replicas", default=1, show_default=True, type=click.IntRange(1), help="A GPU each, where there are any."
+)
+@_views_flag
+@_top_flag
+@storage_flag
+@tracking_flag
+@address_flag
+def serve_command(
+    model: str, views: str, top: int, storage: Path | None, tracking_uri: str | None, **where: Any
+) -> None:
+    """Answer for pictures over HTTP, and on a page. Needs the extra `serve`.
+
+    MODEL is as for predict. Another version that models:/NAME@ALIAS comes to mean is swapped in within seconds.
+
+    \b
+    Example: aliprod serve models:/quickstart.resnet50.dcl@member
+    """
+    from aliprod.plan.places import default_storage
+
+    place = model if model.startswith("models:/") else os.path.abspath(os.path.expanduser(model))  # noqa: PTH100, PTH111
+    find = functools.partial(_voices, place, default_storage(storage), tracking_uri)
+    find()  # what is wrong with it is said before anything is started
+    try:
+        from aliprod.cluster.serve import Serving, run
+    except ImportError as error:
+        advice = "Install it: pip install -c constraints.txt -e '.[serve]'"
+        raise Refused(f"the extra serve is not installed ({error}).", advice=advice) from error
+    run(Serving(model, find, _VIEWS[views], top), **where)
+
+
 def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list[Voice]":
     """The weights folders that MODEL names, and what each counts.
 
@@ -151,7 +194,7 @@ def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list
         from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
 
         folder = places.default_storage(storage)
-        return [Voice(fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models"))]
+        return [fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models")]
     if model.endswith(".toml"):
         asked = Asked(Path(model).expanduser(), (), storage, tracking_uri).request()
         if not (found := voices(asked.places.storage, asked.plan.name)):
