@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Progress:
+class ReadProgress:
     """So many images ``of`` all are done, ``found`` of them by an earlier call that was cut short."""
 
     images: int

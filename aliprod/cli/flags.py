@@ -15,7 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from aliprod.plan.open import Opened, Request
-    from aliprod.processes import Progress
+    from aliprod.processes import ReadProgress
 
 Done = TypeVar("Done")
 Command = Callable[..., None]
@@ -60,17 +60,17 @@ def answer(found: Mapping[str, Any] | None, text: str) -> None:
         click.echo(json.dumps(found, ensure_ascii=False) if as_json() else text)
 
 
-def watched(events: "Iterable[Progress | Done]") -> Done:
+def watched(events: "Iterable[ReadProgress | Done]") -> Done:
     """The last of the events. Until then it is shown on stderr how far it is: one line that is renewed on a terminal, a
     line now and then in a log."""
-    from aliprod.processes import Progress
+    from aliprod.processes import ReadProgress
 
     terminal = sys.stderr.isatty()
     before, after, seconds = ("\r", "\033[K", 0.2) if terminal else ("", "\n", 30.0)
     began = due = time.monotonic()
     for event in events:
         now = time.monotonic()
-        if not isinstance(event, Progress):
+        if not isinstance(event, ReadProgress):
             click.echo("", err=True, nl=terminal and due > began)
             return event
         if now >= due or event.images == event.of:

@@ -121,7 +121,8 @@ class Endpoint:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             return await self._answer(version, await request.body())
         async with request.form() as form:
-            files = [(file.filename, await file.read()) for file in form.values() if isinstance(file, UploadFile)]
+            parts = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+            files = [(part.filename, await part.read()) for part in parts]
         if not files:
             return {"error": "The form holds no file."}
         found = await asyncio.gather(*(self._answer(version, content) for _, content in files))

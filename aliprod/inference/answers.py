@@ -20,7 +20,7 @@ from pyarrow import csv
 
 from aliprod.inference.classify import CHUNK, Answer, Recogniser
 from aliprod.inference.pictures import Picture
-from aliprod.processes import Progress
+from aliprod.processes import ReadProgress
 from aliprod.store import commit
 
 _ROWS = 4096  # that are written at once
@@ -37,7 +37,7 @@ class Answered:
 
 def write(
     out: Path, recogniser: Recogniser, pictures: Sequence[Picture], ask: Callable[[Sequence[Picture]], Iterator[Answer]]
-) -> Iterator[Progress | Answered]:
+) -> Iterator[ReadProgress | Answered]:
     """Write what ``ask`` answers to ``out``, whose ending says how. Whole chunks of pictures are kept from a call that
     was killed, as far as the pictures are still the same, and so is the model: the bytes are those of a single call.
 
@@ -56,7 +56,7 @@ def write(
             with commit.storage(out):
                 file.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             done, broken = done + 1, broken + ("error" in answer)
-            yield Progress(done, len(pictures), found, broken)
+            yield ReadProgress(done, len(pictures), found, broken)
     with commit.storage(out):
         fresh = out.with_name(f".{out.name}.partial")
         with unfinished.open("rb") as lines:

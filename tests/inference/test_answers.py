@@ -20,7 +20,7 @@ from aliprod.inference.pictures import Picture, listed
 from aliprod.inference.predict import Ready
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
-from aliprod.processes import Progress
+from aliprod.processes import ReadProgress
 from aliprod.store.lineage import Voice
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -64,7 +64,7 @@ def done(out: Path, recogniser: Recogniser, pictures: Sequence[Picture]) -> list
 
     *progress, last = write(out, recogniser, pictures, ask)
     assert last == Answered(str(out), len(pictures), 1)
-    assert [one.images for one in progress if isinstance(one, Progress)] == list(
+    assert [one.images for one in progress if isinstance(one, ReadProgress)] == list(
         range(len(pictures) - asked[0] + 1, len(pictures) + 1)
     )
     return asked
