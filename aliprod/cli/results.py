@@ -150,9 +150,7 @@ def predict_command(model: str, inputs: tuple[str, ...], out: Path | None, views
 @click.argument("model")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets everybody in who reaches it.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
-@click.option(
-    "--replicas", default=1, show_default=True, type=click.IntRange(1), help="A GPU each, where there are any."
-)
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1), help="A GPU or a core each.")
 @_views_flag
 @_top_flag
 @storage_flag
@@ -168,10 +166,13 @@ def serve_command(
     \b
     Example: aliprod serve models:/quickstart.resnet50.dcl@member
     """
-    from aliprod.plan.places import default_storage
+    from aliprod.plan.places import default_storage, default_tracking_uri
 
-    place = model if model.startswith("models:/") else os.path.abspath(os.path.expanduser(model))  # noqa: PTH100, PTH111
-    find = functools.partial(_voices, place, default_storage(storage), tracking_uri)
+    place = model if model.startswith("models:/") else str(path(model).absolute())  # replicas have other folders
+    folder = default_storage(storage)
+    if place.endswith(".toml"):
+        folder = Asked(Path(place), (), storage, tracking_uri).request().places.storage
+    find = functools.partial(_voices, place, folder, default_tracking_uri(folder, tracking_uri))
     find()  # what is wrong with it is said before anything is started
     try:
         from aliprod.cluster.serve import Serving, run
@@ -196,11 +197,11 @@ def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list
         folder = places.default_storage(storage)
         return [fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models")]
     if model.endswith(".toml"):
-        asked = Asked(Path(model).expanduser(), (), storage, tracking_uri).request()
+        asked = Asked(path(model), (), storage, tracking_uri).request()
         if not (found := voices(asked.places.storage, asked.plan.name)):
             raise Refused("has no ensemble in this storage path yet.", f"plan {asked.plan.name}", "Run the plan first.")
         return found
-    folder = Path(model).expanduser()
+    folder = path(model)
     if not folder.is_dir():
         advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
         raise Refused("is no weights folder: there is no such folder.", model, advice)

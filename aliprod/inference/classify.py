@@ -101,10 +101,10 @@ def squares(sizes: set[Size], source: Path | bytes) -> Squares:
 
 
 def _read(sizes: set[Size], pictures: Sequence[Picture]) -> list[Squares | str]:
-    return [_squares_or_reason(sizes, picture) for picture in pictures]
+    return [_seen(sizes, picture) for picture in pictures]
 
 
-def _squares_or_reason(sizes: set[Size], picture: Picture) -> Squares | str:
+def _seen(sizes: set[Size], picture: Picture) -> Squares | str:
     try:
         return squares(sizes, picture.source())
     except Unreadable as reason:
