@@ -4,7 +4,7 @@ JPEGs of 400 x 300 pixels in one folder, a small network (mobilenetv3_small_050 
 centre crop. Memory: the most that the command and its processes hold together (PSS, so that what they share counts
 once), asked ten times a second.
 
-    python benchmarks/many_pictures.py [--files 2000]
+    OMP_WAIT_POLICY=passive python benchmarks/many_pictures.py [--files 2000]
 """
 
 import argparse

@@ -4,7 +4,7 @@ The network and the pictures are those of many_pictures.py. First the network al
 squared) in threads, in this process: no server can do more. Then a server on a local Ray and clients beside it on the
 same cores, each of which sends a picture as soon as it has its answer. Then bad uploads: cut short, random, empty.
 
-    python benchmarks/serve.py [--seconds 15] [--clients 32] [--bad 10000]
+    OMP_WAIT_POLICY=passive python benchmarks/serve.py [--seconds 15] [--clients 32] [--bad 10000]
 """
 
 import argparse
@@ -28,7 +28,8 @@ import aiohttp
 from many_pictures import bare_rate, picture, small_network
 from ratio import header
 
-from aliprod.inference.classify import CHUNK, Recogniser, squares
+from aliprod.inference.classify import CHUNK, Recogniser
+from aliprod.inference.pictures import squares
 from aliprod.store.lineage import Voice
 
 

@@ -35,7 +35,8 @@ from aliprod.catalogue.decode import Unreadable
 from aliprod.cluster.session import join
 from aliprod.cluster.signals import Signals
 from aliprod.errors import AliprodError, Failed, Refused
-from aliprod.inference.classify import CHUNK, Answer, Recogniser, Squares, squares
+from aliprod.inference.classify import CHUNK, Answer, Recogniser
+from aliprod.inference.pictures import Squares, squares
 from aliprod.recipe import Views
 from aliprod.store.lineage import Voice
 

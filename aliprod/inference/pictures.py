@@ -1,15 +1,25 @@
-"""What is to be classified: pictures, folders and tables of them, on this machine or elsewhere."""
+"""What is to be classified: pictures, folders and tables of them, on this machine or elsewhere.
+
+Processes that read them import this and no network.
+"""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from aliprod.catalogue import tables
 from aliprod.catalogue.annotations import PICTURE_SUFFIXES
+from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
+from aliprod.data.augment import square
 from aliprod.errors import Refused, listing
+
+Size = tuple[int, str]  # the side to which a picture is squared, in pixels, and the interpolation
+Squares = Mapping[Size, np.ndarray]  # a picture at each size that is asked for: (3, side, side) uint8
 
 
 class Picture(NamedTuple):
@@ -40,6 +50,24 @@ def listed(inputs: Sequence[str]) -> list[Picture]:
     if not found:
         raise Refused("holds no picture.", listing(inputs), f"Pictures are {listing(PICTURE_SUFFIXES)}.")
     return found
+
+
+def read(sizes: set[Size], pictures: Sequence[Picture]) -> list[Squares | str]:
+    """Each picture at these sizes, or why it cannot be read."""
+    return [_seen(sizes, picture) for picture in pictures]
+
+
+def squares(sizes: set[Size], source: Path | bytes) -> Squares:
+    """A picture at each of these sizes. Unreadable: as `decode`."""
+    image = decode(source)
+    return {size: square(image, *size).numpy() for size in sizes}
+
+
+def _seen(sizes: set[Size], picture: Picture) -> Squares | str:
+    try:
+        return squares(sizes, picture.source())
+    except Unreadable as reason:
+        return str(reason)
 
 
 def _below(given: str) -> Iterator[Picture]:
