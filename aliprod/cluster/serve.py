@@ -176,7 +176,8 @@ def run(serving: Serving, host: str, port: int, replicas: int, address: str | No
     except RuntimeError as error:
         raise Failed(f"Ray Serve could not start it: {str(error).strip().splitlines()[-1]}", serving.model) from error
     finally:
-        serve.delete(_APP)
+        if address:  # else all of it ends with Ray
+            serve.delete(_APP)
         ray.shutdown()
 
 

@@ -48,7 +48,8 @@ def listed(inputs: Sequence[str]) -> list[Picture]:
     """
     found = [picture for given in inputs for picture in _below(given)]
     if not found:
-        raise Refused("holds no picture.", listing(inputs), f"Pictures are {listing(PICTURE_SUFFIXES)}.")
+        shown = listing(RemoteFolder(one).shown if "://" in one else one for one in inputs)
+        raise Refused("holds no picture.", shown, f"Pictures are {listing(PICTURE_SUFFIXES)}.")
     return found
 
 
