@@ -20,6 +20,23 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class ReadProgress:
+    """So many images ``of`` all are done, ``found`` of them by an earlier call that was cut short."""
+
+    images: int
+    of: int
+    found: int
+    broken: int
+
+    def line(self, seconds: float) -> str:
+        """For a terminal, after so many seconds."""
+        here = self.images - self.found
+        left = f"{seconds * (self.of - self.images) / here:,.0f} s left" if here else "..."
+        found = f", {self.found:,} found" if self.found else ""
+        return f"{self.images:,} of {self.of:,} images{found}, {self.broken:,} unreadable, {left}"
+
+
+@dataclass(frozen=True)
 class Pool:
     """``executor``: None where this process works alone. ``bystanders``: its children that were there before."""
 

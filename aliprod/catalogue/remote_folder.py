@@ -53,6 +53,12 @@ class RemoteFolder:
             except FileNotFoundError as error:
                 raise Unreadable("is not there") from error
 
+    def files(self) -> list[str]:
+        """The names of all files below, sorted."""
+        with self._opened() as folder:
+            found = folder.get_file_info(fs.FileSelector("", recursive=True))
+        return sorted(info.path for info in found if info.type == fs.FileType.File)
+
     def outline(self, local: Path) -> None:
         """Write into ``local`` what `sources.read` looks at: annotations, and the names of folders and pictures.
 

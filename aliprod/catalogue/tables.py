@@ -53,9 +53,20 @@ def from_tables(root: Path, tables: Mapping[str, Path], columns: Mapping[str, st
             notes = []
 
 
+def paths(file: Path) -> Iterator[str]:
+    """The paths of a table that need have no class. Refused: it cannot be read, or lacks a column of paths."""
+    header, cells = _opened(file)
+    column = _chosen(file, header, {}, ("path",))["path"]
+    return (path for _, (path,) in cells([column]))
+
+
+def _opened(file: Path) -> tuple[list[str], Cells]:
+    return (_parquet if file.suffix.lower() == ".parquet" else _csv)(file)
+
+
 def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], notes: list[str]) -> dict[str, list[Line]]:
     """The lines of a table, by split."""
-    header, cells = (_parquet if file.suffix.lower() == ".parquet" else _csv)(file)
+    header, cells = _opened(file)
     chosen = _chosen(file, header, columns, ("path",) if split == "test" else ("path", "class", *columns))
     if not alone:  # each table is a split
         chosen.pop("split", None)

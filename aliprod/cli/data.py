@@ -1,20 +1,16 @@
 """The commands that make, check and prepare catalogues."""
 
-import sys
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from aliprod.cli.flags import answer, cores, json_flag, path, takes
+from aliprod.cli.flags import answer, cores, json_flag, path, takes, watched
 from aliprod.errors import Refused
 
 if TYPE_CHECKING:
     from aliprod.catalogue.sources import Reading
-    from aliprod.ingest.prepare import PreparedCatalogue, PrepareProgress
 
 
 @click.group("data")
@@ -121,23 +117,5 @@ def prepare_command(
     """
     from aliprod.ingest.prepare import Settings, prepare
 
-    done = _watched(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores(), asked.reading()))
+    done = watched(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores(), asked.reading()))
     answer(done.as_json(), done.text())
-
-
-def _watched(events: "Iterable[PrepareProgress | PreparedCatalogue]") -> "PreparedCatalogue":
-    """Show on stderr how far it is: one line that is renewed on a terminal, a line now and then in a log."""
-    from aliprod.ingest.prepare import PreparedCatalogue
-
-    terminal = sys.stderr.isatty()
-    before, after, seconds = ("\r", "\033[K", 0.2) if terminal else ("", "\n", 30.0)
-    began = due = time.monotonic()
-    for event in events:
-        now = time.monotonic()
-        if isinstance(event, PreparedCatalogue):
-            click.echo("", err=True, nl=terminal and due > began)
-            return event
-        if now >= due or event.images == event.of:
-            click.echo(f"{before}{event.line(now - began)}{after}", err=True, nl=False)
-            due = now + seconds
-    raise ValueError("nothing was prepared")

@@ -4,10 +4,12 @@ import functools
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,7 +17,9 @@ from aliprod.cli.completion import ExpandedPath, plans
 
 if TYPE_CHECKING:
     from aliprod.plan.open import Opened, Request
+    from aliprod.processes import ReadProgress
 
+Done = TypeVar("Done")
 Command = Callable[..., None]
 _JSON = "aliprod.json"  # in click's context: whether --json is given
 
@@ -53,6 +57,25 @@ def answer(found: Mapping[str, Any] | None, text: str) -> None:
     """Print a command's answer: as JSON where that is asked for, else the text, where there is one."""
     if text or as_json():
         click.echo(json.dumps(found, ensure_ascii=False) if as_json() else text)
+
+
+def watched(events: "Iterable[ReadProgress | Done]") -> Done:
+    """The last of the events. Until then it is shown on stderr how far it is: one line that is renewed on a terminal, a
+    line now and then in a log."""
+    from aliprod.processes import ReadProgress
+
+    terminal = sys.stderr.isatty()
+    before, after, seconds = ("\r", "\033[K", 0.2) if terminal else ("", "\n", 30.0)
+    began = due = time.monotonic()
+    for event in events:
+        now = time.monotonic()
+        if not isinstance(event, ReadProgress):
+            click.echo("", err=True, nl=terminal and due > began)
+            return event
+        if now >= due or event.images == event.of:
+            click.echo(f"{before}{event.line(now - began)}{after}", err=True, nl=False)
+            due = now + seconds
+    raise ValueError("nothing was done")
 
 
 def cores() -> int:

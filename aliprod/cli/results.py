@@ -1,6 +1,8 @@
 """The commands that use and explain what a plan has made."""
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aliprod.cli.flags import Asked, answer, as_json, json_flag, path, storage_flag, takes_plan, tracking_flag
-from aliprod.errors import Refused
+from aliprod.cli.flags import (
+    Asked,
+    address_flag,
+    answer,
+    as_json,
+    cores,
+    json_flag,
+    path,
+    storage_flag,
+    takes_plan,
+    tracking_flag,
+    watched,
+)
+from aliprod.errors import Refused, listing
 
 if TYPE_CHECKING:
+    from aliprod.recipe import Views
     from aliprod.store.lineage import Voice
+
+_VIEWS: "dict[str, Views]" = {"ten": "ten_crop", "centre": "center"}
+_ENDINGS = (".csv", ".jsonl", ".parquet")
+_views_flag = click.option(
+    "--views", type=click.Choice(list(_VIEWS)), default="ten", show_default=True, help="Crops of a picture."
+)
+_top_flag = click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to tell.")
 
 
 @click.command("report")
@@ -82,27 +104,82 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
 
 @click.command("predict")
 @click.argument("model")
-@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=path)
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
+@click.option("--out", type=path, metavar="FILE", help="Write .csv, .jsonl or .parquet; a killed call goes on.")
+@_views_flag
+@_top_flag
 @storage_flag
 @tracking_flag
 @json_flag
-def predict_command(model: str, inputs: tuple[Path, ...], storage: Path | None, tracking_uri: str | None) -> None:
-    """Classify products in files or folders of images. With --json, one object a line.
+def predict_command(model: str, inputs: tuple[str, ...], out: Path | None, views: str, top: int, **places: Any) -> None:
+    """Classify pictures. With --json, one object a line.
 
     MODEL is a weights folder, an address in MLflow (models:/NAME@ALIAS), or a plan, whose ensemble is then asked.
+
+    INPUT is a picture, a folder, a table of paths (CSV, Parquet), or a URI (s3://bucket/folder). What is no picture has
+    an error in its row, and the exit status is 1 then.
 
     \b
     Example: aliprod predict models:/quickstart.resnet50.dcl@member photos/
     """
-    asked = _voices(model, storage, tracking_uri)
-    from aliprod.inference.predict import classify
+    if out and out.suffix not in _ENDINGS:
+        raise Refused("has an ending that says no format.", out, f"Write {listing(_ENDINGS)}.")
+    asked = _voices(model, **places)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of torch that wait leave their cores to who reads
+    from aliprod.inference import answers
+    from aliprod.inference.classify import Recogniser, classify
+    from aliprod.inference.pictures import listed
 
-    failed = False
-    for found in classify(asked, inputs):
-        failed |= "error" in found
-        click.echo(json.dumps(found, ensure_ascii=False) if as_json() else _prediction(found))
+    pictures = listed(inputs)
+    recogniser = Recogniser.load(asked, _VIEWS[views], top)
+    if out:
+        done = watched(answers.write(out, recogniser, pictures, lambda left: classify(recogniser, left, cores())))
+        answer(vars(done), f"{done.path}: {done.pictures:,} pictures, {done.unreadable:,} of them unreadable.")
+        failed = done.unreadable
+    else:
+        failed = 0
+        for found in classify(recogniser, pictures, cores()):
+            failed += "error" in found
+            click.echo(json.dumps(found, ensure_ascii=False) if as_json() else _prediction(found))
     if failed:
+        click.echo(f"{failed:,} of {len(pictures):,} pictures cannot be read: see their errors.", err=True)
         sys.exit(1)
+
+
+@click.command("serve")
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets everybody in who reaches it.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1), help="A GPU or a core each.")
+@_views_flag
+@_top_flag
+@storage_flag
+@tracking_flag
+@address_flag
+def serve_command(
+    model: str, views: str, top: int, storage: Path | None, tracking_uri: str | None, **where: Any
+) -> None:
+    """Answer for pictures over HTTP, and on a page. Needs the extra `serve`.
+
+    MODEL is as for predict. Another version that models:/NAME@ALIAS comes to mean is swapped in within seconds.
+
+    \b
+    Example: aliprod serve models:/quickstart.resnet50.dcl@member
+    """
+    from aliprod.plan.places import default_storage, default_tracking_uri
+
+    place = model if model.startswith("models:/") else str(path(model).absolute())  # replicas have other folders
+    folder = default_storage(storage)
+    if place.endswith(".toml"):
+        folder = Asked(Path(place), (), storage, tracking_uri).request().places.storage
+    find = functools.partial(_voices, place, folder, default_tracking_uri(folder, tracking_uri))
+    find()  # what is wrong with it is said before anything is started
+    try:
+        from aliprod.cluster.serve import Serving, run
+    except ImportError as error:
+        advice = "Install it: pip install -c constraints.txt -e '.[serve]'"
+        raise Refused(f"the extra serve is not installed ({error}).", advice=advice) from error
+    run(Serving(model, find, _VIEWS[views], top), **where)
 
 
 def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list[Voice]":
@@ -118,16 +195,17 @@ def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list
         from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
 
         folder = places.default_storage(storage)
-        return [Voice(fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models"))]
+        return [fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models")]
     if model.endswith(".toml"):
-        asked = Asked(Path(model), (), storage, tracking_uri).request()
+        asked = Asked(path(model), (), storage, tracking_uri).request()
         if not (found := voices(asked.places.storage, asked.plan.name)):
             raise Refused("has no ensemble in this storage path yet.", f"plan {asked.plan.name}", "Run the plan first.")
         return found
-    if not Path(model).is_dir():
+    folder = path(model)
+    if not folder.is_dir():
         advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
         raise Refused("is no weights folder: there is no such folder.", model, advice)
-    return [Voice(Path(model))]
+    return [Voice(folder)]
 
 
 def _prediction(found: Mapping[str, Any]) -> str:

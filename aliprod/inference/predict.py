@@ -1,37 +1,29 @@
 """Probabilities of images: one forward path for validation, test-time augmentation and files of any kind."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
-from aliprod.catalogue.annotations import PICTURE_SUFFIXES
 from aliprod.catalogue.catalogue import Catalogue, Images
-from aliprod.catalogue.decode import Unreadable, decode
-from aliprod.data.augment import normalise, square
+from aliprod.data.augment import normalise
 from aliprod.data.loader import Feed, squared_batches
-from aliprod.errors import Refused, listing
 from aliprod.inference.metrics import mean_class_error
-from aliprod.inference.probabilities import tempered
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
 from aliprod.recipe import Stage, Views
 from aliprod.store.epochs import TOP1
-from aliprod.store.lineage import Voice
 from aliprod.store.resumable import SHARD_STEP
 
 # Pictures in one forward pass, 256 or 320 crops: they bound the memory of activations, and divide a shard's rows. The
 # last batch of a split may be smaller: no padding, since nothing here compiles or tunes itself for a shape.
 BATCH = {"center": SHARD_STEP, "ten_crop": SHARD_STEP // 8}
-_TOP = 5  # classes that are said of a file
 
 
 @dataclass(frozen=True)
@@ -134,60 +126,3 @@ def top1_errors(
         TOP1: float(error),
         "val/top1_error_per_image": float((labels != everywhere.cpu()).double().mean()),
     }
-
-
-def classify(voices: Sequence[Voice], inputs: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Classify each picture in files and folders by the weighted mean of what folders of weights say.
-
-    Yields:
-        path, class_id, name, probability and the top five; or path and error, for what is no picture.
-    Raises:
-        Refused: there is no picture; a folder holds no weights, or they know other classes than the first.
-    """
-    paths = [path for given in inputs for path in _files(given)]
-    if not paths:
-        raise Refused("holds no picture.", listing(map(str, inputs)), f"Pictures are {listing(PICTURE_SUFFIXES)}.")
-    members = [ready(voice.folder) for voice in voices]
-    for voice, member in zip(voices, members, strict=True):
-        if member.classes.ids != members[0].classes.ids:
-            raise Refused("knows other classes than the first member.", voice.folder, "Run the plan again.")
-    for low in range(0, len(paths), BATCH["ten_crop"]):
-        some = paths[low : low + BATCH["ten_crop"]]
-        seen = [_decoded(path) for path in some]
-        pictures = [picture for picture in seen if isinstance(picture, Image.Image)]
-        answers = iter(_answers(pictures, members, voices) if pictures else ())
-        for path, picture in zip(some, seen, strict=True):
-            yield {"path": str(path), **({"error": picture} if isinstance(picture, str) else next(answers))}
-
-
-def _files(given: Path) -> list[Path]:
-    if given.is_dir():
-        return sorted(path for path in given.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
-    return [given]
-
-
-def _decoded(path: Path) -> Image.Image | str:
-    try:
-        return decode(path)
-    except Unreadable as reason:
-        return str(reason)
-
-
-def _answers(
-    pictures: Sequence[Image.Image], members: Sequence[Ready], voices: Sequence[Voice]
-) -> Iterator[dict[str, Any]]:
-    """What each picture shows, by the weighted mean of the members' ten-crop probabilities in float32."""
-    classes, total = members[0].classes, torch.zeros(())
-    for member, voice in zip(members, voices, strict=True):
-        config, feed = member.config, replace(member.feed, dtype=torch.float32)
-        pixels = torch.stack([square(picture, config.resize, config.interpolation) for picture in pictures])
-        seen = look(member.model, pixels.to(feed.device), config.crop, "ten_crop", feed).cpu()
-        seen = seen if voice.temperature is None else tempered(seen, voice.temperature).float()
-        total = total + seen * (voice.weight / sum(one.weight for one in voices))
-    for row in total:
-        values, places = row.topk(min(_TOP, len(row)))
-        top = [
-            {"class_id": classes.ids[place], "name": classes.names[place], "probability": round(value, 6)}
-            for value, place in zip(values.tolist(), places.tolist(), strict=True)
-        ]
-        yield {**top[0], "top": top}

@@ -32,7 +32,7 @@ from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
 from aliprod.catalogue.sources import PLAIN, Reading, read
 from aliprod.errors import Refused
 from aliprod.ingest.check import first_picture, judged, not_listed
-from aliprod.processes import Pool, pool
+from aliprod.processes import Pool, ReadProgress, pool
 from aliprod.store import commit
 from aliprod.store.keys import key_of
 
@@ -53,23 +53,6 @@ class Settings:
 
     short_side: int = 512
     quality: int = 90
-
-
-@dataclass(frozen=True)
-class PrepareProgress:
-    """So many images ``of`` all are done, ``found`` of them by an earlier call that was cut short."""
-
-    images: int
-    of: int
-    found: int
-    broken: int
-
-    def line(self, seconds: float) -> str:
-        """For a terminal, after so many seconds."""
-        here = self.images - self.found
-        left = f"{seconds * (self.of - self.images) / here:,.0f} s left" if here else "..."
-        found = f", {self.found:,} found" if self.found else ""
-        return f"{self.images:,} of {self.of:,} images{found}, {self.broken:,} unreadable, {left}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +86,7 @@ def prepare(
     max_skipped: float = 0.5,
     processes: int = 1,
     reading: Reading = PLAIN,
-) -> Iterator[PrepareProgress | PreparedCatalogue]:
+) -> Iterator[ReadProgress | PreparedCatalogue]:
     """Write the shards of a catalogue; what is written already, by a call that was killed, is verified and kept.
 
     Args:
@@ -150,7 +133,7 @@ def _catalogue(source: Path | RemoteFolder, reading: Reading) -> Iterator[Catalo
 
 def _prepare(
     catalogue: Catalogue, out: Path, settings: Settings, max_skipped: float, processes: int
-) -> Iterator[PrepareProgress]:
+) -> Iterator[ReadProgress]:
     work = out.parent / f".{out.name}.preparing"
     with commit.storage(out):
         if out.exists() and not (out / commit.MANIFEST).exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -180,14 +163,14 @@ class _Run:
         self.of, self.found = self.images + sum(map(len, catalogue.splits)), 0
         self.sizes: dict[str, list[tuple[int, int]]] = {}  # of each split: rows and bytes of JPEG in each shard
 
-    def write(self, out: Path) -> Iterator[PrepareProgress]:
+    def write(self, out: Path) -> Iterator[ReadProgress]:
         """Make all shards, and ``out`` of them."""
         train = yield from self._make(self.catalogue.train)
         val = yield from self._make(self._of_classes(train))
         yield from self._make(self.catalogue.test)
         self._publish(out, _without_empty_classes(replace(self.catalogue, train=train, val=val, prepared="")))
 
-    def _make(self, images: Images) -> Generator[PrepareProgress, None, Images]:
+    def _make(self, images: Images) -> Generator[ReadProgress, None, Images]:
         """Make the shards of a split; the images that are in them."""
         left_out: list[int] = []
         sizes = self.sizes[images.split] = []
@@ -204,7 +187,7 @@ class _Run:
             self.images += result.rows
             self.found += result.rows if result.found else 0
             self._count_broken(result.problems, len(result.left_out) + result.shown_anyway)
-            yield PrepareProgress(self.images, self.of, self.found, self.broken)
+            yield ReadProgress(self.images, self.of, self.found, self.broken)
         return images.take(np.delete(np.arange(len(images)), left_out)) if left_out else images
 
     def _count_broken(self, problems: list[Flaw], images: int) -> None:

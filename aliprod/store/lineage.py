@@ -29,11 +29,13 @@ def members(folder: Path) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Voice:
-    """A member of an ensemble: its weights folder, what it counts, and its temperature; None: as it is."""
+    """A member of an ensemble: its weights folder, what it counts, its temperature (None: as it is), and its version in
+    MLflow, where it was asked for by that."""
 
     folder: Path
     weight: float = 1.0
     temperature: float | None = None
+    version: int | None = None
 
 
 def voices(storage: Path, plan: str) -> list[Voice]:

@@ -286,14 +286,14 @@ def _best(opened: Opened, name: str, model: str) -> Choice:
     return Choice(model, None, found.key, found.sha256, int(record.get("best_epoch", -1)), "")
 
 
-def fetch(model: str, uri: str, folder: Path) -> Path:
+def fetch(model: str, uri: str, folder: Path) -> lineage.Voice:
     """Bring the weights that ``models:/NAME@ALIAS`` names to a committed folder below ``folder``, once."""
     registry = Registry(reach(uri))
     choice = registry.resolve(model)
     there = folder / choice.sha256[:16]
     if commit.read(there) is None:
         registry.download(choice, there)
-    return there
+    return lineage.Voice(there, version=choice.version)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
 from aliprod.catalogue.sources import read
 from aliprod.cli import app
 from aliprod.errors import Refused, Unreachable
+from aliprod.inference.pictures import listed
 from aliprod.ingest.prepare import PreparedCatalogue, Settings, prepare
 from aliprod.store.commit import MANIFEST
 
@@ -81,6 +82,15 @@ def test_from_s3_and_to_s3_are_the_bytes_of_a_local_call(
     assert read(tmp_path / "copy").fingerprint == local.fingerprint
     assert prepared(bucket("photos"), bucket("prepared")) == there  # found, by its manifest
     assert not list((tmp_path / "cache").rglob("*.parquet"))
+
+
+def test_pictures_are_listed_there_and_read_from_there(bucket: Callable[[str], str], packages: Catalogue) -> None:
+    found = listed([bucket("photos/test")])
+    names = sorted(path.name for path in (packages.root / "test").iterdir())
+    assert [picture.shown for picture in found] == [f"s3://shop/photos/test/{name}" for name in names]
+    [one] = listed([bucket(f"photos/test/{names[3]}")])
+    assert one.shown == found[3].shown
+    assert one.source() == found[3].source() == (packages.root / "test" / names[3]).read_bytes()
 
 
 def test_an_upload_that_broke_off_is_no_catalogue_and_the_next_call_makes_it_one(

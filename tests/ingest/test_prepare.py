@@ -33,7 +33,8 @@ from aliprod.data.loader import Feed, TrainBatches, squared_batches
 from aliprod.data.training_set import training_set
 from aliprod.errors import Failed, Refused
 from aliprod.ingest.check import check
-from aliprod.ingest.prepare import PreparedCatalogue, PrepareProgress, Settings, prepare, stored
+from aliprod.ingest.prepare import PreparedCatalogue, Settings, prepare, stored
+from aliprod.processes import ReadProgress
 from aliprod.recipe import Stage
 from aliprod.store import commit
 
@@ -271,7 +272,7 @@ def test_a_killed_call_goes_on_to_the_same_bytes(
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")  # found, but not as it was left
     *progress, done = prepare(packages.root, out, Settings())
     assert isinstance(done, PreparedCatalogue)
-    assert isinstance(progress[-1], PrepareProgress)
+    assert isinstance(progress[-1], ReadProgress)
     assert progress[-1].found == 8 * (shards_done - 1)
     prepared(packages.root, tmp_path / "undisturbed")
     assert content(out) == content(tmp_path / "undisturbed")

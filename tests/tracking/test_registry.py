@@ -167,7 +167,7 @@ def test_an_address_of_a_model_becomes_a_verified_folder(place, job, trained, tm
     folder = trained(job())
     send(place, job(), folder)
     for model in ("models:/shop.resnet50.full@best", "models:/shop.resnet50.full/1"):
-        got = registry.fetch(model, place.uri, tmp_path / "fetched")
+        got = registry.fetch(model, place.uri, tmp_path / "fetched").folder
         assert (got / "model.safetensors").read_bytes() == (folder / "weights" / "model.safetensors").read_bytes()
 
 
