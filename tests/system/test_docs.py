@@ -19,10 +19,10 @@ FIRST = [ROOT / "docs" / name for name in ("index.md", "photographs.md")]
 OTHERS = [*sorted(set(ROOT.glob("docs/*.md")) - set(FIRST)), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES = [page for page in [*FIRST, *OTHERS] if "```sh\n" in page.read_text(encoding="utf-8")]
 
-# A process of its own, in which the hub of weights is out of reach: no test needs a network.
-ALONE = "from aliprod.cli import drafts, main; drafts._HUB = ('127.0.0.1', 9); main()"
 NOT_TYPED = {  # only understood, and why
     "aliprod ensemble": "starts a Ray again; tests/system/test_run.py moves the alias and runs it",
+    "aliprod init": "measures for half a minute; tests/cli/test_drafts.py runs it",
+    "aliprod run photos ": "runs for minutes what init has written; tests/cli/test_drafts.py",
     "aliprod tune": "trains for minutes on a GPU; tests/system/test_tune.py runs it on a smaller plan",
     "aliprod benchmark train jobs/": "measures five large networks; tests/cli/test_experiments.py runs it",
     ".venv/bin/pytest": "would run the tests within the tests",
@@ -44,7 +44,7 @@ class Shell:
             return
         self.typed.add(command)
         program = re.sub(r"^([A-Z_]+=\S* )*", "", command)
-        if any(program.startswith(start) for start in NOT_TYPED):
+        if any(f"{program} ".startswith(start) for start in NOT_TYPED):
             understood(program)
             return
         words = shlex.split(command)
@@ -52,7 +52,7 @@ class Shell:
             result = CliRunner().invoke(app, words[1:])
             assert result.exit_code == 0, f"{command}\n{result.output}{result.exception!r}"
             return
-        command = re.sub(r"\baliprod\b", shlex.join([sys.executable, "-c", ALONE]), command, count=1)
+        command = re.sub(r"\baliprod\b", f"{sys.executable} -m aliprod", command, count=1)
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -104,15 +104,16 @@ def parsed(command: click.Command, words: list[str]) -> click.Context:
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """A folder in which everything of the first page has been typed: photographs, a plan, its finished run."""
+    """A folder with the files that pages show (``# NAME`` on top), in which all of the first page has been typed."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("jobs", "aliprod"):  # as from a checkout
         (folder / name).symlink_to(ROOT / name)
     with pytest.MonkeyPatch.context() as patch:
         here(patch, folder)
-        [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding.md").read_text(), re.DOTALL)
-        (folder / "mine").mkdir()
-        (folder / "mine" / "margin.py").write_text(code)
+        for page in PAGES:
+            for name, text in re.findall(r"```\w+\n# (\S+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text)
         typing = Shell(folder)
         for command in commands(FIRST[0]):
             typing.type(command)
@@ -122,8 +123,6 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 def here(patch: pytest.MonkeyPatch, folder: Path) -> None:
     for variable in [name for name in os.environ if name.startswith(("ALIPROD_", "MLFLOW_", "RAY_"))]:
         patch.delenv(variable)
-    patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the plan that `run` writes is that of a small machine
-    patch.setattr("aliprod.cli.drafts._HUB", ("127.0.0.1", 9))
     patch.chdir(folder)
 
 
