@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import click
@@ -77,8 +78,8 @@ def understood(command: str) -> None:
                 assert entrypoint[:2] == ("python", "jobs/run_plan.py")
                 parsed(app, ["run", *entrypoint[2:]])
         case ["mlflow", *rest]:
-            from mlflow.cli import cli as mlflow
-
+            with warnings.catch_warnings(action="ignore"):  # of its type hints
+                from mlflow.cli import cli as mlflow
             parsed(mlflow, rest)
         case ["make", target]:
             assert f"\n{target}: " in (ROOT / "Makefile").read_text(encoding="utf-8")
