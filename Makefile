@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 
 demo: $(INSTALLED)  ## render a small catalogue, train sixteen jobs, add eleven members up
 	$(BIN)/aliprod run jobs/quickstart.toml
@@ -20,6 +20,9 @@ check: $(INSTALLED)  ## what pre-commit and .ci/run ask for
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(INSTALLED)  ## docs/ as a site: python -m http.server --directory build/site
+	$(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing aliprod and what it needs into .venv (torch, Ray, MLflow: gigabytes, minutes the first time) ..."

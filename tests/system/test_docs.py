@@ -1,0 +1,143 @@
+"""Every command of the docs is typed: page by page, in order, in one folder, as a reader does."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from aliprod.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST = [ROOT / "docs" / name for name in ("index.md", "photographs.md")]
+OTHERS = [*sorted(set(ROOT.glob("docs/*.md")) - set(FIRST)), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [page for page in [*FIRST, *OTHERS] if "```sh\n" in page.read_text(encoding="utf-8")]
+
+NOT_TYPED = {  # only understood, and why
+    "aliprod ensemble": "starts a Ray again; tests/system/test_run.py moves the alias and runs it",
+    "aliprod init": "measures for half a minute; tests/cli/test_drafts.py runs it",
+    "aliprod run photos ": "runs for minutes what init has written; tests/cli/test_drafts.py",
+    "aliprod tune": "trains for minutes on a GPU; tests/system/test_tune.py runs it on a smaller plan",
+    "aliprod benchmark train jobs/": "measures five large networks; tests/cli/test_experiments.py runs it",
+    ".venv/bin/pytest": "would run the tests within the tests",
+    "make": "installs gigabytes, or is what runs this test",
+    "mlflow": "serves until it is ended; tests/system/test_mlflow_server.py starts one with these flags",
+    "pip": "installs gigabytes",
+    "ray": "needs a cluster of machines; tests/system/test_submit.py submits to one of this machine",
+}
+
+
+class Shell:
+    """Types commands in a folder; each once, however many pages have it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.typed = folder, set[str]()
+
+    def type(self, command: str) -> None:
+        if command in self.typed:
+            return
+        self.typed.add(command)
+        program = re.sub(r"^([A-Z_]+=\S* )*", "", command)
+        if any(f"{program} ".startswith(start) for start in NOT_TYPED):
+            understood(program)
+            return
+        words = shlex.split(command)
+        if words[0] == "aliprod" and words[1] != "run":
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, f"{command}\n{result.output}{result.exception!r}"
+            return
+        command = re.sub(r"\baliprod\b", f"{sys.executable} -m aliprod", command, count=1)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of its blocks ```sh, continued ones joined, without remarks."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+#\s.*", "", line) for line in lines]
+
+
+def understood(command: str) -> None:
+    """Refuse what its program would refuse: flags that are not there, values that are none."""
+    match shlex.split(command):
+        case ["aliprod", *rest]:
+            parsed(app, rest)
+        case ["ray", *rest]:
+            from ray.scripts.scripts import cli
+
+            entrypoint = parsed(cli, rest).params.get("entrypoint", ())
+            if entrypoint:
+                assert entrypoint[:2] == ("python", "jobs/run_plan.py")
+                parsed(app, ["run", *entrypoint[2:]])
+        case ["mlflow", *rest]:
+            with warnings.catch_warnings(action="ignore"):  # of its type hints
+                from mlflow.cli import cli as mlflow
+            parsed(mlflow, rest)
+        case ["make", target]:
+            assert f"\n{target}: " in (ROOT / "Makefile").read_text(encoding="utf-8")
+        case ["pip", "install", "-c", constraints, "-e", package]:
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            assert set(re.findall(r"\w+", package)) <= project["optional-dependencies"].keys()
+            assert (ROOT / constraints).exists()
+        case [".venv/bin/pytest", path]:
+            assert (ROOT / path).exists()
+        case _:
+            pytest.fail(f"nobody looks at {command}")
+
+
+def parsed(command: click.Command, words: list[str]) -> click.Context:
+    context = click.Context(command)
+    while isinstance(command, click.Group):
+        name, *words = words
+        found = command.get_command(context, name)
+        assert found, name
+        command = found
+    return command.make_context(command.name, words)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A folder with the files that pages show (``# NAME`` on top), in which all of the first page has been typed."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("jobs", "aliprod"):  # as from a checkout
+        (folder / name).symlink_to(ROOT / name)
+    with pytest.MonkeyPatch.context() as patch:
+        here(patch, folder)
+        for page in PAGES:
+            for name, text in re.findall(r"```\w+\n# (\S+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text)
+        typing = Shell(folder)
+        for command in commands(FIRST[0]):
+            typing.type(command)
+    return typing
+
+
+def here(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    for variable in [name for name in os.environ if name.startswith(("ALIPROD_", "MLFLOW_", "RAY_"))]:
+        patch.delenv(variable)
+    patch.chdir(folder)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_works(shell: Shell, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, shell.folder)
+    typed = commands(page)
+    assert typed
+    for command in typed:
+        shell.type(command)
+
+
+@pytest.mark.parametrize("page", [*FIRST, *OTHERS], ids=lambda page: page.stem)
+def test_no_command_stands_where_it_is_not_typed(page: Path) -> None:
+    blocks = re.findall(r"```(\w*)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for kind, block in blocks if kind != "sh" for line in block.splitlines()]
+    assert [line for line in lines if re.match(r"(aliprod|make|ray|mlflow|pip|python) ", line)] == []
