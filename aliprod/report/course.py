@@ -1,0 +1,96 @@
+"""When each target of a plan was made, beside what the scheduler makes of the same nodes on a simulated clock."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from aliprod.build.events import Standing, Task
+from aliprod.build.graph import targets
+from aliprod.build.room import check_room, uses_gpu, with_cpus
+from aliprod.errors import AliprodError
+from aliprod.forecast.clock import Span
+from aliprod.forecast.seconds import Estimates
+from aliprod.forecast.simulate import simulate
+from aliprod.plan.open import Opened
+
+_MOST = 500  # targets that are simulated: a second
+
+
+@dataclass(frozen=True)
+class Course:
+    """The spans of each target, in seconds of work: time in which nothing of the plan was made is left out.
+
+    Attributes:
+        fact: in the order in which they began. forecast: of the whole plan, with the rates that are known now; {} where
+            none are. now: where what runs stands; None while nothing runs.
+    """
+
+    fact: Mapping[str, Sequence[Span]]
+    forecast: Mapping[str, Sequence[Span]]
+    now: float | None
+
+    @property
+    def seconds(self) -> float:
+        """That the plan has taken."""
+        return _end(self.fact)
+
+    @property
+    def expected(self) -> float:
+        """That the plan takes by the forecast."""
+        return _end(self.forecast)
+
+
+def course(opened: Opened, standing: Standing, now: float) -> Course:
+    """Lay out what a run, and the runs before it, have made; ``now`` in seconds since the epoch."""
+    tasks = sorted((*standing.past, *standing.tasks), key=lambda task: task.since)
+    busy = _busy(tasks, now)
+
+    def worked(time: float) -> float:
+        return sum(min(max(time - begin, 0.0), end - begin) for begin, end in busy)
+
+    fact = defaultdict(list)
+    for task in tasks:
+        fact[task.name].append(Span(worked(task.since), worked(task.until or now), task.world_size))
+    return Course(dict(fact), _forecast(opened, standing), worked(now) if standing.running else None)
+
+
+def rank_hours(tasks: Iterable[Task], now: float) -> dict[str, float]:
+    """Hours of all ranks by target, of those on GPUs where there are such; every attempt counts."""
+    tasks = list(tasks)
+    on_gpus, hours = any(task.gpus for task in tasks), defaultdict[str, float](float)
+    for task in tasks:
+        ranks = task.world_size * (task.gpus if on_gpus else 1)
+        hours[task.name] += ranks * ((task.until or now) - task.since) / 3600
+    return dict(hours)
+
+
+def _end(spans: Mapping[str, Sequence[Span]]) -> float:
+    return max((span.end for one in spans.values() for span in one), default=0.0)
+
+
+def _busy(tasks: Iterable[Task], now: float) -> list[tuple[float, float]]:
+    """Stretches of time in which something was made."""
+    found: list[tuple[float, float]] = []
+    for task in tasks:
+        begin, end = task.since, task.until or now
+        if found and begin <= found[-1][1]:
+            begin, last = found.pop()
+            end = max(end, last)
+        found.append((begin, end))
+    return found
+
+
+def _forecast(opened: Opened, standing: Standing) -> dict[str, list[Span]]:
+    if opened.catalogue is None or not standing.nodes or not (estimates := Estimates(opened)).paces:
+        return {}
+    cluster = opened.plan.cluster
+    graph = targets(opened.with_cluster(with_cpus(cluster, standing.nodes)), uses_gpu(cluster, standing.nodes))
+    try:
+        check_room(graph, standing.nodes)
+    except AliprodError:  # the plan now asks for more than its last cluster had
+        return {}
+    if len(graph) > _MOST:
+        return {}
+    spans = simulate(graph, estimates.seconds, standing.nodes, cluster.max_parallel_jobs)
+    return spans if all(math.isfinite(one[-1].end) for one in spans.values()) else {}
