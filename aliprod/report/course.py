@@ -1,9 +1,8 @@
 """When each target of a plan was made, beside what the scheduler makes of the same nodes on a simulated clock."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from aliprod.build.events import Standing, Task
 from aliprod.build.graph import targets
@@ -14,11 +13,10 @@ from aliprod.forecast.seconds import Estimates
 from aliprod.forecast.simulate import simulate
 from aliprod.plan.open import Opened
 
-_MOST = 500  # targets that are simulated: a second
+_MOST = 300  # jobs that are simulated: seconds
 
 
-@dataclass(frozen=True)
-class Course:
+class Course(NamedTuple):
     """The spans of each target, in seconds of work: time in which nothing of the plan was made is left out.
 
     Attributes:
@@ -30,15 +28,10 @@ class Course:
     forecast: Mapping[str, Sequence[Span]]
     now: float | None
 
-    @property
-    def seconds(self) -> float:
-        """That the plan has taken."""
-        return _end(self.fact)
 
-    @property
-    def expected(self) -> float:
-        """That the plan takes by the forecast."""
-        return _end(self.forecast)
+def end(spans: Mapping[str, Sequence[Span]]) -> float:
+    """Of the last span."""
+    return max((span.end for one in spans.values() for span in one), default=0.0)
 
 
 def course(opened: Opened, standing: Standing, now: float) -> Course:
@@ -65,10 +58,6 @@ def rank_hours(tasks: Iterable[Task], now: float) -> dict[str, float]:
     return dict(hours)
 
 
-def _end(spans: Mapping[str, Sequence[Span]]) -> float:
-    return max((span.end for one in spans.values() for span in one), default=0.0)
-
-
 def _busy(tasks: Iterable[Task], now: float) -> list[tuple[float, float]]:
     """Stretches of time in which something was made."""
     found: list[tuple[float, float]] = []
@@ -82,15 +71,12 @@ def _busy(tasks: Iterable[Task], now: float) -> list[tuple[float, float]]:
 
 
 def _forecast(opened: Opened, standing: Standing) -> dict[str, list[Span]]:
-    if opened.catalogue is None or not standing.nodes or not (estimates := Estimates(opened)).paces:
+    nodes, cluster = standing.nodes, opened.plan.cluster
+    if opened.catalogue is None or not nodes or len(opened.jobs) > _MOST or not (known := Estimates(opened)).paces:
         return {}
-    cluster = opened.plan.cluster
-    graph = targets(opened.with_cluster(with_cpus(cluster, standing.nodes)), uses_gpu(cluster, standing.nodes))
+    graph = targets(opened.with_cluster(with_cpus(cluster, nodes)), uses_gpu(cluster, nodes))
     try:
-        check_room(graph, standing.nodes)
+        check_room(graph, nodes)
     except AliprodError:  # the plan now asks for more than its last cluster had
         return {}
-    if len(graph) > _MOST:
-        return {}
-    spans = simulate(graph, estimates.seconds, standing.nodes, cluster.max_parallel_jobs)
-    return spans if all(math.isfinite(one[-1].end) for one in spans.values()) else {}
+    return simulate(graph, known.seconds, nodes, cluster.max_parallel_jobs)

@@ -5,7 +5,7 @@ All of it comes from the five highest shares of each image, as the ensemble keep
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -114,8 +114,7 @@ def confusions(found: Scored, most: int) -> list[Confusion]:
     ]
 
 
-@dataclass(frozen=True)
-class Bin:
+class Bin(NamedTuple):
     """Images whose share of the predicted class lies in one tenth: how many, the mean share, and how many are right."""
 
     images: int

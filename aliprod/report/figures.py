@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from aliprod.plan.jobs import Job
-from aliprod.report.course import Course
+from aliprod.report.course import Course, end
 from aliprod.report.error_analysis import Bin, Size
 from aliprod.report.estimate import duration
 
@@ -43,7 +43,7 @@ def plan_graph(jobs: Mapping[str, Job], rows: Mapping[str, tuple[str, str]]) -> 
     """The jobs, each below the one that it starts from; what else a job learns from is a dashed line.
 
     Args:
-        rows: job -> its state, as a class of the page, and what is written behind its name.
+        rows: job -> its state, and how long it took, "" where that is not known.
     """
     order = list(_below(jobs, None))
     places = {name: (10.0 + 14 * depth, 14.0 + 22 * row) for row, (name, depth) in enumerate(order)}
@@ -55,7 +55,8 @@ def plan_graph(jobs: Mapping[str, Job], rows: Mapping[str, tuple[str, str]]) -> 
             path = f"M{px} {py}V{y}H{x}" if kind == "edge" else f"M{px} {py}C{px + 60} {py} {x + 60} {y} {x} {y}"
             parts.append(_tag('<path class="{}" d="{}"/>', kind, path))
     for name, (x, y) in places.items():
-        state, words = rows[name]
+        state, took = rows[name]
+        words = ", ".join(filter(None, [state.replace("_", " "), took]))
         member = " ★" if jobs[name].member else ""
         parts.append(_tag('<circle class="dot {}" cx="{}" cy="{}" r="5"/>', state, x, y))
         parts += [_text(x + 10, y + 4, _short(name, 30) + member), _text(_RIGHT, y + 4, words, "e " + state)]
@@ -65,7 +66,7 @@ def plan_graph(jobs: Mapping[str, Job], rows: Mapping[str, tuple[str, str]]) -> 
 def gantt(course: Course) -> Markup:
     """What was made when, and when the forecast would have it made. Something has begun."""
     names = list(dict.fromkeys([*course.fact, *course.forecast]))[:_ROWS]
-    high = max(span.end for spans in (*course.fact.values(), *course.forecast.values()) for span in spans)
+    high = max(end(course.fact), end(course.forecast))
     unit, word = next(((u, w) for u, w in _UNITS if high >= 3 * u), _UNITS[-1])
     axis, below = Scale(high / unit, _LEFT, _RIGHT - 10), 15 * len(names) + 6
     parts = list(_ticks(axis, below, lambda time: f"{time:g}" if time else f"0 {word}"))
@@ -75,12 +76,11 @@ def gantt(course: Course) -> Markup:
         for spans, kind, height in ((course.forecast, "forecast", 12), (course.fact, "fact", 6)):
             for span in spans.get(name, ()):
                 words = f"{name}, {kind}: {duration(span.end - span.begin)} on {span.ranks} ranks"
-                begin, end = axis(span.begin / unit), axis(span.end / unit)
-                box = (begin, y + (12 - height) / 2, max(1.0, end - begin), height)
+                left, right = axis(span.begin / unit), axis(span.end / unit)
+                box = (left, y + (12 - height) / 2, max(1.0, right - left), height)
                 parts.append(_rect(box, kind, words))
     if course.now is not None:
-        now = axis(course.now / unit)
-        parts.append(_line((now, 0), (now, below), "now"))
+        parts.append(_line((axis(course.now / unit), 0), (axis(course.now / unit), below), "now"))
     return _svg(below + 20, parts, "When each target was made")
 
 
@@ -121,8 +121,7 @@ def by_epoch(jobs: Mapping[str, Job], found: Mapping[str, Sequence[float | None]
         begins = {name: _epochs_before(jobs, name) for name in own}
         across = Scale(max(begins[name] + len(values) for name, values in own.items()), 34, _RIGHT - 6)
         up = Scale(high, 112, 22)
-        parts = list(_ticks(across, 112, lambda epoch: f"{epoch:g}", least=1.0))
-        parts += _levels(up, 34)
+        parts = [*_ticks(across, 112, lambda epoch: f"{epoch:g}", least=1.0), *_levels(up, 34)]
         for number, (name, values) in enumerate(own.items()):
             series = f"s{number % 6}"
             points = [(across(begins[name] + epoch), up(value)) for epoch, value in enumerate(values, 1)]

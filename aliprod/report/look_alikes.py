@@ -1,7 +1,7 @@
 """Pictures of two splits that look alike: a leak makes an error look better than it is."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,12 @@ _LOOKED = 500  # pictures of the scored split, evenly; 3 s beside 2.5 M hashes
 _HASHED = 2000  # training pictures that are hashed here where no run has done so
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A picture and the training picture nearest to it, by their rows; ``bits``: of 64, by which they differ."""
 
+    bits: int
     row: int
     twin: int
-    bits: int
 
 
 def look_alikes(catalogue: Catalogue, images: Images, storage: Path) -> tuple[list[Pair], int]:
@@ -41,12 +40,9 @@ def look_alikes(catalogue: Catalogue, images: Images, storage: Path) -> tuple[li
         return [], 0
     asked = np.unique(np.linspace(0, len(images) - 1, min(len(images), _LOOKED)).round().astype(np.int64))
     looked, own = _hashed(images, asked)
-    pairs = []
-    for row, word in zip(looked.tolist(), own, strict=True):
-        if len(words):
-            apart = np.bitwise_count(words ^ word)
-            pairs.append(Pair(row, int(rows[apart.argmin()]), int(apart.min())))
-    return sorted((p for p in pairs if p.bits <= _MOST_BITS), key=lambda p: (p.bits, p.row)), len(looked)
+    apart = (np.bitwise_count(words ^ word) for word in own) if len(words) else ()
+    pairs = (Pair(int(b.min()), row, int(rows[b.argmin()])) for row, b in zip(looked.tolist(), apart, strict=False))
+    return sorted(pair for pair in pairs if pair.bits <= _MOST_BITS), len(looked)
 
 
 def _hashed(images: Images, rows: Integers) -> tuple[Integers, NDArray[np.uint64]]:

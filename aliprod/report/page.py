@@ -20,7 +20,7 @@ from aliprod.errors import AliprodError
 from aliprod.forecast.seconds import Estimates, scaled
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.report import error_analysis, figures, status
-from aliprod.report.course import course, rank_hours
+from aliprod.report.course import course, end, rank_hours
 from aliprod.report.error_analysis import reliability
 from aliprod.report.estimate import duration
 from aliprod.report.look_alikes import look_alikes
@@ -45,7 +45,7 @@ def write(request: Request) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "picture": _as_data, "duration": duration}
+    environment.filters |= {"percent": _percent, "points": _points, "duration": duration}
     environment.filters |= {"interval": status.interval, "gain": status.gain}
     commit.write_file(path, environment.get_template("page.html").render(_facts(request)))
     return path
@@ -87,17 +87,19 @@ def _times(opened: Opened, standing: Standing, rows: Iterable[Mapping[str, Any]]
     now, tasks = time.time(), (*standing.past, *standing.tasks)
     found, hours = course(opened, standing, now), rank_hours(tasks, now)
     took = {name: duration(sum(span.end - span.begin for span in spans)) for name, spans in found.fact.items()}
-    words = {row["name"]: ", ".join(filter(None, [_worded(row["state"]), took.get(row["name"])])) for row in rows}
+    states = {row["name"]: (row["state"], took.get(row["name"], "")) for row in rows}
     kinds = {kind: {task.name for task in tasks if task.kind == kind} for kind in dict.fromkeys(t.kind for t in tasks)}
     ended = max((task.until for task in tasks if task.until), default=None)
     return {
-        "graph": figures.plan_graph(opened.jobs, {row["name"]: (row["state"], words[row["name"]]) for row in rows}),
+        "graph": figures.plan_graph(opened.jobs, states),
         "gantt": figures.gantt(found) if found.fact else "",
         "course": found,
+        "lasts": end(found.fact),
+        "expected": end(found.forecast),
         "took": took,
         "hours": hours,
         "unit": "GPU" if any(task.gpus for task in tasks) else "rank",
-        "kinds": [(_worded(kind), len(names), sum(hours[name] for name in names)) for kind, names in kinds.items()],
+        "kinds": [(kind, len(names), sum(hours[name] for name in names)) for kind, names in kinds.items()],
         "nodes": len(standing.nodes),
         "date": None if ended is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ended)),
     }
@@ -202,14 +204,9 @@ class _Pictures:
 
     def trained(self, row: int) -> dict[str, Any]:
         """A training image."""
-        train, label = self.catalogue.train, self.catalogue.train.labels[row]
-        count = int((train.labels == label).sum())
-        return {
-            "id": train.ids[row].as_py(),
-            "picture": _thumbnail(train, row),
-            "name": self._name(label),
-            "images": count,
-        }
+        train = self.catalogue.train
+        of, count = self._name(train.labels[row]), int((train.labels == train.labels[row]).sum())
+        return {"id": train.ids[row].as_py(), "picture": _thumbnail(train, row), "name": of, "images": count}
 
     def confusion(self, one: error_analysis.Confusion) -> dict[str, Any]:
         """The surest of its images, and the first training image of either class."""
@@ -221,8 +218,8 @@ class _Pictures:
         return f"{self.catalogue.classes[label]} {self.catalogue.names[label]}".strip()
 
 
-def _thumbnail(images: Images, row: int) -> bytes:
-    """JPEG of at most 120 pixels a side; grey where the picture cannot be read."""
+def _thumbnail(images: Images, row: int) -> str:
+    """The address of a JPEG of at most 120 pixels a side, which holds it; grey where the picture cannot be read."""
     try:
         source = images.source(row)
     except (Unreadable, AliprodError):
@@ -231,13 +228,7 @@ def _thumbnail(images: Images, row: int) -> bytes:
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
-    return file.getvalue()
-
-
-def _as_data(content: bytes | str, kind: str) -> str:
-    """A picture as an address that holds it."""
-    coded = base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
-    return f"data:image/{kind};base64,{coded}"
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _percent(share: float | None) -> str:
@@ -246,7 +237,3 @@ def _percent(share: float | None) -> str:
 
 def _points(gain: float | None) -> str:
     return "" if gain is None else f"{100 * gain:+.2f}"
-
-
-def _worded(name: str) -> str:
-    return name.replace("_", " ")

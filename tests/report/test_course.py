@@ -13,7 +13,7 @@ from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
-from aliprod.report.course import course, rank_hours
+from aliprod.report.course import course, end, rank_hours
 
 PLAN = """\
 format = 1
@@ -43,7 +43,7 @@ def test_time_in_which_nothing_was_made_is_left_out_and_what_runs_lasts_until_no
     week_later = Task("ensemble", "ensemble", None, ("a",), 600_000.0)
     found = course(opened, Standing(tasks=(week_later,), past=(beside, TRAINING)), 600_010.0)
     assert found.fact == {"net/full": [(0, 60, 2)], "net/accuracy": [(30, 70, 1)], "ensemble": [(70, 80, 1)]}
-    assert (found.seconds, found.now) == (80, 80)
+    assert (end(found.fact), end(found.forecast), found.now) == (80, 0, 80)
     assert found.forecast == {}  # no rate is known
 
 
