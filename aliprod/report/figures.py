@@ -120,15 +120,17 @@ def by_epoch(jobs: Mapping[str, Job], found: Mapping[str, Sequence[float | None]
         own = {name: values for name, values in drawn.items() if jobs[name].backbone == backbone}
         begins = {name: _epochs_before(jobs, name) for name in own}
         across = Scale(max(begins[name] + len(values) for name, values in own.items()), 34, _RIGHT - 6)
-        up = Scale(high, 112, 22)
-        parts = [*_ticks(across, 112, lambda epoch: f"{epoch:g}", least=1.0), *_levels(up, 34)]
+        named = 12 * ((len(own) + 4) // 5)  # five names of stages a line
+        up = Scale(high, 100 + named, 10 + named)
+        parts = [*_ticks(across, 100 + named, lambda epoch: f"{epoch:g}", least=1.0), *_levels(up, 34)]
         for number, (name, values) in enumerate(own.items()):
             series = f"s{number % 6}"
             points = [(across(begins[name] + epoch), up(value)) for epoch, value in enumerate(values, 1)]
             parts.append(_curve(points, series))
             parts += [_tag('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>', series, *point) for point in points]
-            parts.append(_text(34 + 64 * (number % 5), 12, jobs[name].stage_name[:10], f"small strong {series}"))
-        yield backbone, _svg(132, parts, f"Errors of {backbone} by epoch")
+            place = (34 + 64 * (number % 5), 10 + 12 * (number // 5))
+            parts.append(_text(*place, _short(jobs[name].stage_name, 10), f"small strong {series}"))
+        yield backbone, _svg(120 + named, parts, f"Errors of {backbone} by epoch")
 
 
 def by_size(sizes: Sequence[Size]) -> Markup:

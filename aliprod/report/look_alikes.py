@@ -15,7 +15,7 @@ from aliprod.errors import AliprodError
 from aliprod.store import commit
 
 _MOST_BITS = 6  # as the filter of duplicates takes it
-_LOOKED = 500  # pictures of the scored split, evenly; 3 s beside 2.5 M hashes
+_LOOKED = 500  # pictures of the scored split, evenly; 7 s beside 2.5 M hashes
 _HASHED = 2000  # training pictures that are hashed here where no run has done so
 
 

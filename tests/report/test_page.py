@@ -179,6 +179,16 @@ def test_names_are_text_nothing_is_loaded_and_no_password_is_told(request_of: Re
     assert "secret" not in page.write(request_of).read_text(encoding="utf-8")
 
 
+def test_an_ensemble_without_labels_has_a_report_without_errors(request_of: Request) -> None:
+    ended(request_of)
+    file = request_of.places.storage / "shop" / "result.json"
+    said = json.loads(file.read_text())
+    commit.write_file(file, json.dumps({"ensemble": said["ensemble"] | {"top1_error": None, "split": None}}))
+    words = seen(request_of).words
+    assert "no labels to score it on" in words
+    assert "The surest mistakes" not in words
+
+
 def test_each_member_is_known_by_version_key_and_checksum(request_of: Request) -> None:
     ended(request_of)
     found = seen(request_of)
