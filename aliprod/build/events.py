@@ -53,6 +53,7 @@ class Task:
         job: whose state its failure shows; None: the whole plan's.
         nodes: of each of its ranks.
         since, until: seconds since the epoch; ``until`` is None while it is being made.
+        gpus: of each rank.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     nodes: tuple[str, ...]
     since: float
     until: float | None = None
+    gpus: int = 0
 
     @property
     def world_size(self) -> int:
@@ -76,12 +78,14 @@ class Standing:
         reasons: what a waiting job waits for, why another failed or was not run.
         tasks: what is being made, and what has been made, trainings included.
         nodes: of the cluster.
+        past: attempts that ended before these, in earlier runs too.
     """
 
     states: Mapping[str, JobState] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     tasks: tuple[Task, ...] = ()
     nodes: "tuple[Node, ...]" = ()
+    past: tuple[Task, ...] = ()
 
     @property
     def running(self) -> list[Task]:

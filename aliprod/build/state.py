@@ -39,6 +39,8 @@ class RunState:
         }
         self.reasons = {name: why for name, why in (before or Standing()).reasons.items() if name in lost}
         self.tasks: dict[str, Task] = {}
+        said, _ = _said(opened.folder / FILE)
+        self._past = [task for task in (*said.past, *said.tasks) if task.until is not None]
         self._tails = {name: _Tail(opened.job_folder(name) / METRICS) for name in opened.jobs}
         self._stood = 0.0
 
@@ -78,7 +80,7 @@ class RunState:
 
     def standing(self) -> Standing:
         reasons = waits(self.opened.jobs, self.states) | self.reasons
-        return Standing(dict(self.states), reasons, tuple(self.tasks.values()), self.nodes)
+        return Standing(dict(self.states), reasons, tuple(self.tasks.values()), self.nodes, tuple(self._past))
 
     def jobs_in(self, *states: JobState) -> list[str]:
         return [name for name, state in self.states.items() if state in states]
@@ -99,13 +101,14 @@ class RunState:
     def _task(self, target: Target, change: Change) -> Task | None:
         """The task that a change begins or ends."""
         if change.state == "started":
+            self._past += filter(None, [self.tasks.get(target.name)])
             job = target.job.name if target.job else None
-            task = Task(target.name, target.kind, job, change.nodes, time.time())
+            task = Task(target.name, target.kind, job, change.nodes, time.time(), gpus=target.resources.gpus)
         elif target.name in self.tasks and change.state in ("done", "failed"):
             task = replace(self.tasks[target.name], until=time.time())
         else:
-            if change.state == "paused":
-                self.tasks.pop(target.name, None)  # none where it had not begun
+            if change.state == "paused" and (begun := self.tasks.pop(target.name, None)):
+                self._past.append(replace(begun, until=time.time()))
             return None
         self.tasks[target.name] = task
         return task
@@ -172,20 +175,24 @@ def told(opened: Opened) -> Standing:
     if not gone:
         kept |= {name: why for name, why in said.reasons.items() if states.get(name) == "waiting"}
     tasks = tuple(task for task in said.tasks if task.until is not None or not gone)
-    return Standing(states, waits(opened.jobs, states) | kept, tasks, said.nodes)
+    return Standing(states, waits(opened.jobs, states) | kept, tasks, said.nodes, said.past)
 
 
 def _said(path: Path) -> tuple[Standing, bool]:
     """What a driver has said, and whether it is known to be gone."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        tasks = tuple(Task(**task | {"nodes": tuple(task["nodes"])}) for task in said["tasks"])
+        tasks, past = tuple(map(_task, said["tasks"])), tuple(map(_task, said.get("past", ())))
         nodes = tuple(Node(node["name"], Resources(**node["resources"])) for node in said["nodes"])
-        standing = Standing(dict(said["states"]), dict(said["reasons"]), tasks, nodes)
+        standing = Standing(dict(said["states"]), dict(said["reasons"]), tasks, nodes, past)
     except (OSError, ValueError, TypeError, KeyError):
         return Standing(), True
     here = said.get("host") == os.uname().nodename
     return standing, here and not Path(f"/proc/{said.get('pid')}").exists()
+
+
+def _task(said: Mapping[str, Any]) -> Task:
+    return Task(**{**said, "nodes": tuple(said["nodes"])})
 
 
 class _Tail:

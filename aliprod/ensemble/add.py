@@ -30,6 +30,7 @@ from aliprod.store.resumable import append
 
 MOST = 127  # members or sum of weights: 127 * 2**24 is below 2**31, so int32 would do as well
 TOP = 5  # classes kept for each image
+PREDICTIONS = "predictions.parquet"
 TILE = 2**18  # entries added at a time: they and the member's stay in a core's cache
 STRIP = 64
 BLOCK_BYTES = 64 * 2**20
@@ -215,7 +216,7 @@ def read_predictions(folder: Path) -> Predictions:
     """Read what a committed ensemble predicts. Failed: there is none."""
     if commit.read(folder) is None:
         raise Failed("holds no finished ensemble.", folder, "Submit jobs/ensemble.py: it is added up anew.")
-    table = pq.read_table(folder / "predictions.parquet", columns=["image_id", "class_id"])
+    table = pq.read_table(folder / PREDICTIONS, columns=["image_id", "class_id"])
     return Predictions(table["image_id"].combine_chunks(), torch.from_numpy(table["class_id"].to_numpy().copy()))
 
 
@@ -324,7 +325,7 @@ def _fill(staging: Path, ensemble: MatchedMembers, rows_per_block: int | None) -
     pq.write_table(pa.table({"image_id": ensemble.ids, "label": ensemble.labels}), staging / "rows.parquet")
     pq.write_table(pa.table({"class_id": ensemble.classes}), staging / "classes.parquet")
     predictions = {"class_id": best[:, 0].numpy(), "top_classes": _lists(best), "shares": _lists(shares)}
-    pq.write_table(pa.table({"image_id": ensemble.ids} | predictions), staging / "predictions.parquet")
+    pq.write_table(pa.table({"image_id": ensemble.ids} | predictions), staging / PREDICTIONS)
     return found
 
 

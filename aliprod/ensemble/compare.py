@@ -31,7 +31,8 @@ def compare(members: Sequence[Probabilities], combinations: Sequence[Combination
             predicted by what was fitted without it.
     Returns:
         Plain JSON: ``images``, ``ensemble``, ``members`` by name, ``sum``, ``smallest``; errors are means over classes,
-        a ``gain`` is another's error less the ensemble's: above 0, the ensemble is better.
+        a ``gain`` is another's error less the ensemble's: above 0, the ensemble is better. ``disagreement``: of each
+        two members in their order, the share of images that they predict differently.
     Raises:
         Failed: members that do not match, a row that is no distribution.
     """
@@ -67,6 +68,7 @@ def compare(members: Sequence[Probabilities], combinations: Sequence[Combination
             "members": [members[number].name for number in order[: fewest + 1]],
             "standard_error": float(spread),
         },
+        "disagreement": [(plain[1:] != one).mean(axis=1).tolist() for one in plain[1:]],
     }
 
 

@@ -1,31 +1,54 @@
-"""Error analysis of an ensemble: which classes are confused, and how the error depends on a class's size."""
+"""Error analysis of an ensemble: what it confuses, which labels may be wrong, how sure it is, and of which classes.
+
+All of it comes from the five highest shares of each image, as the ensemble keeps them: no probabilities are read.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
-from aliprod.ensemble.add import read_predictions
+from aliprod.ensemble.add import PREDICTIONS, read_predictions
 from aliprod.inference.metrics import class_errors
 
 _SIZES = 6  # groups of classes by their number of training images
+_BINS = 10
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """The images of a split whose label is known; all (n,) int64.
+    """The images of a split whose label is known; all (n,).
 
-    ``rows``: in the split. ``truth``, ``predicted``: rows of the class list.
+    ``rows``: in the split. ``truth``, ``predicted``: rows of the class list. ``sure``, ``own``: the share (mean
+    probability, 0 to 1) of the predicted class and of the label, which is 0 where that is not among the five highest.
     """
 
     images: Images
     rows: Integers
     truth: Integers
     predicted: Integers
+    sure: NDArray[np.float64]
+    own: NDArray[np.float64]
+
+    def suspects(self) -> NDArray[np.bool_]:
+        """Images (n,) whose label confident learning doubts: another class has the highest share, one that is at least
+        the mean share of that class over the images that bear it (Northcutt, Jiang and Chuang 2021, section 3.1)."""
+        count = int(max(self.truth.max(initial=-1), self.predicted.max(initial=-1))) + 1
+        images = np.bincount(self.truth, minlength=count)
+        least = np.where(images > 0, np.bincount(self.truth, self.own, count) / images.clip(1), np.inf)
+        doubted: NDArray[np.bool_] = (self.truth != self.predicted) & (self.sure >= least[self.predicted])
+        return doubted
+
+    def mistakes(self) -> Integers:
+        """Those that are predicted wrongly (places in 0 to n - 1), the surest first."""
+        wrong = np.flatnonzero(self.truth != self.predicted)
+        return wrong[np.lexsort((wrong, self.own[wrong], -self.sure[wrong]))]
 
 
 @dataclass(frozen=True)
@@ -35,14 +58,14 @@ class Confusion:
     Attributes:
         truth, predicted: rows of the class list.
         count, of: images so predicted, of those of the class.
-        row: of one of them, in the split.
+        place: of the surest of them, among those that are scored.
     """
 
     truth: int
     predicted: int
     count: int
     of: int
-    row: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,9 @@ def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) ->
         Failed: there is no ensemble in the folder.
     """
     found = read_predictions(folder)
+    top = pq.read_table(folder / PREDICTIONS, columns=["top_classes", "shares"])
+    classes, shares = (top[name].combine_chunks().flatten().to_numpy() for name in top.column_names)
+    classes, shares = (flat.reshape(len(found.ids), -1) for flat in (classes, shares))
     images: Images = getattr(catalogue, split)
     labels = catalogue.test_labels if split == "test" else images.labels
     if labels is None:
@@ -70,21 +96,41 @@ def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) ->
     guesses = np.append(found.predicted.numpy(), -1)[rows]
     places = np.minimum(np.searchsorted(catalogue.classes, guesses), catalogue.num_classes - 1)
     known = np.flatnonzero((labels >= 0) & (catalogue.classes[places] == guesses))
-    return Scored(images, known, labels[known], places[known])
+    truth, asked = labels[known], rows[known]
+    own = (shares[asked] * (classes[asked] == catalogue.classes[truth, None])).sum(axis=1)
+    return Scored(images, known, truth, places[known], shares[asked, 0], own)
 
 
 def confusions(found: Scored, most: int) -> list[Confusion]:
     """The most frequent confusions, ties by the share of their class."""
-    wrong = np.flatnonzero(found.truth != found.predicted)
+    wrong = found.mistakes()
     pairs, first, counts = np.unique(
         np.stack([found.truth[wrong], found.predicted[wrong]], axis=1), axis=0, return_index=True, return_counts=True
     )
     of = np.bincount(found.truth)[pairs[:, 0]] if len(pairs) else counts
     ordered = np.lexsort((pairs[:, 1], pairs[:, 0], -counts / of, -counts))[:most]
     return [
-        Confusion(int(pairs[n, 0]), int(pairs[n, 1]), int(counts[n]), int(of[n]), int(found.rows[wrong[first[n]]]))
-        for n in ordered
+        Confusion(int(pairs[n, 0]), int(pairs[n, 1]), int(counts[n]), int(of[n]), int(wrong[first[n]])) for n in ordered
     ]
+
+
+class Bin(NamedTuple):
+    """Images whose share of the predicted class lies in one tenth: how many, the mean share, and how many are right."""
+
+    images: int
+    sure: float
+    right: float
+
+
+def reliability(found: Scored) -> tuple[list[Bin], float]:
+    """Bins of equal width that have images, and the expected calibration error over them (Guo et al. 2017)."""
+    places = (np.ceil(found.sure * _BINS) - 1).clip(0, _BINS - 1).astype(int)
+    right = found.truth == found.predicted
+    bins = [
+        Bin(int(one.sum()), float(found.sure[one].mean()), float(right[one].mean()))
+        for one in (places == number for number in np.unique(places))
+    ]
+    return bins, sum(one.images * abs(one.right - one.sure) for one in bins) / max(1, len(places))
 
 
 def by_size(found: Scored, class_counts: Integers) -> list[Size]:

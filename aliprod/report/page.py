@@ -3,25 +3,31 @@
 import base64
 import io
 import json
-from collections.abc import Iterator, Mapping
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from aliprod.build.events import Standing
 from aliprod.build.state import told
 from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.catalogue.decode import Unreadable, decode_anyway
 from aliprod.errors import AliprodError
 from aliprod.forecast.seconds import Estimates, scaled
-from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.report import error_analysis, figures, status
+from aliprod.report.course import course, end, rank_hours
+from aliprod.report.error_analysis import reliability
 from aliprod.report.estimate import duration
-from aliprod.store import commit, epochs
+from aliprod.report.look_alikes import look_alikes
+from aliprod.store import commit, epochs, lineage
 
 FILE = "report.html"
-_CONFUSIONS = 12
+_CONFUSIONS, _MISTAKES, _PAIRS = 12, 12, 6
 _THUMBNAIL = 120  # pixels
 
 
@@ -33,9 +39,13 @@ def write(request: Request) -> Path:
     """
     path = request.places.of(request.plan) / FILE
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("aliprod.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("aliprod.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "picture": _as_data}
+    environment.filters |= {"percent": _percent, "points": _points, "duration": duration}
     environment.filters |= {"interval": status.interval, "gain": status.gain}
     commit.write_file(path, environment.get_template("page.html").render(_facts(request)))
     return path
@@ -44,22 +54,23 @@ def write(request: Request) -> Path:
 def _facts(request: Request) -> dict[str, Any]:
     plan, opened = request.plan, open_plan(request)
     lines = {name: opened.metrics(name) for name in opened.jobs}
-    result = _ensemble(opened.folder / "result.json")
-    errors = {name: [line.get(epochs.TOP1) for line in own] for name, own in lines.items()}
-    standing = told(opened)
+    result, standing = _ensemble(opened.folder / "result.json"), told(opened)
+    found = {name: [line.get(epochs.TOP1) for line in own] for name, own in lines.items()}
+    rows = [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(opened, standing, {})]
     return {
         "plan": plan,
         "note": opened.note,
         "settings": plan.model_dump_json(indent=1, exclude={"cluster"}, exclude_defaults=True),  # no password of MLflow
-        "rows": [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(opened, standing, {})],
-        "took": {task.name: duration(task.until - task.since) for task in standing.tasks if task.until is not None},
+        "rows": rows,
         "ensemble": result,
         "headline": status.headline(result),
-        "compared": result.get("comparison"),
         "views": status.VIEWS,
         "saved": _saved(opened, result),
-        "figures": list(_figures(opened.jobs, errors, result)),
-        **_error_analysis(opened.catalogue, opened.folder / "ensemble", result),
+        "curves": list(figures.by_epoch(opened.jobs, found)),
+        "analysis": _analysis(opened, result),
+        **_times(opened, standing, rows),
+        **_compared(opened, rows, result.get("comparison")),
+        **_origin(opened),
     }
 
 
@@ -71,15 +82,55 @@ def _ensemble(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _figures(
-    jobs: Mapping[str, Job], errors: Mapping[str, list[float | None]], result: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
-    if drawn := figures.by_epoch(jobs, errors):
-        yield "Errors by epoch", drawn
-    if result and result["top1_error"] is not None:
-        known = {name: member["top1_error"] for name, member in result["members"].items()}
-        known = dict(sorted(known.items(), key=lambda one: one[1]))
-        yield f"Members and ensemble on {result['split']}", figures.members(known, result["top1_error"])
+def _times(opened: Opened, standing: Standing, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """When what was made, what that cost, and the plan's graph with both."""
+    now, tasks = time.time(), (*standing.past, *standing.tasks)
+    found, hours = course(opened, standing, now), rank_hours(tasks, now)
+    took = {name: duration(sum(span.end - span.begin for span in spans)) for name, spans in found.fact.items()}
+    states = {row["name"]: (row["state"], took.get(row["name"], "")) for row in rows}
+    kinds = {kind: {task.name for task in tasks if task.kind == kind} for kind in dict.fromkeys(t.kind for t in tasks)}
+    ended = max((task.until for task in tasks if task.until), default=None)
+    return {
+        "graph": figures.plan_graph(opened.jobs, states),
+        "gantt": figures.gantt(found) if found.fact else "",
+        "course": found,
+        "lasts": end(found.fact),
+        "expected": end(found.forecast),
+        "took": took,
+        "hours": hours,
+        "unit": "GPU" if any(task.gpus for task in tasks) else "rank",
+        "kinds": [(kind, len(names), sum(hours[name] for name in names)) for kind, names in kinds.items()],
+        "nodes": len(standing.nodes),
+        "date": None if ended is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ended)),
+    }
+
+
+def _compared(opened: Opened, rows: Iterable[Mapping[str, Any]], found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The members' errors, with those on val beside them, and where two of them disagree."""
+    if not found:
+        return {"compared": None}
+    images = len(opened.catalogue.val) if opened.catalogue else 0
+    on_val = {
+        row["name"]: {"top1_error": row["top1_error"], "interval": _wilson(row["top1_error"], images)}
+        for row in rows
+        if images and row["name"] in found["members"] and row["top1_error"] is not None
+    }
+    members = sorted(found["members"].items(), key=lambda one: one[1]["top1_error"])
+    shares = found.get("disagreement")  # older runs have not counted it
+    return {
+        "compared": found,
+        "members": members,
+        "on_val": on_val,
+        "errors": figures.errors([("ensemble", found["ensemble"], None), *((n, m, on_val.get(n)) for n, m in members)]),
+        "disagreement": figures.disagreement(list(found["members"]), shares) if shares and len(members) > 1 else "",
+    }
+
+
+def _wilson(error: float, images: int) -> tuple[float, float]:
+    """An interval of 95 % for a share of so many images (Wilson 1927); of a mean over classes it is about right."""
+    z = 1.96 / math.sqrt(images)
+    middle, half = error + z * z / 2, z * math.sqrt(error * (1 - error) + z * z / 4)
+    return (middle - half) / (1 + z * z), (middle + half) / (1 + z * z)
 
 
 def _saved(opened: Opened, result: Mapping[str, Any]) -> float | None:
@@ -94,49 +145,81 @@ def _saved(opened: Opened, result: Mapping[str, Any]) -> float | None:
     return 1 - sum(took[name] for name in found["smallest"]["members"]) / sum(took.values())
 
 
-def _error_analysis(catalogue: Catalogue | None, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Confusions with pictures and errors by class size, of the images that the ensemble's error is counted on."""
-    nothing = {"confusions": [], "by_size": "", "scored": 0}
-    if catalogue is None or not result or result["split"] is None:
-        return nothing
-    split, record = result["split"], commit.read(folder) or {}
-    own = folder if record.get("split") == split else folder.with_name(f"ensemble-{split}")
+def _origin(opened: Opened) -> dict[str, Any]:
+    """What the ensemble was made of, by which software, and where MLflow has it."""
+    address = lineage.redacted(opened.places.tracking_uri).rstrip("/")
+    records = [record for name in opened.jobs if (record := opened.record(name))]
+    environments = {json.dumps(record.get("environment", {}), sort_keys=True) for record in records}
+    return {
+        "choices": lineage.members(opened.folder),
+        "mlflow": address if address.startswith(("http://", "https://")) else "",
+        "environments": [json.loads(one) for one in sorted(environments)],
+        "software": lineage.software(),
+        "digest": opened.plan.digest,
+        "fingerprint": opened.catalogue.fingerprint if opened.catalogue else "",
+    }
+
+
+def _analysis(opened: Opened, result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Mistakes with pictures, and how errors depend on sureness and class size, on the images that are scored."""
+    catalogue, folder = opened.catalogue, opened.folder / "ensemble"
+    if catalogue is None or not result or (split := result["split"]) is None:
+        return None
+    own = folder if (commit.read(folder) or {}).get("split") == split else folder.with_name(f"ensemble-{split}")
     try:
         found = error_analysis.scored(own, catalogue, split)
     except AliprodError:  # removed by hand: the rest can still be shown
-        return nothing
-    confusions = error_analysis.confusions(found, _CONFUSIONS)
-    sizes = error_analysis.by_size(found, catalogue.class_counts)
+        return None
+    if not len(found.rows):
+        return None
+    shown, suspects, (bins, calibration) = _Pictures(found, catalogue), found.suspects(), reliability(found)
+    pairs, looked = look_alikes(catalogue, found.images.take(found.rows), opened.places.storage)
     return {
-        "confusions": [_pictured(confusion, found, catalogue) for confusion in confusions],
-        "by_size": figures.by_size(sizes) if sizes else "",
-        "scored": len(found.rows),
+        "images": len(found.rows),
+        "confusions": [shown.confusion(one) for one in error_analysis.confusions(found, _CONFUSIONS)],
+        "mistakes": [shown.scored(place) | {"suspect": suspects[place]} for place in found.mistakes()[:_MISTAKES]],
+        "suspects": int(suspects.sum()),
+        "by_size": figures.by_size(error_analysis.by_size(found, catalogue.class_counts)),
+        "reliability": figures.reliability(bins),
+        "calibration": calibration,
+        "pairs": [(pair.bits, shown.scored(pair.row), shown.trained(pair.twin)) for pair in pairs[:_PAIRS]],
+        "alike": len(pairs),
+        "looked": looked,
     }
 
 
-def _pictured(
-    confusion: error_analysis.Confusion, found: error_analysis.Scored, catalogue: Catalogue
-) -> dict[str, Any]:
-    return {
-        "count": confusion.count,
-        "of": confusion.of,
-        "id": found.images.ids[confusion.row].as_py(),
-        "wrong": _thumbnail(found.images, confusion.row),
-        "classes": [_class(catalogue, confusion.truth), _class(catalogue, confusion.predicted)],
-    }
+@dataclass(frozen=True)
+class _Pictures:
+    """Pictures of what was found, with what is said of them."""
+
+    found: error_analysis.Scored
+    catalogue: Catalogue
+
+    def scored(self, place: int) -> dict[str, Any]:
+        """An image with its label and what it was taken for."""
+        found, row = self.found, int(self.found.rows[place])
+        classes = {"name": self._name(found.truth[place]), "predicted": self._name(found.predicted[place])}
+        shares = {"own": found.own[place], "sure": found.sure[place]}
+        return {"id": found.images.ids[row].as_py(), "picture": _thumbnail(found.images, row), **classes, **shares}
+
+    def trained(self, row: int) -> dict[str, Any]:
+        """A training image."""
+        train = self.catalogue.train
+        of, count = self._name(train.labels[row]), int((train.labels == train.labels[row]).sum())
+        return {"id": train.ids[row].as_py(), "picture": _thumbnail(train, row), "name": of, "images": count}
+
+    def confusion(self, one: error_analysis.Confusion) -> dict[str, Any]:
+        """The surest of its images, and the first training image of either class."""
+        labels = self.catalogue.train.labels
+        classes = [self.trained(int((labels == label).argmax())) for label in (one.truth, one.predicted)]
+        return {"count": one.count, "of": one.of, "wrong": self.scored(one.place), "classes": classes}
+
+    def _name(self, label: int) -> str:
+        return f"{self.catalogue.classes[label]} {self.catalogue.names[label]}".strip()
 
 
-def _class(catalogue: Catalogue, row: int) -> dict[str, Any]:
-    """A class with its first training image."""
-    return {
-        "name": f"{catalogue.classes[row]} {catalogue.names[row]}".strip(),
-        "images": int(catalogue.class_counts[row]),
-        "picture": _thumbnail(catalogue.train, int((catalogue.train.labels == row).argmax())),
-    }
-
-
-def _thumbnail(images: Images, row: int) -> bytes:
-    """JPEG of at most 120 pixels a side; grey where the picture cannot be read."""
+def _thumbnail(images: Images, row: int) -> str:
+    """The address of a JPEG of at most 120 pixels a side, which holds it; grey where the picture cannot be read."""
     try:
         source = images.source(row)
     except (Unreadable, AliprodError):
@@ -145,13 +228,7 @@ def _thumbnail(images: Images, row: int) -> bytes:
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
-    return file.getvalue()
-
-
-def _as_data(content: bytes | str, kind: str) -> str:
-    """A picture as an address that holds it."""
-    coded = base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
-    return f"data:image/{kind};base64,{coded}"
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _percent(share: float | None) -> str:

@@ -78,7 +78,7 @@ def tasks(standing: Standing, now: float) -> list[dict[str, Any]]:
 
 def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of `states`."""
-    header = ["job", "state", "ranks", "epoch", "top-1 error, %", "gain, points", "images/s", "left", "note"]
+    header = ["job", "state", "ranks", "epoch", "top-1 error on val, %", "gain, points", "images/s", "left", "note"]
     shown = [
         [
             row["name"],

@@ -5,11 +5,15 @@ STORAGE/PLAN/submissions/SHA256.json     named after the submission's bytes, so 
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from aliprod import __version__
 from aliprod.errors import Refused
 from aliprod.store import commit
 from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
@@ -17,6 +21,21 @@ from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
 _FOLDER = "submissions"
 _USER = re.compile(r"""(?<=://)[^/\s"]*@""")  # of an address: user and password
 MEMBERS = "members.json"  # in a plan's folder: the checkpoints that its ensemble was last made of
+
+
+def redacted(text: str) -> str:
+    """The text without the user and password of every address in it."""
+    return _USER.sub("", text)
+
+
+@cache
+def software() -> str:
+    """The version of aliprod and, where its sources are a checkout, the git commit."""
+    root, commit_of = Path(__file__).parents[2], ""
+    if (root / ".git").exists() and shutil.which("git"):
+        asked = ("git", "-C", root, "rev-parse", "HEAD")
+        commit_of = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{__version__} {commit_of}".strip()
 
 
 def members(folder: Path) -> dict[str, dict[str, Any]]:
@@ -67,7 +86,7 @@ def keep(submission: Path, origin: Mapping[str, Any]) -> None:
         StorageFull: no room, no right to write, or the path is gone.
     """
     record = submission.parent / _FOLDER / f"{commit.sha256(submission)}.json"
-    commit.write_file(record, _USER.sub("", json.dumps(origin, indent=1)))
+    commit.write_file(record, redacted(json.dumps(origin, indent=1)))
 
 
 def find(submission: Path, storage: Path) -> dict[str, Any]:
@@ -81,7 +100,7 @@ def find(submission: Path, storage: Path) -> dict[str, Any]:
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror or error}.", submission) from None
     for record in sorted(storage.glob(f"*/{_FOLDER}/{digest}.json")):
-        return dict(json.loads(_USER.sub("", record.read_text(encoding="utf-8"))))
+        return dict(json.loads(redacted(record.read_text(encoding="utf-8"))))
     known = sum(1 for _ in storage.glob(f"*/{_FOLDER}/*.json"))
     advice = f"{known} are known there. Was it changed after it was written? Is it another --storage?"
     raise Refused(f"no plan in {storage} has written these bytes.", submission, advice)

@@ -19,6 +19,7 @@ from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
 from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Stage
+from aliprod.store import lineage
 from aliprod.training.graphs import replay_passes
 from aliprod.training.shares import ShareMean
 
@@ -36,6 +37,7 @@ class Place:
         """The facts that equal bytes depend on; stands in the commit record."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
+            "aliprod": lineage.software(),
             "torch": torch.__version__,
             "device": name,
             "threads": self.machine.threads,

@@ -224,3 +224,14 @@ def test_what_another_driver_finishes_before_anything_is_begun_here_is_reused_on
     ]
     assert state.states["net/full"] == "reused"
     assert list(state.reuse_of_others()) == []
+
+
+def test_attempts_that_ended_are_kept_by_this_run_and_the_next(state: RunState, opened: Opened) -> None:
+    for change in ("started", "paused", "started", "failed"):
+        apply(state, "net/full", change, "", ("a", "b") if change == "started" else ())
+    assert [(task.world_size, task.until is not None) for task in told(opened).past] == [(2, True)]
+    again = RunState(opened)
+    apply(again, "net/full", "started", "", ("a",))
+    standing = told(opened)
+    assert [task.world_size for task in standing.past] == [2, 2]
+    assert [(task.world_size, task.until) for task in standing.tasks] == [(1, None)]

@@ -145,6 +145,9 @@ def test_a_comparison_tells_the_errors_of_the_sum_and_of_each_member(members, tm
     assert told["members"]["net/3"]["left_out"]["top1_error"] == error
     assert told["members"]["net/3"]["left_out"]["gain_interval"][1] < 0, "the ensemble is better without noise"
     assert compare(members, [Combination((1,) * 4)], seed=0) == told
+    first, second = (one.predicted()[np.argsort(one.ids.to_pylist())] for one in members[:2])
+    assert told["disagreement"][0][1] == told["disagreement"][1][0] == np.mean(first != second) > 0
+    assert [row[place] for place, row in enumerate(told["disagreement"])] == [0.0] * 4
 
 
 def test_fitted_weights_gain_where_a_member_is_noise_and_the_smallest_ensemble_leaves_it_out(members, combine) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.ensemble.add import write_ensemble
 from aliprod.inference import probabilities
-from aliprod.report.error_analysis import Scored, by_size, confusions, scored
+from aliprod.report.error_analysis import Scored, by_size, confusions, reliability, scored
 
 PAIRS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60)
 
@@ -21,7 +21,8 @@ def of(pairs: list[tuple[int, int]]) -> Scored:
     truth, predicted = (np.array(column, np.int64) for column in zip(*pairs, strict=True))
     ids = pa.array([str(row) for row in range(len(pairs))], pa.string())
     images = Images("test", ids, truth, ids, Path())
-    return Scored(images, np.arange(len(pairs)), truth, predicted)
+    sure = np.linspace(0.5, 1.0, len(pairs))
+    return Scored(images, np.arange(len(pairs)), truth, predicted, sure, np.where(truth == predicted, sure, 1 - sure))
 
 
 @settings(deadline=None)
@@ -30,7 +31,8 @@ def test_every_wrong_image_belongs_to_one_confusion(pairs: list[tuple[int, int]]
     found = confusions(of(pairs), most=100)
     assert sum(confusion.count for confusion in found) == sum(truth != guess for truth, guess in pairs)
     for confusion in found:
-        assert pairs[confusion.row] == (confusion.truth, confusion.predicted)
+        alike = [place for place, pair in enumerate(pairs) if pair == (confusion.truth, confusion.predicted)]
+        assert confusion.place == alike[-1]  # the surest
         assert confusion.count == pairs.count((confusion.truth, confusion.predicted)) <= confusion.of
         assert confusion.of == sum(truth == confusion.truth for truth, _ in pairs)
     assert [confusion.count for confusion in found] == sorted((c.count for c in found), reverse=True)
@@ -63,3 +65,33 @@ def test_predictions_are_matched_with_labels_by_id(packages: Catalogue, tmp_path
     assert found.rows.tolist() == list(range(len(packages.test)))
     assert found.truth.tolist() == packages.test_labels.tolist()
     assert found.predicted.tolist() == given_to.tolist()
+    right = found.truth == found.predicted
+    assert found.sure.tolist() == [1.0] * len(order)
+    assert found.own.tolist() == right.astype(float).tolist()
+
+
+@settings(deadline=None)
+@given(PAIRS)
+def test_bins_hold_every_image_once_and_the_same_share_of_right_ones(pairs: list[tuple[int, int]]) -> None:
+    found = of(pairs)
+    bins, error = reliability(found)
+    assert sum(one.images for one in bins) == len(pairs)
+    assert np.isclose(sum(one.images * one.right for one in bins), sum(truth == guess for truth, guess in pairs))
+    assert np.isclose(sum(one.images * one.sure for one in bins), found.sure.sum())
+    assert abs(np.mean(found.truth == found.predicted) - found.sure.mean()) - 1e-9 <= error <= 1
+
+
+def test_a_label_is_doubted_where_the_other_class_is_as_sure_as_for_its_own_images() -> None:
+    truth, predicted = np.array([0, 0, 1, 1, 1]), np.array([0, 0, 1, 0, 0])
+    sure = np.array([0.9, 0.7, 0.6, 0.8, 0.79])  # images of class 0 are 0.8 sure in the mean
+    ids = pa.array(list("abcde"))
+    found = Scored(
+        Images("test", ids, truth, ids, Path()), np.arange(5), truth, predicted, sure, sure * (truth == predicted)
+    )
+    assert found.suspects().tolist() == [False, False, False, True, False]
+    assert found.mistakes().tolist() == [3, 4]
+
+
+def test_no_mistake_doubts_no_label() -> None:
+    assert not of([(0, 0), (1, 1)]).suspects().any()
+    assert of([(0, 0)]).mistakes().tolist() == []

@@ -6,8 +6,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.sources import read
@@ -97,6 +100,8 @@ def ended(request: Request) -> None:
         "probabilities": str(folder / "ensemble"),
     }
     commit.write_file(folder / "result.json", json.dumps({"ensemble": ensemble}))
+    choice = {"name": "shop.net.full", "version": 3, "key": "ab" * 32, "sha256": "cd" * 32, "epoch": 1, "source": ""}
+    commit.write_file(folder / "members.json", json.dumps({"net/full": choice}))
 
 
 def test_a_plan_that_has_not_run_has_a_report_of_its_jobs(request_of: Request) -> None:
@@ -129,8 +134,11 @@ def test_a_finished_plan_tells_its_errors_gains_and_confusions_with_pictures(req
         wrong = np.count_nonzero(labels == label) - (label == 0)
         assert f"{wrong} of {np.count_nonzero(labels == label)}: {catalogue.classes[label]} " in found.words
     pictures = [attributes["src"] or "" for tag, attributes in found.tags if tag == "img"]
-    assert sum(picture.startswith("data:image/jpeg") for picture in pictures) == 3 * 3  # the wrong one, both classes
-    assert sum(picture.startswith("data:image/svg+xml") for picture in pictures) == 3
+    assert all(picture.startswith("data:image/jpeg") for picture in pictures)
+    shown = 3 * 3 + min(12, len(labels) - 1 - np.count_nonzero(labels == 1))  # the wrong one, both classes; mistakes
+    assert len(pictures) == shown
+    assert "misjudged: " in found.words
+    assert "100% sure" in found.words
 
 
 def test_the_leaderboard_is_sorted_and_begins_with_the_gain_on_the_best_member(request_of: Request) -> None:
@@ -150,11 +158,13 @@ def test_the_leaderboard_is_sorted_and_begins_with_the_gain_on_the_best_member(r
     result["ensemble"]["comparison"] = comparison
     commit.write_file(folder / "result.json", json.dumps(result))
     words = " ".join(seen(request_of).words.split())
-    assert words.index("best member, net/accuracy by val, ten crops") < words.index("Ensemble and members, on val")
-    board = words[words.index("Ensemble and members") :]
+    assert words.index("best member, net/accuracy by val, ten crops") < words.index("Ensemble and members, on val, ten")
+    board = words[words.index("what leaving it out costs") :]
     assert board.index("25.00% (20.00 to 30.00)") < board.index("net/accuracy") < board.index("net/full")
     assert "+3.75 points (-1.00 to +20.00) 3 1.50" in board
     assert "each image by what was fitted without it" in words
+    for told in ("top-1 error on val, ten crops", "on val, centre crop", "Hollow: on val, centre crop, the best epoch"):
+        assert told in words
 
 
 def test_names_are_text_nothing_is_loaded_and_no_password_is_told(request_of: Request) -> None:
@@ -162,11 +172,49 @@ def test_names_are_text_nothing_is_loaded_and_no_password_is_told(request_of: Re
     found = seen(request_of)
     assert HOSTILE in found.words
     assert {"script", "link", "iframe", "object"}.isdisjoint(tag for tag, _ in found.tags)
-    assert all((value or "").startswith("data:") for _, found in found.tags for name, value in found.items()
-               if name in ("src", "href"))  # fmt: skip
+    addresses = [value or "" for _, found in found.tags for name, value in found.items() if name in ("src", "href")]
+    assert all(value.startswith(("data:", "https://tracking/#/models/")) for value in addresses)
     policy = [attributes["content"] for tag, attributes in found.tags if "http-equiv" in attributes]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
     assert "secret" not in page.write(request_of).read_text(encoding="utf-8")
+
+
+def test_an_ensemble_without_labels_has_a_report_without_errors(request_of: Request) -> None:
+    ended(request_of)
+    file = request_of.places.storage / "shop" / "result.json"
+    said = json.loads(file.read_text())
+    commit.write_file(file, json.dumps({"ensemble": said["ensemble"] | {"top1_error": None, "split": None}}))
+    words = seen(request_of).words
+    assert "no labels to score it on" in words
+    assert "The surest mistakes" not in words
+
+
+def test_each_member_is_known_by_version_key_and_checksum(request_of: Request) -> None:
+    ended(request_of)
+    found = seen(request_of)
+    assert ("a", {"href": "https://tracking/#/models/shop.net.full/versions/3"}) in found.tags
+    for told in ("3 of shop.net.full", "abababababababab", "cdcdcdcdcdcdcdcd", request_of.plan.digest, "aliprod 0."):
+        assert told in found.words
+
+
+def test_ranks_hours_states_and_times_stand_in_the_plan(request_of: Request) -> None:
+    task = {
+        "name": "net/full",
+        "kind": "training",
+        "job": "net/full",
+        "nodes": ["a"] * 4,
+        "since": 100.0,
+        "until": 1000.0,
+    }
+    said = {"host": "gone", "pid": 1, "states": {"net/full": "failed"}, "reasons": {"net/full": "no"}, "nodes": []}
+    commit.write_file(
+        request_of.places.storage / "shop" / "state.json",
+        json.dumps(said | {"tasks": [task | {"gpus": 1}], "past": [task | {"gpus": 1, "since": 0.0, "until": 100.0}]}),
+    )
+    words = " ".join(seen(request_of).words.split())
+    assert "1.11GPU-hours" in words
+    assert "failed, 16 min 40 s" in words
+    assert "As of 1970-01-01 00:16 UTC" in words
 
 
 def test_the_same_results_are_the_same_bytes(request_of: Request) -> None:
@@ -181,3 +229,36 @@ def test_what_was_removed_by_hand_leaves_the_rest_of_the_report(request_of: Requ
     found = seen(request_of)
     assert "12.34%" in found.words
     assert "What is taken for what" not in found.words
+
+
+def test_a_report_on_50_030_classes_stays_below_5_mb_and_reads_no_more_than_it_shows(tmp_path: Path) -> None:
+    """Each picture is a file of noise, which no JPEG makes small; every class is confused with another."""
+    classes = 50_030
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    (tmp_path / "photos" / "all").mkdir(parents=True)
+    Image.fromarray(noise).save(tmp_path / "photos" / "all" / "noise.jpg")
+    for split, images in (("train", 1), ("test", 1)):
+        names = [f"all/{split}-{row}.jpg" for row in range(images * classes)]
+        for name in names:
+            (tmp_path / "photos" / name).symlink_to("noise.jpg")
+        lines = (f"{name},product {row % classes:05}" for row, name in enumerate(names))
+        (tmp_path / "photos" / f"{split}.csv").write_text("path,class\n" + "\n".join(lines))
+    (tmp_path / "plan.toml").write_text(PLAN.replace("pictures", "photos"))
+    plan = load(tmp_path / "plan.toml")
+    request = Request(plan, PLAN, resolve(plan, tmp_path / "runs", None, None))
+    catalogue = read(tmp_path / "photos")
+    assert catalogue.num_classes == classes
+    folder = request.places.storage / "shop"
+    top = (np.arange(classes)[:, None] + np.arange(1, 6)) % classes
+
+    def fill(staging: Path) -> None:
+        columns = {"class_id": top[:, 0], "top_classes": list(top), "shares": [[0.5, 0.2, 0.1, 0.1, 0.1]] * classes}
+        pq.write_table(pa.table({"image_id": catalogue.test.ids, **columns}), staging / "predictions.parquet")
+
+    commit.write(folder / "ensemble", fill, {"split": "test"})
+    ensemble = {"members": {}, "top1_error": 1.0, "split": "test", "submission": None, "probabilities": ""}
+    commit.write_file(folder / "result.json", json.dumps({"ensemble": ensemble}))
+    words = seen(request).words
+    assert "1 of 1: 0 product 00000 taken for 1 product 00001" in words
+    assert "too many to be hashed" in words
+    assert (folder / "report.html").stat().st_size < 5e6
