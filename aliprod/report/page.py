@@ -55,7 +55,7 @@ def _facts(request: Request) -> dict[str, Any]:
     plan, opened = request.plan, open_plan(request)
     lines = {name: opened.metrics(name) for name in opened.jobs}
     result, standing = _ensemble(opened.folder / "result.json"), told(opened)
-    found = {name: [line.get(epochs.TOP1) for line in own] for name, own in lines.items()}
+    found = {name: [epochs.error(line)[0] for line in own] for name, own in lines.items()}
     rows = [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(opened, standing, {})]
     return {
         "plan": plan,
