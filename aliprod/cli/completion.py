@@ -43,7 +43,7 @@ def jobs(context: click.Context, _: click.Parameter, incomplete: str) -> list[st
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
-    """Print what makes a shell complete commands, options, plans and jobs.
+    """Print what makes a shell complete commands, plans and jobs.
 
     \b
     Example: aliprod completion bash >> ~/.bashrc

@@ -38,13 +38,15 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
     _remark(opened)
     from aliprod.build.state import told
     from aliprod.forecast.demand import demand
+    from aliprod.forecast.simulate import forecast
     from aliprod.report import estimate as shown
 
     takes = None if opened.catalogue is None else demand(opened)
-    estimate = None if gpus is None or opened.catalogue is None else _estimate(opened, gpus)
+    estimate = None if gpus is None or takes is None else asdict(forecast(opened, gpus))
     states = told(opened).states
     rows = [_row(opened, name, states[name] in DONE, takes) for name in opened.jobs]
-    members, missing, total = list(opened.plan.ensemble.members), _kinds(takes), _total(takes)
+    members, missing = list(opened.plan.ensemble.members), takes.kinds if takes else {}
+    total = takes.total if takes else None
     on_gpus = opened.plan.cluster.use_gpu is not False
     text = _jobs_table(rows, estimate, states, on_gpus) + "\n"
     text += "".join(
@@ -119,32 +121,10 @@ def status_command(asked: Asked) -> None:
     answer(found, status.text(found))
 
 
-def _kinds(takes: "Demand | None") -> dict[str, int]:
-    """How many targets of each kind a run would make; {} without a catalogue."""
-    from collections import Counter
-
-    kinds = Counter(target.kind for target in takes.todo.values()) if takes else {}
-    return {kind.replace("_", " "): count for kind, count in sorted(kinds.items())}
-
-
-def _total(takes: "Demand | None") -> dict[str, float | None] | None:
-    """What `plan --json` says of a whole plan: bytes of disk, and GPU-hours."""
-    from aliprod.report.estimate import known
-
-    if takes is None:
-        return None
-    return {
-        "bytes": known(sum(takes.kept.values())),
-        "checkpoint_bytes": known(max(takes.resume.values(), default=0)),
-        "cache_bytes": takes.cache,
-        "gpu_hours": known(sum(takes.gpu_hours.values())),
-    }
-
-
 def _row(opened: "Opened", name: str, done: bool, takes: "Demand | None") -> dict[str, Any]:
     """What `plan --json` says of a job."""
+    from aliprod.forecast.demand import known
     from aliprod.report.because import because
-    from aliprod.report.estimate import known
 
     job = opened.jobs[name]
     return {
@@ -180,12 +160,6 @@ def _jobs_table(
         header += forecast.HEADER
         shown = [[*row, *forecast.cells(job)] for row, job in zip(shown, estimate["jobs"], strict=True)]
     return status.table(shown, header)
-
-
-def _estimate(opened: "Opened", gpus: int) -> dict[str, Any]:
-    from aliprod.forecast.simulate import forecast
-
-    return asdict(forecast(opened, gpus))
 
 
 def _forecast(estimate: dict[str, Any] | None, opened: "Opened", measure: str) -> str:

@@ -3,7 +3,8 @@
 Left out: ids, metrics, hashes, heads of objectives, copies of a backbone's last block (BBN): a per cent of most plans.
 """
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,6 +38,24 @@ class Demand:
     resume: Mapping[str, float]
     cache: int
     gpu_hours: Mapping[str, float]
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many targets of each kind are to be made."""
+        counts = Counter(target.kind.replace("_", " ") for target in self.todo.values())
+        return dict(sorted(counts.items()))
+
+    @property
+    def total(self) -> dict[str, float | None]:
+        """What `plan --json` says of the whole plan."""
+        kept, resume, hours = self.kept.values(), max(self.resume.values(), default=0), self.gpu_hours.values()
+        disk = {"bytes": known(sum(kept)), "checkpoint_bytes": known(resume), "cache_bytes": self.cache}
+        return {**disk, "gpu_hours": known(sum(hours))}
+
+
+def known(number: float) -> float | None:
+    """None of NaN, which JSON has not."""
+    return None if math.isnan(number) else number
 
 
 def demand(opened: Opened) -> Demand:

@@ -1,17 +1,11 @@
 """A forecast for a terminal, from what `aliprod plan --json` says of it."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aliprod.errors import listing
 
 HEADER = ["takes", "from", "to", "ranks", "images/s", "seen in"]
-
-
-def known(number: float) -> float | None:
-    """None of NaN, which JSON has not."""
-    return None if math.isnan(number) else number
 
 
 def takes(found: Mapping[str, float | None], on_gpus: bool) -> str:
