@@ -99,23 +99,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     command = [sys.executable, "-m", "aliprod", "serve", f"models:/{MODEL}@member", "--port", str(port)]
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "ALIPROD_"))}
     ours |= {"RAY_memory_monitor_refresh_ms": "0"}
-    process = psutil.Popen(
-        [*command, "--storage", str(storage)], env=ours, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
-        pictures = sorted((storage / "photos" / "test").iterdir())[:6]
-        found = Served(
-            f"http://127.0.0.1:{port}", MlflowClient(uri, uri), (folder / "weights", folder / "last"), pictures
-        )
-        yield found
-        family = process.children(recursive=True)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(120) == 130
-        assert psutil.wait_procs(family, timeout=30)[1] == []
-    finally:
-        for one in [*process.children(recursive=True), process] if process.is_running() else []:
-            one.kill()
+    command += ["--storage", str(storage)]
+    with psutil.Popen(command, env=ours, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
+            pictures = sorted((storage / "photos" / "test").iterdir())[:6]
+            folders = folder / "weights", folder / "last"
+            yield Served(f"http://127.0.0.1:{port}", MlflowClient(uri, uri), folders, pictures)
+            family = process.children(recursive=True)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(120) == 130
+            assert psutil.wait_procs(family, timeout=30)[1] == []
+        finally:
+            for one in [*process.children(recursive=True), process] if process.is_running() else []:
+                one.kill()
 
 
 def form(files: dict[str, bytes]) -> tuple[bytes, str]:
