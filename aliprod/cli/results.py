@@ -168,7 +168,9 @@ def serve_command(
     """
     from aliprod.plan.places import default_storage, default_tracking_uri
 
-    place = model if model.startswith("models:/") else str(path(model).absolute())  # replicas have other folders
+    place = (
+        model if model.startswith("models:/") else str(path.convert(model, None, None).absolute())
+    )  # replicas have other folders
     folder = default_storage(storage)
     if place.endswith(".toml"):
         folder = Asked(Path(place), (), storage, tracking_uri).request().places.storage
@@ -197,11 +199,11 @@ def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list
         folder = places.default_storage(storage)
         return [fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models")]
     if model.endswith(".toml"):
-        asked = Asked(path(model), (), storage, tracking_uri).request()
+        asked = Asked(path.convert(model, None, None), (), storage, tracking_uri).request()
         if not (found := voices(asked.places.storage, asked.plan.name)):
             raise Refused("has no ensemble in this storage path yet.", f"plan {asked.plan.name}", "Run the plan first.")
         return found
-    folder = path(model)
+    folder = path.convert(model, None, None)
     if not folder.is_dir():
         advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
         raise Refused("is no weights folder: there is no such folder.", model, advice)

@@ -236,4 +236,4 @@ def _percent(share: float | None) -> str:
 
 
 def _points(gain: float | None) -> str:
-    return "" if gain is None else f"{100 * gain:+.2f}"
+    return "" if gain is None else status.points(gain)
