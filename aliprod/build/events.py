@@ -75,12 +75,14 @@ class Standing:
         reasons: what a waiting job waits for, why another failed or was not run.
         tasks: what is being made, and what has been made, trainings included.
         nodes: of the cluster.
+        page: where MLflow shows the jobs.
     """
 
     states: Mapping[str, JobState] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     tasks: tuple[Task, ...] = ()
     nodes: "tuple[Node, ...]" = ()
+    page: str = ""
 
     @property
     def running(self) -> list[Task]:

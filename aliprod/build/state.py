@@ -27,10 +27,11 @@ class RunState:
     Attributes:
         failure: why the plan as a whole has failed; '' while it has not.
         nodes: of the cluster; none before it is joined.
+        page: where MLflow shows the jobs.
     """
 
     def __init__(self, opened: Opened) -> None:
-        self.opened, self.failure, self.nodes = opened, "", tuple[Node, ...]()
+        self.opened, self.failure, self.page, self.nodes = opened, "", "", tuple[Node, ...]()
         self.states: dict[str, JobState] = {
             name: "waiting" if opened.record(name) is None else "reused" for name in opened.jobs
         }
@@ -75,7 +76,7 @@ class RunState:
 
     def standing(self) -> Standing:
         reasons = waits(self.opened.jobs, self.states) | self.reasons
-        return Standing(dict(self.states), reasons, tuple(self.tasks.values()), self.nodes)
+        return Standing(dict(self.states), reasons, tuple(self.tasks.values()), self.nodes, self.page)
 
     def jobs_in(self, *states: JobState) -> list[str]:
         return [name for name, state in self.states.items() if state in states]
@@ -169,7 +170,7 @@ def told(opened: Opened) -> Standing:
     if not gone:
         kept |= {name: why for name, why in said.reasons.items() if states.get(name) == "waiting"}
     tasks = tuple(task for task in said.tasks if task.until is not None or not gone)
-    return Standing(states, waits(opened.jobs, states) | kept, tasks, said.nodes)
+    return Standing(states, waits(opened.jobs, states) | kept, tasks, said.nodes, said.page)
 
 
 def _said(path: Path) -> tuple[Standing, bool]:
@@ -178,7 +179,7 @@ def _said(path: Path) -> tuple[Standing, bool]:
         said = json.loads(path.read_text(encoding="utf-8"))
         tasks = tuple(Task(**task | {"nodes": tuple(task["nodes"])}) for task in said["tasks"])
         nodes = tuple(Node(node["name"], Resources(**node["resources"])) for node in said["nodes"])
-        standing = Standing(dict(said["states"]), dict(said["reasons"]), tasks, nodes)
+        standing = Standing(dict(said["states"]), dict(said["reasons"]), tasks, nodes, said.get("page", ""))
     except (OSError, ValueError, TypeError, KeyError):
         return Standing(), True
     here = said.get("host") == os.uname().nodename

@@ -67,12 +67,14 @@ def test_a_trained_job_is_a_run_below_the_plans_with_its_settings_and_every_poin
     for name in ("train/class", "val/top1_error"):
         history = client.get_metric_history(run.info.run_id, name)
         assert [(p.step, p.timestamp, p.value) for p in history] == [
-            (r["epoch"], r["time_ms"], r[name]) for r in records
+            (r["epoch"] + 1, r["time_ms"], r[name]) for r in records
         ]
+    lowest = client.get_metric_history(run.info.run_id, "best/top1_error")
+    assert [(p.step, p.value) for p in lowest] == [(1, 0.5), (2, 0.2), (3, 0.2)]
+    assert run.data.tags["aliprod.state"] == "finished"
+    assert (run.data.tags["aliprod.epoch"], run.data.tags["aliprod.best_epoch"]) == ("3/3", "2")
     errors = client.get_metric_history(plan.info.run_id, "top1_error/resnet50/full")
     assert [p.value for p in errors] == [0.5, 0.2, 0.3]
-    assert sorted(p.value for p in client.get_metric_history(plan.info.run_id, "jobs/done")) == [0, 1]
-    assert sorted(p.value for p in client.get_metric_history(plan.info.run_id, "jobs/running")) == [0, 1]
     assert plan.data.tags["mlflow.note.content"].startswith("| job | state |")
 
 
@@ -105,7 +107,7 @@ def test_an_epoch_told_again_after_a_resume_draws_no_second_point(place, job):
         assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     history = client.get_metric_history(run_of(client, "job").info.run_id, "train/class")
-    assert [(p.step, p.timestamp, p.value) for p in history] == [(0, 1000, 1.5)]
+    assert [(p.step, p.timestamp, p.value) for p in history] == [(1, 1000, 1.5)]
 
 
 def test_a_driver_killed_before_the_result_tag_is_completed_by_the_next(place, job, trained):
@@ -151,7 +153,7 @@ def test_epochs_of_a_running_job_arrive_as_its_training_writes_them(place, job):
     while len(history := client.get_metric_history(run_id, "train/class")) < 3:
         assert time.monotonic() < until
         time.sleep(0.1)
-    assert [(p.step, p.timestamp, p.value) for p in history] == [(0, 1000, 2.0), (1, 1001, 1.0), (2, 1002, 0.0)]
+    assert [(p.step, p.timestamp, p.value) for p in history] == [(1, 1000, 2.0), (2, 1001, 1.0), (3, 1002, 0.0)]
     place.metrics(*records, {"epoch": 3, "time_ms": 1003, "train/class": -1.0})
     assert tracking.flush(60) == [], "flush looks once more"
     assert len(client.get_metric_history(run_id, "train/class")) == 4
@@ -172,10 +174,14 @@ def test_a_point_whose_answer_was_lost_is_not_sent_twice(place, job):
     folder = place.metrics({"epoch": 0, "time_ms": 1, "train/class": 1.5})
     place.show(tracking, JobProgress(job(), folder, "running"))
     assert tracking.flush(60) == []
-    assert client.log_batch is send, "an answer was lost: that of the count of jobs"
-    assert set(everything(client)["points"].values()) == {1}
-    [point] = client.get_metric_history(run_of(client, "plan").info.run_id, "jobs/running")
-    assert point.value == 1
+    assert client.log_batch is send, "an answer was lost: that of the settings"
+    client.log_batch = lost
+    folder = place.metrics(*({"epoch": epoch, "time_ms": 1 + epoch, "train/class": 1.5} for epoch in range(2)))
+    assert tracking.flush(60) == []
+    assert client.log_batch is send, "an answer was lost: that of the second epoch"
+    points = everything(client)["points"]
+    assert [point[1:3] for point in points] == [("train/class", 1), ("train/class", 2)]
+    assert set(points.values()) == {1}
 
 
 def test_values_that_are_not_finite_become_tags_and_the_others_points(place, job):
@@ -185,9 +191,9 @@ def test_values_that_are_not_finite_become_tags_and_the_others_points(place, job
     assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     run = run_of(client, "job")
-    assert run.data.metrics == {"val/top1_error": 0.5}
-    assert run.data.tags["aliprod.nonfinite.train/class"] == "inf at 0"
-    assert run.data.tags["aliprod.nonfinite.lr"] == "nan at 0"
+    assert run.data.metrics == {"val/top1_error": 0.5, "best/top1_error": 0.5}
+    assert run.data.tags["aliprod.nonfinite.train/class"] == "inf in epoch 1"
+    assert run.data.tags["aliprod.nonfinite.lr"] == "nan in epoch 1"
 
 
 def test_a_failed_job_says_why_until_it_is_started_again(place, job):
