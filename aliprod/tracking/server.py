@@ -90,7 +90,9 @@ def connect(uri: str, experiment: str, artifacts: Path | None) -> Server:
     with asking(uri):
         there = _experiment(server.client, experiment, None if uri.startswith("http") else artifacts)
         _try_artifacts(server.artifacts(there.artifact_location))
-    return replace(server, experiment=experiment, experiment_id=there.experiment_id)
+        server = replace(server, experiment=experiment, experiment_id=there.experiment_id)
+        server.probe()
+    return server
 
 
 @contextmanager

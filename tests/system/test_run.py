@@ -169,6 +169,14 @@ def test_mlflow_holds_every_checkpoint_as_a_version_and_marks_the_best_as_member
         assert best.tags["sha256"] == commit.sha256(folder / "weights" / "model.safetensors")
 
 
+def test_mlflow_has_what_the_ensemble_confuses_as_a_picture(whole: Run) -> None:
+    client = mlflow_of(whole.storage)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    [ensemble] = client.search_runs([experiment], "tags.`aliprod.kind` = 'ensemble'")
+    assert any(file.path.endswith(".png") for file in client.list_artifacts(ensemble.info.run_id, "images"))
+    assert ensemble.data.tags["mlflow.loggedImages"] == "True"
+
+
 def test_the_dashboard_names_every_job(whole: Run, cluster: Any) -> None:
     tasks = cluster.ask("/api/v0/tasks?limit=9999&detail=1")["data"]["result"]["result"]
     runs = cluster.ask("/api/train/v2/runs/v1")["train_runs"]

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from aliprod.errors import Refused, Unreachable
 from aliprod.store import commit
+from aliprod.tracking import runs
 from aliprod.tracking.registry import Choice
 from aliprod.tracking.runs import EnsembleResult, JobProgress
 from aliprod.tracking.sync import Tracking
@@ -76,6 +78,40 @@ def test_a_trained_job_is_a_run_below_the_plans_with_its_settings_and_every_poin
     errors = client.get_metric_history(plan.info.run_id, "top1_error/resnet50/full")
     assert [p.value for p in errors] == [0.5, 0.2, 0.3]
     assert plan.data.tags["mlflow.note.content"].startswith("| job | state |")
+
+
+def test_a_jobs_run_names_the_data_that_it_is_trained_on_once(place, job, packages):
+    for _ in range(2):
+        tracking = place.driver()
+        place.show(tracking, JobProgress(job(), place.storage, "running"), catalogue=packages)
+        assert tracking.flush(60) == []
+    run = run_of(MlflowClient(place.uri), "job")
+    [data] = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == (packages.root.name, packages.fingerprint[:12])
+    assert json.loads(data.dataset.profile) == {"train": len(packages.train), "val": len(packages.val),
+                                                "test": len(packages.test), "classes": 4}  # fmt: skip
+    assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "training")]
+
+
+def test_a_run_names_the_commit_of_the_sources_where_they_are_a_checkout(place, monkeypatch):
+    monkeypatch.setattr(runs, "get_git_commit", lambda path: "c0ffee" if Path(path).name == "runs.py" else None)
+    assert place.driver().flush(60) == []
+    assert run_of(MlflowClient(place.uri), "plan").data.tags["mlflow.source.git.commit"] == "c0ffee"
+
+
+def test_the_plans_description_and_its_page_lead_to_a_saved_view_of_the_jobs(place):
+    tracking = place.driver()
+    assert tracking.flush(60) == []
+    client = MlflowClient(place.uri)
+    experiment = client.get_experiment_by_name("shop")
+    page = f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=aliprod"
+    note = run_of(client, "plan").data.tags["mlflow.note.content"]
+    assert f"({page})" in note
+    assert f"({page}&compareRunsMode=CHART)" in note
+    assert page in tracking.page
+    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.aliprod"])["state"])
+    found = client.search_runs([experiment.experiment_id], state["searchFilter"])
+    assert found == [], "jobs and ensembles alone"
 
 
 def test_a_reused_job_that_mlflow_lacks_is_sent_whole_and_the_second_time_writes_nothing(place, job, trained):
