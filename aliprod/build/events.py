@@ -79,6 +79,7 @@ class Standing:
         tasks: what is being made, and what has been made, trainings included.
         nodes: of the cluster.
         past: attempts that ended before these, in earlier runs too.
+        page: where MLflow shows the jobs.
     """
 
     states: Mapping[str, JobState] = field(default_factory=dict)
@@ -86,6 +87,7 @@ class Standing:
     tasks: tuple[Task, ...] = ()
     nodes: "tuple[Node, ...]" = ()
     past: tuple[Task, ...] = ()
+    page: str = ""
 
     @property
     def running(self) -> list[Task]:

@@ -29,10 +29,11 @@ class RunState:
     Attributes:
         failure: why the plan as a whole has failed; '' while it has not.
         nodes: of the cluster; none before it is joined.
+        page: where MLflow shows the jobs.
     """
 
     def __init__(self, opened: Opened, before: Standing | None = None) -> None:
-        self.opened, self.failure, self.nodes = opened, "", tuple[Node, ...]()
+        self.opened, self.failure, self.page, self.nodes = opened, "", "", tuple[Node, ...]()
         lost = {name: state for name, state in (before or Standing()).states.items() if state in LOST}
         self.states: dict[str, JobState] = {
             name: lost.get(name, "waiting") if opened.record(name) is None else "reused" for name in opened.jobs
@@ -80,7 +81,8 @@ class RunState:
 
     def standing(self) -> Standing:
         reasons = waits(self.opened.jobs, self.states) | self.reasons
-        return Standing(dict(self.states), reasons, tuple(self.tasks.values()), self.nodes, tuple(self._past))
+        tasks, past = tuple(self.tasks.values()), tuple(self._past)
+        return Standing(dict(self.states), reasons, tasks, self.nodes, past, self.page)
 
     def jobs_in(self, *states: JobState) -> list[str]:
         return [name for name, state in self.states.items() if state in states]
@@ -175,7 +177,7 @@ def told(opened: Opened) -> Standing:
     if not gone:
         kept |= {name: why for name, why in said.reasons.items() if states.get(name) == "waiting"}
     tasks = tuple(task for task in said.tasks if task.until is not None or not gone)
-    return Standing(states, waits(opened.jobs, states) | kept, tasks, said.nodes, said.past)
+    return Standing(states, waits(opened.jobs, states) | kept, tasks, said.nodes, said.past, said.page)
 
 
 def _said(path: Path) -> tuple[Standing, bool]:
@@ -184,7 +186,7 @@ def _said(path: Path) -> tuple[Standing, bool]:
         said = json.loads(path.read_text(encoding="utf-8"))
         tasks, past = tuple(map(_task, said["tasks"])), tuple(map(_task, said.get("past", ())))
         nodes = tuple(Node(node["name"], Resources(**node["resources"])) for node in said["nodes"])
-        standing = Standing(dict(said["states"]), dict(said["reasons"]), tasks, nodes, past)
+        standing = Standing(dict(said["states"]), dict(said["reasons"]), tasks, nodes, past, said.get("page", ""))
     except (OSError, ValueError, TypeError, KeyError):
         return Standing(), True
     here = said.get("host") == os.uname().nodename

@@ -95,6 +95,9 @@ class _Run:
             yield from self._alone("mlflow")  # the first one migrates its database
             self.tracking = Tracking.connect(places.tracking_uri, plan.name, places.artifacts, self.said.append)
             self.leases.release("mlflow")
+            self.state.page = self.tracking.page
+            yield Said(f"MLflow: {self.tracking.page}")
+            yield Said(f"MLflow, charts: {self.tracking.charts}")
             try:
                 if self._untrained():
                     here = "Starting Ray here, without its dashboard."
@@ -265,7 +268,10 @@ class _Run:
             JobProgress(job, opened.job_folder(name), state.states[name], state.reasons.get(name, ""), facts)
             for name, job in opened.jobs.items()
         )
-        self.tracking.show(PlanProgress(opened.text, opened.plan.digest, status, state.table(), jobs, self.result))
+        plan = PlanProgress(
+            opened.text, opened.plan.digest, status, state.table(), jobs, self.result, opened.read_catalogue()
+        )
+        self.tracking.show(plan)
 
     def _drained(self) -> Iterator[Event]:
         while self.said:

@@ -102,27 +102,35 @@ def nothing() -> None:
 def top1_errors(
     model: Classifier, catalogue: Catalogue, stage: Stage, feed: Feed, between: Callable[[], None] = nothing
 ) -> dict[str, float]:
-    """Mean over classes and over images of the centre crop's top-1 error; empty without validation images.
+    """How well a model knows val, by the centre crop; empty without validation images.
 
     ``between`` is called as often on each rank, before each block of images.
+
+    Returns:
+        Top-1 and top-5 error, means over classes; top-1 error per image; the loss (cross entropy), a mean over images.
     """
     if not len(catalogue.val):
         return {}
     was_training = model.training
     model.eval()
-    predicted = np.zeros(len(catalogue.val), dtype=np.int64)
+    labels = torch.from_numpy(catalogue.val.labels)
+    seen = torch.zeros(3, len(labels), dtype=torch.float64)  # the class, how many classes are above the label, the loss
     blocks = predict(model, catalogue.val, stage.resize, stage.crop, "center", feed)
     for _ in range(0, len(catalogue.val), BATCH["center"] * feed.world_size):
         between()
         for rows, probabilities in islice(blocks, 1):  # the last may be another rank's
-            predicted[rows] = probabilities.argmax(dim=1).numpy()
+            own = probabilities.gather(1, labels[rows, None])
+            above, loss = (probabilities > own).sum(dim=1), -own.clamp(min=torch.finfo(own.dtype).tiny).log()[:, 0]
+            seen[:, rows] = torch.stack([probabilities.argmax(dim=1).double(), above.double(), loss.double()])
     model.train(was_training)
-    everywhere = torch.from_numpy(predicted).to(feed.device)
+    everywhere = seen.to(feed.device)
     if feed.world_size > 1:
         dist.all_reduce(everywhere)  # each rank filled its own rows, the others are zero
-    labels = torch.from_numpy(catalogue.val.labels)
-    error = mean_class_error(labels, everywhere.cpu(), catalogue.num_classes)
+    predicted, ranks, losses = everywhere.cpu()
+    in_five = torch.where(ranks < 5, labels, predicted.long())
     return {
-        TOP1: float(error),
-        "val/top1_error_per_image": float((labels != everywhere.cpu()).double().mean()),
+        TOP1: float(mean_class_error(labels, predicted.long(), catalogue.num_classes)),
+        "val/top1_error_per_image": float((labels != predicted).double().mean()),
+        "val/top5_error": float(mean_class_error(labels, in_five, catalogue.num_classes)),
+        "val/loss": float(losses.mean()),
     }

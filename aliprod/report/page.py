@@ -60,6 +60,7 @@ def _facts(request: Request) -> dict[str, Any]:
     return {
         "plan": plan,
         "note": opened.note,
+        "tracked": standing.page.partition(" "),  # an address and, where no server runs, how to open it
         "settings": plan.model_dump_json(indent=1, exclude={"cluster"}, exclude_defaults=True),  # no password of MLflow
         "rows": rows,
         "ensemble": result,

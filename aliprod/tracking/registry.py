@@ -126,11 +126,11 @@ class Registry:
         if choice := self.find(name, key, weights.sha256):
             self._restore(choice.model_id, weights.folder)
             return choice
-        error = "" if weights.top1_error is None else f"{weights.top1_error:.4f}"
-        description = f"{checkpoint} of {key[:12]}: epoch {weights.epoch + 1}" + (
-            f", top-1 error {error}" if error else ""
-        )
-        tags = {"epoch": str(weights.epoch), "top1_error": error or "unknown", "checkpoint": checkpoint}
+        error, epoch = weights.top1_error, weights.epoch + 1
+        told = "no error, without val" if error is None else f"top-1 error {error:.2%} on val"
+        description = f"{told}, epoch {epoch} of {job.stage.epochs}: {checkpoint} of {key[:12]}"
+        scored = "unknown" if error is None else f"{error:.4f}"
+        tags = {"epoch": str(epoch), "top1_error": scored, "checkpoint": checkpoint}
         self._model(name)
         model_id = self._logged_model(job, run_id, weights)
         version = self._client.create_model_version(
@@ -183,7 +183,7 @@ class Registry:
             self._client.delete_logged_model(model.model_id)
         model = self._client.create_logged_model(
             experiment,
-            name=f"{re.sub('[./]', '-', job.name)}-epoch{weights.epoch:03d}",
+            name=f"{re.sub('[./]', '-', job.name)}-epoch{weights.epoch + 1:03d}",
             source_run_id=run_id,
             tags=tags | {"aliprod.job": job.name},
             model_type="weights",
@@ -217,7 +217,7 @@ class Registry:
                 "no hashes, or its source is no logged model.",
                 advice=f"Give the alias to another version on {self._server.page(f'models/{version.name}')}",
             )
-        number = int(epoch) if epoch.isdecimal() else -1
+        number = int(epoch) - 1 if epoch.isdecimal() else -1
         return Choice(version.name, int(version.version), key, sha256, number, source)
 
     def _nearest(self, name: str, alias: str) -> str:

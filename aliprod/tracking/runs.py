@@ -1,25 +1,28 @@
 """The runs of a plan in MLflow: its own and, below it, one a job and one an ensemble.
 
 Every method blocks, may raise, and may be repeated: it looks by tag before it creates, and writes what a run lacks.
-Points are sent in the order of their steps, so a metric's latest step says which of them a run has, whoever sent
-them. A run with the tag ``aliprod.result`` is complete.
+Points are sent in the order of their steps, which are epochs from 1, so a metric's latest step says which of them a run
+has, whoever sent them. A run with the tag ``aliprod.result`` is complete.
 """
 
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run, RunTag
+from mlflow.utils.git_utils import get_git_commit
 
 from aliprod.build.events import DONE, JobState
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
 from aliprod.store import commit, epochs
 from aliprod.store.layout import LAST, METRICS, WEIGHTS
+from aliprod.tracking import confusions, view
 from aliprod.tracking.registry import Choice, Registry, Weights
 from aliprod.tracking.server import Server, redacted
 
@@ -61,6 +64,7 @@ class PlanProgress:
     note: str  # a table of the jobs in Markdown
     jobs: tuple[JobProgress, ...] = ()
     ensemble: EnsembleResult | None = None
+    catalogue: Catalogue | None = None  # that the jobs are trained on, where it is known
 
 
 def status_of(plan: PlanProgress, progress: JobProgress) -> str:
@@ -82,20 +86,12 @@ class Runs:
     plan: PlanProgress
 
     def show_plan(self) -> None:
-        """The plan's run with its file, its table and, where they have changed, the numbers of its jobs.
-
-        The step of ``jobs/done`` and ``jobs/running`` is the second since the run began, or the next that is free.
-        """
-        run, states = self._plan_run(), [progress.state for progress in self.plan.jobs]
+        """The plan's run with its file and its table, below which links lead to the jobs."""
+        run, own = self._plan_run(), self.server.experiment_id
         if NOTE not in run.data.tags:  # it is sent after the file
             self.server.client.log_text(run.info.run_id, redacted(self.plan.text), "plan.toml")
-        counts = {"jobs/done": sum(state in DONE for state in states), "jobs/running": states.count("running")}
-        points = []
-        if {*states} - {"waiting"} and any(run.data.metrics.get(name) != count for name, count in counts.items()):
-            now = time.time_ns() // 1_000_000
-            step = max(_latest_steps(run).get("jobs/done", -1) + 1, (now - run.info.start_time) // 1000)
-            points = [Metric(name, count, now, step) for name, count in counts.items()]
-        self._write(run, points, {NOTE: self.plan.note})
+        links = f"[Jobs side by side](#/{view.page(own)}), [their charts](#/{view.page(own, charts=True)})"
+        self._write(run, tags={NOTE: f"{self.plan.note}\n\n{links}"})
         self._set_status(run, self.plan.status)
 
     def show_job(self, progress: JobProgress) -> None:
@@ -109,12 +105,13 @@ class Runs:
             raise Failed("has no committed weights.", folder)
         run = self._job_run(progress, records, commit.digest(folder / WEIGHTS) if weights else "")
         tags = {f"aliprod.{name}": str(value) for name, value in progress.facts.items()}
+        tags |= {view.STATE: progress.state, view.EPOCH: f"{len(records)}/{progress.job.stage.epochs}"}
         if progress.state == "failed":
             tags[ERROR] = progress.detail
         elif ERROR in run.data.tags:
             self.server.client.delete_tag(run.info.run_id, ERROR)
         points = [point for record in records for point in _metrics(record)]
-        self._write(run, points, tags)
+        self._write(run, [*points, *_best(records)], tags)
         shared = f"top1_error/{progress.job.name}"
         errors = [Metric(shared, p.value, p.timestamp, p.step) for p in points if p.key == epochs.TOP1]
         self._write(self._plan_run(), errors)
@@ -136,10 +133,11 @@ class Runs:
         tags |= {f"model.{job}": model_id for job, model_id in models.items()}
         shown = json.dumps([{"path": "members.json", "type": "table"}])  # so that the UI shows it as one
         self._write(run, tags=tags | {"aliprod.split": str(result["split"]), "mlflow.loggedArtifacts": shown})
+        self._picture(run, result)
         self.server.client.log_inputs(run.info.run_id, models=[LoggedModelInput(i) for i in sorted({*models.values()})])
         errors = {name: member.get("top1_error") for name, member in result["members"].items()}
         columns = ["member", "version", "epoch", "top1_error", "key", "sha256"]
-        rows = [[job, c.version, c.epoch, errors.get(job), c.key, c.sha256] for job, c in choices.items()]
+        rows = [[job, c.version, c.epoch + 1, errors.get(job), c.key, c.sha256] for job, c in choices.items()]
         self.server.client.log_dict(run.info.run_id, {"columns": columns, "data": rows}, "members.json")
         if submission := result.get("submission"):
             self.server.client.log_artifact(run.info.run_id, str(submission))
@@ -148,6 +146,13 @@ class Runs:
         each = _points({f"top1_error/{name}": error for name, error in errors.items()}, run.info.start_time, 0)
         self._write(run, [*total, *each], {RESULT: commit.sha256(Path(submission)) if submission else key})
         self._set_status(run, "FINISHED")
+
+    def _picture(self, run: Run, result: Mapping[str, Any]) -> None:
+        """What the ensemble confuses, among the charts, where it is known."""
+        if self.plan.catalogue and result["split"]:
+            found = confusions.picture(Path(result["probabilities"]), self.plan.catalogue, result["split"])
+            if found is not None:
+                self.server.client.log_image(run.info.run_id, found, key="confusions/ensemble", step=0)
 
     def _publish(self, run: Run, progress: JobProgress, best: Weights, records: Mapping[int, Record]) -> None:
         """Versions of the best and the last weights, the aliases and, last, the tag of the result."""
@@ -162,9 +167,7 @@ class Runs:
             points = [point for point in _metrics(records.get(version.epoch, {})) if math.isfinite(point.value)]
             bound = [Metric(p.key, p.value, p.timestamp, p.step, version.model_id) for p in points]
             self.server.client.log_batch(run.info.run_id, metrics=bound)
-        final = {"best/epoch": best.epoch, "best/top1_error": best.top1_error}
-        points = _points(final, records.get(best.epoch, {}).get("time_ms", 0), best.epoch)
-        self._write(run, points, {RESULT: commit.digest(best.folder)})
+        self._write(run, tags={"aliprod.best_epoch": str(best.epoch + 1), RESULT: commit.digest(best.folder)})
 
     def _plan_run(self) -> Run:
         digest = self.plan.digest
@@ -184,6 +187,8 @@ class Runs:
         if not run.data.params:
             settings = {"backbone": job.backbone, "network": job.network, **job.stage.model_dump(mode="json")}
             params = [Param(name, value[:PARAM_LIMIT]) for name, value in _flat(settings).items()]
+            if self.plan.catalogue:  # before the settings, which say that it is there
+                self.server.client.log_inputs(run.info.run_id, [_dataset(self.plan.catalogue)])
             self.server.client.log_batch(run.info.run_id, params=params)
         return run
 
@@ -202,7 +207,8 @@ class Runs:
     ) -> Run:
         parent = {} if kind == "plan" else {"mlflow.parentRunId": self._plan_run().info.run_id}
         ours = {"aliprod.kind": kind, "aliprod.key": key, "aliprod.plan": self.plan.digest}
-        tags = ours | dict(tags or {}) | parent
+        source = {"mlflow.source.name": "aliprod", "mlflow.source.git.commit": get_git_commit(__file__)}
+        tags = ours | dict(tags or {}) | parent | {name: value for name, value in source.items() if value}
         return self.server.client.create_run(self.server.experiment_id, start_ms, tags, name)
 
     def _write(self, run: Run, points: Iterable[Metric] = (), tags: Mapping[str, str] | None = None) -> None:
@@ -214,7 +220,7 @@ class Runs:
         latest = _latest_steps(run)
         new = [point for point in points if point.step > latest.get(point.key, -1)]
         finite = [point for point in new if math.isfinite(point.value)]
-        odd = {f"aliprod.nonfinite.{p.key}": f"{p.value} at {p.step}" for p in new if not math.isfinite(p.value)}
+        odd = {f"aliprod.nonfinite.{p.key}": f"{p.value} in epoch {p.step}" for p in new if not math.isfinite(p.value)}
         texts = {name: _cut(text) for name, text in (odd | dict(tags or {})).items()}
         lacking = [RunTag(name, text) for name, text in texts.items() if run.data.tags.get(name) != text]
         self.server.client.log_batch(run.info.run_id, metrics=finite, tags=lacking)
@@ -234,12 +240,27 @@ def _latest_steps(run: Run) -> dict[str, int]:
 
 
 def _metrics(record: Record) -> list[Metric]:
-    """The numbers of an epoch as points at its epoch and its time, those that are not finite too."""
+    """The numbers of an epoch as points at its epoch, from 1, and its time, those that are not finite too."""
     return [
-        Metric(name, float(value), record["time_ms"], record["epoch"])
+        Metric(name, float(value), record["time_ms"], record["epoch"] + 1)
         for name, value in record.items()
         if name not in ("epoch", "time_ms") and isinstance(value, int | float) and not isinstance(value, bool)
     ]
+
+
+def _best(records: Sequence[Record]) -> list[Metric]:
+    """The lowest error so far at each epoch, of weights as trained, averaged or with other norm statistics."""
+    own = [[r[name] for name in r if name.startswith(epochs.TOP1) and "_per_image" not in name] for r in records]
+    lowest = accumulate((min(errors, default=math.inf) for errors in own), min)
+    return [Metric(view.BEST, e, r["time_ms"], r["epoch"] + 1) for e, r in zip(lowest, records, strict=True) if e < 2]
+
+
+def _dataset(catalogue: Catalogue) -> DatasetInput:
+    """What jobs train on: a catalogue by its name and the beginning of its fingerprint; MLflow takes 36 characters."""
+    counts = {images.split: len(images) for images in catalogue.splits} | {"classes": catalogue.num_classes}
+    source = json.dumps({"uri": redacted(str(catalogue.root))})
+    found = Dataset(catalogue.root.name, catalogue.fingerprint[:12], "local", source, profile=json.dumps(counts))
+    return DatasetInput(found, [InputTag("mlflow.data.context", "training")])
 
 
 def _points(values: Mapping[str, float | None], time_ms: int, step: int) -> list[Metric]:

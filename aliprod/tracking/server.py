@@ -19,6 +19,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from sqlalchemy.exc import SQLAlchemyError
 
 from aliprod.errors import Refused, Unreachable
+from aliprod.tracking import view
 
 PROBE = "aliprod wrote this to see whether artifacts can be written and read back.\n".ljust(1024, ".")
 
@@ -42,9 +43,10 @@ class Server:
     experiment_id: str = ""
 
     def probe(self) -> None:
-        """A small real call; raises what MLflow raises. One that writes: a locked or full database still reads."""
+        """A small real call; raises what MLflow raises. One that writes, as a locked or full database still reads: how
+        the plan's page looks."""
         if self.experiment_id:
-            self.client.set_experiment_tag(self.experiment_id, "aliprod", "writes here")
+            self.client.set_experiment_tag(self.experiment_id, view.TAG, view.saved())
         else:
             self.client.search_experiments(max_results=1)
 
@@ -88,7 +90,9 @@ def connect(uri: str, experiment: str, artifacts: Path | None) -> Server:
     with asking(uri):
         there = _experiment(server.client, experiment, None if uri.startswith("http") else artifacts)
         _try_artifacts(server.artifacts(there.artifact_location))
-    return replace(server, experiment=experiment, experiment_id=there.experiment_id)
+        server = replace(server, experiment=experiment, experiment_id=there.experiment_id)
+        server.probe()
+    return server
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from aliprod.store.layout import METRICS
+from aliprod.tracking import view
 from aliprod.tracking.registry import Registry
 from aliprod.tracking.runs import JobProgress, PlanProgress, Runs, status_of
 from aliprod.tracking.server import Server, connect, sentence
@@ -113,8 +114,8 @@ class Tracking:
         self._server, self._sender = server, Sender(server.probe, say)
         self._begun = set[str]()  # jobs that have a run, since they have run here
         self.registry = Registry(server)  # versions and aliases; its methods block and raise
-        # where a person sees the runs; without the word the UI opens its view of language models, which is empty
-        self.page = server.page(f"experiments/{server.experiment_id}/runs?workflowType=machine_learning")
+        # where a person sees the jobs, and their charts
+        self.page, self.charts = (server.page(view.page(server.experiment_id, charts)) for charts in (False, True))
 
     @classmethod
     def connect(
@@ -138,8 +139,7 @@ class Tracking:
 
     def _parts(self, plan: PlanProgress) -> Iterator[Part]:
         runs = Runs(self._server, self.registry, plan)
-        states = [progress.state for progress in plan.jobs]
-        own = Part("plan", (plan.note, plan.status, states), runs.show_plan)
+        own = Part("plan", (plan.note, plan.status), runs.show_plan)
         if plan.status == "RUNNING":
             yield own
         for progress in plan.jobs:

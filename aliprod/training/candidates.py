@@ -51,7 +51,8 @@ def best_candidate(
     Args:
         between: called now and then, as often on each rank; it may raise.
     Returns:
-        The candidate with the lowest error (of equal ones the later kind), and the errors of all by name.
+        The candidate with the lowest error (of equal ones the later kind), and the top-1 errors of all by name; of the
+        raw weights, top-5 error and loss too.
     """
     model = setup.learner.model
     kept = copied(model.state_dict())
@@ -60,7 +61,8 @@ def best_candidate(
         for kind, tensors in _kinds(setup, average, epoch, kept, between):
             model.load_state_dict(tensors)
             found = setup.top1_errors(between)
-            errors |= {name if kind == "raw" else f"{name}_{kind}": value for name, value in found.items()}
+            others = {f"{name}_{kind}": value for name, value in found.items() if name.startswith(TOP1)}
+            errors |= found if kind == "raw" else others
             candidate = Candidate(epoch, kind, found.get(TOP1), tensors)
             if best is None or best.top1_error is None or not best.beats(candidate):
                 best = candidate

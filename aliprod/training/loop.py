@@ -225,7 +225,7 @@ class _Meter:
         shares = _of_all_ranks([(losses, self.batches.ids(rows)) for losses, rows in mine])
         losses, ids = min(shares, key=lambda seen: math.isfinite(sum(seen[0].values())))  # the culprit's
         values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-        epoch, rate = step // self.batches.steps_per_epoch, self.optimizer.lr_of("backbone", step)
+        epoch, rate = step // self.batches.steps_per_epoch + 1, self.optimizer.lr_of("backbone", step)
         return NonFiniteLoss(
             f"the loss or its gradient is not finite in epoch {epoch}, step {step} ({values}; lr {rate:g}).",
             advice=f"The weights are as they were before it. Images: {listing(ids, 8)}\n"

@@ -116,8 +116,13 @@ def test_jobs_that_did_not_end_well_say_why_and_the_others_how_long_they_took(re
     reasons = {"net/full": "the loss is <not finite>", "net/accuracy": "net/full failed"}
     task = {"name": "net/full", "kind": "training", "job": "net/full", "nodes": ["a"], "since": 100.0, "until": 165.0}
     said = {"host": "gone", "pid": 1, "states": states, "reasons": reasons, "tasks": [task], "nodes": []}
+    said["page"] = "http://mlflow:5000/#/experiments/1/runs?a=b after `mlflow ui`"
     commit.write_file(request_of.places.storage / "shop" / "state.json", json.dumps(said))
-    words = seen(request_of).words
+    found = seen(request_of)
+    links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
+    assert links[0] == "http://mlflow:5000/#/experiments/1/runs?a=b"
+    assert links[1] == f"{links[0]}&compareRunsMode=CHART"
+    words = found.words
     for told in ("failed: the loss is <not finite>", "not run: net/full failed", "1 min 05 s"):
         assert told in words
 

@@ -170,6 +170,47 @@ class Cluster:
             return json.load(answer)
 
 
+@dataclass
+class MlflowServer:
+    """One worker over SQLite, without the job execution that would start eight processes more."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        store = f"sqlite:///{self.folder}/mlflow.db"
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", store]
+        command += ["--artifacts-destination", f"{self.folder}/artifacts"]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+        until = time.monotonic() + 120
+        while not self._healthy():
+            assert time.monotonic() < until, (self.folder / "server.log").read_text()[-2000:]
+            time.sleep(0.2)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Started at the first test that asks for it, killed with all it started after the last."""
@@ -224,6 +265,15 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthesise(folder / "catalogue", classes=4, images=64, seed=0)
     (folder / "tiny.toml").write_text(PLAN)
     return folder / "tiny.toml"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    [port] = _free_ports(1)
+    server = MlflowServer(tmp_path_factory.mktemp("server"), port)
+    server.start()
+    yield server
+    server.signal(signal.SIGKILL)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -152,7 +152,7 @@ def test_mlflow_holds_a_run_for_each_job_below_the_plans(whole: Run) -> None:
     assert client.get_run(parents.pop()).info.status == "FINISHED"
     for name, run in jobs.items():
         points = client.get_metric_history(run.info.run_id, "val/top1_error")
-        told = {line["epoch"]: line["val/top1_error"] for line in epochs.read(folders[name] / METRICS)}
+        told = {line["epoch"] + 1: line["val/top1_error"] for line in epochs.read(folders[name] / METRICS)}
         assert {point.step: point.value for point in points} == told
         assert len(points) == len(told)
 
@@ -167,6 +167,14 @@ def test_mlflow_holds_every_checkpoint_as_a_version_and_marks_the_best_as_member
         assert {version.tags["sha256"] for version in versions} == kept
         best = client.get_model_version_by_alias(model, "member")
         assert best.tags["sha256"] == commit.sha256(folder / "weights" / "model.safetensors")
+
+
+def test_mlflow_has_what_the_ensemble_confuses_as_a_picture(whole: Run) -> None:
+    client = mlflow_of(whole.storage)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    [ensemble] = client.search_runs([experiment], "tags.`aliprod.kind` = 'ensemble'")
+    assert any(file.path.endswith(".png") for file in client.list_artifacts(ensemble.info.run_id, "images"))
+    assert ensemble.data.tags["mlflow.loggedImages"] == "True"
 
 
 def test_the_dashboard_names_every_job(whole: Run, cluster: Any) -> None:
@@ -207,7 +215,7 @@ def test_a_job_that_fails_for_good_stops_its_descendants_alone(whole: Run, clust
     assert outcome["ensemble"] is None
     left = sorted(path.name for path in (whole.storage / "failing").iterdir())
     assert left == ["report.html", "result.json", "state.json"]
-    assert "Error: resnet/dcl failed: the loss or its gradient is not finite in epoch 0, step" in process.stderr
+    assert "Error: resnet/dcl failed: the loss or its gradient is not finite in epoch 1, step" in process.stderr
     assert "Traceback" not in process.stderr
 
 

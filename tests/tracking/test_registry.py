@@ -32,17 +32,17 @@ def test_best_and_last_become_versions_that_say_what_they_are(place, job, traine
     best, last = client.get_model_version(MODEL, "1"), client.get_model_version(MODEL, "2")
     assert aliases(client) == {"best": 1, "member": 1}
     assert best.tags == {
-        "epoch": "1", "top1_error": "0.2000", "checkpoint": "best", "key": job().key,
+        "epoch": "2", "top1_error": "0.2000", "checkpoint": "best", "key": job().key,
         "sha256": commit.file_digest(folder / "weights", "model.safetensors"),
     }  # fmt: skip
-    assert (last.tags["epoch"], last.tags["checkpoint"]) == ("2", "last")
-    assert best.description == f"best of {str(job().key)[:12]}: epoch 2, top-1 error 0.2000"
+    assert (last.tags["epoch"], last.tags["checkpoint"]) == ("3", "last")
+    assert best.description == f"top-1 error 20.00% on val, epoch 2 of 3: best of {str(job().key)[:12]}"
     models = client.search_logged_models([client.get_experiment_by_name("shop").experiment_id])
     assert {model.status for model in models} == {LoggedModelStatus.READY}
     assert {(metric.key, metric.value) for model in models for metric in model.metrics or []} >= {
         ("val/top1_error", 0.2), ("val/top1_error", 0.3),
     }  # fmt: skip
-    assert {model.name for model in models} == {"resnet50-full-epoch001", "resnet50-full-epoch002"}
+    assert {model.name for model in models} == {"resnet50-full-epoch002", "resnet50-full-epoch003"}
 
 
 def test_a_best_epoch_that_is_the_last_is_one_version(place, job, trained):
@@ -78,7 +78,7 @@ def test_a_killed_drivers_pending_model_is_replaced(place, job, trained):
     experiment = client.get_experiment_by_name("shop").experiment_id
     sha256 = commit.file_digest(folder / "weights", "model.safetensors")
     tags = {"aliprod.key": job().key, "aliprod.sha256": sha256}
-    orphan = client.create_logged_model(experiment, name="resnet50-full-epoch001", tags=tags)
+    orphan = client.create_logged_model(experiment, name="resnet50-full-epoch002", tags=tags)
     send(place, job(), folder)
     models = client.search_logged_models([experiment])
     assert len(models) == 1

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from aliprod.errors import Refused, Unreachable
 from aliprod.store import commit
+from aliprod.tracking import runs
 from aliprod.tracking.registry import Choice
 from aliprod.tracking.runs import EnsembleResult, JobProgress
 from aliprod.tracking.sync import Tracking
@@ -67,13 +69,49 @@ def test_a_trained_job_is_a_run_below_the_plans_with_its_settings_and_every_poin
     for name in ("train/class", "val/top1_error"):
         history = client.get_metric_history(run.info.run_id, name)
         assert [(p.step, p.timestamp, p.value) for p in history] == [
-            (r["epoch"], r["time_ms"], r[name]) for r in records
+            (r["epoch"] + 1, r["time_ms"], r[name]) for r in records
         ]
+    lowest = client.get_metric_history(run.info.run_id, "best/top1_error")
+    assert [(p.step, p.value) for p in lowest] == [(1, 0.5), (2, 0.2), (3, 0.2)]
+    assert run.data.tags["aliprod.state"] == "finished"
+    assert (run.data.tags["aliprod.epoch"], run.data.tags["aliprod.best_epoch"]) == ("3/3", "2")
     errors = client.get_metric_history(plan.info.run_id, "top1_error/resnet50/full")
     assert [p.value for p in errors] == [0.5, 0.2, 0.3]
-    assert sorted(p.value for p in client.get_metric_history(plan.info.run_id, "jobs/done")) == [0, 1]
-    assert sorted(p.value for p in client.get_metric_history(plan.info.run_id, "jobs/running")) == [0, 1]
     assert plan.data.tags["mlflow.note.content"].startswith("| job | state |")
+
+
+def test_a_jobs_run_names_the_data_that_it_is_trained_on_once(place, job, packages):
+    for _ in range(2):
+        tracking = place.driver()
+        place.show(tracking, JobProgress(job(), place.storage, "running"), catalogue=packages)
+        assert tracking.flush(60) == []
+    run = run_of(MlflowClient(place.uri), "job")
+    [data] = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == (packages.root.name, packages.fingerprint[:12])
+    assert json.loads(data.dataset.profile) == {"train": len(packages.train), "val": len(packages.val),
+                                                "test": len(packages.test), "classes": 4}  # fmt: skip
+    assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "training")]
+
+
+def test_a_run_names_the_commit_of_the_sources_where_they_are_a_checkout(place, monkeypatch):
+    monkeypatch.setattr(runs, "get_git_commit", lambda path: "c0ffee" if Path(path).name == "runs.py" else None)
+    assert place.driver().flush(60) == []
+    assert run_of(MlflowClient(place.uri), "plan").data.tags["mlflow.source.git.commit"] == "c0ffee"
+
+
+def test_the_plans_description_and_its_page_lead_to_a_saved_view_of_the_jobs(place):
+    tracking = place.driver()
+    assert tracking.flush(60) == []
+    client = MlflowClient(place.uri)
+    experiment = client.get_experiment_by_name("shop")
+    page = f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=aliprod"
+    note = run_of(client, "plan").data.tags["mlflow.note.content"]
+    assert f"({page})" in note
+    assert f"({page}&compareRunsMode=CHART)" in note
+    assert page in tracking.page
+    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.aliprod"])["state"])
+    found = client.search_runs([experiment.experiment_id], state["searchFilter"])
+    assert found == [], "jobs and ensembles alone"
 
 
 def test_a_reused_job_that_mlflow_lacks_is_sent_whole_and_the_second_time_writes_nothing(place, job, trained):
@@ -105,7 +143,7 @@ def test_an_epoch_told_again_after_a_resume_draws_no_second_point(place, job):
         assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     history = client.get_metric_history(run_of(client, "job").info.run_id, "train/class")
-    assert [(p.step, p.timestamp, p.value) for p in history] == [(0, 1000, 1.5)]
+    assert [(p.step, p.timestamp, p.value) for p in history] == [(1, 1000, 1.5)]
 
 
 def test_a_driver_killed_before_the_result_tag_is_completed_by_the_next(place, job, trained):
@@ -151,7 +189,7 @@ def test_epochs_of_a_running_job_arrive_as_its_training_writes_them(place, job):
     while len(history := client.get_metric_history(run_id, "train/class")) < 3:
         assert time.monotonic() < until
         time.sleep(0.1)
-    assert [(p.step, p.timestamp, p.value) for p in history] == [(0, 1000, 2.0), (1, 1001, 1.0), (2, 1002, 0.0)]
+    assert [(p.step, p.timestamp, p.value) for p in history] == [(1, 1000, 2.0), (2, 1001, 1.0), (3, 1002, 0.0)]
     place.metrics(*records, {"epoch": 3, "time_ms": 1003, "train/class": -1.0})
     assert tracking.flush(60) == [], "flush looks once more"
     assert len(client.get_metric_history(run_id, "train/class")) == 4
@@ -172,10 +210,14 @@ def test_a_point_whose_answer_was_lost_is_not_sent_twice(place, job):
     folder = place.metrics({"epoch": 0, "time_ms": 1, "train/class": 1.5})
     place.show(tracking, JobProgress(job(), folder, "running"))
     assert tracking.flush(60) == []
-    assert client.log_batch is send, "an answer was lost: that of the count of jobs"
-    assert set(everything(client)["points"].values()) == {1}
-    [point] = client.get_metric_history(run_of(client, "plan").info.run_id, "jobs/running")
-    assert point.value == 1
+    assert client.log_batch is send, "an answer was lost: that of the settings"
+    client.log_batch = lost
+    folder = place.metrics(*({"epoch": epoch, "time_ms": 1 + epoch, "train/class": 1.5} for epoch in range(2)))
+    assert tracking.flush(60) == []
+    assert client.log_batch is send, "an answer was lost: that of the second epoch"
+    points = everything(client)["points"]
+    assert [point[1:3] for point in points] == [("train/class", 1), ("train/class", 2)]
+    assert set(points.values()) == {1}
 
 
 def test_values_that_are_not_finite_become_tags_and_the_others_points(place, job):
@@ -185,9 +227,9 @@ def test_values_that_are_not_finite_become_tags_and_the_others_points(place, job
     assert tracking.flush(60) == []
     client = MlflowClient(place.uri)
     run = run_of(client, "job")
-    assert run.data.metrics == {"val/top1_error": 0.5}
-    assert run.data.tags["aliprod.nonfinite.train/class"] == "inf at 0"
-    assert run.data.tags["aliprod.nonfinite.lr"] == "nan at 0"
+    assert run.data.metrics == {"val/top1_error": 0.5, "best/top1_error": 0.5}
+    assert run.data.tags["aliprod.nonfinite.train/class"] == "inf in epoch 1"
+    assert run.data.tags["aliprod.nonfinite.lr"] == "nan in epoch 1"
 
 
 def test_a_failed_job_says_why_until_it_is_started_again(place, job):

@@ -287,5 +287,5 @@ def test_where_one_ranks_loss_is_not_finite_all_stop_and_name_that_ranks_images(
     assert of_two_ranks(work, packages.root) == [1, 1]
     complaint = [line for line in log_of(work).splitlines() if "Images:" in line or "not finite" in line]
     assert complaint == [line for line in log_of(work, 1).splitlines() if "Images:" in line or "not finite" in line]
-    assert "not finite in epoch 1, step 5 (class nan; lr 0.01)" in complaint[0]
+    assert "not finite in epoch 2, step 5 (class nan; lr 0.01)" in complaint[0]
     assert len(complaint[1].split("Images:")[1].split(",")) == 4  # of the 8 images of the step

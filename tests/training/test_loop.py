@@ -169,7 +169,7 @@ def test_a_bad_loss_is_laid_at_the_door_of_its_step_and_images(
     rate = lr_at(step, stage.lr.backbone, 4, 1, [], 0.1)
     with pytest.raises(NonFiniteLoss) as raised:
         list(train(changed(stage, objective={"name": "own.spoilt", "step": step}), NETWORK, packages))
-    assert f"not finite in epoch {step // 4}, step {step} (class nan; lr {rate:g})" in raised.value.what
+    assert f"not finite in epoch {step // 4 + 1}, step {step} (class nan; lr {rate:g})" in raised.value.what
     assert f"Images: {', '.join(batches.ids(batch.rows))}\n" in raised.value.advice
 
 
@@ -212,10 +212,27 @@ def test_the_validation_error_is_the_metric_of_the_centre_crops(packages: Catalo
     assert model.training
     model.eval()
     batches = list(predict(model, packages.val, 40, 32, "center", feed))
-    predicted = torch.cat([probabilities for _, probabilities in batches]).argmax(dim=1)
+    rows = torch.cat([probabilities for _, probabilities in batches])
+    predicted = rows.argmax(dim=1)
     labels = torch.from_numpy(packages.val.labels)
     assert errors["val/top1_error"] == mean_class_error(labels, predicted, 4)
     assert errors["val/top1_error_per_image"] == (labels != predicted).double().mean()
+    assert errors["val/loss"] == pytest.approx(float(torch.nn.functional.nll_loss(rows.log(), labels)), rel=1e-5)
+    assert errors["val/top5_error"] == 0, "of four classes"
+
+
+def test_the_top_5_error_is_a_mean_over_classes_of_labels_that_five_others_surpass(
+    packages: Catalogue, stage: Stage
+) -> None:
+    seven = replace(packages, classes=np.arange(7), val=replace(packages.val, labels=np.arange(len(packages.val)) % 7))
+    model = learner.Learner(stage, NETWORK, seven, learner.place(Machine())).model
+    feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.5,) * 3, "bicubic")
+    error = top1_errors(model, seven, stage, feed)["val/top5_error"]
+    model.eval()
+    rows = torch.cat([probabilities for _, probabilities in predict(model, seven.val, 40, 32, "center", feed)])
+    missed = (rows.topk(5).indices != torch.from_numpy(seven.val.labels)[:, None]).all(dim=1).double()
+    assert error == pytest.approx(np.mean([float(missed[seven.val.labels == label].mean()) for label in range(7)]))
+    assert 0 < error < 1
 
 
 # The classifier alone (cRT)
