@@ -22,18 +22,11 @@ _SECTIONS = ("best", "val", "train", "confusions", "lr", "speed")  # of charts, 
 
 def saved() -> str:
     """The value of `TAG`: the runs of jobs and ensembles, the best first, and their charts, two in a row."""
-    section = {"display": True, "isReordered": False, "deleted": False, "isGenerated": True, "columns": 2}
-    state: dict[str, Any] = {
-        "searchFilter": "tags.`aliprod.kind` != 'plan'",
-        "orderByKey": f"metrics.`{BEST}`",
-        "orderByAsc": True,
-        "selectedColumns": _COLUMNS,
-        "columnOrder": _COLUMNS,
-        "runsHiddenMode": "FIRST_20_RUNS",
-        "compareRunCharts": [],  # MLflow adds one a metric, in its section
-        "compareRunSections": [section | {"uuid": name, "name": name} for name in _SECTIONS],
-        "isAccordionReordered": True,
-    }
+    state: dict[str, Any] = {"searchFilter": "tags.`aliprod.kind` != 'plan'", "runsHiddenMode": "FIRST_20_RUNS"}
+    state |= {"orderByKey": f"metrics.`{BEST}`", "orderByAsc": True}
+    state |= {"selectedColumns": _COLUMNS, "columnOrder": _COLUMNS}
+    sections = [{"uuid": name, "name": name, "display": True, "columns": 2} for name in _SECTIONS]
+    state |= {"compareRunSections": sections, "isAccordionReordered": True, "compareRunCharts": []}  # MLflow adds some
     return json.dumps({"name": "jobs", "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
 
 
