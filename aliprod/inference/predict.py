@@ -44,10 +44,10 @@ class Ready:
     feed: Feed
 
 
-def ready(folder: Path, processes: int = 0) -> Ready:
-    """Load a weights folder onto this process's GPU where it has one; ``processes`` of them read pictures. Refused: it
-    is no weights folder, or one that is damaged."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def ready(folder: Path, processes: int = 0, device: torch.device | None = None) -> Ready:
+    """Load a weights folder onto a device, None: this process's GPU where it has one; ``processes`` of them read
+    pictures. Refused: it is no weights folder, or one that is damaged."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, classes = weights.load(folder)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes, dtype=precision(device))
@@ -91,15 +91,20 @@ def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def look(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
-    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8 on the device of ``feed``."""
+    """`seen` at the precision of ``feed``, on whose device the pictures are."""
+    with autocast(feed.device, feed.dtype):
+        return seen(model, pixels, crop, views, feed)
+
+
+def seen(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
+    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8."""
     if views == "ten_crop":
         cut = crops(pixels, crop)
     else:
         offset = round((pixels.shape[-1] - crop) / 2)
         cut = pixels[:, None, :, offset : offset + crop, offset : offset + crop]
     images = normalise(cut.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
-    with autocast(feed.device, feed.dtype):
-        logits: Tensor = model(images)
+    logits: Tensor = model(images)
     return mean_probabilities(logits.float().view(*cut.shape[:2], -1))
 
 
@@ -144,13 +149,10 @@ def classify(voices: Sequence[Voice], inputs: Sequence[Path]) -> Iterator[dict[s
     Raises:
         Refused: there is no picture; a folder holds no weights, or they know other classes than the first.
     """
-    paths = [path for given in inputs for path in _files(given)]
+    paths = [path for given in inputs for path in files(given)]
     if not paths:
         raise Refused("holds no picture.", listing(map(str, inputs)), f"Pictures are {listing(PICTURE_SUFFIXES)}.")
-    members = [ready(voice.folder) for voice in voices]
-    for voice, member in zip(voices, members, strict=True):
-        if member.classes.ids != members[0].classes.ids:
-            raise Refused("knows other classes than the first member.", voice.folder, "Run the plan again.")
+    members = loaded(voices)
     for low in range(0, len(paths), BATCH["ten_crop"]):
         some = paths[low : low + BATCH["ten_crop"]]
         seen = [_decoded(path) for path in some]
@@ -160,7 +162,36 @@ def classify(voices: Sequence[Voice], inputs: Sequence[Path]) -> Iterator[dict[s
             yield {"path": str(path), **({"error": picture} if isinstance(picture, str) else next(answers))}
 
 
-def _files(given: Path) -> list[Path]:
+def loaded(voices: Sequence[Voice], device: torch.device | None = None) -> list[Ready]:
+    """Members, each `ready`. Refused: a folder holds no weights, or they know other classes than the first."""
+    members = [ready(voice.folder, device=device) for voice in voices]
+    for voice, member in zip(voices, members, strict=True):
+        if member.classes.ids != members[0].classes.ids:
+            raise Refused("knows other classes than the first member.", voice.folder, "Run the plan again.")
+    return members
+
+
+def asked(pictures: Sequence[Image.Image], members: Sequence[Ready], voices: Sequence[Voice], views: Views) -> Tensor:
+    """The weighted mean (n, K) of the members' probabilities of pictures, in float32."""
+    parts = []
+    for member in members:
+        config, feed = member.config, replace(member.feed, dtype=torch.float32)
+        pixels = torch.stack([square(picture, config.resize, config.interpolation) for picture in pictures])
+        parts.append(look(member.model, pixels.to(feed.device), config.crop, views, feed).cpu())
+    return mean(parts, voices)
+
+
+def mean(parts: Sequence[Tensor], voices: Sequence[Voice]) -> Tensor:
+    """The mean of members' probabilities (n, K), each tempered, by what they count."""
+    total = torch.zeros(())
+    for part, voice in zip(parts, voices, strict=True):
+        even = part if voice.temperature is None else tempered(part, voice.temperature).float()
+        total = total + even * (voice.weight / sum(one.weight for one in voices))
+    return total
+
+
+def files(given: Path) -> list[Path]:
+    """The pictures below a folder, by their suffixes, or the one file that is given."""
     if given.is_dir():
         return sorted(path for path in given.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
     return [given]
@@ -176,15 +207,9 @@ def _decoded(path: Path) -> Image.Image | str:
 def _answers(
     pictures: Sequence[Image.Image], members: Sequence[Ready], voices: Sequence[Voice]
 ) -> Iterator[dict[str, Any]]:
-    """What each picture shows, by the weighted mean of the members' ten-crop probabilities in float32."""
-    classes, total = members[0].classes, torch.zeros(())
-    for member, voice in zip(members, voices, strict=True):
-        config, feed = member.config, replace(member.feed, dtype=torch.float32)
-        pixels = torch.stack([square(picture, config.resize, config.interpolation) for picture in pictures])
-        seen = look(member.model, pixels.to(feed.device), config.crop, "ten_crop", feed).cpu()
-        seen = seen if voice.temperature is None else tempered(seen, voice.temperature).float()
-        total = total + seen * (voice.weight / sum(one.weight for one in voices))
-    for row in total:
+    """What each picture shows, by the ten-crop probabilities."""
+    classes = members[0].classes
+    for row in asked(pictures, members, voices, "ten_crop"):
         values, places = row.topk(min(_TOP, len(row)))
         top = [
             {"class_id": classes.ids[place], "name": classes.names[place], "probability": round(value, 6)}

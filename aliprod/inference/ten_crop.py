@@ -6,13 +6,13 @@ from torch import Tensor
 from aliprod.errors import Refused
 
 
-def boxes(height: int, width: int, crop: int) -> Tensor:
+def boxes(height: int, width: int, crop: int) -> list[tuple[int, int, int]]:
     """Where the ten crops lie, in the order of torchvision's ten_crop.
 
     Top left, top right, bottom left, bottom right, centre, then the same five of the mirrored image, given
     as boxes of the unmirrored one that are to be flipped. The centre's offset is rounded half to even.
 
-    (10, 3) int64: top, left, flipped (0 or 1). Refused: the image is smaller than the crop.
+    Ten of top, left, flipped (0 or 1). Refused: the image is smaller than the crop.
     """
     if crop < 1 or min(height, width) < crop:
         what = f"ten crops of {crop} pixels do not fit an image of {height} x {width}."
@@ -20,14 +20,14 @@ def boxes(height: int, width: int, crop: int) -> Tensor:
     bottom, right = height - crop, width - crop
     five = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
     mirrored = [(top, right - left, 1) for top, left in five]
-    return torch.tensor([(top, left, 0) for top, left in five] + mirrored)
+    return [(top, left, 0) for top, left in five] + mirrored
 
 
 def crops(image: Tensor, crop: int) -> Tensor:
     """The ten crops of images, in the order of `boxes`: (..., C, H, W) -> (..., 10, C, crop, crop)."""
     found = [
         image[..., top : top + crop, left : left + crop].flip(-1 if flipped else ())
-        for top, left, flipped in boxes(image.shape[-2], image.shape[-1], crop).tolist()
+        for top, left, flipped in boxes(image.shape[-2], image.shape[-1], crop)
     ]
     return torch.stack(found, dim=-4)
 
