@@ -3,15 +3,29 @@
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from aliprod.cli.flags import Asked, answer, as_json, json_flag, path, storage_flag, takes_plan, tracking_flag
+from aliprod.cli.flags import (
+    Asked,
+    answer,
+    as_json,
+    json_flag,
+    path,
+    say,
+    storage_flag,
+    takes,
+    takes_plan,
+    tracking_flag,
+)
 from aliprod.errors import Refused
 
 if TYPE_CHECKING:
+    from aliprod.export.formats import Format
+    from aliprod.recipe import Views
     from aliprod.store.lineage import Voice
 
 
@@ -80,13 +94,49 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
     answer(found, f"{over_classes}, {found['top1_error_per_image']:.2%} per image of {found['images']}")
 
 
+@dataclass(frozen=True)
+class _Named:
+    """What the commands that take a model are given."""
+
+    model: str
+    storage: Path | None
+    tracking_uri: str | None
+
+    def voices(self) -> "tuple[list[Voice], dict[str, Any] | None]":
+        """The weights folders that MODEL names, what each counts, and what their ensemble was found to be worth.
+
+        Raises:
+            Refused: it names none.
+        """
+        from aliprod.store.lineage import Voice, comparison, voices
+
+        model = self.model
+        if model.startswith("models:/"):
+            from aliprod.plan import places
+            from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
+
+            folder = places.default_storage(self.storage)
+            tracking = places.default_tracking_uri(folder, self.tracking_uri)
+            return [Voice(fetch(model, tracking, folder / "models"))], None
+        if model.endswith(".toml"):
+            asked = Asked(Path(model), (), self.storage, self.tracking_uri).request()
+            storage, plan = asked.places.storage, asked.plan.name
+            if not (found := voices(storage, plan)):
+                raise Refused("has no ensemble in this storage path yet.", f"plan {plan}", "Run the plan first.")
+            return found, comparison(storage, plan)
+        if not Path(model).is_dir():
+            advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
+            raise Refused("is no weights folder: there is no such folder.", model, advice)
+        return [Voice(Path(model))], None
+
+
+_takes_model = takes(_Named, click.argument("model"), storage_flag, tracking_flag, json_flag)
+
+
 @click.command("predict")
-@click.argument("model")
+@_takes_model
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=path)
-@storage_flag
-@tracking_flag
-@json_flag
-def predict_command(model: str, inputs: tuple[Path, ...], storage: Path | None, tracking_uri: str | None) -> None:
+def predict_command(named: _Named, inputs: tuple[Path, ...]) -> None:
     """Classify products in files or folders of images. With --json, one object a line.
 
     MODEL is a weights folder, an address in MLflow (models:/NAME@ALIAS), or a plan, whose ensemble is then asked.
@@ -94,40 +144,39 @@ def predict_command(model: str, inputs: tuple[Path, ...], storage: Path | None, 
     \b
     Example: aliprod predict models:/quickstart.resnet50.dcl@member photos/
     """
-    asked = _voices(model, storage, tracking_uri)
+    voices, _ = named.voices()
     from aliprod.inference.predict import classify
 
     failed = False
-    for found in classify(asked, inputs):
+    for found in classify(voices, inputs):
         failed |= "error" in found
         click.echo(json.dumps(found, ensure_ascii=False) if as_json() else _prediction(found))
     if failed:
         sys.exit(1)
 
 
-def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list[Voice]":
-    """The weights folders that MODEL names, and what each counts.
+@click.command("export")
+@_takes_model
+@click.argument("folder", type=path)
+@click.option("--format", "form", type=click.Choice(["onnx", "torch", "timm"]), default="onnx", show_default=True)
+@click.option("--views", type=click.Choice(["center", "ten_crop"]), default="center", show_default=True)
+@click.option("--images", type=path, help="Pictures to compare on. [random ones]")
+def export_command(named: _Named, folder: Path, form: "Format", views: "Views", images: Path | None) -> None:
+    """Write a model, or a whole ensemble, for those who do not have aliprod.
 
-    Raises:
-        Refused: it names none.
+    MODEL as in `predict`. FOLDER gets the model, its classes, and a README.md with the lines that feed it, once it
+    answers as aliprod does on 100 pictures.
+
+    \b
+    Example: aliprod export jobs/quickstart.toml ensemble --views ten_crop
     """
-    from aliprod.store.lineage import Voice, voices
+    voices, worth = named.voices()
+    from aliprod.export.folder import Wanted, export
 
-    if model.startswith("models:/"):
-        from aliprod.plan import places
-        from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
-
-        folder = places.default_storage(storage)
-        return [Voice(fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models"))]
-    if model.endswith(".toml"):
-        asked = Asked(Path(model), (), storage, tracking_uri).request()
-        if not (found := voices(asked.places.storage, asked.plan.name)):
-            raise Refused("has no ensemble in this storage path yet.", f"plan {asked.plan.name}", "Run the plan first.")
-        return found
-    if not Path(model).is_dir():
-        advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
-        raise Refused("is no weights folder: there is no such folder.", model, advice)
-    return [Voice(Path(model))]
+    say(f"Exporting {len(voices)} network{'s' if len(voices) > 1 else ''}, then comparing on pictures.")
+    found = export(voices, folder, Wanted(form, views, images), worth)
+    what = f"{folder}: largest difference from aliprod's probabilities on {found['compared']} {found['difference']:.1e}"
+    answer({"folder": str(folder), **found}, what)
 
 
 def _prediction(found: Mapping[str, Any]) -> str:

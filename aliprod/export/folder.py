@@ -1,0 +1,108 @@
+"""A folder for those who do not have aliprod: a model, its classes and its card, compared before it is there."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from aliprod.catalogue.decode import Unreadable, decode
+from aliprod.errors import Failed, Refused
+from aliprod.export import formats
+from aliprod.export.card import card
+from aliprod.export.recogniser import Recogniser
+from aliprod.inference.predict import asked, files, loaded
+from aliprod.recipe import Views
+from aliprod.store import commit
+from aliprod.store.layout import MODEL
+from aliprod.store.lineage import Voice
+
+COMPARED = 100  # pictures
+MOST = 1e-4  # that a probability may differ by
+_AT_ONCE = 4  # 40 crops: the activations of large ones fit a laptop
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How something is exported. ``images``: a folder of pictures to compare on; None: random ones."""
+
+    form: formats.Format
+    views: Views
+    images: Path | None = None
+
+
+def export(voices: Sequence[Voice], folder: Path, wanted: Wanted, worth: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Commit an export of weights folders; it is there once it answers as aliprod does, on a CPU in float32.
+
+    Args:
+        worth: of an ensemble, `aliprod.store.lineage.comparison`.
+    Returns:
+        format, views, members, compared ("100 random pictures"), difference: the largest of two probabilities.
+    Raises:
+        Refused: the folder is there already, the format does not hold this, or there are no pictures.
+        Failed: the probabilities differ by more than MOST; nothing is left.
+    """
+    if folder.exists():
+        raise Refused("is there already.", folder, "Name a folder that is not.")
+    members = loaded(voices, torch.device("cpu"))
+    recogniser = Recogniser(members, voices, wanted.views).eval()
+    formats.check(recogniser, wanted.form)
+    pictures = list(islice(_random() if wanted.images is None else _readable(wanted.images), COMPARED))
+    if not pictures:
+        raise Refused("holds no picture.", str(wanted.images), "Leave --images out to compare on random ones.")
+    told: dict[str, Any] = {
+        "format": wanted.form,
+        "views": wanted.views,
+        "members": [_said(voice) | {"job": one.config.job} for voice, one in zip(voices, members, strict=True)],
+        "compared": f"{len(pictures)} {'random pictures' if wanted.images is None else 'pictures'}",
+    }
+
+    def fill(staging: Path) -> None:
+        told["difference"] = _difference(formats.write(staging, recogniser, wanted.form), recogniser, pictures)
+        if not told["difference"] <= MOST:  # NaN too
+            what = f"its probabilities differ from aliprod's by up to {told['difference']:.1e}, more than {MOST:.0e}."
+            raise Failed(what, folder, "Nothing was written. Another format may do: --format.")
+        (staging / "README.md").write_text(card(recogniser, told, worth), encoding="utf-8")
+
+    commit.write(folder, fill, told)  # where `told` gets its difference before it is written
+    return told
+
+
+@torch.no_grad()
+def _difference(answers: formats.Answers, recogniser: Recogniser, pictures: Sequence[Image.Image]) -> float:
+    """The largest of two probabilities; NaN where one is."""
+    blocks = (pictures[low : low + _AT_ONCE] for low in range(0, len(pictures), _AT_ONCE))
+    ours = partial(asked, members=recogniser.members, voices=recogniser.voices, views=recogniser.views)
+    return float(torch.stack([(answers(some) - ours(some)).abs().max() for some in blocks]).max())
+
+
+def _said(voice: Voice) -> dict[str, Any]:
+    """What the commit record of a weights folder says, and what its member counts."""
+    return {
+        "weight": voice.weight,
+        "temperature": voice.temperature,
+        "sha256": commit.sha256(voice.folder / MODEL),
+        "trained": commit.read(voice.folder) or {},
+    }
+
+
+def _random() -> Iterable[Image.Image]:
+    """Noise of 8 to 404 pixels a side: coarse to fine once it is squared."""
+    generator = np.random.default_rng(0)
+    for number in range(COMPARED):
+        yield Image.fromarray(generator.integers(0, 256, (8 + 4 * number,) * 2 + (3,), dtype=np.uint8))
+
+
+def _readable(folder: Path) -> Iterable[Image.Image]:
+    """Pictures from all over a folder, without those that are none."""
+    paths = files(folder)
+    for path in paths[:: max(1, len(paths) // COMPARED)]:
+        try:
+            yield decode(path)
+        except Unreadable:
+            continue

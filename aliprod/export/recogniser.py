@@ -1,0 +1,54 @@
+"""One module from pictures to probabilities: a member, or an ensemble with all of its members."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from aliprod.data.augment import square
+from aliprod.inference.predict import Ready, mean, seen
+from aliprod.recipe import Views
+from aliprod.store.lineage import Voice
+
+
+class Recogniser(nn.Module):
+    """Pictures (N, side, side, 3) uint8, once for each of ``sizes``, to the probabilities (N, K) float32.
+
+    What is between is in it: crops, normalisation, networks, softmax, the mean over crops, temperatures and the
+    weighted mean over members. What is not: decoding, and squaring by Pillow's antialiased filter, whose pixels no
+    operator of ONNX or torch makes (at hard edges they are 10 grey levels off).
+
+    Attributes:
+        sizes: the distinct interpolations and sides that the members want pictures squared by and to.
+    """
+
+    def __init__(self, members: Sequence[Ready], voices: Sequence[Voice], views: Views) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(member.model for member in members)
+        self.members, self.voices, self.views = members, voices, views
+        self.sizes = tuple(dict.fromkeys(_size(member) for member in members))
+
+    @property
+    def inputs(self) -> list[str]:
+        """A name for each of ``sizes``, such as bicubic_256."""
+        return [f"{interpolation}_{side}" for interpolation, side in self.sizes]
+
+    def squared(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, ...]:
+        """What `forward` takes of pictures."""
+        return tuple(
+            torch.stack([square(picture, side, interpolation) for picture in pictures]).movedim(1, -1).contiguous()
+            for interpolation, side in self.sizes
+        )
+
+    def forward(self, *pictures: Tensor) -> Tensor:
+        pixels = {size: given.movedim(-1, 1) for size, given in zip(self.sizes, pictures, strict=True)}
+        parts = [
+            seen(member.model, pixels[_size(member)], member.config.crop, self.views, member.feed)
+            for member in self.members
+        ]
+        return mean(parts, self.voices)
+
+
+def _size(member: Ready) -> tuple[str, int]:
+    return member.config.interpolation, member.config.resize
