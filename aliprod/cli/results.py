@@ -171,10 +171,10 @@ def export_command(named: _Named, folder: Path, form: "Format", views: "Views", 
     Example: aliprod export jobs/quickstart.toml ensemble --views ten_crop
     """
     voices, worth = named.voices()
-    from aliprod.export.folder import Wanted, export
+    from aliprod.export.folder import export
 
     say(f"Exporting {len(voices)} network{'s' if len(voices) > 1 else ''}, then comparing on pictures.")
-    found = export(voices, folder, Wanted(form, views, images), worth)
+    found = export(voices, folder, form, views, images, worth)
     what = f"{folder}: largest difference from aliprod's probabilities on {found['compared']} {found['difference']:.1e}"
     answer({"folder": str(folder), **found}, what)
 

@@ -68,7 +68,7 @@ def card(recogniser: Recogniser, told: Mapping[str, Any], worth: Mapping[str, An
     form, views = told["format"], _VIEWS[told["views"]]
     images = ", ".join(
         f'"{name}": numpy.array(picture.resize(({side}, {side}), PIL.Image.Resampling.{interpolation.upper()}))[None]'
-        for name, (interpolation, side) in zip(recogniser.inputs, recogniser.sizes, strict=True)
+        for name, (interpolation, side) in recogniser.sizes.items()
     )
     cut = "transform crops and normalises" if form == "timm" else f"model crops ({views}), normalises and averages"
     return _CARD.format(

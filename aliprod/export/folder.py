@@ -1,7 +1,6 @@
 """A folder for those who do not have aliprod: a model, its classes and its card, compared before it is there."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from aliprod.catalogue.decode import Unreadable, decode
-from aliprod.errors import Failed, Refused
+from aliprod.errors import AliprodError, Failed, Refused
 from aliprod.export import formats
 from aliprod.export.card import card
 from aliprod.export.recogniser import Recogniser
@@ -24,49 +23,55 @@ from aliprod.store.lineage import Voice
 
 COMPARED = 100  # pictures
 MOST = 1e-4  # that a probability may differ by
+_OTHERWISE = "Nothing was written. Another format may do: --format."
 _AT_ONCE = 4  # 40 crops: the activations of large ones fit a laptop
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """How something is exported. ``images``: a folder of pictures to compare on; None: random ones."""
-
-    form: formats.Format
-    views: Views
-    images: Path | None = None
-
-
-def export(voices: Sequence[Voice], folder: Path, wanted: Wanted, worth: Mapping[str, Any] | None) -> dict[str, Any]:
+def export(
+    voices: Sequence[Voice],
+    folder: Path,
+    form: formats.Format,
+    views: Views,
+    images: Path | None = None,
+    worth: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Commit an export of weights folders; it is there once it answers as aliprod does, on a CPU in float32.
 
     Args:
+        images: a folder of pictures to compare on; None: random ones.
         worth: of an ensemble, `aliprod.store.lineage.comparison`.
     Returns:
         format, views, members, compared ("100 random pictures"), difference: the largest of two probabilities.
     Raises:
         Refused: the folder is there already, the format does not hold this, or there are no pictures.
-        Failed: the probabilities differ by more than MOST; nothing is left.
+        Failed: the format does not take this, or the probabilities differ by more than MOST; nothing is left.
     """
     if folder.exists():
         raise Refused("is there already.", folder, "Name a folder that is not.")
     members = loaded(voices, torch.device("cpu"))
-    recogniser = Recogniser(members, voices, wanted.views).eval()
-    formats.check(recogniser, wanted.form)
-    pictures = list(islice(_random() if wanted.images is None else _readable(wanted.images), COMPARED))
+    recogniser = Recogniser(members, voices, views).eval()
+    formats.check(recogniser, form)
+    pictures = list(islice(_random() if images is None else _readable(images), COMPARED))
     if not pictures:
-        raise Refused("holds no picture.", str(wanted.images), "Leave --images out to compare on random ones.")
+        raise Refused("holds no picture.", str(images), "Leave --images out to compare on random ones.")
     told: dict[str, Any] = {
-        "format": wanted.form,
-        "views": wanted.views,
+        "format": form,
+        "views": views,
         "members": [_said(voice) | {"job": one.config.job} for voice, one in zip(voices, members, strict=True)],
-        "compared": f"{len(pictures)} {'random pictures' if wanted.images is None else 'pictures'}",
+        "compared": f"{len(pictures)} {'random pictures' if images is None else 'pictures'}",
     }
 
     def fill(staging: Path) -> None:
-        told["difference"] = _difference(formats.write(staging, recogniser, wanted.form), recogniser, pictures)
+        try:
+            told["difference"] = _difference(formats.write(staging, recogniser, form), recogniser, pictures)
+        except (AliprodError, OSError):
+            raise
+        except Exception as error:  # of three libraries, which have no common one
+            what = f"{form} does not take this model: {str(error).strip().splitlines()[0]}"
+            raise Failed(what, folder, _OTHERWISE) from error
         if not told["difference"] <= MOST:  # NaN too
             what = f"its probabilities differ from aliprod's by up to {told['difference']:.1e}, more than {MOST:.0e}."
-            raise Failed(what, folder, "Nothing was written. Another format may do: --format.")
+            raise Failed(what, folder, _OTHERWISE)
         (staging / "README.md").write_text(card(recogniser, told, worth), encoding="utf-8")
 
     commit.write(folder, fill, told)  # where `told` gets its difference before it is written

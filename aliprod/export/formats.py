@@ -61,7 +61,7 @@ def _onnx(folder: Path, recogniser: Recogniser, labels: str) -> Answers:
     program = torch.onnx.export(
         recogniser,
         _example(recogniser),
-        input_names=recogniser.inputs,
+        input_names=list(recogniser.sizes),
         output_names=["probabilities"],
         dynamic_shapes=(batch,),
         dynamo=True,
@@ -76,7 +76,7 @@ def _onnx(folder: Path, recogniser: Recogniser, labels: str) -> Answers:
 
     def answers(pictures: Sequence[Image.Image]) -> Tensor:
         given = (tensor.numpy() for tensor in recogniser.squared(pictures))
-        [found] = session.run(None, dict(zip(recogniser.inputs, given, strict=True)))
+        [found] = session.run(None, dict(zip(recogniser.sizes, given, strict=True)))
         return torch.from_numpy(found)
 
     return answers

@@ -20,35 +20,31 @@ class Recogniser(nn.Module):
     operator of ONNX or torch makes (at hard edges they are 10 grey levels off).
 
     Attributes:
-        sizes: the distinct interpolations and sides that the members want pictures squared by and to.
+        sizes: the distinct interpolations and sides that the members want pictures squared by and to, by the names of
+            the inputs, such as bicubic_256.
     """
 
     def __init__(self, members: Sequence[Ready], voices: Sequence[Voice], views: Views) -> None:
         super().__init__()
         self.networks = nn.ModuleList(member.model for member in members)
         self.members, self.voices, self.views = members, voices, views
-        self.sizes = tuple(dict.fromkeys(_size(member) for member in members))
-
-    @property
-    def inputs(self) -> list[str]:
-        """A name for each of ``sizes``, such as bicubic_256."""
-        return [f"{interpolation}_{side}" for interpolation, side in self.sizes]
+        self.sizes = {_name(member): (member.config.interpolation, member.config.resize) for member in members}
 
     def squared(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, ...]:
         """What `forward` takes of pictures."""
         return tuple(
             torch.stack([square(picture, side, interpolation) for picture in pictures]).movedim(1, -1).contiguous()
-            for interpolation, side in self.sizes
+            for interpolation, side in self.sizes.values()
         )
 
     def forward(self, *pictures: Tensor) -> Tensor:
-        pixels = {size: given.movedim(-1, 1) for size, given in zip(self.sizes, pictures, strict=True)}
+        pixels = {name: given.movedim(-1, 1) for name, given in zip(self.sizes, pictures, strict=True)}
         parts = [
-            seen(member.model, pixels[_size(member)], member.config.crop, self.views, member.feed)
+            seen(member.model, pixels[_name(member)], member.config.crop, self.views, member.feed)
             for member in self.members
         ]
         return mean(parts, self.voices)
 
 
-def _size(member: Ready) -> tuple[str, int]:
-    return member.config.interpolation, member.config.resize
+def _name(member: Ready) -> str:
+    return f"{member.config.interpolation}_{member.config.resize}"
