@@ -14,7 +14,14 @@ from aliprod.cli.data import data_group
 from aliprod.cli.drafts import init_command
 from aliprod.cli.experiments import benchmark_command, tune_command
 from aliprod.cli.plans import ensemble_command, plan_command, run_command, status_command
-from aliprod.cli.results import evaluate_command, predict_command, report_command, serve_command, trace_command
+from aliprod.cli.results import (
+    evaluate_command,
+    export_command,
+    predict_command,
+    report_command,
+    serve_command,
+    trace_command,
+)
 from aliprod.errors import AliprodError
 
 INTERRUPTED = 130
@@ -47,7 +54,7 @@ def app() -> None:
 
 for _command in (init_command, plan_command, run_command, ensemble_command, status_command):
     app.add_command(_command)
-for _command in (report_command, trace_command, evaluate_command, predict_command, serve_command):
+for _command in (report_command, trace_command, evaluate_command, predict_command, export_command, serve_command):
     app.add_command(_command)
 for _command in (benchmark_command, tune_command, data_group, completion_command):
     app.add_command(_command)

@@ -1,10 +1,10 @@
 """The commands that use and explain what a plan has made."""
 
-import functools
 import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from aliprod.cli.flags import (
     cores,
     json_flag,
     path,
+    say,
     storage_flag,
+    takes,
     takes_plan,
     tracking_flag,
     watched,
@@ -26,6 +28,7 @@ from aliprod.cli.flags import (
 from aliprod.errors import Refused, listing
 
 if TYPE_CHECKING:
+    from aliprod.export.formats import Format
     from aliprod.recipe import Views
     from aliprod.store.lineage import Voice
 
@@ -102,16 +105,72 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
     answer(found, f"{over_classes}, {found['top1_error_per_image']:.2%} per image of {found['images']}")
 
 
+@dataclass(frozen=True)
+class _Named:
+    """What the commands that take a model are given."""
+
+    model: str
+    storage: Path | None
+    tracking_uri: str | None
+
+    def absolute(self) -> "_Named":
+        """The same for processes that have another working folder."""
+        from aliprod.plan.places import default_storage, default_tracking_uri
+
+        model, folder = self.model, default_storage(self.storage)
+        if not model.startswith("models:/"):
+            model = str(path.convert(model, None, None).absolute())
+        if model.endswith(".toml"):
+            folder = Asked(Path(model), (), self.storage, self.tracking_uri).request().places.storage
+        return _Named(model, folder, default_tracking_uri(folder, self.tracking_uri))
+
+    def voices(self) -> "list[Voice]":
+        """The weights folders that MODEL names, and what each counts.
+
+        Raises:
+            Refused: it names none.
+        """
+        from aliprod.store.lineage import Voice, voices
+
+        if self.model.startswith("models:/"):
+            from aliprod.plan import places
+            from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
+
+            folder = places.default_storage(self.storage)
+            return [fetch(self.model, places.default_tracking_uri(folder, self.tracking_uri), folder / "models")]
+        named = path.convert(self.model, None, None)
+        if self.model.endswith(".toml"):
+            asked = Asked(named, (), self.storage, self.tracking_uri).request()
+            if not (found := voices(asked.places.storage, asked.plan.name)):
+                what = "has no ensemble in this storage path yet."
+                raise Refused(what, f"plan {asked.plan.name}", "Run the plan first.")
+            return found
+        if not named.is_dir():
+            advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
+            raise Refused("is no weights folder: there is no such folder.", self.model, advice)
+        return [Voice(named)]
+
+    def worth(self) -> dict[str, Any] | None:
+        """What the ensemble of a plan was found to be worth; None of others, and where that is not known."""
+        from aliprod.store.lineage import comparison
+
+        if not self.model.endswith(".toml"):
+            return None
+        asked = Asked(path.convert(self.model, None, None), (), self.storage, self.tracking_uri).request()
+        return comparison(asked.places.storage, asked.plan.name)
+
+
+_takes_model = takes(_Named, click.argument("model"), storage_flag, tracking_flag)
+
+
 @click.command("predict")
-@click.argument("model")
+@_takes_model
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option("--out", type=path, metavar="FILE", help="Write .csv, .jsonl or .parquet; a killed call goes on.")
 @_views_flag
 @_top_flag
-@storage_flag
-@tracking_flag
 @json_flag
-def predict_command(model: str, inputs: tuple[str, ...], out: Path | None, views: str, top: int, **places: Any) -> None:
+def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, views: str, top: int) -> None:
     """Classify pictures. With --json, one object a line.
 
     MODEL is a weights folder, an address in MLflow (models:/NAME@ALIAS), or a plan, whose ensemble is then asked.
@@ -124,14 +183,14 @@ def predict_command(model: str, inputs: tuple[str, ...], out: Path | None, views
     """
     if out and out.suffix not in _ENDINGS:
         raise Refused("has an ending that says no format.", out, f"Write {listing(_ENDINGS)}.")
-    asked = _voices(model, **places)
+    voices = named.voices()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of torch that wait leave their cores to who reads
     from aliprod.inference import answers
     from aliprod.inference.classify import Recogniser, classify
     from aliprod.inference.pictures import listed
 
     pictures = listed(inputs)
-    recogniser = Recogniser.load(asked, _VIEWS[views], top)
+    recogniser = Recogniser.load(voices, _VIEWS[views], top)
     if out:
         done = watched(answers.write(out, recogniser, pictures, lambda left: classify(recogniser, left, cores())))
         answer(vars(done), f"{done.path}: {done.pictures:,} pictures, {done.unreadable:,} of them unreadable.")
@@ -146,19 +205,40 @@ def predict_command(model: str, inputs: tuple[str, ...], out: Path | None, views
         sys.exit(1)
 
 
+@click.command("export")
+@_takes_model
+@click.argument("out", type=path)
+@click.option("--to", "form", type=click.Choice(["onnx", "torch", "timm"]), default="onnx", show_default=True)
+@click.option("--views", type=click.Choice(list(_VIEWS)), default="centre", show_default=True, help="Crops inside.")
+@click.option("--images", metavar="INPUT", help="Pictures to compare on. [random ones]")
+@json_flag
+def export_command(named: _Named, out: Path, form: "Format", views: str, images: str | None) -> None:
+    """Write a model, or a whole ensemble, for those who do not have aliprod.
+
+    MODEL is as for predict. The folder OUT gets the model, its classes, and a README.md with the lines that feed it,
+    once it answers as aliprod does on 100 pictures.
+
+    \b
+    Example: aliprod export jobs/quickstart.toml ensemble --views ten
+    """
+    voices = named.voices()
+    from aliprod.export.folder import export
+
+    say(f"Exporting {len(voices)} network{'s' if len(voices) > 1 else ''}, then comparing on pictures.")
+    found = export(voices, out, form, _VIEWS[views], images, named.worth())
+    apart = f"{found['largest_difference']:.1e} on {found['images']} {found['compared']}"
+    answer(found, f"{out}: largest difference from aliprod's probabilities {apart}.")
+
+
 @click.command("serve")
-@click.argument("model")
+@_takes_model
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets everybody in who reaches it.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--replicas", default=1, show_default=True, type=click.IntRange(1), help="A GPU or a core each.")
 @_views_flag
 @_top_flag
-@storage_flag
-@tracking_flag
 @address_flag
-def serve_command(
-    model: str, views: str, top: int, storage: Path | None, tracking_uri: str | None, **where: Any
-) -> None:
+def serve_command(named: _Named, views: str, top: int, **where: Any) -> None:
     """Answer for pictures over HTTP, and on a page. Needs the extra `serve`.
 
     MODEL is as for predict. Another version that models:/NAME@ALIAS comes to mean is swapped in within seconds.
@@ -166,48 +246,14 @@ def serve_command(
     \b
     Example: aliprod serve models:/quickstart.resnet50.dcl@member
     """
-    from aliprod.plan.places import default_storage, default_tracking_uri
-
-    place = (
-        model if model.startswith("models:/") else str(path.convert(model, None, None).absolute())
-    )  # replicas have other folders
-    folder = default_storage(storage)
-    if place.endswith(".toml"):
-        folder = Asked(Path(place), (), storage, tracking_uri).request().places.storage
-    find = functools.partial(_voices, place, folder, default_tracking_uri(folder, tracking_uri))
+    find = named.absolute().voices
     find()  # what is wrong with it is said before anything is started
     try:
         from aliprod.cluster.serve import Serving, run
     except ImportError as error:
         advice = "Install it: pip install -c constraints.txt -e '.[serve]'"
         raise Refused(f"the extra serve is not installed ({error}).", advice=advice) from error
-    run(Serving(model, find, _VIEWS[views], top), **where)
-
-
-def _voices(model: str, storage: Path | None, tracking_uri: str | None) -> "list[Voice]":
-    """The weights folders that MODEL names, and what each counts.
-
-    Raises:
-        Refused: it names none.
-    """
-    from aliprod.store.lineage import Voice, voices
-
-    if model.startswith("models:/"):
-        from aliprod.plan import places
-        from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
-
-        folder = places.default_storage(storage)
-        return [fetch(model, places.default_tracking_uri(folder, tracking_uri), folder / "models")]
-    if model.endswith(".toml"):
-        asked = Asked(path.convert(model, None, None), (), storage, tracking_uri).request()
-        if not (found := voices(asked.places.storage, asked.plan.name)):
-            raise Refused("has no ensemble in this storage path yet.", f"plan {asked.plan.name}", "Run the plan first.")
-        return found
-    folder = path.convert(model, None, None)
-    if not folder.is_dir():
-        advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
-        raise Refused("is no weights folder: there is no such folder.", model, advice)
-    return [Voice(folder)]
+    run(Serving(named.model, find, _VIEWS[views], top), **where)
 
 
 def _prediction(found: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aliprod.errors import Refused
 from aliprod.inference.pictures import Picture, Size, Squares, read
@@ -32,9 +33,11 @@ class Recogniser:
     top: int
 
     @classmethod
-    def load(cls, voices: Sequence[Voice], views: Views = "ten_crop", top: int = 5) -> "Recogniser":
+    def load(
+        cls, voices: Sequence[Voice], views: Views = "ten_crop", top: int = 5, device: torch.device | None = None
+    ) -> "Recogniser":
         """Refused: a folder holds no weights, or they know other classes than the first."""
-        members = [ready(voice.folder) for voice in voices]
+        members = [ready(voice.folder, device=device) for voice in voices]
         for voice, member in zip(voices, members, strict=True):
             if member.classes.ids != members[0].classes.ids:
                 raise Refused("knows other classes than the first member.", voice.folder, "Run the plan again.")
@@ -51,18 +54,19 @@ class Recogniser:
         """What its members see of a picture."""
         return {(member.config.resize, member.config.interpolation) for member in self.members}
 
-    def answers(self, pictures: Sequence[Squares]) -> list[Answer]:
-        """What each picture shows, by probabilities in float32: class_id, name and probability of the top classes. At
-        least one is given."""
-        classes, total = self.members[0].classes, torch.zeros(())
-        for member, voice in zip(self.members, self.voices, strict=True):
+    def probabilities(self, pictures: Sequence[Squares]) -> Tensor:
+        """The weighted mean (n, K) of the members' probabilities of pictures, at least one, in float32."""
+        parts = []
+        for member in self.members:
             config, feed = member.config, replace(member.feed, dtype=torch.float32)
             pixels = torch.from_numpy(np.stack([one[config.resize, config.interpolation] for one in pictures]))
-            seen = look(member.model, pixels.to(feed.device), config.crop, self.views, feed).cpu()
-            seen = seen if voice.temperature is None else tempered(seen, voice.temperature).float()
-            total = total + seen * (voice.weight / sum(one.weight for one in self.voices))
-        found = []
-        for row in total:
+            parts.append(look(member.model, pixels.to(feed.device), config.crop, self.views, feed).cpu())
+        return mean(parts, self.voices)
+
+    def answers(self, pictures: Sequence[Squares]) -> list[Answer]:
+        """What each picture, of at least one, shows: class_id, name and probability of the top classes."""
+        classes, found = self.members[0].classes, list[Answer]()
+        for row in self.probabilities(pictures):
             values, places = row.topk(self.top)
             top = [
                 {"class_id": classes.ids[place], "name": classes.names[place], "probability": round(value, 6)}
@@ -70,6 +74,15 @@ class Recogniser:
             ]
             found.append({**top[0], "top": top})
         return found
+
+
+def mean(parts: Sequence[Tensor], voices: Sequence[Voice]) -> Tensor:
+    """The mean of members' probabilities (n, K), each tempered, by what they count."""
+    total = torch.zeros(())
+    for part, voice in zip(parts, voices, strict=True):
+        even = part if voice.temperature is None else tempered(part, voice.temperature).float()
+        total = total + even * (voice.weight / sum(one.weight for one in voices))
+    return total
 
 
 def classify(recogniser: Recogniser, pictures: Sequence[Picture], processes: int) -> Iterator[Answer]:

@@ -36,10 +36,10 @@ class Ready:
     feed: Feed
 
 
-def ready(folder: Path, processes: int = 0) -> Ready:
-    """Load a weights folder onto this process's GPU where it has one; ``processes`` of them read pictures. Refused: it
-    is no weights folder, or one that is damaged."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def ready(folder: Path, processes: int = 0, device: torch.device | None = None) -> Ready:
+    """Load a weights folder onto a device, None: this process's GPU where it has one; ``processes`` of them read
+    pictures. Refused: it is no weights folder, or one that is damaged."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, classes = weights.load(folder)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes, dtype=precision(device))
@@ -83,15 +83,20 @@ def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def look(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
-    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8 on the device of ``feed``."""
+    """`seen` at the precision of ``feed``, on whose device the pictures are."""
+    with autocast(feed.device, feed.dtype):
+        return seen(model, pixels, crop, views, feed)
+
+
+def seen(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
+    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8."""
     if views == "ten_crop":
         cut = crops(pixels, crop)
     else:
         offset = round((pixels.shape[-1] - crop) / 2)
         cut = pixels[:, None, :, offset : offset + crop, offset : offset + crop]
     images = normalise(cut.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
-    with autocast(feed.device, feed.dtype):
-        logits: Tensor = model(images)
+    logits: Tensor = model(images)
     return mean_probabilities(logits.float().view(*cut.shape[:2], -1))
 
 

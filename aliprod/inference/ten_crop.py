@@ -14,20 +14,14 @@ def boxes(height: int, width: int, crop: int) -> Tensor:
 
     (10, 3) int64: top, left, flipped (0 or 1). Refused: the image is smaller than the crop.
     """
-    if crop < 1 or min(height, width) < crop:
-        what = f"ten crops of {crop} pixels do not fit an image of {height} x {width}."
-        raise Refused(what, advice="A stage's resize must not be smaller than its crop.")
-    bottom, right = height - crop, width - crop
-    five = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-    mirrored = [(top, right - left, 1) for top, left in five]
-    return torch.tensor([(top, left, 0) for top, left in five] + mirrored)
+    return torch.tensor(_boxes(height, width, crop))
 
 
 def crops(image: Tensor, crop: int) -> Tensor:
     """The ten crops of images, in the order of `boxes`: (..., C, H, W) -> (..., 10, C, crop, crop)."""
     found = [
         image[..., top : top + crop, left : left + crop].flip(-1 if flipped else ())
-        for top, left, flipped in boxes(image.shape[-2], image.shape[-1], crop).tolist()
+        for top, left, flipped in _boxes(image.shape[-2], image.shape[-1], crop)  # no tensor: it is exported too
     ]
     return torch.stack(found, dim=-4)
 
@@ -38,3 +32,13 @@ def mean_probabilities(logits: Tensor) -> Tensor:
     (B, V, K) -> (B, K) float32, or float64 where the logits are.
     """
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=2).mean(dim=1)
+
+
+def _boxes(height: int, width: int, crop: int) -> list[tuple[int, int, int]]:
+    if crop < 1 or min(height, width) < crop:
+        what = f"ten crops of {crop} pixels do not fit an image of {height} x {width}."
+        raise Refused(what, advice="A stage's resize must not be smaller than its crop.")
+    bottom, right = height - crop, width - crop
+    five = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    mirrored = [(top, right - left, 1) for top, left in five]
+    return [(top, left, 0) for top, left in five] + mirrored

@@ -52,6 +52,12 @@ class Classes:
     ids: tuple[int, ...]
     names: tuple[str, ...] = ()
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each class is called, in one line: its name, else its id."""
+        named = zip(self.ids, self.names or ("",) * len(self.ids), strict=True)
+        return tuple(" ".join(name.split()) or str(number) for number, name in named)
+
 
 def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: Classes) -> None:
     """Write a weights folder (into a folder that `aliprod.store.commit.write` hands out)."""

@@ -70,6 +70,15 @@ def voices(storage: Path, plan: str) -> list[Voice]:
     return found if all(commit.read(one.folder) is not None for one in found) else []
 
 
+def comparison(storage: Path, plan: str) -> dict[str, Any] | None:
+    """What a plan's ensemble was found to be worth, as `aliprod.ensemble.compare` tells it; None where that is not
+    known."""
+    try:
+        return dict(json.loads((storage / plan / "comparison" / "comparison.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def weights_folder(storage: Path, plan: str, job: str, key: str, sha256: str) -> Path:
     """Where weights of a job lie or, where MLflow alone has them, where they are to be brought."""
     for kind in (WEIGHTS, LAST):

@@ -12,6 +12,7 @@ from shop import Shop, aliprod, answer, refusal
 
 from aliprod.ensemble.add import submission
 from aliprod.models import weights
+from aliprod.store import commit
 
 
 def test_evaluate_tells_both_errors(shop: Shop) -> None:
@@ -96,3 +97,39 @@ def test_a_folder_without_pictures_is_refused(weights_folder: Path, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     said = refusal(2, "predict", weights_folder, tmp_path / "empty")
     assert f"{tmp_path / 'empty'}: holds no picture." in said
+
+
+def test_a_plans_ensemble_is_exported_with_its_weight_temperature_and_error(shop: Shop) -> None:
+    shop.finish("net/accuracy")
+    [folder] = (shop.storage / "jobs" / "net" / "accuracy").glob("*/weights")
+    choice = {"key": folder.parent.name, "sha256": commit.file_digest(folder, weights.MODEL)}
+    own = shop.storage / "shop"
+    record = {"members": [{"job": "net/accuracy", "weight": 2, "temperature": 1.25}]}
+    commit.write(own / "ensemble", lambda new: None, record)
+    (own / "members.json").write_text(json.dumps({"net/accuracy": choice}))
+    (own / "comparison").mkdir()
+    error = {"top1_error": 0.125, "interval": [0.05, 0.25]}
+    told = {"split": "test", "views": "ten_crop", "images": 1234, "ensemble": error}
+    (own / "comparison" / "comparison.json").write_text(json.dumps(told))
+    test = shop.folder / "photos" / "test"
+    found = answer("export", shop.plan, "out", "--format", "torch", "--views", "ten_crop", "--images", test)
+    assert found["compared"] == f"{len(list(test.iterdir()))} pictures"
+    assert 0 <= found["difference"] <= 1e-4
+    [member] = found["members"]
+    assert (member["weight"], member["temperature"], member["sha256"]) == (2, 1.25, choice["sha256"])
+    assert "12.50% (5.00% to 25.00%) on test, ten crops, 1,234 images" in (shop.folder / "out/README.md").read_text()
+    assert commit.verify(shop.folder / "out") == []
+
+
+def test_an_export_of_what_is_no_model_is_refused(shop: Shop) -> None:
+    assert "is no weights folder" in refusal(2, "export", "photos", "out")
+    assert "has no ensemble in this storage path yet" in refusal(2, "export", "plan.toml", "out")
+    assert not (shop.folder / "out").exists()
+
+
+def test_an_export_compared_on_no_picture_is_refused(weights_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "none"):
+        said = refusal(2, "export", weights_folder, tmp_path / "out", "--format", "torch", "--images", folder)
+        assert f"{folder}: holds no picture." in said
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,123 @@
+"""A folder for those who do not have aliprod: a model, its classes and its card, compared before it is there."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aliprod.catalogue.decode import Unreadable, decode
+from aliprod.data.augment import square
+from aliprod.errors import AliprodError, Failed, Refused
+from aliprod.export import formats
+from aliprod.export.card import card
+from aliprod.export.whole import WholeModel
+from aliprod.inference.classify import Recogniser
+from aliprod.inference.pictures import listed
+from aliprod.recipe import Views
+from aliprod.store import commit
+from aliprod.store.layout import MODEL
+from aliprod.store.lineage import Voice
+
+COMPARED = 100  # pictures
+MOST = 1e-4  # that a probability may differ by
+_OTHERWISE = "Nothing was written. Another format may do: --to."
+_AT_ONCE = 4  # 40 crops: the activations of large ones fit a laptop
+
+
+def export(
+    voices: Sequence[Voice],
+    folder: Path,
+    form: formats.Format,
+    views: Views,
+    images: str | None = None,
+    worth: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Commit an export of weights folders; it is there once it answers as aliprod does, on a CPU in float32.
+
+    Args:
+        images: what `listed` takes, to compare on; None: random ones.
+        worth: of an ensemble, `aliprod.store.lineage.comparison`.
+    Returns:
+        path, bytes, format, views, members, images (100), compared ("random pictures"), and the largest_difference
+        of two probabilities.
+    Raises:
+        Refused: the folder is there already, the format does not hold this, or there are no pictures.
+        Failed: the format does not take this, or the probabilities differ by more than MOST; nothing is left.
+    """
+    if folder.exists():
+        raise Refused("is there already.", folder, "Name a folder that is not.")
+    recogniser = Recogniser.load(voices, views, device=torch.device("cpu"))
+    whole = WholeModel(recogniser).eval()
+    formats.check(whole, form)
+    pictures = list(islice(_random() if images is None else _readable(images), COMPARED))
+    if not pictures:
+        raise Refused("holds no picture.", str(images), "Leave --images out to compare on random ones.")
+    told: dict[str, Any] = {
+        "format": form,
+        "views": views,
+        "members": [_said(voice) | {"job": one.config.job} for voice, one in zip(voices, whole.members, strict=True)],
+        "images": len(pictures),
+        "compared": "random pictures" if images is None else "pictures",
+    }
+
+    def fill(staging: Path) -> None:
+        try:
+            told["largest_difference"] = _difference(formats.write(staging, whole, form), recogniser, pictures)
+        except (AliprodError, OSError):
+            raise
+        except Exception as error:  # of three libraries, which have no common one
+            what = f"{form} does not take this model: {str(error).strip().splitlines()[0]}"
+            raise Failed(what, folder, _OTHERWISE) from error
+        if not told["largest_difference"] <= MOST:  # NaN too
+            apart = f"{told['largest_difference']:.1e}, more than {MOST:.0e}"
+            what = f"its probabilities differ from aliprod's by up to {apart}."
+            raise Failed(what, folder, _OTHERWISE)
+        (staging / "README.md").write_text(card(whole, told, worth), encoding="utf-8")
+
+    commit.write(folder, fill, told)  # where `told` gets its largest difference before it is written
+    return {"path": str(folder), "bytes": sum(file.stat().st_size for file in folder.iterdir()), **told}
+
+
+@torch.no_grad()
+def _difference(answers: formats.Answers, recogniser: Recogniser, pictures: Sequence[Image.Image]) -> float:
+    """The largest of two probabilities; NaN where one is."""
+    blocks = (pictures[low : low + _AT_ONCE] for low in range(0, len(pictures), _AT_ONCE))
+
+    def ours(pictures: Sequence[Image.Image]) -> Tensor:
+        return recogniser.probabilities(
+            [{size: square(picture, *size).numpy() for size in recogniser.sizes} for picture in pictures]
+        )
+
+    return float(torch.stack([(answers(some) - ours(some)).abs().max() for some in blocks]).max())
+
+
+def _said(voice: Voice) -> dict[str, Any]:
+    """What the commit record of a weights folder says, and what its member counts."""
+    return {
+        "weight": voice.weight,
+        "temperature": voice.temperature,
+        "sha256": commit.sha256(voice.folder / MODEL),
+        "trained": commit.read(voice.folder) or {},
+    }
+
+
+def _random() -> Iterable[Image.Image]:
+    """Noise of 8 to 404 pixels a side: coarse to fine once it is squared."""
+    generator = np.random.default_rng(0)
+    for number in range(COMPARED):
+        yield Image.fromarray(generator.integers(0, 256, (8 + 4 * number,) * 2 + (3,), dtype=np.uint8))
+
+
+def _readable(images: str) -> Iterable[Image.Image]:
+    """Pictures from all over a place, without those that are none."""
+    found = listed([images])
+    for picture in found[:: max(1, len(found) // COMPARED)]:
+        try:
+            yield decode(picture.source())
+        except Unreadable:
+            continue
