@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
+import psutil
 from many_pictures import bare_rate, picture, small_network
 from ratio import header
 
@@ -46,8 +47,10 @@ def main() -> None:
         folder = Path(temporary) / "weights"
         small_network(folder)
         recogniser = Recogniser.load([Voice(folder)], "center")
-        alone, reading = bare_rate(recogniser, CHUNK), reading_rate(recogniser, uploads, asked.seconds)
-        print(f"the network alone: {alone:,.0f} pictures/s; with reading: {reading:,.0f} pictures/s")
+        alone, began = bare_rate(recogniser, CHUNK), time.process_time()
+        reading = reading_rate(recogniser, uploads, asked.seconds)
+        cpu = 1e3 * (time.process_time() - began) / (reading * asked.seconds)
+        print(f"the network alone: {alone:,.0f} pictures/s; with reading: {reading:,.0f}, {cpu:.1f} ms of CPU each")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "aliprod", "serve", str(folder), "--views", "centre", "--port", str(port)]
@@ -55,22 +58,25 @@ def main() -> None:
             try:
                 if server.stdout is None or not server.stdout.readline():
                     raise SystemExit("it did not start")
-                asyncio.run(measure(f"http://127.0.0.1:{port}", uploads, reading, asked))
+                asyncio.run(measure(f"http://127.0.0.1:{port}", uploads, reading, asked, server.pid))
             finally:
                 os.killpg(server.pid, signal.SIGINT)
         print(f"ended by Ctrl-C with status {server.returncode}")
 
 
-async def measure(url: str, uploads: list[bytes], limit: float, asked: argparse.Namespace) -> None:
+async def measure(url: str, uploads: list[bytes], limit: float, asked: argparse.Namespace, server: int) -> None:
     """Load, then bad uploads."""
     await load(url, uploads, 3, asked.clients)  # warm
     for clients in (1, asked.clients):
+        before, ours = cpu_of(server), time.process_time()
         seconds, statuses = await load(url, uploads, asked.seconds, clients)
+        cpu, ours = cpu_of(server) - before, time.process_time() - ours
         rate = len(seconds) / asked.seconds
         median, late = statistics.median(seconds), statistics.quantiles(seconds, n=100)[98]
         print(
             f"{clients} clients: {rate:,.0f} requests/s, {rate / limit:.2f} of the limit with reading; "
-            f"median {1e3 * median:.0f} ms, p99 {1e3 * late:.0f} ms; statuses {dict(statuses)}"
+            f"median {1e3 * median:.0f} ms, p99 {1e3 * late:.0f} ms; statuses {dict(statuses)}; CPU a request: server "
+            f"{1e3 * cpu / len(seconds):.1f} ms, clients {1e3 * ours / len(seconds):.1f} ms"
         )
     statuses = await send(url, bad_uploads(asked.bad, uploads), asked.clients)
     print(f"{asked.bad:,} bad uploads: statuses {dict(statuses)}")
@@ -130,6 +136,13 @@ def reading_rate(recogniser: Recogniser, uploads: list[bytes], seconds: float) -
             recogniser.answers(ready)
             done += CHUNK
     return done / (time.perf_counter() - began)
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU of a process and all below it, so far."""
+    process = psutil.Process(pid)
+    family = [process, *process.children(recursive=True)]
+    return sum(sum(one.cpu_times()[:2]) for one in family if one.is_running())
 
 
 def jpeg(seed: int) -> bytes:

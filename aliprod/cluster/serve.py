@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
@@ -82,6 +83,7 @@ class Endpoint:
     """A replica. It asks for the version that is meant, loads another beside the one that answers, and swaps them."""
 
     def __init__(self, serving: Serving) -> None:
+        torch.set_num_threads(1)  # reading has the other cores, and more replicas have them
         self.serving, self.page = serving, _PAGE.read_text(encoding="utf-8")
         self.current = Version.load(serving, serving.find())
         self.readers = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
@@ -153,12 +155,13 @@ def run(serving: Serving, host: str, port: int, replicas: int, address: str | No
     """Serve until a signal ends it, on a local Ray of our own, or on the head of the cluster at ``address``.
 
     Raises:
-        Refused: the port is taken. Unreachable: no such cluster. Failed: the model cannot be loaded.
+        Refused: the port is taken, or as `Recogniser.load`. Unreachable: no such cluster. Failed: it did not start.
         KeyboardInterrupt: Ctrl-C, SIGTERM; nothing is left behind.
     """
     signals = Signals()
     if not address:
         _look_at_port(host, port)
+    Version.load(serving, serving.find())  # of a replica that cannot start, Ray Serve does not say why
     with signals.starting_others():
         join(address)
     log.setLevel(logging.WARNING)
