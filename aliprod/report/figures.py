@@ -51,8 +51,8 @@ def plan_graph(jobs: Mapping[str, Job], rows: Mapping[str, tuple[str, str]]) -> 
     for name, (x, y) in places.items():
         for parent in jobs[name].parents:
             px, py = places[parent]
-            kind = "edge" if parent == jobs[name].start else "edge other"
-            path = f"M{px} {py}V{y}H{x}" if kind == "edge" else f"M{px} {py}C{px + 60} {py} {x + 60} {y} {x} {y}"
+            kind = "edge" if parent == jobs[name].start else "edge other"  # those behind the names
+            path = f"M{px} {py}V{y}H{x}" if kind == "edge" else f"M222 {py}C244 {py} 244 {y} 222 {y}"
             parts.append(_tag('<path class="{}" d="{}"/>', kind, path))
     for name, (x, y) in places.items():
         state, took = rows[name]
@@ -129,7 +129,7 @@ def by_epoch(jobs: Mapping[str, Job], found: Mapping[str, Sequence[float | None]
             parts.append(_curve(points, series))
             parts += [_tag('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>', series, *point) for point in points]
             place = (34 + 64 * (number % 5), 10 + 12 * (number // 5))
-            parts.append(_text(*place, _short(jobs[name].stage_name, 10), f"small strong {series}"))
+            parts.append(_text(*place, _short(jobs[name].stage_name, 9), f"small strong {series}"))
         yield backbone, _svg(120 + named, parts, f"Errors of {backbone} by epoch")
 
 
