@@ -1,7 +1,7 @@
-"""The pictures of docs/operations.md: a plan's jobs, their charts and a model's versions, as MLflow shows them.
+"""Pictures of a plan's jobs, their charts and a model's versions, as MLflow shows them, in 64 colours.
 
     mlflow ui --backend-store-uri sqlite:///runs/mlflow.db &
-    python benchmarks/screenshots_mlflow.py http://127.0.0.1:5000 quickstart resnet50/dcl docs/pictures
+    python benchmarks/screenshots_mlflow.py http://127.0.0.1:5000 quickstart resnet50/dcl shots
 
 Needs chromium and its driver (apt-get install chromium chromium-driver) and the extra `test`.
 """

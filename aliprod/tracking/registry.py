@@ -127,8 +127,8 @@ class Registry:
             self._restore(choice.model_id, weights.folder)
             return choice
         error, epoch = weights.top1_error, weights.epoch + 1
-        told = "no error, without val" if error is None else f"top-1 error {error:.2%} on val"
-        description = f"{told}, epoch {epoch} of {job.stage.epochs}: {checkpoint} of {key[:12]}"
+        told = "" if error is None else f"{error:.2%} at "  # MLflow's table cuts it after 27 characters
+        description = f"{told}epoch {epoch}/{job.stage.epochs}, {checkpoint}: top-1 error on val, of {key[:12]}"
         scored = "unknown" if error is None else f"{error:.4f}"
         tags = {"epoch": str(epoch), "top1_error": scored, "checkpoint": checkpoint}
         self._model(name)

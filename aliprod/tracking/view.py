@@ -17,7 +17,7 @@ _COLUMNS = [
     *(f"metrics.`{name}`" for name in _METRICS),
     *(f"attributes.`{name}`" for name in ("Dataset", "Version")),
 ]
-_SECTIONS = ("best", "val", "train", "confusions", "lr", "speed")  # of charts, by the first word of a metric
+_SECTIONS = ("best", "confusions", "val", "train", "lr", "speed")  # of charts, by the first word of a metric
 
 
 def saved() -> str:

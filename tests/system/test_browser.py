@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium w
 
 JOB, MODEL = "efficientnet/full", "tiny.efficientnet.full"
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run
---disable-background-networking --disable-component-update --disable-sync --window-size=1600,1000"""
+--disable-background-networking --disable-component-update --disable-sync --window-size=2400,1000"""
 # So slow that its second epoch is no better than its first: it leaves a best and a last checkpoint.
 SETS = ('jobs={efficientnet=["full"]}', f'ensemble.members=["{JOB}"]', "stages.full.epochs=2")
 SETS += ("stages.full.lr={backbone=1e-7,heads=1e-7}",)
@@ -78,9 +78,7 @@ def page_of(server: Any) -> str:
 
 def test_the_link_of_a_run_opens_a_table_of_its_jobs(browser: Browser, server: Any, arguments: list[str]) -> None:
     browser.driver.get(page_of(server))
-    said = browser.text(JOB, "ensemble", "2/2", "finished", "aliprod.epoch")
-    assert "catalogue" in said, "the dataset"
-    assert "best/top1_error" in said
+    browser.text(JOB, "ensemble", "2/2", "finished", "aliprod.epoch", "best/top1_error")
 
 
 def test_charts_of_jobs_are_not_empty_and_confusions_are_pictures(
@@ -98,10 +96,11 @@ def test_a_version_chosen_by_clicking_is_the_one_that_the_ensemble_takes(
     browser: Browser, server: Any, arguments: list[str], cluster: Any
 ) -> None:
     browser.driver.get(f"{server.uri}/#/models/{MODEL}/versions/2?workflowType=machine_learning")
-    browser.text("top-1 error", "epoch 2 of 2: last of")
-    browser.click("//*[normalize-space()='Aliases']/following::button[1]")
+    browser.text("at epoch 2/2, last: top-1 error on val")
+    browser.click("//button[@title='Add aliases']")
     browser.text("Save aliases")
-    browser.driver.switch_to.active_element.send_keys("member", Keys.ENTER)
+    entry = browser.driver.find_element(By.XPATH, "//div[@role='dialog']//input[@role='combobox']")
+    entry.send_keys("member", Keys.ENTER)
     browser.text("also being used on version 1")
     browser.click("//button[contains(., 'Save aliases')]")
     browser.text("member")

@@ -36,7 +36,7 @@ def test_best_and_last_become_versions_that_say_what_they_are(place, job, traine
         "sha256": commit.file_digest(folder / "weights", "model.safetensors"),
     }  # fmt: skip
     assert (last.tags["epoch"], last.tags["checkpoint"]) == ("3", "last")
-    assert best.description == f"top-1 error 20.00% on val, epoch 2 of 3: best of {str(job().key)[:12]}"
+    assert best.description == f"20.00% at epoch 2/3, best: top-1 error on val, of {str(job().key)[:12]}"
     models = client.search_logged_models([client.get_experiment_by_name("shop").experiment_id])
     assert {model.status for model in models} == {LoggedModelStatus.READY}
     assert {(metric.key, metric.value) for model in models for metric in model.metrics or []} >= {
