@@ -174,7 +174,6 @@ def serve_command(
         folder = Asked(Path(place), (), storage, tracking_uri).request().places.storage
     find = functools.partial(_voices, place, folder, default_tracking_uri(folder, tracking_uri))
     find()  # what is wrong with it is said before anything is started
-    os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")  # of ray[serve]: half the CPU of its proxy in Python
     try:
         from aliprod.cluster.serve import Serving, run
     except ImportError as error:
