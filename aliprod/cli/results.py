@@ -248,7 +248,6 @@ def serve_command(named: _Named, views: str, top: int, **where: Any) -> None:
     """
     find = named.absolute().voices
     find()  # what is wrong with it is said before anything is started
-    os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")  # of ray[serve]: half the CPU of its proxy in Python
     try:
         from aliprod.cluster.serve import Serving, run
     except ImportError as error:
