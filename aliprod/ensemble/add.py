@@ -26,11 +26,11 @@ from aliprod.data.selection import surest
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import Probabilities, check, tempered, tolerance
 from aliprod.store import commit
+from aliprod.store.layout import PREDICTIONS
 from aliprod.store.resumable import append
 
 MOST = 127  # members or sum of weights: 127 * 2**24 is below 2**31, so int32 would do as well
 TOP = 5  # classes kept for each image
-PREDICTIONS = "predictions.parquet"
 TILE = 2**18  # entries added at a time: they and the member's stay in a core's cache
 STRIP = 64
 BLOCK_BYTES = 64 * 2**20

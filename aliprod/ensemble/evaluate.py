@@ -13,6 +13,7 @@ from aliprod.ensemble.add import read_predictions
 from aliprod.errors import Refused, listing
 from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import STEM, open_store
+from aliprod.store.layout import PREDICTIONS
 
 
 def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
@@ -42,7 +43,7 @@ def _predictions(path: Path) -> tuple[pa.StringArray, np.ndarray]:
     if not path.exists():
         advice = "Give submission.csv, PLAN/ensemble or a member's store."
         raise Refused("there is no such file or folder.", path, advice)
-    if path.is_dir() and (path / "predictions.parquet").exists():
+    if path.is_dir() and (path / PREDICTIONS).exists():
         ensemble = read_predictions(path)
         return ensemble.ids, ensemble.predicted.numpy()
     if path.is_dir():

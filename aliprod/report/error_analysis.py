@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
-from aliprod.ensemble.add import PREDICTIONS, read_predictions
+from aliprod.ensemble.add import read_predictions
 from aliprod.inference.metrics import class_errors
+from aliprod.store.layout import PREDICTIONS
 
 _SIZES = 6  # groups of classes by their number of training images
 _BINS = 10

@@ -15,6 +15,7 @@ METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weigh
 HELD_OUT = "held-out"
 PACE = "pace.json"  # beside the checkpoints: how far a job is, and how fast
 MODEL = "model.safetensors"  # in a folder of weights
+PREDICTIONS = "predictions.parquet"  # in an ensemble's folder
 
 
 def job_place(name: str, key: str) -> str:

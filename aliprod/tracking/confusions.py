@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-from matplotlib.figure import Figure
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.ensemble.add import read_predictions
+from aliprod.store.layout import PREDICTIONS
 
 _CLASSES = 24  # that a picture has room for
 
@@ -18,12 +18,12 @@ _CLASSES = 24  # that a picture has room for
 def picture(folder: Path, catalogue: Catalogue, split: str) -> Image.Image | None:
     """The confusion matrix of what a committed ensemble predicts for a split, of the classes with the most errors; None
     where no predicted image has a label."""
-    found, test = read_predictions(folder), split == "test"
+    found, test = pq.read_table(folder / PREDICTIONS, columns=["image_id", "class_id"]), split == "test"
     images, labels = (catalogue.test, catalogue.test_labels) if test else (catalogue.val, catalogue.val.labels)
-    rows = pc.index_in(images.ids, value_set=found.ids).fill_null(-1).to_numpy()
+    rows = pc.index_in(images.ids, value_set=found["image_id"].combine_chunks()).fill_null(-1).to_numpy()
     if labels is None or not (known := np.flatnonzero((rows >= 0) & (labels >= 0))).size:
         return None
-    truth, guess = labels[known], np.searchsorted(catalogue.classes, found.predicted.numpy()[rows[known]])
+    truth, guess = labels[known], np.searchsorted(catalogue.classes, found["class_id"].to_numpy()[rows[known]])
     wrong = truth != guess
     errors = np.bincount(np.concatenate([truth[wrong], guess[wrong]]), minlength=catalogue.num_classes)
     shown = np.sort(np.argsort(-errors, kind="stable")[:_CLASSES])
@@ -35,6 +35,8 @@ def picture(folder: Path, catalogue: Catalogue, split: str) -> Image.Image | Non
 
 
 def _drawn(counts: NDArray[np.int64], names: list[str], title: str) -> Image.Image:
+    from matplotlib.figure import Figure  # most runs draw none until their end
+
     figure = Figure(figsize=(7, 6.5), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(counts / counts.sum(axis=1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)

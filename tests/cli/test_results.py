@@ -112,9 +112,11 @@ def test_a_plans_ensemble_is_exported_with_its_weight_temperature_and_error(shop
     told = {"split": "test", "views": "ten_crop", "images": 1234, "ensemble": error}
     (own / "comparison" / "comparison.json").write_text(json.dumps(told))
     test = shop.folder / "photos" / "test"
-    found = answer("export", shop.plan, "out", "--format", "torch", "--views", "ten_crop", "--images", test)
-    assert found["compared"] == f"{len(list(test.iterdir()))} pictures"
-    assert 0 <= found["difference"] <= 1e-4
+    found = answer("export", shop.plan, "out", "--to", "torch", "--views", "ten", "--images", test)
+    assert set(found) >= {"path", "format", "bytes", "images", "largest_difference"}
+    assert found["bytes"] == sum(file.stat().st_size for file in (shop.folder / "out").iterdir())
+    assert (found["images"], found["compared"]) == (len(list(test.iterdir())), "pictures")
+    assert 0 <= found["largest_difference"] <= 1e-4
     [member] = found["members"]
     assert (member["weight"], member["temperature"], member["sha256"]) == (2, 1.25, choice["sha256"])
     assert "12.50% (5.00% to 25.00%) on test, ten crops, 1,234 images" in (shop.folder / "out/README.md").read_text()
@@ -130,6 +132,6 @@ def test_an_export_of_what_is_no_model_is_refused(shop: Shop) -> None:
 def test_an_export_compared_on_no_picture_is_refused(weights_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "none"):
-        said = refusal(2, "export", weights_folder, tmp_path / "out", "--format", "torch", "--images", folder)
+        said = refusal(2, "export", weights_folder, tmp_path / "out", "--to", "torch", "--images", folder)
         assert f"{folder}: holds no picture." in said
     assert not (tmp_path / "out").exists()
