@@ -213,9 +213,9 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
 @click.option("--images", metavar="INPUT", help="Pictures to compare on. [random ones]")
 @json_flag
 def export_command(named: _Named, out: Path, form: "Format", views: str, images: str | None) -> None:
-    """Write a model, or a whole ensemble, for those who do not have aliprod.
+    """Write a model or an ensemble as ONNX, or for torch or timm.
 
-    MODEL is as for predict. The folder OUT gets the model, its classes, and a README.md with the lines that feed it,
+    Whoever uses it does not need aliprod. MODEL is as for predict. The folder OUT gets the model, its classes, and a README.md with the lines that feed it,
     once it answers as aliprod does on 100 pictures.
 
     \b
