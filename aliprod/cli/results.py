@@ -215,8 +215,8 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
 def export_command(named: _Named, out: Path, form: "Format", views: str, images: str | None) -> None:
     """Write a model or an ensemble as ONNX, or for torch or timm.
 
-    Whoever uses it does not need aliprod. MODEL is as for predict. The folder OUT gets the model, its classes, and a README.md with the lines that feed it,
-    once it answers as aliprod does on 100 pictures.
+    Whoever uses it does not need aliprod. MODEL is as for predict. The folder OUT gets the model, its classes, and a
+    README.md with the lines that feed it, once it answers as aliprod does on 100 pictures.
 
     \b
     Example: aliprod export jobs/quickstart.toml ensemble --views ten
