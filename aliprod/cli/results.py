@@ -162,7 +162,9 @@ def predict_command(named: _Named, inputs: tuple[Path, ...]) -> None:
 @click.option("--views", type=click.Choice(["center", "ten_crop"]), default="center", show_default=True)
 @click.option("--images", type=path, help="Pictures to compare on. [random ones]")
 def export_command(named: _Named, folder: Path, form: "Format", views: "Views", images: Path | None) -> None:
-    """Write a model, or a whole ensemble, for those who do not have aliprod.
+    """Write a model or an ensemble as ONNX, or for torch or timm.
+
+    Whoever uses it does not need aliprod.
 
     MODEL as in `predict`. FOLDER gets the model, its classes, and a README.md with the lines that feed it, once it
     answers as aliprod does on 100 pictures.
