@@ -29,13 +29,18 @@ def redacted(text: str) -> str:
 
 
 @cache
+def revision() -> str:
+    """The git commit of aliprod, where its sources are a checkout; else ''."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return ""
+    asked = ("git", "-C", root, "rev-parse", "HEAD")
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def software() -> str:
-    """The version of aliprod and, where its sources are a checkout, the git commit."""
-    root, commit_of = Path(__file__).parents[2], ""
-    if (root / ".git").exists() and shutil.which("git"):
-        asked = ("git", "-C", root, "rev-parse", "HEAD")
-        commit_of = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    return f"{__version__} {commit_of}".strip()
+    """The version of aliprod, and its `revision`."""
+    return f"{__version__} {revision()}".strip()
 
 
 def members(folder: Path) -> dict[str, dict[str, Any]]:

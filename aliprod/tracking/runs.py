@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run, RunTag
-from mlflow.utils.git_utils import get_git_commit
 
 from aliprod.build.events import DONE, JobState
 from aliprod.catalogue.catalogue import Catalogue
@@ -22,9 +21,10 @@ from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
 from aliprod.store import commit, epochs
 from aliprod.store.layout import LAST, METRICS, WEIGHTS
+from aliprod.store.lineage import redacted, revision
 from aliprod.tracking import confusions, view
 from aliprod.tracking.registry import Choice, Registry, Weights
-from aliprod.tracking.server import Server, redacted
+from aliprod.tracking.server import Server
 
 TAG_LIMIT = 8000  # characters; MLflow cuts the rest off without a word
 PARAM_LIMIT = 6000
@@ -207,7 +207,7 @@ class Runs:
     ) -> Run:
         parent = {} if kind == "plan" else {"mlflow.parentRunId": self._plan_run().info.run_id}
         ours = {"aliprod.kind": kind, "aliprod.key": key, "aliprod.plan": self.plan.digest}
-        source = {"mlflow.source.name": "aliprod", "mlflow.source.git.commit": get_git_commit(__file__)}
+        source = {"mlflow.source.name": "aliprod", "mlflow.source.git.commit": revision()}
         tags = ours | dict(tags or {}) | parent | {name: value for name, value in source.items() if value}
         return self.server.client.create_run(self.server.experiment_id, start_ms, tags, name)
 

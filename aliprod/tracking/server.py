@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from sqlalchemy.exc import SQLAlchemyError
 
 from aliprod.errors import Refused, Unreachable
+from aliprod.store.lineage import redacted
 from aliprod.tracking import view
 
 PROBE = "aliprod wrote this to see whether artifacts can be written and read back.\n".ljust(1024, ".")
@@ -125,11 +125,6 @@ def sentence(error: BaseException) -> str:
             return plain
     line = text.splitlines()[0]
     return line if len(line) <= 300 else line[:297] + "..."
-
-
-def redacted(text: str) -> str:
-    """The text with the user information of every address in it taken out."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def _check_address(uri: str) -> None:

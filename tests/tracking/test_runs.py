@@ -94,7 +94,7 @@ def test_a_jobs_run_names_the_data_that_it_is_trained_on_once(place, job, packag
 
 
 def test_a_run_names_the_commit_of_the_sources_where_they_are_a_checkout(place, monkeypatch):
-    monkeypatch.setattr(runs, "get_git_commit", lambda path: "c0ffee" if Path(path).name == "runs.py" else None)
+    monkeypatch.setattr(runs, "revision", lambda: "c0ffee")
     assert place.driver().flush(60) == []
     assert run_of(MlflowClient(place.uri), "plan").data.tags["mlflow.source.git.commit"] == "c0ffee"
 
