@@ -1,3 +1,5 @@
 """aliprod: a build system for ensembles of image classifiers on a Ray cluster."""
 
-__version__ = "0.1.0"
+from aliprod.version import VERSION as __version__
+
+__all__ = ["__version__"]

@@ -7,8 +7,8 @@ from typing import Any
 import timm
 import torch
 
-from aliprod import __version__
 from aliprod.export.whole import WholeModel
+from aliprod.version import VERSION
 
 _VIEWS = {"ten_crop": "ten crops", "center": "centre crop"}
 _LIBRARY = {"onnx": "onnx", "torch": "pytorch", "timm": "timm"}
@@ -82,7 +82,7 @@ def card(whole: WholeModel, told: Mapping[str, Any], worth: Mapping[str, Any] | 
         difference=told["largest_difference"],
         members=_members(whole, told),
         today=datetime.now(UTC).date(),
-        aliprod=__version__,
+        aliprod=VERSION,
         torch=torch.__version__,
         timm=timm.__version__,
     )

@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from aliprod import __version__
 from aliprod.errors import Refused
 from aliprod.store import commit
 from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
+from aliprod.version import VERSION
 
 _FOLDER = "submissions"
 _USER = re.compile(r"""(?<=://)[^/\s"]*@""")  # of an address: user and password
@@ -40,7 +40,7 @@ def revision() -> str:
 
 def software() -> str:
     """The version of aliprod, and its `revision`."""
-    return f"{__version__} {revision()}".strip()
+    return f"{VERSION} {revision()}".strip()
 
 
 def members(folder: Path) -> dict[str, dict[str, Any]]:

@@ -24,9 +24,12 @@ NOT_TYPED = {  # only understood, and why
     "aliprod ensemble": "starts a Ray again; tests/system/test_run.py moves the alias and runs it",
     "aliprod init": "measures for half a minute; tests/cli/test_drafts.py runs it",
     "aliprod run photos ": "runs for minutes what init has written; tests/cli/test_drafts.py",
+    'aliprod predict photos.toml "s3': "needs a bucket; tests/cli/test_results.py and tests/catalogue ask a local one",
+    "aliprod serve": "serves until it is ended; tests/system/test_serve.py",
     "aliprod tune": "trains for minutes on a GPU; tests/system/test_tune.py runs it on a smaller plan",
     "aliprod benchmark train jobs/": "measures five large networks; tests/cli/test_experiments.py runs it",
     ".venv/bin/pytest": "would run the tests within the tests",
+    "curl": "asks what is served; tests/system/test_serve.py asks the same paths",
     "make": "installs gigabytes, or is what runs this test",
     "mlflow": "serves until it is ended; tests/system/test_mlflow_server.py starts one with these flags",
     "pip": "installs gigabytes",
@@ -81,6 +84,8 @@ def understood(command: str) -> None:
             with warnings.catch_warnings(action="ignore"):  # of its type hints
                 from mlflow.cli import cli as mlflow
             parsed(mlflow, rest)
+        case ["curl", *_, address]:
+            assert address == "http://127.0.0.1:8000/predict"
         case ["make", target]:
             assert f"\n{target}: " in (ROOT / "Makefile").read_text(encoding="utf-8")
         case ["pip", "install", "-c", constraints, "-e", package]:
