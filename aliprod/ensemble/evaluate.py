@@ -13,6 +13,7 @@ from aliprod.ensemble.add import read_predictions
 from aliprod.errors import Refused, listing
 from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import STEM, open_store
+from aliprod.store import commit
 from aliprod.store.layout import PREDICTIONS
 
 
@@ -37,6 +38,13 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
         what += f"{listing(missing.to_pylist(), 3)}."
         raise Refused(what, predictions, "Every labelled image counts. Add the missing lines, or drop their labels.")
     return found
+
+
+def fitted_on_these(predictions: Path) -> bool:
+    """Whether it is an ensemble whose weights and temperatures were fitted on the very images that it predicts: then its
+    error there is lower than on others."""
+    record = commit.read(predictions) or {} if predictions.is_dir() else {}
+    return record.get("split") == "val" and any("temperature" in one for one in record.get("members", ()))
 
 
 def _predictions(path: Path) -> tuple[pa.StringArray, np.ndarray]:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from aliprod.catalogue.annotations import name_fault
 from aliprod.ensemble.add import submission, write_ensemble
-from aliprod.ensemble.evaluate import evaluate
+from aliprod.ensemble.evaluate import evaluate, fitted_on_these
 from aliprod.errors import Refused
 from aliprod.inference import probabilities
+from aliprod.store import commit
 
 IMAGES = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
 LABELS = [3, 3, 3, 8]
@@ -65,6 +66,18 @@ def test_a_members_probabilities_and_an_ensemble_are_judged_by_their_highest_cla
     write_ensemble(tmp_path / "ensemble", [member, member], record={"split": "test"})
     assert evaluate(tmp_path / "store", labels) == EXPECTED
     assert evaluate(tmp_path / "ensemble", labels) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("split", "temperatures", "fitted"), [("val", [0.9], True), ("val", [], False), ("test", [0.9], False)]
+)
+def test_an_ensemble_that_was_fitted_on_what_it_predicts_is_known(
+    split: str, temperatures: list[float], fitted: bool, tmp_path: Path
+) -> None:
+    record = {"split": split, "members": [{"temperature": one} for one in temperatures]}
+    commit.write(tmp_path / "ensemble", lambda new: None, record)
+    assert fitted_on_these(tmp_path / "ensemble") == fitted
+    assert not fitted_on_these(tmp_path / "submission.csv")
 
 
 def test_images_without_a_label_are_left_out(predictions: Path, tmp_path: Path) -> None:
