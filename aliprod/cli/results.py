@@ -104,10 +104,8 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
     over_classes = f"top-1 error {found['top1_error']:.2%} (mean over {found['classes']} classes)"
     answer(found, f"{over_classes}, {found['top1_error_per_image']:.2%} per image of {found['images']}")
     if evaluate.fitted_on_these(predictions):
-        text = (
-            "Weights and temperatures were fitted on these images, so the error is lower than on others: the report has"
-        )
-        click.echo(f"{text} the cross-fitted one.", err=True)
+        why = "Weights and temperatures were fitted on these images, so the error is lower than on others."
+        click.echo(f"{why} The report has the cross-fitted one.", err=True)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
 
 
 def fitted_on_these(predictions: Path) -> bool:
-    """Whether it is an ensemble whose weights and temperatures were fitted on the very images that it predicts: then its
-    error there is lower than on others."""
+    """Whether it is an ensemble whose weights and temperatures were fitted on the images that it predicts: then its error
+    there is lower than on others."""
     record = commit.read(predictions) or {} if predictions.is_dir() else {}
     return record.get("split") == "val" and any("temperature" in one for one in record.get("members", ()))
 
