@@ -41,7 +41,7 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
 
 
 def fitted_on_these(predictions: Path) -> bool:
-    """Whether it is an ensemble whose weights and temperatures were fitted on the images that it predicts: then its error
+    """Whether it is an ensemble whose weights and temperatures were fitted on the images that it predicts: its error
     there is lower than on others."""
     record = commit.read(predictions) or {} if predictions.is_dir() else {}
     return record.get("split") == "val" and any("temperature" in one for one in record.get("members", ()))
