@@ -156,8 +156,8 @@ def _verdict(found: "Found", override: str) -> str:
     if best == own:
         return "None was better than the plan's own."
     noise = math.sqrt(best * (1 - best) / found.images)
-    own_error = "diverged" if own is None else f"had {own:.2%}"
-    return (
-        f"The plan's own {own_error}; one standard error on {found.images:,} images is {noise:.2%}. "
-        f"To take the best: --set '{override}'"
-    )
+    said = f"The plan's own {'diverged' if own is None else f'had {own:.2%}'}; one standard error on {found.images:,} "
+    said += f"images is {noise:.2%}. "
+    if own is not None and own - best <= noise:
+        return f"{said}None beat the plan's own by more than that: keep what you have."
+    return f"{said}To take the best: --set '{override}'"

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from shop import Shop, aliprod, answer, refusal
 
+from aliprod.cli.experiments import _verdict
+from aliprod.cluster.tune import Found, Trial
 from aliprod.forecast.simulate import STARTING_SECONDS
 
 
@@ -53,3 +55,15 @@ def test_benchmark_names_the_network_that_is_meant(photos: Path) -> None:
     result = aliprod("benchmark", "step", photos, "--network", "resnet5")
     assert result.exit_code == 2
     assert "resnet50" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("own", "best", "offered"),
+    [(0.30, 0.20, True), (0.23, 0.20, False), (0.20, 0.20, False), (None, 0.20, True), (None, None, False)],
+)
+def test_rates_are_offered_where_they_gain_more_than_a_standard_error(
+    own: float | None, best: float | None, offered: bool
+) -> None:
+    theirs, plans = Trial(0.1, 1.0, best), Trial(0.01, 0.1, own)
+    said = _verdict(Found("net/full", (theirs, plans), plans, images=100), "rates")  # 100 images: 4 points
+    assert ("--set 'rates'" in said) == offered
