@@ -29,7 +29,7 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def attended() -> Iterator[None]:
     """Signals as in a terminal: whatever a script starts in its background, or nohup, ignores some from its birth."""
     ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
