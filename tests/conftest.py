@@ -29,14 +29,17 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def attended() -> Iterator[None]:
+def _attended() -> Iterator[None]:
     """Signals as in a terminal: whatever a script starts in its background, or nohup, ignores some from its birth."""
     ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+attended = pytest.fixture(_attended)
+attended_module = pytest.fixture(scope="module")(_attended)
 
 
 @pytest.fixture(scope="session")

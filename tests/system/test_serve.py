@@ -80,7 +80,7 @@ def network(seed: int) -> Callable[[Path], None]:
 
 
 @pytest.fixture(scope="module")
-def served(attended: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(attended_module: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two versions in a registry, and a server; in the end Ctrl-C leaves nothing of it behind."""
     storage = tmp_path_factory.mktemp("storage")
     synthesise(storage / "photos", classes=3, images=18, seed=0)
