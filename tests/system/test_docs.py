@@ -99,13 +99,13 @@ def understood(command: str) -> None:
 
 
 def parsed(command: click.Command, words: list[str]) -> click.Context:
-    context = click.Context(command)
+    context = click.Context(command, **command.context_settings)  # click keeps what -h is called in the command
     while isinstance(command, click.Group):
         name, *words = words
         found = command.get_command(context, name)
         assert found, name
         command = found
-    return command.make_context(command.name, words)
+    return command.make_context(command.name, words, parent=context)
 
 
 @pytest.fixture(scope="module")
