@@ -121,12 +121,14 @@ def headline(ensemble: Mapping[str, Any]) -> list[str]:
     best, count, combine = found["best"], len(found["members"]), found["combine"]
     own, smallest = found["members"][best["member"]], found["smallest"]
     on, by = f"{found['split']}, {VIEWS[found['views']]}", f"{best['split']}, {VIEWS[best['views']]}"
-    left = [name for name in found["members"] if name not in smallest["members"]]
+    kept = smallest["members"]
+    left = [name for name in found["members"] if name not in kept]
     whole = f"The ensemble of {count}: top-1 error {interval(found['ensemble'])} on {on}, {found['images']:,} images"
     fewer = "No fewer members come within one standard error of the whole."
     if left:
         near = f"within one standard error ({100 * smallest['standard_error']:.2f} points) of the whole"
-        fewer = f"Without {', '.join(left)}: {interval(smallest)}, {near}; {len(left)} of {count} predictions fewer."
+        which = f"Without {', '.join(left)}" if len(left) <= len(kept) else f"With {', '.join(kept)} alone"
+        fewer = f"{which}: {interval(smallest)}, {near}; {len(left)} of {count} predictions fewer."
     lines = [f"{whole}; its best member, {best['member']} by {by}, {interval(own)}. Gain: {gain(own)}.", fewer]
     if combine != "sum":
         how = "each image by what was fitted without it" if found["split"] == "val" else "fitted on val"

@@ -330,3 +330,9 @@ def test_the_headline_says_what_weights_gain_on_the_sum_and_which_members_are_no
     assert plain.endswith("Gain of greedy, fitted on val: +1.00 points (-1.00 to +12.00).")
     assert fewer.startswith("Without net/a: 5.50% (1.00 to 25.00), within one standard error (0.60 points)")
     assert fewer.endswith("1 of 2 predictions fewer.")
+
+
+def test_the_headline_names_the_members_that_are_enough_where_they_are_few() -> None:
+    found = compared("sum", ("net/b",))
+    found["members"]["net/c"] = found["members"]["net/a"]
+    assert status.headline({"comparison": found})[-1].startswith("With net/b alone: ")
