@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 PHONE = 390  # pixels
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
@@ -41,13 +43,16 @@ def size(page: Path, width: int) -> tuple[int, int]:
 
 
 def shoot(page: Path, folder: Path) -> list[Path]:
-    """Write desk.png, phone.png, dark.png and paper.pdf."""
+    """Write desk.png, phone.png, dark.png, paper.pdf and report.png, figures without paths: docs/images has one."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, width, flags in (("desk", 1280, ()), ("phone", PHONE, ()), ("dark", PHONE, (_DARK,))):
         made.append(folder.resolve() / f"{name}.png")
         window = f"--window-size={width},{size(page, width)[1]}"
         _chromium(window, *flags, f"--screenshot={made[-1]}", page.resolve().as_uri())
+    made.append(folder.resolve() / "report.png")
+    with Image.open(made[0]) as desk:
+        desk.convert("RGB").crop((0, 490, desk.width, 2400)).quantize(64).save(made[-1], optimize=True)
     made.append(folder.resolve() / "paper.pdf")
     _chromium("--no-pdf-header-footer", f"--print-to-pdf={made[-1]}", page.resolve().as_uri())
     return made
