@@ -92,7 +92,8 @@ def of_lines(rows: Rows, lines: Iterable[Line], classes: Numbering, file: Path, 
         class_id = classes.number(written) if written or rows.split != "test" else -1
         fault = path_fault(path)
         if fault and (path.startswith(("/", "\\")) or path[1:3] == ":\\"):
-            advice = f"Write it relative to the catalogue's folder, such as {PureWindowsPath(path).name}."
+            advice = f"Write it relative to the catalogue's folder, such as {PureWindowsPath(path).name}; pictures "
+            advice += "elsewhere may be linked into it (--links says where links may lead)."
             raise Refused(f"the path {path!r} is absolute.", f"{file}, {line_of(file, line)}", advice)
         if not fault and class_id is None:
             if not written:
