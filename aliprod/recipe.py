@@ -30,6 +30,7 @@ STATISTICS_BATCHES = 200  # that norm statistics are taken anew from, where an o
 NO_COST = ("start", "pretrained", "images", "duplicates", "pseudo_labels", "sampler", "epochs", "seed")  # of a step
 Augmentation = Literal["random_resized_crop", "random_crop", "resize", "rotation", "flip", "auto_augment", "cutout"]
 Views = Literal["ten_crop", "center"]  # of test-time augmentation
+VIEWS = {"ten_crop": "ten crops", "center": "centre crop"}  # the same for people
 Part = Literal["loader", "step", "train"]  # of a training, that is measured
 
 

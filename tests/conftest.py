@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from aliprod.catalogue.catalogue import Catalogue
@@ -27,6 +28,15 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip("needs the folder ../shared (photographs and golden vectors), which is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="module")
+def torch_as_before() -> Iterator[None]:
+    """What a training changes in torch ends with the module."""
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 def _attended() -> Iterator[None]:

@@ -165,7 +165,7 @@ def _predict(target: Target, site: Site) -> Made:
     [weights] = target.needs["weights"]
     model = ready(weights.folder(site.storage), site.cluster.loader_processes)
     images: Images = getattr(catalogue, split)
-    known = catalogue.test_labels if split == "test" else images.labels
+    known = catalogue.labels(split)
 
     def blocks(rows: Integers) -> Iterator[Tensor]:
         yield from predicted(model, images.take(rows), record["views"])

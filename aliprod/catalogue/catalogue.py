@@ -120,6 +120,10 @@ class Catalogue:
         """Train, val and test."""
         return self.train, self.val, self.test
 
+    def labels(self, split: str) -> Integers | None:
+        """(N,) rows of ``classes`` of the images of a split, -1 unknown; None: those of test, which nobody knows."""
+        return self.test_labels if split == "test" else getattr(self, split).labels
+
     @property
     def remarks(self) -> Iterator[str]:
         """What a person should know before it is used: what was taken for granted, and what is not used."""

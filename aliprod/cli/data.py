@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aliprod.cli.flags import answer, cores, json_flag, path, takes, watched
+from aliprod.cli.flags import answer, cores, json_flag, path, takes, until_done
 from aliprod.errors import Refused
 
 if TYPE_CHECKING:
@@ -117,5 +117,5 @@ def prepare_command(
     """
     from aliprod.ingest.prepare import Settings, prepare
 
-    done = watched(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores(), asked.reading()))
+    done = until_done(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores(), asked.reading()))
     answer(done.as_json(), done.text())

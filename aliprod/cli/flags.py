@@ -59,7 +59,7 @@ def answer(found: Mapping[str, Any] | None, text: str) -> None:
         click.echo(json.dumps(found, ensure_ascii=False) if as_json() else text)
 
 
-def watched(events: "Iterable[ReadProgress | Done]") -> Done:
+def until_done(events: "Iterable[ReadProgress | Done]") -> Done:
     """The last of the events. Until then it is shown on stderr how far it is: one line that is renewed on a terminal, a
     line now and then in a log."""
     from aliprod.processes import ReadProgress

@@ -23,12 +23,13 @@ from aliprod.cli.flags import (
     takes,
     takes_plan,
     tracking_flag,
-    watched,
+    until_done,
 )
 from aliprod.errors import Refused, listing
 
 if TYPE_CHECKING:
     from aliprod.export.formats import Format
+    from aliprod.plan.open import Request
     from aliprod.recipe import Views
     from aliprod.store.lineage import Voice
 
@@ -122,9 +123,9 @@ class _Named:
 
         model, folder = self.model, default_storage(self.storage)
         if not model.startswith("models:/"):
-            model = str(path.convert(model, None, None).absolute())
+            model = str(self._path().absolute())
         if model.endswith(".toml"):
-            folder = Asked(Path(model), (), self.storage, self.tracking_uri).request().places.storage
+            folder = self._request().places.storage
         return _Named(model, folder, default_tracking_uri(folder, self.tracking_uri))
 
     def voices(self) -> "list[Voice]":
@@ -141,9 +142,9 @@ class _Named:
 
             folder = places.default_storage(self.storage)
             return [fetch(self.model, places.default_tracking_uri(folder, self.tracking_uri), folder / "models")]
-        named = path.convert(self.model, None, None)
+        named = self._path()
         if self.model.endswith(".toml"):
-            asked = Asked(named, (), self.storage, self.tracking_uri).request()
+            asked = self._request()
             if not (found := voices(asked.places.storage, asked.plan.name)):
                 what = "has no ensemble in this storage path yet."
                 raise Refused(what, f"plan {asked.plan.name}", "Run the plan first.")
@@ -159,8 +160,15 @@ class _Named:
 
         if not self.model.endswith(".toml"):
             return None
-        asked = Asked(path.convert(self.model, None, None), (), self.storage, self.tracking_uri).request()
+        asked = self._request()
         return comparison(asked.places.storage, asked.plan.name)
+
+    def _request(self) -> "Request":
+        """Of MODEL, which is a plan."""
+        return Asked(self._path(), (), self.storage, self.tracking_uri).request()
+
+    def _path(self) -> Path:
+        return Path(path.convert(self.model, None, None))
 
 
 _takes_model = takes(_Named, click.argument("model"), storage_flag, tracking_flag)
@@ -195,7 +203,7 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
     pictures = listed(inputs)
     recogniser = Recogniser.load(voices, _VIEWS[views], top)
     if out:
-        done = watched(answers.write(out, recogniser, pictures, lambda left: classify(recogniser, left, cores())))
+        done = until_done(answers.write(out, recogniser, pictures, lambda left: classify(recogniser, left, cores())))
         answer(vars(done), f"{done.path}: {done.pictures:,} pictures, {done.unreadable:,} of them unreadable.")
         failed = done.unreadable
     else:

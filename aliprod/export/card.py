@@ -8,9 +8,9 @@ import timm
 import torch
 
 from aliprod.export.whole import WholeModel
+from aliprod.recipe import VIEWS
 from aliprod.version import VERSION
 
-_VIEWS = {"ten_crop": "ten crops", "center": "centre crop"}
 _LIBRARY = {"onnx": "onnx", "torch": "pytorch", "timm": "timm"}
 _OPEN = 'picture = PIL.ImageOps.exif_transpose(PIL.Image.open("picture.jpg")).convert("RGB")'
 _LINES = {
@@ -65,7 +65,7 @@ def card(whole: WholeModel, told: Mapping[str, Any], worth: Mapping[str, Any] | 
         told: what `aliprod.export.folder.export` returns. worth: of an ensemble, what it was found to be worth.
     """
     count, first = len(whole.members), whole.members[0]
-    form, views = told["format"], _VIEWS[told["views"]]
+    form, views = told["format"], VIEWS[told["views"]]
     images = ", ".join(
         f'"{name}": numpy.array(picture.resize(({side}, {side}), PIL.Image.Resampling.{interpolation.upper()}))[None]'
         for name, (side, interpolation) in whole.sizes.items()
@@ -92,7 +92,7 @@ def _error(whole: WholeModel, worth: Mapping[str, Any] | None) -> str:
     """The top-1 error, and of what; nothing where it is not known."""
     if worth is not None:
         low, high = worth["ensemble"]["interval"]
-        of = f"{worth['split']}, {_VIEWS[worth['views']]}, {worth['images']:,} images"
+        of = f"{worth['split']}, {VIEWS[worth['views']]}, {worth['images']:,} images"
         return (
             f"Top-1 error, mean over classes: {worth['ensemble']['top1_error']:.2%} ({low:.2%} to {high:.2%}) on {of}."
         )

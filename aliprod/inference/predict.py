@@ -119,16 +119,16 @@ def top1_errors(
     was_training = model.training
     model.eval()
     labels = torch.from_numpy(catalogue.val.labels)
-    seen = torch.zeros(3, len(labels), dtype=torch.float64)  # the class, how many classes are above the label, the loss
+    scores = torch.zeros(3, len(labels), dtype=torch.float64)  # class, classes above the label, loss
     blocks = predict(model, catalogue.val, stage.resize, stage.crop, "center", feed)
     for _ in range(0, len(catalogue.val), BATCH["center"] * feed.world_size):
         between()
         for rows, probabilities in islice(blocks, 1):  # the last may be another rank's
             own = probabilities.gather(1, labels[rows, None])
             above, loss = (probabilities > own).sum(dim=1), -own.clamp(min=torch.finfo(own.dtype).tiny).log()[:, 0]
-            seen[:, rows] = torch.stack([probabilities.argmax(dim=1).double(), above.double(), loss.double()])
+            scores[:, rows] = torch.stack([probabilities.argmax(dim=1).double(), above.double(), loss.double()])
     model.train(was_training)
-    everywhere = seen.to(feed.device)
+    everywhere = scores.to(feed.device)
     if feed.world_size > 1:
         dist.all_reduce(everywhere)  # each rank filled its own rows, the others are zero
     predicted, ranks, losses = everywhere.cpu()

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.ensemble.add import read_predictions
+from aliprod.ensemble.guesses import guesses
 from aliprod.inference.metrics import class_errors
 from aliprod.store.layout import PREDICTIONS
 
@@ -89,17 +89,9 @@ def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) ->
     top = pq.read_table(folder / PREDICTIONS, columns=["top_classes", "shares"])
     classes, shares = (top[name].combine_chunks().flatten().to_numpy() for name in top.column_names)
     classes, shares = (flat.reshape(len(found.ids), -1) for flat in (classes, shares))
-    images: Images = getattr(catalogue, split)
-    labels = catalogue.test_labels if split == "test" else images.labels
-    if labels is None:
-        labels = np.full(len(images), -1)
-    rows = pc.index_in(images.ids, value_set=found.ids).fill_null(-1).to_numpy()
-    guesses = np.append(found.predicted.numpy(), -1)[rows]
-    places = np.minimum(np.searchsorted(catalogue.classes, guesses), catalogue.num_classes - 1)
-    known = np.flatnonzero((labels >= 0) & (catalogue.classes[places] == guesses))
-    truth, asked = labels[known], rows[known]
+    rows, asked, truth, predicted = guesses(found.ids, found.predicted.numpy(), catalogue, split)
     own = (shares[asked] * (classes[asked] == catalogue.classes[truth, None])).sum(axis=1)
-    return Scored(images, known, truth, places[known], shares[asked, 0], own)
+    return Scored(getattr(catalogue, split), rows, truth, predicted, shares[asked, 0], own)
 
 
 def confusions(found: Scored, most: int) -> list[Confusion]:

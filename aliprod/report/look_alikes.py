@@ -11,6 +11,7 @@ from aliprod.build.target import Resources
 from aliprod.catalogue.alike import dct_bits, gray32
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.catalogue.decode import Unreadable, decode
+from aliprod.data.duplicates import read_hashes
 from aliprod.errors import AliprodError
 from aliprod.store import commit
 
@@ -32,8 +33,9 @@ def look_alikes(catalogue: Catalogue, images: Images, storage: Path) -> tuple[li
     pictures are too many to be hashed here, and no stage with `duplicates` has had them hashed."""
     folder = hashes(catalogue, Resources(1, 0)).folder(storage)
     if commit.read(folder) is not None:
-        rows = np.flatnonzero(np.load(folder / "readable.npy"))
-        words = np.load(folder / "bits.npy")[rows].view(np.uint64)[:, 0]
+        bits, readable = read_hashes(folder)
+        rows = np.flatnonzero(readable)
+        words = bits[rows].view(np.uint64)[:, 0]
     elif len(catalogue.train) <= _HASHED:
         rows, words = _hashed(catalogue.train, np.arange(len(catalogue.train)))
     else:

@@ -19,6 +19,7 @@ from aliprod.catalogue.decode import Unreadable, decode_anyway
 from aliprod.errors import AliprodError
 from aliprod.forecast.seconds import Estimates, scaled
 from aliprod.plan.open import Opened, Request, open_plan
+from aliprod.recipe import VIEWS
 from aliprod.report import error_analysis, figures, status
 from aliprod.report.course import course, end, rank_hours
 from aliprod.report.error_analysis import reliability
@@ -65,7 +66,7 @@ def _facts(request: Request) -> dict[str, Any]:
         "rows": rows,
         "ensemble": result,
         "headline": status.headline(result),
-        "views": status.VIEWS,
+        "views": VIEWS,
         "saved": _saved(opened, result),
         "curves": list(figures.by_epoch(opened.jobs, found)),
         "analysis": _analysis(opened, result),

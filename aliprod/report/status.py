@@ -7,10 +7,9 @@ from typing import Any
 from aliprod.build.events import DONE, Began, Changed, Event, Reported, Said, Standing, Task
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
+from aliprod.recipe import VIEWS
 from aliprod.report.estimate import duration
 from aliprod.store import epochs
-
-VIEWS = {"ten_crop": "ten crops", "center": "centre crop"}
 
 
 def line(event: Event, clock: float | None = None) -> str:

@@ -4,12 +4,12 @@ import io
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from aliprod.catalogue.catalogue import Catalogue
+from aliprod.ensemble.guesses import guesses
 from aliprod.store.layout import PREDICTIONS
 
 _CLASSES = 24  # that a picture has room for
@@ -18,12 +18,11 @@ _CLASSES = 24  # that a picture has room for
 def picture(folder: Path, catalogue: Catalogue, split: str) -> Image.Image | None:
     """The confusion matrix of what a committed ensemble predicts for a split, of the classes with the most errors; None
     where no predicted image has a label."""
-    found, test = pq.read_table(folder / PREDICTIONS, columns=["image_id", "class_id"]), split == "test"
-    images, labels = (catalogue.test, catalogue.test_labels) if test else (catalogue.val, catalogue.val.labels)
-    rows = pc.index_in(images.ids, value_set=found["image_id"].combine_chunks()).fill_null(-1).to_numpy()
-    if labels is None or not (known := np.flatnonzero((rows >= 0) & (labels >= 0))).size:
+    found = pq.read_table(folder / PREDICTIONS, columns=["image_id", "class_id"])
+    ids, predicted = found["image_id"].combine_chunks(), found["class_id"].to_numpy()
+    known, _, truth, guess = guesses(ids, predicted, catalogue, split)
+    if not len(known):
         return None
-    truth, guess = labels[known], np.searchsorted(catalogue.classes, found["class_id"].to_numpy()[rows[known]])
     wrong = truth != guess
     errors = np.bincount(np.concatenate([truth[wrong], guess[wrong]]), minlength=catalogue.num_classes)
     shown = np.sort(np.argsort(-errors, kind="stable")[:_CLASSES])

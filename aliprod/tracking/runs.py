@@ -250,9 +250,9 @@ def _metrics(record: Record) -> list[Metric]:
 
 def _best(records: Sequence[Record]) -> list[Metric]:
     """The lowest error so far at each epoch, of weights as trained, averaged or with other norm statistics."""
-    own = [[r[name] for name in r if name.startswith(epochs.TOP1) and "_per_image" not in name] for r in records]
-    lowest = accumulate((min(errors, default=math.inf) for errors in own), min)
-    return [Metric(view.BEST, e, r["time_ms"], r["epoch"] + 1) for e, r in zip(lowest, records, strict=True) if e < 2]
+    known = [(record, error) for record in records if (error := epochs.error(record)[0]) is not None]
+    lowest = accumulate((error for _, error in known), min)
+    return [Metric(view.BEST, e, r["time_ms"], r["epoch"] + 1) for e, (r, _) in zip(lowest, known, strict=True)]
 
 
 def _dataset(catalogue: Catalogue) -> DatasetInput:

@@ -1,14 +1,12 @@
 """A whole plan is made without Ray: each target is a plain function of what it needs."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from aliprod.build.graph import Chosen, targets
 from aliprod.build.outputs import compared
@@ -26,6 +24,7 @@ from aliprod.store import commit
 from aliprod.synth.synth import synthesise
 
 MEMBERS = ("net/soup", "net/student")
+pytestmark = pytest.mark.usefixtures("torch_as_before")
 PLAN = """\
 format = 1
 name = "shop"
@@ -55,14 +54,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     (folder / "plan.toml").write_text(PLAN)
     plan = load(folder / "plan.toml")
     return open_plan(Request(plan, PLAN, resolve(plan, folder / "runs", None, None)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def prints(opened: Opened) -> tuple[str, str]:

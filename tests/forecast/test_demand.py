@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from aliprod.build.graph import targets
 from aliprod.build.target import Site, lacking
@@ -19,6 +17,7 @@ from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
 from aliprod.synth.synth import synthesise
 
+pytestmark = pytest.mark.usefixtures("torch_as_before")
 PLAN = """\
 format = 1
 name = "shop"
@@ -35,14 +34,6 @@ other = ["full"]
 members = ["net/student", "other/full"]
 views = "center"
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
