@@ -14,21 +14,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 RECIPE_VERSION = 2  # part of every key: raise it when the same settings would give other results
 ADDED = (  # since version 1: part of a key only where they say other than their default
-    "shares",
-    "gradients",
-    "duplicates",
-    "pseudo_labels",
-    "sampler",
-    "trains",
-    "teachers",
-    "soup",
-    "resizing",
-)
-ADDED_TO_OPTIMIZER = ("betas", "layer_decay")  # the same, of a stage's optimizer
+    "shares", "gradients", "duplicates", "pseudo_labels", "sampler", "trains", "teachers", "soup", "resizing",
+)  # fmt: skip
+ADDED_BELOW = {"optimizer": ("betas", "layer_decay"), "lr": ("warmup_steps",)}  # the same, of its tables
 
 STATISTICS_BATCHES = 200  # that norm statistics are taken anew from, where an objective distorts images
 NO_COST = ("start", "pretrained", "images", "duplicates", "pseudo_labels", "sampler", "epochs", "seed")  # of a step
-Augmentation = Literal["random_resized_crop", "random_crop", "resize", "rotation", "flip", "auto_augment", "cutout"]
+CROPS = ("random_resized_crop", "random_crop", "resize")
+Augmentation = Literal[
+    "random_resized_crop", "random_crop", "resize", "rotation", "flip", "color_jitter", "auto_augment", "rand_augment",
+    "trivial_augment", "aug_mix", "cutout", "random_erasing",
+]  # fmt: skip
 Views = Literal["ten_crop", "center"]  # of test-time augmentation
 VIEWS = {"ten_crop": "ten crops", "center": "centre crop"}  # the same for people
 Part = Literal["loader", "step", "train"]  # of a training, that is measured
@@ -49,18 +45,17 @@ class PerClass(Frozen):
 
 
 class LearningRate(Frozen):
-    """Learning rates are used as written, never rescaled with the batch.
-
-    ``steps``: linear warm-up, then times ``gamma`` at each milestone epoch. ``cosine``: linear warm-up, then
-    half a cosine down to zero at the last step.
-    """
+    """Learning rates are used as written, never rescaled with the batch."""
 
     backbone: float = Field(0.01, gt=0, le=100, description="of the backbone's weights")
     heads: float = Field(0.1, gt=0, le=100, description="of the classifier and the objective's own layers")
-    schedule: Literal["steps", "cosine"] = Field(
-        "steps", description="after the warm-up: drops at milestones, or half a cosine down to zero"
+    schedule: Literal["steps", "cosine", "one_cycle"] = Field(
+        "steps",
+        description="after the warm-up: drops at milestones, or half a cosine down to zero at the last step; one_cycle "
+        "warms up along half a cosine, too, usually for three tenths of the epochs",
     )
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up; may be a fraction")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of warm-up, linear; may be a fraction")
+    warmup_steps: int | None = Field(None, ge=1, description="the same in steps, in place of warmup_epochs")
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), strict=False, description="epochs (from 0) at whose start lr is multiplied by gamma; steps only"
     )
@@ -178,7 +173,8 @@ class Stage(Frozen):
         "shuffled", description="each image once an epoch, or every class equally often, with replacement"
     )
     trains: Literal["all", "classifier"] = Field(
-        "all", description="all weights, or the classifier alone, drawn anew (cRT)"
+        "all",
+        description="all weights, or the classifier alone, drawn anew: cRT, or a linear probe of pretrained weights",
     )
     teachers: tuple[str, ...] = Field(
         (),
@@ -241,17 +237,22 @@ class Stage(Frozen):
 def _inconsistent_views(stage: Stage) -> Iterator[str]:
     if stage.crop > stage.resize:
         yield f"crop = {stage.crop} is larger than resize = {stage.resize}: raise resize, or lower crop"
-    shapes = [a for a in stage.augmentation if a in ("random_resized_crop", "random_crop", "resize")]
+    shapes = [a for a in stage.augmentation if a in CROPS]
     if len(shapes) != 1:
-        said = ", ".join(shapes) or "none"
-        yield f"augmentation needs exactly one of random_resized_crop, random_crop, resize, not {said}"
+        yield f"augmentation needs exactly one of {', '.join(CROPS)}, not {', '.join(shapes) or 'none'}"
+    if {"cutout", "random_erasing"} <= set(stage.augmentation):
+        yield "augmentation erases with cutout or with random_erasing, not with both"
     if not 0 < stage.scale[0] <= stage.scale[1] <= 1:
         yield f"scale = {list(stage.scale)}: shares of the area, 0 < smallest <= largest <= 1"
 
 
 def _inconsistent_rates(stage: Stage) -> Iterator[str]:
-    if stage.lr.schedule == "cosine" and stage.lr.milestones:
-        yield 'lr.milestones do nothing with schedule = "cosine": leave them out, or say "steps"'
+    if stage.lr.schedule != "steps" and stage.lr.milestones:
+        yield f'lr.milestones do nothing with schedule = "{stage.lr.schedule}": leave them out, or say "steps"'
+    if stage.lr.schedule == "one_cycle" and not stage.lr.warmup_epochs and not stage.lr.warmup_steps:
+        yield f"one_cycle needs lr.warmup_epochs, in which the rate rises: {0.3 * stage.epochs:g} is usual"
+    if stage.lr.warmup_steps is not None and stage.lr.warmup_epochs:
+        yield "lr.warmup_steps and lr.warmup_epochs say the same: leave one out"
     if stage.lr.warmup_epochs > stage.epochs:
         yield f"lr.warmup_epochs = {stage.lr.warmup_epochs:g} is longer than the stage: epochs = {stage.epochs}"
 
@@ -282,8 +283,8 @@ def _inconsistent_shares(stage: Stage) -> Iterator[str]:
 def _inconsistent_sources(stage: Stage) -> Iterator[str]:
     if stage.start is not None and "pretrained" in stage.model_fields_set and stage.pretrained:
         yield "a stage with start takes its parent's weights: leave pretrained out"
-    if stage.start is None and stage.trains == "classifier":
-        yield 'trains = "classifier" needs a start: a backbone that has learned something'
+    if stage.start is None and not stage.pretrained and stage.trains == "classifier":
+        yield 'trains = "classifier" needs a backbone that has learned something: a start, or pretrained = true'
     if stage.start is None and stage.duplicates == "teacher":
         yield 'duplicates = "teacher" needs a start: it is the teacher'
     if stage.soup is not None and (stage.start is not None or stage.epochs != 1 or stage.teachers):
@@ -323,6 +324,11 @@ class Machine(Frozen):
     exact: bool = Field(True, description="kernels that give the same bytes each time; false may be faster on GPUs")
     compile: bool = Field(
         False, description="compile the backbone (torch.compile): minutes at a job's start, then faster steps"
+    )
+    checkpointing: bool = Field(
+        False,
+        description="keep a block's activations no longer than its forward pass, and compute them again: less memory, "
+        "a third more time, the same bytes",
     )
     watchdog_seconds: float = Field(
         1800.0,

@@ -88,6 +88,7 @@ def short(stage: Stage, recipe: Tune) -> Stage:
     milestones = {max(1, round(shrink * milestone)) for milestone in stage.lr.milestones}
     lr = {
         "warmup_epochs": shrink * stage.lr.warmup_epochs,
+        "warmup_steps": None if stage.lr.warmup_steps is None else max(1, round(shrink * stage.lr.warmup_steps)),
         "milestones": tuple(sorted(milestone for milestone in milestones if milestone < epochs)),
     }
     most = min(recipe.per_class, stage.images.per_class) if isinstance(stage.images, PerClass) else recipe.per_class

@@ -15,8 +15,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms import InterpolationMode, RandomCrop, RandomResizedCrop, RandomRotation
-from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _apply_op
+from torchvision.transforms import (
+    AugMix,
+    AutoAugment,
+    AutoAugmentPolicy,
+    ColorJitter,
+    InterpolationMode,
+    RandAugment,
+    RandomCrop,
+    RandomErasing,
+    RandomResizedCrop,
+    RandomRotation,
+    TrivialAugmentWide,
+)
+from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2 import functional as F
 
 from aliprod.catalogue.decode import baseline_jpeg, content_of, decode
@@ -36,6 +48,13 @@ _EVEN = {"Invert", "Rotate", "ShearX"}  # pictures that differ by a grey level d
 _RATIO = (3 / 4, 4 / 3)
 _ROTATION_DEGREES = 15.0  # JDAI-CV/DCL, config
 _CUTOUT_SHARE = 4  # side of the crop over side of the square: 56 at 224
+_WHOLE = {  # torchvision's, at their defaults; the jitter as Chen et al. 2020 and many since
+    "rand_augment": RandAugment(fill=list(GREY)),
+    "trivial_augment": TrivialAugmentWide(fill=list(GREY)),
+    "aug_mix": AugMix(fill=list(GREY)),
+    "color_jitter": ColorJitter(0.4, 0.4, 0.4),
+}
+_ERASING = {"scale": (0.02, 0.33), "ratio": (0.3, 3.3), "value": [0.0]}  # Zhong et al. 2020, table 1
 
 
 def picture_of(source: Path | bytes) -> Picture:
@@ -58,15 +77,17 @@ def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) ->
         seed: 32 bits; reseeds torch's default generator.
         interpolation: of resizing, "bicubic" or "bilinear", with antialiasing.
     Returns:
-        Pixels (crop, crop, 3) uint8, and the centre (row, column) of the cutout square, (-1, -1) without one.
+        Pixels (crop, crop, 3) uint8, and the box that is erased (top, left, height, width), (4,) int64: of no size
+        where nothing is, and over the border where cutout's square is.
     """
     torch.default_generator.manual_seed(seed)
     height, width = picture.shape[:2] if isinstance(picture, Tensor) else picture.size[::-1]
     steps = list(_drawn(stage, height, width))
     # how exactly a picture must be resized depends on what is done to it afterwards
-    by_torch = stage.resizing == "torch" or all(drawn[0] in _EVEN for name, drawn in steps if name == "auto_augment")
+    stretched = any(name in _WHOLE or (name == "auto_augment" and drawn[0] not in _EVEN) for name, drawn in steps)
+    by_torch = stage.resizing == "torch" or not stretched
     resized = _resized_by_torch if by_torch else _resized_by_pillow
-    centre = torch.full((2,), -1, dtype=torch.int64)
+    erased = torch.zeros(4, dtype=torch.int64)
     seen = picture
     for name, drawn in steps:
         match name:
@@ -80,9 +101,12 @@ def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) ->
                 seen = F.horizontal_flip(seen) if isinstance(seen, Image.Image) else seen.flip(1)
             case "auto_augment":
                 seen = _apply_op(_as_image(seen), *drawn, InterpolationMode.NEAREST, GREY)
-            case "cutout":  # on the device after normalising
-                centre = drawn
-    return as_pixels(seen).contiguous(), centre
+            case "erase":  # on the device after normalising
+                erased = torch.tensor(drawn)
+            case _:
+                torch.default_generator.manual_seed(drawn)
+                seen = _WHOLE[name](_as_image(seen))
+    return as_pixels(seen).contiguous(), erased
 
 
 def _drawn(stage: Stage, height: int, width: int) -> Iterator[tuple[str, Any]]:
@@ -104,8 +128,22 @@ def _drawn(stage: Stage, height: int, width: int) -> Iterator[tuple[str, Any]]:
             yield name, None
         elif name == "auto_augment":
             yield from ((name, operation) for operation in _drawn_operations())
-        elif name == "cutout":
-            yield name, torch.randint(stage.crop, (2,))
+        elif name in ("cutout", "random_erasing"):
+            yield from (("erase", box) for box in _drawn_boxes(name, stage.crop))
+        elif name in _WHOLE:
+            yield name, int(torch.randint(2**31, ()))
+
+
+def _drawn_boxes(name: str, size: int) -> Iterator[tuple[int, ...]]:
+    """What is erased of a crop: top, left, height, width."""
+    if name == "cutout":
+        side = size // _CUTOUT_SHARE
+        row, column = torch.randint(size, (2,)).tolist()
+        yield (row - side // 2, column - side // 2, side, side)
+    elif torch.rand(1) < 0.5:
+        box = RandomErasing.get_params(torch.empty(3, size, size, device="meta"), **_ERASING)[:4]
+        if box[2] < size:  # else it has found none that fits
+            yield box
 
 
 def _drawn_operations() -> Iterator[tuple[str, float]]:
@@ -142,19 +180,24 @@ def cutout_mask(size: int, side: int, centre: Tensor) -> Tensor:
     ``centre``: (..., 2) row and column; a negative one erases nothing. ``size``, ``side``: of the crop and the square.
     """
     centre = torch.as_tensor(centre)
-    offset = torch.arange(size, device=centre.device) - centre[..., None] + side // 2  # (..., 2, size)
-    inside = (offset >= 0) & (offset < side) & (centre[..., None] >= 0)
+    sides = torch.where(centre >= 0, side, 0)
+    return _box_mask(size, torch.cat([centre - side // 2, sides], dim=-1))
+
+
+def _box_mask(size: int, box: Tensor) -> Tensor:
+    """Where boxes (..., 4) of top, left, height, width lie in a crop: (..., size, size) bool."""
+    offset = torch.arange(size, device=box.device) - box[..., :2, None]  # (..., 2, size)
+    inside = (offset >= 0) & (offset < box[..., 2:, None])
     return inside[..., 0, :, None] & inside[..., 1, None, :]
 
 
-def on_device(pixels: Tensor, centre: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """What is left of the transform once pixels are on the device: normalise, then cut out (set to 0).
+def on_device(pixels: Tensor, erased: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """What is left of the transform once pixels are on the device: normalise, then erase (set to 0).
 
-    (B, H, H, 3) uint8 and centres (B, 2) -> (B, 3, H, H) float32, channels last.
+    (B, H, H, 3) uint8 and boxes (B, 4), as `train_view` gives them, -> (B, 3, H, H) float32, channels last.
     """
     images = normalise(_channels_first(pixels), mean, std)
-    size = images.shape[-1]
-    return images.masked_fill_(cutout_mask(size, size // _CUTOUT_SHARE, centre)[:, None], 0.0)
+    return images.masked_fill_(_box_mask(images.shape[-1], erased)[:, None], 0.0)
 
 
 def _resized_by_torch(picture: Picture, side: int, interpolation: str) -> Tensor:

@@ -124,8 +124,8 @@ class TrainBatches:
         self._steps.batches = views = self._views(epoch, skip, shares)
         order = product(range(first + skip, first + self.steps_per_epoch), shares)
         try:
-            for (pixels, labels, centres, rows), (step, share) in zip(self._loader, order, strict=True):
-                images, marks = self._images(pixels, centres), self._marks(rows)
+            for (pixels, labels, erased, rows), (step, share) in zip(self._loader, order, strict=True):
+                images, marks = self._images(pixels, erased), self._marks(rows)
                 seed = seed_of(self.stage.seed, "step", step, share)
                 batch = TrainBatch(images, self._sent(labels), rows, epoch, step, seed, **marks)
                 half = len(batch.rows) // 2
@@ -136,8 +136,8 @@ class TrainBatches:
     def _sent(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.feed.device, non_blocking=True)
 
-    def _images(self, pixels: Tensor, centres: Tensor) -> Tensor:
-        return augment.on_device(self._sent(pixels), self._sent(centres), self.feed.mean, self.feed.std)
+    def _images(self, pixels: Tensor, erased: Tensor) -> Tensor:
+        return augment.on_device(self._sent(pixels), self._sent(erased), self.feed.mean, self.feed.std)
 
     def _marks(self, rows: Tensor) -> dict[str, Any]:
         """What else is known of the images: their weights, and the teachers' probabilities."""
@@ -219,11 +219,11 @@ class _Steps(Sampler[list[View]]):
 
 
 def _train_view(images: Images, stage: Stage, interpolation: str, view: View) -> tuple[Tensor, int, Tensor, int]:
-    """Pixels, label, centre of the cutout square, and row of a view."""
+    """Pixels, label, erased box, and row of a view."""
     row, epoch, repeat = view
     seed = seed_of(stage.seed, epoch, images.ids[row].as_py(), repeat)
-    pixels, centre = augment.train_view(_picture(images, row, stage.crop), stage, seed, interpolation)
-    return pixels, int(images.labels[row]), centre, row
+    pixels, erased = augment.train_view(_picture(images, row, stage.crop), stage, seed, interpolation)
+    return pixels, int(images.labels[row]), erased, row
 
 
 def _picture(images: Images, row: int, side: int) -> Picture:

@@ -14,7 +14,7 @@ from typing import Any
 from aliprod.errors import Refused
 from aliprod.plan.options import needs
 from aliprod.plan.schema import Edge, Plan
-from aliprod.recipe import ADDED, ADDED_TO_OPTIMIZER, RECIPE_VERSION, PerClass, Stage
+from aliprod.recipe import ADDED, ADDED_BELOW, RECIPE_VERSION, PerClass, Stage
 from aliprod.store.commit import sha256
 from aliprod.store.keys import key_of
 
@@ -129,7 +129,8 @@ def _facts(
     """What the key hashes. The names of other jobs are no part of it, their keys are."""
     out: dict[str, Any] = {"start": True, "teachers": True, "soup": {"of"}, "pseudo_labels": {"by"}}
     out |= {name: True for name in ADDED if getattr(stage, name) == Stage.model_fields[name].default}
-    out["optimizer"] = {name for name in ADDED_TO_OPTIMIZER if getattr(stage.optimizer, name) is None}
+    for table, names in ADDED_BELOW.items():
+        out[table] = {name for name in names if getattr(getattr(stage, table), name) is None}
     settings: dict[str, Any] = stage.model_dump(mode="json", exclude=out)
     if isinstance(stage.pretrained, str):
         settings["pretrained"] = {"sha256": _weights_digest(Path(stage.pretrained))}

@@ -79,7 +79,7 @@ def _kinds(
     sources = {"raw": raw} | ({} if average is None else {"averaged": copied(average.state(learner.model))})
     for kind, tensors in sources.items():
         yield kind, tensors
-        if learner.needs.distorts:
+        if learner.needs.distorts and setup.share_mean().statistics:
             learner.model.load_state_dict(tensors)
             yield f"{kind}_restated", restated(setup, epoch, between)
 
@@ -88,7 +88,7 @@ def restated(setup: Setup, epoch: int, between: Callable[[], None] = nothing) ->
     """A copy of the model's weights, its norm statistics taken anew from images as inference sees them.
 
     An objective that trains on distorted images (DCL) leaves statistics of a mixture that never comes again. Each share
-    takes statistics of its own; the mean of them counts, as in a step.
+    takes statistics of its own; the mean of them counts, as in a step. A network without any stays as it is.
     """
     learner, batches = setup.learner, setup.batches
 
@@ -104,5 +104,6 @@ def restated(setup: Setup, epoch: int, between: Callable[[], None] = nothing) ->
             update_bn(images(share), learner.model)
         return {}
 
-    setup.share_mean().of(batches.mine, take)
+    if (mean := setup.share_mean()).statistics:
+        mean.of(batches.mine, take)
     return copied(learner.model.state_dict())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import TrainingSet, training_set
+from aliprod.errors import Refused
 from aliprod.inference.predict import autocast, nothing, precision, top1_errors
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, Needs, build, needs_of
@@ -95,6 +96,8 @@ class Learner(nn.Module):
         if stage.trains == "classifier":
             for parameter in self.model.backbone_parameters():
                 parameter.requires_grad_(False)
+        if place.machine.checkpointing:
+            _checkpoint_blocks(self.model)
         self.objective = build(
             stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue, class_counts)
         )
@@ -105,7 +108,7 @@ class Learner(nn.Module):
             # on what was seen before, and a resumed job has seen less.
             features = torch.compile(self.model.backbone.forward_features, dynamic=False)  # type: ignore[arg-type]
             self.model.backbone.forward_features = features  # type: ignore[assignment]
-        elif place.device.type == "cuda" and stage.trains != "classifier":
+        elif place.device.type == "cuda" and stage.trains != "classifier" and not place.machine.checkpointing:
             replay_passes(self.model.backbone)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -169,6 +172,17 @@ def set_up(
     feed = Feed(where.device, *normalisation(network), *ranks, processes, learner.dtype)
     batches = TrainBatches(data, stage, feed, learner.needs.group, learner.needs.second)
     return Setup(learner, catalogue, feed, batches)
+
+
+def _checkpoint_blocks(model: Classifier) -> None:
+    """Have the backbone compute its activations again on the way back. Refused: timm cannot do it in this network."""
+    try:
+        model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError) as error:
+        advice = "Leave it out, or take a smaller batch, or more shares."
+        raise Refused(
+            "has no blocks that can be computed again: [cluster] checkpointing", model.network, advice
+        ) from error
 
 
 def _seed(device: torch.device, seed: int) -> None:

@@ -156,7 +156,10 @@ def gradients(
 
     def backward(share: TrainBatch) -> Losses:
         parts: Losses = learner(share)
+        kept = [buffer.clone() for buffer in mean.buffers] if learner.place.machine.checkpointing else []
         optimizer.backward(torch.stack(list(parts.values())).sum() / mean.shares)
+        if kept:  # blocks that were computed again have counted their norm statistics twice
+            torch._foreach_copy_(mean.buffers, kept)
         return {name: part.detach() for name, part in parts.items()}
 
     return mean.of(step, backward)

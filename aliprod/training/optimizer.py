@@ -47,6 +47,17 @@ def cosine_lr_at(step: int, base_lr: float, steps_per_epoch: int, warmup_epochs:
     return base_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def one_cycle_lr_at(step: int, base_lr: float, steps: int, warmup_steps: float) -> float:
+    """Learning rate of a step of so many: half a cosine up from a 25th of the rate, then half a cosine down to a
+    ten thousandth of where it began (Smith and Topin 2018; with a cosine as torch's OneCycleLR)."""
+    low, top, last = base_lr / 25, warmup_steps - 1, steps - 1
+    if step <= top:
+        start, end, progress = low, base_lr, step / top if top > 0 else 1.0
+    else:
+        start, end, progress = base_lr, low / 10_000, (step - top) / (last - top)
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
+
+
 class Optimizer:
     """Moves a learner's backbone and heads, each at its own rate, and never lets a non-finite step through.
 
@@ -92,9 +103,14 @@ class Optimizer:
         """The learning rate of the backbone or the heads at a step."""
         lr, epochs = self.stage.lr, self.stage.epochs
         base_lr = lr.backbone if part == "backbone" else lr.heads
-        if lr.schedule == "cosine":
-            return cosine_lr_at(step, base_lr, self.steps_per_epoch, lr.warmup_epochs, epochs)
-        return lr_at(step, base_lr, self.steps_per_epoch, lr.warmup_epochs, lr.milestones, lr.gamma)
+        warmup = lr.warmup_epochs if lr.warmup_steps is None else lr.warmup_steps / self.steps_per_epoch
+        match lr.schedule:
+            case "cosine":
+                return cosine_lr_at(step, base_lr, self.steps_per_epoch, warmup, epochs)
+            case "one_cycle":
+                return one_cycle_lr_at(step, base_lr, epochs * self.steps_per_epoch, warmup * self.steps_per_epoch)
+            case "steps":
+                return lr_at(step, base_lr, self.steps_per_epoch, warmup, lr.milestones, lr.gamma)
 
     def first_bad_step(self) -> int | None:
         """The step whose loss or gradient was not finite, and from which on nothing was updated. Synchronises."""

@@ -73,11 +73,11 @@ def test_cutout_erases_the_cells_of_the_square_and_no_other(size: int, side: int
     assert torch.equal(cutout_mask(size, side, torch.tensor([row, column])), expected)
 
 
-def test_cutout_is_zero_after_normalising_and_absent_where_there_is_no_centre() -> None:
+def test_what_is_erased_is_zero_after_normalising_and_nothing_is_where_the_box_has_no_size() -> None:
     pixels = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = on_device(pixels, torch.tensor([[0, 31], [-1, -1]]), MEAN, STD)
+    images = on_device(pixels, torch.tensor([[-4, 27, 8, 8], [0, 0, 0, 0]]), MEAN, STD)
     expected = ((pixels.double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
-    expected[0, :, :4, 27:] = 0.0  # side 8 at 32, from -4 to 4 and from 27 to 35
+    expected[0, :, :4, 27:] = 0.0  # cutout's square of 8 around (0, 31)
     torch.testing.assert_close(images, expected.float(), rtol=1e-5, atol=1e-5)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
@@ -126,7 +126,35 @@ def older(interpolation: str, crop: int, scale: tuple[float, float]) -> dict[str
         "rotation": transforms.RandomRotation(15, F.InterpolationMode.BILINEAR, fill=GREY),
         "flip": transforms.RandomHorizontalFlip(),
         "auto_augment": auto_augment,
+        "color_jitter": seeded(transforms.ColorJitter(0.4, 0.4, 0.4)),
+        "rand_augment": seeded(transforms.RandAugment(fill=GREY)),
+        "trivial_augment": seeded(transforms.TrivialAugmentWide(fill=GREY)),
+        "aug_mix": seeded(transforms.AugMix(fill=GREY)),
     }
+
+
+def seeded(transform: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:
+    """Its draws come from a seed that it draws, and those after it go on as if it had drawn nothing else."""
+
+    def seen(image: Image.Image) -> Image.Image:
+        seed = int(torch.randint(2**31, ()))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return transform(image)
+
+    return seen
+
+
+def erased_box(name: str, crop: int) -> list[int]:
+    """Cutout's square, or the region that torchvision's RandomErasing sets to 0."""
+    if name == "cutout":
+        row, column = torch.randint(crop, (2,)).tolist()
+        return [row - crop // 8, column - crop // 8, crop // 4, crop // 4]
+    zeros = (transforms.RandomErasing()(torch.ones(1, crop, crop))[0] == 0).nonzero()
+    if not len(zeros):
+        return [0, 0, 0, 0]
+    (top, left), (bottom, right) = zeros.min(0).values.tolist(), zeros.max(0).values.tolist()
+    return [top, left, bottom - top + 1, right - left + 1]
 
 
 LISTS = [
@@ -135,6 +163,9 @@ LISTS = [
     ("rotation", "random_crop", "flip"),
     ("resize", "cutout", "rotation"),
     ("flip", "random_resized_crop"),
+    ("random_resized_crop", "color_jitter", "rand_augment", "flip", "random_erasing"),
+    ("random_crop", "trivial_augment", "random_erasing"),
+    ("random_resized_crop", "flip", "aug_mix"),
 ]
 LIST_CASES = [(interpolation, names) for interpolation in ("bicubic", "bilinear") for names in LISTS]
 
@@ -144,30 +175,30 @@ def test_every_augmentation_is_in_a_list_below() -> None:
 
 
 def older_view(image: Image.Image, stage: Stage, interpolation: str) -> tuple[Tensor, list[int]]:
-    centre = [-1, -1]
+    erased = [0, 0, 0, 0]
     steps = older(interpolation, stage.crop, stage.scale)
     if "random_crop" in stage.augmentation:
         image = F.resize(image, [stage.resize, stage.resize], F.InterpolationMode(interpolation))
     for name in stage.augmentation:
-        if name == "cutout":
-            centre = torch.randint(stage.crop, (2,)).tolist()
+        if name in ("cutout", "random_erasing"):
+            erased = erased_box(name, stage.crop)
         else:
             image = steps[name](image)
-    return torch.from_numpy(np.array(image)), centre
+    return torch.from_numpy(np.array(image)), erased
 
 
 def assert_equal_work(image: Image.Image, stage: Stage, interpolation: str, seed: int) -> None:
     """The tolerance of the whole pipeline: 0.05 of 255 in the mean, 2 at most."""
-    pixels, centre = train_view(torch.from_numpy(np.array(image)), stage, seed, interpolation)
+    pixels, erased = train_view(torch.from_numpy(np.array(image)), stage, seed, interpolation)
     assert torch.equal(train_view(image, stage, seed, interpolation)[0], pixels), "an image is not seen as its pixels"
     torch.manual_seed(seed)
-    expected, expected_centre = older_view(image, stage, interpolation)
+    expected, expected_box = older_view(image, stage, interpolation)
     assert pixels.dtype == torch.uint8
     assert pixels.is_contiguous()
     difference = (pixels.int() - expected.int()).abs()
     assert difference.max() <= 2, seed
     assert difference.float().mean() <= 0.05, seed
-    assert centre.tolist() == expected_centre
+    assert erased.tolist() == expected_box
 
 
 @pytest.mark.parametrize(("interpolation", "names"), LIST_CASES)
@@ -217,11 +248,11 @@ def test_the_hardest_edges_are_resized_as_pillow_does(height: int, width: int, s
 @pytest.mark.parametrize("names", LISTS, ids="-".join)
 def test_a_view_hangs_on_its_seed_and_on_nothing_before_it(names: tuple[str, ...]) -> None:
     stage = Stage(augmentation=names, resize=40, crop=32)
-    first, centre = train_view(pixels_of(0), stage, 7, "bicubic")
+    first, erased = train_view(pixels_of(0), stage, 7, "bicubic")
     torch.rand(100)
-    again, centre_again = train_view(pixels_of(0), stage, 7, "bicubic")
+    again, erased_again = train_view(pixels_of(0), stage, 7, "bicubic")
     assert torch.equal(first, again)
-    assert torch.equal(centre, centre_again)
+    assert torch.equal(erased, erased_again)
     others = [train_view(pixels_of(0), stage, seed, "bicubic")[0] for seed in range(20)]
     assert any(not torch.equal(first, other) for other in others)
 
@@ -229,6 +260,6 @@ def test_a_view_hangs_on_its_seed_and_on_nothing_before_it(names: tuple[str, ...
 def test_cutout_centres_are_uniform_over_the_crop() -> None:
     stage = Stage(augmentation=("resize", "cutout"), resize=8, crop=8)
     image = torch.from_numpy(np.array(photograph(0).resize((8, 8))))
-    rows = torch.stack([train_view(image, stage, seed, "bilinear")[1] for seed in range(4000)])
-    counts = torch.bincount(rows[:, 0] * 8 + rows[:, 1], minlength=64)
+    centres = torch.stack([train_view(image, stage, seed, "bilinear")[1][:2] + 1 for seed in range(4000)])
+    counts = torch.bincount(centres[:, 0] * 8 + centres[:, 1], minlength=64)
     assert ((counts - 4000 / 64) ** 2 / (4000 / 64)).sum() < 63 + 4 * math.sqrt(2 * 63)  # chi-square, four sigma

@@ -61,8 +61,8 @@ def test_a_batch_holds_the_views_that_seed_epoch_and_image_id_name(packages: Cat
         for image, label, row in zip(batch.images, batch.labels, batch.rows.tolist(), strict=True):
             image_id = packages.train.ids[row].as_py()
             seed = seed_of(STAGE.seed, 3, image_id, 0)
-            pixels, centre = train_view(picture_of(packages.train.path(row)), STAGE, seed, "bicubic")
-            assert torch.equal(image, on_device(pixels[None], centre[None], MEAN, STD)[0])
+            pixels, erased = train_view(picture_of(packages.train.path(row)), STAGE, seed, "bicubic")
+            assert torch.equal(image, on_device(pixels[None], erased[None], MEAN, STD)[0])
             assert label == packages.train.labels[row]
 
 

@@ -43,6 +43,7 @@ DISTILLED = 'objective = "distillation"'
         ('soup = { of = ["full", "dcl"] }',),
         ('start = "full"', 'objective = "bbn"'),
         ('start = "full"', 'trains = "classifier"', 'sampler = "class_balanced"'),
+        ('trains = "classifier"',),
         ('start = "full"', 'duplicates = "teacher"'),
         ('duplicates = "drop"',),
         (DISTILLED, 'teachers = ["resnet/full"]', 'duplicates = "majority"'),
@@ -85,7 +86,11 @@ def test_what_goes_together_is_accepted(load_text: Load, small: str, settings: t
         (('start = "dcl"', 'soup = { of = ["full", "dcl"] }'), "[stages.more]", "a soup trains nothing: leave start"),
         (("epochs = 3", 'soup = { of = ["full", "dcl"] }'), "[stages.more]", "a soup trains nothing: leave start"),
         (('soup = { of = ["full"] }',), "soup", 'soup.of = ["full"] must be a list of at least 2'),
-        (('trains = "classifier"',), "[stages.more]", 'trains = "classifier" needs a start'),
+        (
+            ('trains = "classifier"', "pretrained = false"),
+            "[stages.more]",
+            'trains = "classifier" needs a backbone that has learned something: a start, or pretrained = true',
+        ),
         (('duplicates = "teacher"',), "[stages.more]", 'duplicates = "teacher" needs a start: it is the teacher'),
         (
             ("pseudo_labels = { by = [] }",),

@@ -19,7 +19,7 @@ from aliprod.errors import Refused
 from aliprod.recipe import LearningRate, Machine, OptimizerRecipe, Stage
 from aliprod.training.learner import Learner, Place
 from aliprod.training.loop import train
-from aliprod.training.optimizer import Optimizer, cosine_lr_at, layer_scales, lr_at
+from aliprod.training.optimizer import Optimizer, cosine_lr_at, layer_scales, lr_at, one_cycle_lr_at
 
 CPU = Place(torch.device("cpu"))
 NETWORK = "test_resnet"
@@ -53,6 +53,33 @@ def test_a_cosine_starts_at_the_base_rate_falls_and_would_end_at_zero(
     assert all(later < earlier for earlier, later in pairwise(after))
     assert rates[: math.ceil(warmup * steps)] == sorted(rates[: math.ceil(warmup * steps)])
     assert cosine_lr_at(steps * epochs, base_lr, steps, warmup, epochs) == pytest.approx(0, abs=1e-12)
+
+
+@given(st.integers(2, 50), st.integers(1, 30), st.floats(0.1, 0.9), st.floats(1e-4, 1))
+def test_one_cycle_is_torchs(steps: int, epochs: int, part: float, base_lr: float) -> None:
+    total, parameter = steps * epochs, torch.nn.Parameter(torch.zeros(()))
+    warmup = max(2, min(total - 1, round(part * total)))
+    if total < 3:
+        return
+    kernel = torch.optim.SGD([parameter], lr=1.0)
+    its = torch.optim.lr_scheduler.OneCycleLR(kernel, base_lr, total_steps=total, pct_start=warmup / total)
+    for step in range(total):
+        assert one_cycle_lr_at(step, base_lr, total, warmup) == pytest.approx(its.get_last_lr()[0], rel=1e-6)
+        kernel.step()
+        if step < total - 1:
+            its.step()
+
+
+@pytest.mark.parametrize("schedule", ["steps", "cosine", "one_cycle"])
+def test_a_warm_up_in_steps_is_that_in_epochs(packages: Catalogue, schedule: str) -> None:
+    learner, _ = built(packages)
+    by_epochs, by_steps = (
+        Optimizer(learner, Stage(lr=LearningRate(schedule=schedule, **warmup), epochs=10), steps_per_epoch=4)
+        for warmup in ({"warmup_epochs": 3.0}, {"warmup_steps": 12})
+    )
+    rates = [by_epochs.lr_of("heads", step) for step in range(40)]
+    assert rates == pytest.approx([by_steps.lr_of("heads", step) for step in range(40)])
+    assert rates[0] < rates[1] < rates[11]
 
 
 def built(
