@@ -196,7 +196,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     whole = [row for row in rows.values() if any(not why for why in row["sizes"].values())]
     at_all = sum(not any(row["sizes"].values()) for row in rows.values())
     maps = sum(row["dcl"] and row["lio"] for row in whole)
-    tried = f"{len(rows)} of {len(families())} families so far: {len(whole)} of {len(rows)} train and predict"
+    tried = f"{len(rows)} of {len(families())} families have one: {len(whole)} of {len(rows)} train and predict"
     counts = f"{tried}, {at_all} of them at every size, {maps} also with DCL and LIO."
     body = "\n".join(lines)
     why = "\n".join(

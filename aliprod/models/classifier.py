@@ -152,7 +152,9 @@ def check_network(network: str, where: str, crop: int | None = None) -> Made:
     if (made := _made(network, crop or own)) is None:
         others = sorted({own, *range(32, 513, 32)}, key=lambda size: abs(size - (crop or own)))
         fits = sorted(islice((size for size in others if _made(network, size)), 3))
-        advice = f"A crop of {listing([str(size) for size in fits])} fits." if fits else "Take another network."
+        if not fits:
+            raise Refused(f"{network} pools no features for a classifier.", where, "Take another network.")
+        advice = f"A crop of {listing([str(size) for size in fits])} fits."
         raise Refused(f"{network} takes no images of {crop or own} x {crop or own} pixels.", where, advice)
     return made
 

@@ -12,6 +12,8 @@ from typing import Any
 def misfit(network: str, crop: int) -> str:
     """Why a network takes no images of ``crop`` x ``crop`` pixels, with sizes that it takes; empty where it does."""
     facts = _facts(network)
+    if facts.get("sizes") == []:
+        return f"{network} pools no features for a classifier: take another network"
     if "multiple" in facts:
         low = crop // facts["multiple"] * facts["multiple"]
         near = [] if low == crop else [low or facts["multiple"], low + facts["multiple"]]

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from aliprod.models.classifier import _made, own_size
+from aliprod.errors import Refused
+from aliprod.models.classifier import _made, check_network, own_size
 from aliprod.models.sizes import misfit, stride
 
 
@@ -41,6 +42,13 @@ def test_sizes_near_the_one_that_does_not_fit_are_named_and_fit() -> None:
     assert said == "gcvit_xxtiny.in1k takes no images of 100 x 100 pixels; crop = 96 or 128 would fit"
     assert _made("gcvit_xxtiny", 96)
     assert _made("gcvit_xxtiny", 128)
+
+
+def test_the_encoder_of_another_model_is_no_classifier() -> None:
+    said = "qwen3_vit_88m_enc pools no features for a classifier"
+    assert misfit("qwen3_vit_88m_enc", 224).startswith(said)
+    with pytest.raises(Refused, match=said):
+        check_network("qwen3_vit_88m_enc", "backbones.qwen", 224)
 
 
 def test_nothing_is_said_of_networks_that_the_table_has_not() -> None:
