@@ -114,7 +114,7 @@ class Needs:
         teacher: the teachers' probabilities of each image: ``Batch.teacher``. The plan names the teachers.
         tree: the product tree, which then is part of the job's key.
         branches: copies of the backbone's last block, side by side, whose features the classifier sees in a row.
-        unit_weights: the classifier's rows are scaled to unit length, at inference too.
+        unit_weights, scale: lengths 1 and so many of the classifier's rows and of features, at inference too; 0: own.
         maps: a square map of features, or patch tokens that make one.
         distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
     """
@@ -125,6 +125,7 @@ class Needs:
     tree: bool = False
     branches: int = 1
     unit_weights: bool = False
+    scale: float = 0.0
     maps: bool = False
     distorts: bool = False
 
@@ -327,8 +328,7 @@ class Machine(Frozen):
     )
     checkpointing: bool = Field(
         False,
-        description="keep a block's activations no longer than its forward pass, and compute them again: less memory, "
-        "a third more time, the same bytes",
+        description="compute activations again on the way back: less memory, a third more time, the same bytes",
     )
     watchdog_seconds: float = Field(
         1800.0,

@@ -34,6 +34,7 @@ class Classifier(nn.Module):
             which deep squeeze-and-excitation networks do not learn from scratch.
         branches: copies of the last block side by side (BBN); the classifier sees their features in a row.
         unit_weights: the classifier's rows count as scaled to unit length (A-softmax).
+        scale: length that pooled features count as scaled to (ArcFace); 0: their own.
         crop: side of the images in pixels, which position embeddings are made for; None: the network's own.
     Raises:
         Refused: timm has no such network, or it takes no images of that size, or it has no stochastic depth or block
@@ -50,6 +51,7 @@ class Classifier(nn.Module):
         branches: int = 1,
         unit_weights: bool = False,
         crop: int | None = None,
+        scale: float = 0.0,
     ) -> None:
         super().__init__()
         made = check_network(network, network, crop)
@@ -67,7 +69,7 @@ class Classifier(nn.Module):
             if isinstance(last, nn.BatchNorm2d) and residual:  # a block without a way around it would be silenced
                 nn.init.zeros_(last.weight)
         self.num_features, self.side = made.channels, made.side
-        self.unit_weights = unit_weights
+        self.unit_weights, self.scale = unit_weights, scale
         self.branches = nn.ModuleList()
         if branches > 1:
             last = _cut_last(network, self.backbone)
@@ -122,6 +124,8 @@ class Classifier(nn.Module):
         """Features to (B, K) logits, in float32 whatever the autocast dtype: a bfloat16 logit of 20 is off by up to
         0.06."""
         pooled, weight = self.pool(features).float(), self.classifier.weight
+        if self.scale:
+            pooled = self.scale * functional.normalize(pooled)
         with torch.autocast(pooled.device.type, enabled=False):
             return functional.linear(pooled, functional.normalize(weight, dim=1) if self.unit_weights else weight)
 

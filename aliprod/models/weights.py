@@ -43,6 +43,7 @@ class Config:
     kind: str = "raw"
     branches: int = 1
     unit_weights: bool = False
+    scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: C
 def load(folder: Path) -> tuple[Classifier, Config, Classes]:
     """The classifier of a weights folder, in eval mode. Refused: it is no weights folder, or one that is damaged."""
     config, classes = describe(folder)
-    kind: dict[str, Any] = {"branches": config.branches, "unit_weights": config.unit_weights, "crop": config.crop}
+    kind: dict[str, Any] = {name: getattr(config, name) for name in ("branches", "unit_weights", "scale", "crop")}
     model = Classifier(config.network, len(classes.ids), **kind)
     _fill(model, model.state_dict(), read(folder), folder / MODEL)
     return model.eval(), config, classes

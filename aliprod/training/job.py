@@ -162,6 +162,7 @@ class _Results:
             kind=candidate.kind,
             branches=needs.branches,
             unit_weights=needs.unit_weights,
+            scale=needs.scale,
         )
         classes = weights.Classes(tuple(self.catalogue.classes.tolist()), self.catalogue.names)
         fill = partial(weights.save, tensors=candidate.tensors, config=config, classes=classes)

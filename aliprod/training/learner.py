@@ -92,6 +92,7 @@ class Learner(nn.Module):
             asked.branches,
             asked.unit_weights,
             stage.crop,
+            asked.scale,
         )
         if stage.trains == "classifier":
             for parameter in self.model.backbone_parameters():

@@ -14,6 +14,7 @@ from aliprod.plan import options
 NAMES = [
     "accuracy",
     "angular",
+    "arcface",
     "bbn",
     "bi_tempered",
     "class_balanced",

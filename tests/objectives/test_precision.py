@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy as torchs_cross_entropy
 from aliprod.objectives import (
     accuracy,
     angular,
+    arcface,
     bbn,
     bi_tempered,
     build,
@@ -26,6 +27,7 @@ from aliprod.objectives import (
 OBJECTIVES = [
     "accuracy",
     "angular",
+    "arcface",
     "bbn",
     "bi_tempered",
     "class_balanced",
@@ -139,6 +141,10 @@ def angular_loss(features: Tensor, weight: Callable[..., Tensor]) -> Tensor:
     return torchs_cross_entropy(logits, LABELS, reduction="none")
 
 
+def arcface_loss(features: Tensor, weight: Callable[..., Tensor]) -> Tensor:
+    return torchs_cross_entropy(arcface.logits(features, weight(8, 40), LABELS), LABELS, reduction="none")
+
+
 def bbn_logits_loss(features: Tensor, weight: Callable[..., Tensor]) -> Tensor:
     logits = bbn.logits(features, features.flip(1), weight(40, 16), weight(40), 0.3)
     return bbn.loss(logits, LABELS, OTHERS, 0.3, "none")
@@ -161,6 +167,7 @@ def lio_loss(features: Tensor, weight: Callable[..., Tensor]) -> Tensor:
 
 OF_FEATURES = {
     "angular": OfFeatures(angular_loss, (6, 8)),
+    "arcface": OfFeatures(arcface_loss, (6, 8)),
     "bbn": OfFeatures(bbn_logits_loss, (6, 8)),
     "dcl": OfFeatures(dcl_loss, (6, 8, 7, 7)),
     "lio": OfFeatures(lio_loss, (2, 3, 8, 7, 7)),
