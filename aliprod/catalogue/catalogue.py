@@ -120,6 +120,10 @@ class Catalogue:
         """Train, val and test."""
         return self.train, self.val, self.test
 
+    def name(self, label: int) -> str:
+        """A class for people: its name, else its number."""
+        return self.names[label] or str(self.classes[label])
+
     def labels(self, split: str) -> Integers | None:
         """(N,) rows of ``classes`` of the images of a split, -1 unknown; None: those of test, which nobody knows."""
         return self.test_labels if split == "test" else getattr(self, split).labels

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from aliprod.catalogue import annotations
-from aliprod.catalogue.annotations import class_fault, class_number, path_fault, printable
+from aliprod.catalogue.annotations import class_number, path_fault, printable
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.catalogue.tars import Tars
 from aliprod.errors import Refused, did_you_mean, listing
@@ -79,30 +79,25 @@ class Numbering:
 
 
 def line_of(file: Path, number: int) -> str:
-    """What a row of a file is called: CSV has lines."""
-    return f"{'line' if file.suffix.lower() in ('.csv', '.tsv') else 'row'} {number}"
+    """What a row of a file is called: text has lines."""
+    return f"{'line' if file.suffix.lower() in ('.csv', '.tsv', '.jsonl') else 'row'} {number}"
 
 
 def of_lines(rows: Rows, lines: Iterable[Line], classes: Numbering, file: Path, base: str = "") -> Rows:
-    """Fill ``rows`` with the lines of a file whose paths are below ``base``. Refused: a path is absolute, or a class
-    blank."""
+    """Fill ``rows`` with the lines of a file whose paths are below ``base``, or absolute. Refused: a class is blank."""
     class_of: dict[str, int] = {}
-    hints = 0
+    hints: dict[str, str] = {}
     for line, path, written in lines:
         class_id = classes.number(written) if written or rows.split != "test" else -1
-        fault = path_fault(path)
-        if fault and (path.startswith(("/", "\\")) or path[1:3] == ":\\"):
-            advice = f"Write it relative to the catalogue's folder, such as {PureWindowsPath(path).name}; pictures "
-            advice += "elsewhere may be linked into it (--links says where links may lead)."
-            raise Refused(f"the path {path!r} is absolute.", f"{file}, {line_of(file, line)}", advice)
+        absolute = path[:1] == "/"
+        fault = path_fault(path[absolute:])
         if not fault and class_id is None:
             if not written:
                 advice = "Write its class, or take the row out."
                 raise Refused(f"the class of {path!r} is blank.", f"{file}, {line_of(file, line)}", advice)
-            hints += 1
-            hint = classes.hint(written) if hints <= _MOST_HINTS else ""
-            fault = f"the class {written!r} is not in train. {hint}".rstrip() if classes.words or hint else ""
-            fault = fault or class_fault(written)
+            if written not in hints:
+                hints[written] = classes.hint(written) if len(hints) < _MOST_HINTS else ""
+            fault = f"the class {written!r} is not in train. {hints[written]}".rstrip()
             if rows.split == "test":
                 rows.note(path, f"{line_of(file, line)} of {file.name}: {fault}: its label is left out")
                 fault, class_id = "", -1
@@ -111,7 +106,7 @@ def of_lines(rows: Rows, lines: Iterable[Line], classes: Numbering, file: Path, 
         if fault or class_id is None:
             rows.note(path or file.name, f"{line_of(file, line)} of {file.name}: {fault}", skipped=True)
         else:
-            rows.add(path, class_id, base + path)
+            rows.add(path, class_id, path if absolute else base + path)
     return rows
 
 

@@ -23,6 +23,7 @@ from aliprod.catalogue.tars import Tars, members
 from aliprod.errors import Refused
 from aliprod.store import commit
 
+_TAR = re.compile(r".*\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2|txz)", re.IGNORECASE)
 _SHARE = 0.1  # held out of a catalogue without any split
 
 
@@ -62,13 +63,15 @@ def read(path: Path, reading: Reading = PLAIN, remote: RemoteFolder | None = Non
     train, val, test = (replace(images, links=links, remote=remote) for images in found.splits)
     found = replace(found, train=train, val=val, test=test)
     share = reading.val if reading.val is not None or is_split else _SHARE
-    if not share:
+    if share and not len(val):
+        return hold_out(found, share, reading.seed, reading.kept or shards.cache() / "held-out")
+    if share:
+        note = f"val is there: nothing is held out, `val = {share:g}` does nothing."
+    elif share is None and not len(val):
+        note = "there is no val, and nothing is held out: --val 0.1, in a plan `val = 0.1`, holds out a tenth."
+    else:
         return found
-    if len(val):
-        return replace(
-            found, notes=(*found.notes, f"val is there: nothing is held out, `val = {share:g}` does nothing.")
-        )
-    return hold_out(found, share, reading.seed, reading.kept or shards.cache() / "held-out")
+    return replace(found, notes=(*found.notes, note))
 
 
 def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
@@ -80,12 +83,12 @@ def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
         if (root / commit.MANIFEST).is_file() and not (path / "train.csv").is_file() and not (path / "train").is_dir():
             return _from_shards(root), True
     if tables := _tables(root, path):
-        rows = list(from_tables(root, tables, reading.columns))
+        rows = list(from_tables(root, tables, reading.columns, reading.links))
         return assembled(root, tables["train"], rows), split_of(tables["train"].stem) == "train" or len(rows) > 1
     folders = split_folders(root)
-    if "train" in folders:
+    if "train" in folders and (_says_classes(root / folders["train"]) or not _tars(root)):
         return _from_splits(root, folders, reading), True
-    if tars := sorted(file.relative_to(root).as_posix() for file in (*root.glob("*.tar"), *root.glob("*/*.tar"))):
+    if tars := _tars(root):
         if outside := [name for name in tars if not is_inside((root / name).resolve(), (root, reading.links))]:
             raise Refused("leads out of the catalogue by a link.", root / outside[0], "Name where to in `links`.")
         return assembled(root, root, _from_tars(root, tars)), any(map(_split_of_tar, tars))
@@ -148,15 +151,15 @@ def _tables(root: Path, path: Path) -> dict[str, Path]:
     if "train" in tables:
         return tables
     train = split_folders(root).get("train")
-    flat = train is None or not (folder_names(root / train) or _metadata(root / train))
+    flat = train is None or not _says_classes(root / train)
     return {"train": files[0]} if len(files) == 1 and flat else {}
 
 
 def _from_splits(root: Path, folders: Mapping[str, str], reading: Reading) -> Catalogue:
     """Folders for splits: with a table beside the pictures of each, else with a folder for each class."""
     tables = {split: file for split, name in folders.items() if (file := _metadata(root / name))}
-    by_table = "train" in tables
-    rows = from_tables(root, tables, reading.columns) if by_table else from_folders(root, folders, reading.links)
+    by_table, links = "train" in tables, reading.links
+    rows = from_tables(root, tables, reading.columns, links) if by_table else from_folders(root, folders, links)
     found = assembled(root, root / folders["train"], rows)
     notes = [f"{name}/ is read as {split}." for split, name in folders.items() if name.lower() != split]
     without = [name for split, name in folders.items() if by_table and split not in tables]
@@ -164,9 +167,23 @@ def _from_splits(root: Path, folders: Mapping[str, str], reading: Reading) -> Ca
     return replace(found, notes=(*notes, *found.notes), problems=(*found.problems, *flaws))
 
 
+def _says_classes(folder: Path) -> bool:
+    return bool(folder_names(folder) or _metadata(folder))
+
+
 def _metadata(folder: Path) -> Path | None:
     """The table beside the pictures of a split, as Hugging Face's imagefolder has it."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def _tars(root: Path) -> list[str]:
+    """The tars in a folder and in those below it. Refused: one is compressed."""
+    files = (file for level in ("*", "*/*") for file in root.glob(level) if _TAR.fullmatch(file.name))
+    tars = sorted(file.relative_to(root).as_posix() for file in files)
+    if packed := [name for name in tars if not name.endswith(".tar")]:
+        advice = "Unpack all such into .tar (gunzip, bunzip2, unxz or unzstd); the pictures in them stay as small."
+        raise Refused("is compressed: pictures are read from the middle of a tar.", root / packed[0], advice)
+    return tars
 
 
 def _from_tars(root: Path, names: list[str]) -> Iterator[Rows]:

@@ -1,7 +1,9 @@
-"""Tables become rows: CSV with commas, semicolons or tabs, and Parquet. A row is a path and, but for test, a class."""
+"""Tables become rows: CSV with commas, semicolons or tabs, JSON lines, Parquet. A row is a path and, but for test, a
+class."""
 
 import csv
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from aliprod.catalogue.folders import folder_names, split_of
 from aliprod.catalogue.rows import Line, Numbering, Rows, line_of, of_lines
 from aliprod.errors import Refused, did_you_mean, listing
 
-TABLES = (".csv", ".tsv", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 METADATA = tuple(f"metadata{suffix}" for suffix in TABLES)  # beside the pictures of a split: Hugging Face's imagefolder
 
 _GUESSED = {
@@ -32,21 +34,26 @@ _MOST_FOLDERS = 100  # that they are looked for in
 Cells = Callable[[list[str]], Iterator[tuple[int, Sequence[str]]]]  # number of each row, and what these columns say
 
 
-def from_tables(root: Path, tables: Mapping[str, Path], columns: Mapping[str, str]) -> Iterator[Rows]:
+def from_tables(
+    root: Path, tables: Mapping[str, Path], columns: Mapping[str, str], links: Path | None
+) -> Iterator[Rows]:
     """The rows of each split's table; of a table alone those of the splits that its column ``split`` names.
+
+    Absolute paths may lead below the table's folder, or below ``links``.
 
     Refused: a table cannot be read, lacks a column, or has a path, a class or a split that no row may have.
     """
     lines: dict[str, list[Line]] = {}
     notes: list[str] = []
     for split, table in tables.items():
-        lines |= _lines(table, split, len(tables) == 1, columns, notes)
+        lines |= _below(table, _lines(table, split, len(tables) == 1, columns, notes), links)
     classes = Numbering.of({written for _, _, written in lines.get("train", ()) if written})
     for split in ("train", "val", "test"):
         if split in lines:
             table = tables[split] if split in tables else tables["train"]
             base = _base(root, table, split, [path for _, path, _ in lines[split][:_PROBED]])
-            rows = of_lines(Rows(split, classes.words, notes=notes), lines[split], classes, table, base)
+            rows = Rows(split, classes.words, notes=list(dict.fromkeys(notes)))
+            rows = of_lines(rows, lines[split], classes, table, base)
             if base and table.parent == root:
                 rows.notes.append(f"{table.name}: the paths of {split} are taken to be below {base}.")
             yield rows
@@ -61,7 +68,7 @@ def paths(file: Path) -> Iterator[str]:
 
 
 def _opened(file: Path) -> tuple[list[str], Cells]:
-    return (_parquet if file.suffix.lower() == ".parquet" else _csv)(file)
+    return {".parquet": _parquet, ".jsonl": _jsonl}.get(file.suffix.lower(), _csv)(file)
 
 
 def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], notes: list[str]) -> dict[str, list[Line]]:
@@ -91,6 +98,22 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
     return found
 
 
+def _below(table: Path, lines: Mapping[str, list[Line]], links: Path | None) -> dict[str, list[Line]]:
+    """The lines with absolute paths made relative where they lead below the table's folder. Refused: one leads
+    elsewhere, but below ``links``."""
+    own, absolute = f"{table.parent}/", ("/", "\\")
+    found = {of: [(number, path.removeprefix(own), said) for number, path, said in some] for of, some in lines.items()}
+    far = [(n, path) for some in found.values() for n, path, _ in some if path[:1] in absolute or path[1:3] == ":\\"]
+    outside = [(n, path) for n, path in far if not (links and path.startswith(f"{links}/"))]
+    if outside:
+        above = os.path.commonpath([os.path.dirname(path) for _, path in outside if path[0] == "/"] or ["/"])  # noqa: PTH120
+        advice = "Write it relative to the table's folder, or put the table above its pictures, or allow where they "
+        advice += f"are: --links {above} (data check, init; in a plan `links`)."
+        number, path = outside[0]
+        raise Refused(f"the path {path!r} is absolute.", f"{table}, {line_of(table, number)}", advice)
+    return found
+
+
 def _chosen(file: Path, header: list[str], columns: Mapping[str, str], needed: Iterable[str]) -> dict[str, str]:
     """The name of each column that is read: as `columns` says, else the first of the usual ones. Refused: it has no
     such column."""
@@ -101,7 +124,8 @@ def _chosen(file: Path, header: list[str], columns: Mapping[str, str], needed: I
         if chosen.get(role) not in header:
             name = columns.get(role, role)
             near = did_you_mean(name, header) if role in columns else ""
-            advice = f"The first line should name {listing(dict.fromkeys(needed))}, or `columns` say what they are."
+            advice = f"The first line should name {listing(dict.fromkeys(needed))}; or say which they are: "
+            advice += f"--column {role}=NAME, in a plan `columns`."
             what = f"has no column {name}; its first line says: {listing(header) or 'nothing'}."
             raise Refused(what, f"{file}, line 1", f"{near} {advice}".strip())
     return chosen
@@ -133,6 +157,28 @@ def _reading(file: Path, reader: Any) -> Iterator[None]:
     except csv.Error as error:
         where = f"{file}, line {reader.line_num}"
         raise Refused(f"is not CSV: {error}.", where, "Quote it as RFC 4180 says.") from error
+
+
+def _jsonl(file: Path) -> tuple[list[str], Cells]:
+    """An object a line; its keys are the columns, those of the first line the header."""
+
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, line in enumerate(annotations.utf8(file).split("\n"), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if not isinstance(row, dict):
+                    advice = 'Each line should be like {"file_name": "1.jpg", "label": "apple"}.'
+                    raise Refused("is no JSON object.", f"{file}, line {number}", advice)
+                yield number, row
+
+    def cells(names: list[str]) -> Iterator[tuple[int, Sequence[str]]]:
+        for number, row in rows():
+            yield number, ["" if row.get(name) is None else annotations.printable(str(row[name])) for name in names]
+
+    return list(next(rows(), (0, dict[str, Any]()))[1]), cells
 
 
 def _parquet(file: Path) -> tuple[list[str], Cells]:

@@ -1,16 +1,17 @@
 """The commands that make, check and prepare catalogues."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from aliprod.cli.flags import answer, cores, json_flag, path, takes, until_done
+from aliprod.cli.flags import Asked, answer, cores, json_flag, path, storage_flag, takes, until_done
 from aliprod.errors import Refused
 
 if TYPE_CHECKING:
     from aliprod.catalogue.sources import Reading
+    from aliprod.ingest.check import Report
 
 
 @click.group("data")
@@ -73,23 +74,42 @@ takes_reading = takes(
 @takes_reading
 @click.argument("catalogue", metavar="PATH", type=path)
 @click.option("--strict", is_flag=True, help="Exit with 1 where anything is wrong.")
+@storage_flag
 @json_flag
-def check_command(asked: AskedReading, catalogue: Path, strict: bool) -> None:
+def check_command(asked: AskedReading, catalogue: Path, strict: bool, storage: Path | None) -> None:
     """Read every image of a catalogue and list what is wrong with it.
+
+    Of a plan, it is the plan's catalogue, read as the plan says; labels that its ensemble doubts are listed too.
 
     \b
     Example: aliprod data check photos
     """
-    from aliprod.ingest.check import check
-
-    report = check(catalogue, cores(), asked.reading()).as_json()
+    found = _checked_plan(catalogue, storage) if catalogue.suffix == ".toml" else _checked(catalogue, asked.reading())
+    report = found.as_json()
     lines = [f"{problem['path']}: {problem['problem']}" for problem in report["problems"]]
     splits = ", ".join(f"{report[split]} {split}" for split in ("train", "val", "test"))
     readable = f"{report['readable']} of {report['images']} images are readable ({splits})"
-    last = f"{readable}, {report['classes']} classes, {len(lines)} problems."
+    last = f"{readable}, {report['classes']} classes, {len(lines)} problem{'s' * (len(lines) != 1)}."
     answer(report, "\n".join([*report["notes"], *lines, last]))
     if strict and lines:
         click.get_current_context().exit(1)
+
+
+def _checked(catalogue: Path, reading: "Reading") -> "Report":
+    from aliprod.ingest.check import check
+
+    return check(catalogue, cores(), reading)
+
+
+def _checked_plan(file: Path, storage: Path | None) -> "Report":
+    """The report on a plan's catalogue, and on what its ensemble says of the labels."""
+    opened = Asked(file, (), storage).opened()
+    from aliprod.plan.places import catalogue_reading
+    from aliprod.report.error_analysis import doubted
+
+    catalogue = opened.read_catalogue()
+    report = _checked(catalogue.root, catalogue_reading(opened.plan, opened.places))
+    return replace(report, problems=(*report.problems, *doubted(opened.folder, catalogue)))
 
 
 @data_group.command("prepare")

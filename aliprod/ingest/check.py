@@ -106,7 +106,7 @@ def _small(catalogue: Catalogue) -> Iterator[str]:
 
 def _listed(catalogue: Catalogue, labels: Integers) -> str:
     """Classes by name, else by number."""
-    return listing(printable(catalogue.names[label]) or str(catalogue.classes[label]) for label in labels.tolist())
+    return listing(printable(catalogue.name(label)) for label in labels.tolist())
 
 
 def first_picture(images: Images) -> str:
@@ -169,7 +169,7 @@ def not_listed(catalogue: Catalogue) -> Iterator[Flaw]:
         return
     paths = {path for images in catalogue.splits for path in images.paths.to_pylist()}
     refused = {flaw.path.rpartition("/")[2] for flaw in catalogue.problems}
-    for top in sorted({path.partition("/")[0] for path in paths if "/" in path}):
+    for top in sorted({path.partition("/")[0] for path in paths if "/" in path} - {""}):  # "": of absolute ones
         found = (path for path in _pictures(catalogue.root, top) if path not in paths)
         extra = [path for path in found if path.rpartition("/")[2] not in refused]
         if extra:

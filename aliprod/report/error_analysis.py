@@ -3,6 +3,7 @@
 All of it comes from the five highest shares of each image, as the ensemble keeps them: no probabilities are read.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,10 +13,12 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from aliprod.catalogue.catalogue import Catalogue, Images, Integers
+from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.ensemble.add import read_predictions
 from aliprod.ensemble.guesses import guesses
+from aliprod.errors import AliprodError
 from aliprod.inference.metrics import class_errors
+from aliprod.store import commit
 from aliprod.store.layout import PREDICTIONS
 
 _SIZES = 6  # groups of classes by their number of training images
@@ -92,6 +95,30 @@ def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) ->
     rows, asked, truth, predicted = guesses(found.ids, found.predicted.numpy(), catalogue, split)
     own = (shares[asked] * (classes[asked] == catalogue.classes[truth, None])).sum(axis=1)
     return Scored(getattr(catalogue, split), rows, truth, predicted, shares[asked, 0], own)
+
+
+def of_plan(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) -> Scored | None:
+    """What a plan's ensemble, in the plan's folder, says of a split; None where it has not predicted it, or no label is
+    known."""
+    main = folder / "ensemble"
+    own = main if (commit.read(main) or {}).get("split") == split else main.with_name(f"ensemble-{split}")
+    try:
+        found = scored(own, catalogue, split)
+    except AliprodError:  # not yet made, or removed by hand
+        return None
+    return found if len(found.rows) else None
+
+
+def doubted(folder: Path, catalogue: Catalogue) -> Iterator[Flaw]:
+    """The images of val and test whose label a plan's ensemble doubts."""
+    splits: tuple[Literal["val", "test"], ...] = ("val", "test")
+    for split in splits:
+        if (found := of_plan(folder, catalogue, split)) is None:
+            continue
+        for place in np.flatnonzero(found.suspects()):
+            own, other = (catalogue.name(labels[place]) for labels in (found.truth, found.predicted))
+            path = found.images.paths[int(found.rows[place])].as_py()
+            yield Flaw(path, f"its label {own} may be wrong: the ensemble is {found.sure[place]:.0%} sure of {other}")
 
 
 def confusions(found: Scored, most: int) -> list[Confusion]:

@@ -164,15 +164,10 @@ def _origin(opened: Opened) -> dict[str, Any]:
 
 def _analysis(opened: Opened, result: Mapping[str, Any]) -> dict[str, Any] | None:
     """Mistakes with pictures, and how errors depend on sureness and class size, on the images that are scored."""
-    catalogue, folder = opened.catalogue, opened.folder / "ensemble"
-    if catalogue is None or not result or (split := result["split"]) is None:
+    catalogue = opened.catalogue
+    if catalogue is None or not result or result["split"] is None:
         return None
-    own = folder if (commit.read(folder) or {}).get("split") == split else folder.with_name(f"ensemble-{split}")
-    try:
-        found = error_analysis.scored(own, catalogue, split)
-    except AliprodError:  # removed by hand: the rest can still be shown
-        return None
-    if not len(found.rows):
+    if (found := error_analysis.of_plan(opened.folder, catalogue, result["split"])) is None:
         return None
     shown, suspects, (bins, calibration) = _Pictures(found, catalogue), found.suspects(), reliability(found)
     pairs, looked = look_alikes(catalogue, found.images.take(found.rows), opened.places.storage)

@@ -29,7 +29,7 @@ def picture(folder: Path, catalogue: Catalogue, split: str) -> Image.Image | Non
     inside = np.isin(truth, shown) & np.isin(guess, shown)
     counts = np.zeros((len(shown), len(shown)), np.int64)
     np.add.at(counts, (np.searchsorted(shown, truth[inside]), np.searchsorted(shown, guess[inside])), 1)
-    names = [catalogue.names[row] or str(catalogue.classes[row]) for row in shown]
+    names = [catalogue.name(row) for row in shown]
     return _drawn(counts, names, f"{len(known):,} images of {split}; {len(shown)} of {catalogue.num_classes:,} classes")
 
 

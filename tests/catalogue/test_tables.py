@@ -5,9 +5,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from aliprod.catalogue.sources import Reading, read
 from aliprod.errors import Refused
+from aliprod.ingest.check import check
 
 
 def table(root: Path, text: str, name: str = "train.csv", folder: str = "") -> Path:
@@ -39,6 +41,57 @@ def test_a_plan_says_which_columns_are_meant(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="Did you mean what") as refused:
         read(root, Reading({"class": "wat"}))
     assert refused.value.where.endswith("all.csv, line 1")
+
+
+def test_json_lines_are_a_table_too(tmp_path: Path) -> None:
+    for split, lines in (
+        ("train", ['{"file_name": "a.jpg", "label": 7, "n": []}', "", '{"label": 8, "file_name": "b.jpg"}']),
+        ("validation", ['{"file_name": "c.jpg", "label": 8}']),
+    ):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
+    found = read(tmp_path)
+    assert found.train.paths.to_pylist() == ["train/a.jpg", "train/b.jpg"]
+    assert (found.classes.tolist(), found.val.labels.tolist()) == ([7, 8], [1])
+
+
+@pytest.mark.parametrize(
+    ("line", "what"), [("[1]", "no JSON object"), ("{", "no JSON object"), ('{"file_name": "b"}', "blank")]
+)
+def test_a_line_of_json_that_is_no_row_is_refused(tmp_path: Path, line: str, what: str) -> None:
+    (tmp_path / "train.jsonl").write_text('{"file_name": "a.jpg", "label": "\\ud800"}\n' + line)
+    with pytest.raises(Refused, match=what) as refused:
+        read(tmp_path)
+    assert refused.value.where.endswith("train.jsonl, line 2")
+
+
+def test_absolute_paths_lead_below_the_table_or_to_where_the_user_allows(tmp_path: Path) -> None:
+    shelf, table = tmp_path / "shelf", tmp_path / "lists" / "all.csv"
+    table.parent.mkdir()
+    rows = [(shelf / "train" / "a.jpg", "apple", "train"), (shelf / "val" / "b.jpg", "apple", "val")]
+    rows += [(table.parent / "own" / "c.jpg", "pear", "train")]
+    table.write_text("\n".join(";".join(map(str, row)) for row in [("image", "label", "split"), *rows]))
+    for path, *_ in rows:
+        path.parent.mkdir(parents=True)
+        Image.effect_noise((32, 32), 20).save(path)
+    with pytest.raises(Refused, match="absolute") as refused:
+        read(table)
+    assert f"--links {shelf} " in refused.value.advice
+    assert refused.value.where.endswith("all.csv, line 2")
+    found = read(table, Reading(links=shelf))
+    assert found.train.paths.to_pylist() == [str(rows[0][0]), "own/c.jpg"]
+    assert [found.train.path(0), found.train.path(1), found.val.path(0)] == [rows[0][0], rows[2][0], rows[1][0]]
+    told = check(table, 1, Reading(links=shelf))
+    assert (told.readable, [flaw for flaw in told.problems if "not listed" in flaw.problem]) == (3, [])
+    table.write_text(f"image;label\n{shelf}/../own/c.jpg;pear\n")
+    with pytest.raises(Refused, match="no row that can be trained on"):
+        read(table, Reading(links=shelf))
+
+
+def test_train_without_val_says_that_nothing_is_held_out(tmp_path: Path) -> None:
+    table(tmp_path, "path,class\na.jpg,1\nb.jpg,2\n")
+    assert ["no val" in note for note in read(tmp_path).notes] == [True]
+    assert read(tmp_path, Reading(val=0)).notes == ()
 
 
 def test_paths_count_from_the_folder_that_has_the_files(tmp_path: Path) -> None:

@@ -78,6 +78,21 @@ def test_a_tar_that_is_compressed_cut_short_or_none_is_refused(tmp_path: Path) -
         read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["train-0.tar.gz", "train/0.tgz"])
+def test_a_packed_tar_is_refused_with_what_to_do(tmp_path: Path, name: str) -> None:
+    tar(tmp_path / name, samples(2), "w:gz")
+    with pytest.raises(Refused, match="compressed") as refused:
+        read(tmp_path)
+    assert (refused.value.where, "gunzip" in refused.value.advice) == (str(tmp_path / name), True)
+
+
+def test_tars_may_lie_in_folders_of_their_splits(tmp_path: Path) -> None:
+    tar(tmp_path / "train" / "0.tar", samples(4))
+    tar(tmp_path / "val" / "0.tar", samples(2))
+    found = read(tmp_path)
+    assert (len(found.train), len(found.val)) == (4, 2)
+
+
 def test_a_tar_that_shrinks_later_costs_the_picture(tmp_path: Path) -> None:
     tar(tmp_path / "train.tar", samples(4))
     found = read(tmp_path)

@@ -3,8 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
-from shop import aliprod, answer, refusal
+from shop import Shop, aliprod, answer, refusal
+
+from aliprod.catalogue import sources
+from aliprod.ensemble.add import write_ensemble
+from aliprod.inference import probabilities
 
 
 def test_data_synth_tells_what_it_rendered(tmp_path: Path) -> None:
@@ -47,6 +53,24 @@ def test_data_check_is_told_how_to_read_and_strict_fails_on_a_problem(tmp_path: 
     assert "held out" in " ".join(told["notes"])
     (tmp_path / "0.png").write_bytes(b"")
     result = aliprod("data", "check", tmp_path, *columns, "--strict")
-    assert (result.exit_code, result.stdout.splitlines()[-1].endswith(" 1 problems.")) == (1, True)
+    assert (result.exit_code, result.stdout.splitlines()[-1].endswith(" 1 problem.")) == (1, True)
     assert "did you mean" in refusal(2, "data", "check", tmp_path, "--column", "path=wat").lower()
     assert "--column paht" in refusal(2, "data", "check", tmp_path, "--column", "paht=what")
+
+
+def test_data_check_of_a_plan_names_the_labels_that_its_ensemble_doubts(shop: Shop, photos: Path) -> None:
+    assert answer("data", "check", shop.plan) == answer("data", "check", photos)  # nothing is trained yet
+    catalogue = sources.read(photos)
+    truth = catalogue.test_labels
+    assert truth is not None
+    rows = np.full((len(truth), catalogue.num_classes), 0.1, np.float32)
+    rows[np.arange(len(truth)), truth] = 0.8  # three classes
+    rows[0] = np.roll(rows[0], 1)
+    given = [torch.from_numpy(rows)]
+    member = shop.folder / "member"
+    probabilities.write(member, catalogue.test.ids.to_pylist(), catalogue.classes, lambda missing: given)
+    write_ensemble(shop.storage / "shop" / "ensemble", [probabilities.open_store(member)], record={"split": "test"})
+    told = answer("data", "check", shop.plan, "--storage", shop.storage, "--strict", status=1)["problems"][-1]
+    own, other = (catalogue.name(int(label)) for label in (truth[0], rows[0].argmax()))
+    assert told["path"] == catalogue.test.paths[0].as_py()
+    assert told["problem"] == f"its label {own} may be wrong: the ensemble is 80% sure of {other}"
