@@ -69,15 +69,13 @@ class Room:
         return f"waiting for {what}"
 
 
-def check_room(targets: Mapping[str, Target], nodes: Sequence[Node], types: Sequence[Resources] = ()) -> None:
-    """Refuse what the cluster can never hold, since it would wait for ever.
+def check_room(targets: Mapping[str, Target], nodes: Iterable[Node]) -> None:
+    """Refuse what the nodes can never hold, since it would wait for ever.
 
-    Args:
-        types: of the nodes that the cluster may still start by itself, one entry a node.
     Raises:
         Unreachable: naming the target and the largest node.
     """
-    machines = [*(node.resources for node in nodes), *types]
+    machines = [node.resources for node in nodes]
     for target in targets.values():
         rank, floor = target.resources, target.floor
         room = sum(slots(machine, rank) for machine in machines)

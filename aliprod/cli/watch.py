@@ -60,7 +60,7 @@ class _Watch:
         match event:
             case Began():
                 self.opened, self.outlook = event.opened, Outlook(event.opened)
-            case Standing() if self.opened is not None and event.tasks:
+            case Standing() if self.opened is not None and (event.tasks or live.waiting(event)):
                 self._look(event)
                 self._show(self.opened, event)
             case Ended():

@@ -179,18 +179,18 @@ class _Run:
     def _make(self, choices: Mapping[str, Choice]) -> Iterator[Event]:
         """Make what is missing on the cluster."""
         self._join()
-        settings, nodes = self.opened.plan.cluster, session.nodes()
-        gpu = uses_gpu(settings, nodes)
-        self.site = replace(self.site, cluster=with_cpus(settings, nodes))
+        settings = self.opened.plan.cluster
+        machines = session.machines(settings)
+        gpu = uses_gpu(settings, machines)
+        self.site = replace(self.site, cluster=with_cpus(settings, machines))
         todo = self._missing(gpu)
-        check_room(todo, nodes, session.types(settings))
+        check_room(todo, machines)
         for target in todo.values():
             if target.kind == "checkpoint":
                 self.tracking.registry.download(choices[target.owner.name], target.folder(self.site.storage))
         todo = {name: target for name, target in todo.items() if target.kind != "checkpoint"}
         kinds = Counter(target.kind.replace("_", " ") for target in todo.values())
         yield Said(f"To make: {', '.join(f'{kind} {count}' for kind, count in kinds.items())}.")
-        self.state.nodes = tuple(nodes)
         launcher = start_launcher(self.site) if any(target.kind == "training" for target in todo.values()) else None
         seconds = Estimates(self.opened, _FRESH_SECONDS).seconds
         runner = RayRunner(
@@ -204,6 +204,7 @@ class _Run:
         self.signals.gently = True
         for change in runner.as_begun(execute(todo, runner, settings.max_parallel_jobs)):
             self.leases.check()
+            self.state.nodes = tuple(runner.nodes())
             while runner.refused:
                 yield Said(runner.refused.pop())
             yield from self.state.reports()

@@ -115,6 +115,11 @@ def types(cluster: Cluster) -> list[Resources]:
     return found[: max(0, most)]
 
 
+def machines(cluster: Cluster) -> list[Node]:
+    """The nodes that are there, and those that the cluster may still start by itself."""
+    return [*nodes(), *(Node("", one) for one in types(cluster))]
+
+
 @cache
 def _autoscaler(_: str) -> dict[str, Any] | None:
     """What `ray up` has left with the head; None where nothing is there. Asked once a session."""

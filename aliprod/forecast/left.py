@@ -4,17 +4,18 @@ What the run itself has shown counts first: the pace of its jobs, which neighbou
 already, and how long what has ended took.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
 from aliprod.build.allot import RESTART_SECONDS
 from aliprod.build.events import Standing, Task
 from aliprod.build.graph import targets
-from aliprod.build.room import Node, uses_gpu, with_cpus
+from aliprod.build.room import Node, check_room, uses_gpu, with_cpus
 from aliprod.build.schedule import execute
 from aliprod.build.target import Cost, Target, lacking
 from aliprod.build.trainings import epoch_of
+from aliprod.errors import Unreachable
 from aliprod.forecast.clock import Clock
 from aliprod.forecast.seconds import Estimates, speed_up
 from aliprod.forecast.simulate import STARTING_SECONDS
@@ -40,20 +41,25 @@ class Left:
 
 
 class Outlook:
-    """Looks at a run now and then. What there is to do it sees once, when the nodes are known."""
+    """Looks at a run now and then. What there is to do it sees when the nodes are others than before."""
 
     def __init__(self, opened: Opened) -> None:
-        self.opened = opened
+        self.opened, self.nodes = opened, tuple[Node, ...]()
         self.graph: dict[str, Target] = {}
         self.todo: dict[str, Target] = {}
 
     def left(self, standing: Standing, now: float) -> Left | None:
-        """Estimate what is left at ``now``, in seconds since the epoch; None before nodes and any rate are known."""
+        """Estimate what is left at ``now``, in seconds since the epoch; None before any rate is known, and while there
+        are no nodes that hold what is left."""
         estimates = Estimates(self.opened)
         if not standing.nodes or not estimates.paces:
             return None
-        if not self.graph:
+        if self.nodes != standing.nodes:
             self._read(standing.nodes)
+        try:
+            check_room(self.todo, self.nodes)
+        except Unreachable:  # others are to come
+            return None
         tasks = {task.name: task for task in standing.tasks}
         todo = {name: one for name, one in self.todo.items() if name not in tasks or tasks[name].until is None}
         factors = {kind: self._factor(kind, tasks.values(), estimates) for kind in {one.kind for one in todo.values()}}
@@ -72,8 +78,8 @@ class Outlook:
         ends = {name: spans[-1].end for name, spans in clock.spans.items()}
         return Left(max(ends.values(), default=0.0), ends)
 
-    def _read(self, nodes: Sequence[Node]) -> None:
-        cluster = self.opened.plan.cluster
+    def _read(self, nodes: tuple[Node, ...]) -> None:
+        self.nodes, cluster = nodes, self.opened.plan.cluster
         self.graph = targets(self.opened.with_cluster(with_cpus(cluster, nodes)), uses_gpu(cluster, nodes))
         self.todo = lacking(self.graph, self.opened.places.storage)
 

@@ -422,10 +422,6 @@ def test_what_no_node_can_hold_is_refused_with_both_names(nodes: list[Resources]
         check_room({"job": job}, [Node(f"node {number}", has) for number, has in enumerate(nodes)])
 
 
-def test_what_a_node_that_may_come_can_hold_is_not_refused() -> None:
-    check_room({"job": target("job", world_sizes=(4,))}, [Node("head", Resources(8, 0))], [Resources(8, 2)] * 2)
-
-
 def test_a_rank_has_the_cpus_that_nodes_have_for_each_gpu_and_one_where_there_are_none() -> None:
     nodes = [Node("head", Resources(4, 0)), Node("a", Resources(26, 4)), Node("b", Resources(64, 8))]
     assert cpus_of_a_rank(Cluster(), nodes, gpu=True) == 6

@@ -28,6 +28,7 @@ def app():
     events = [
         Said("Reading the catalogue."),
         Began(opened),
+        Standing({"net/full": "waiting"}, {"net/full": "1 CPU"}),
         Changed("net/full", "running", world_size=2),
         standing,
         Reported("net/full", {"epoch": 0, "train/loss": 1.0}),
@@ -51,6 +52,7 @@ def test_a_log_has_a_line_for_each_event_and_one_a_minute(command: list[str | Pa
     assert said[0] == "Reading the catalogue."
     assert said[1].startswith("2 jobs, all to train; 1 members; ")
     assert said[2:-1] == [
+        "0 of 1 jobs done, 1 waiting for 1 CPU",
         "net/full                   running on 2 ranks",
         "0 of 2 jobs done, 1 running, 1 waiting for 2 GPUs (net/full x2 epoch 0/1 starting)",
         "net/full                   epoch 1: loss 1.0000, 0 images/s",

@@ -62,6 +62,13 @@ def test_nothing_is_said_before_a_rate_is_known(opened: Opened) -> None:
     assert Outlook(opened).left(Standing(tasks=(training("net/full", NOW),), nodes=NODES), NOW) is None
 
 
+def test_nothing_is_said_while_no_node_holds_what_is_left(opened: Opened) -> None:
+    paced(opened, "net/full", 5, 10.0)
+    outlook = Outlook(opened)
+    assert outlook.left(Standing(nodes=(Node("head", Resources(0, 0)),)), NOW) is None
+    assert outlook.left(Standing(nodes=NODES), NOW) is not None
+
+
 def test_what_nobody_has_measured_is_guessed_by_its_pixels(opened: Opened) -> None:
     paced(opened, "net/full", 5, 10.0)
     found = left(opened, training("net/full", NOW - 30), training("other/full", NOW))

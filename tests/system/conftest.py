@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
 from aliprod.synth.synth import synthesise
 
@@ -214,6 +215,23 @@ class MlflowServer:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Started at the first test that asks for it, killed with all it started after the last."""
+    with head(4) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def heads() -> Any:
+    """What starts another."""
+    return head
+
+
+@contextmanager
+def head(cpus: int, grows: dict[str, Any] | None = None) -> Iterator[Cluster]:
+    """A Ray of its own.
+
+    Args:
+        grows: configuration of Ray's autoscaler, whose nodes are then processes of this machine.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets lie below it, and a socket's path is at most 107
     (folder / "home" / "aliprod").mkdir(parents=True)  # where submitted jobs keep results: it is no package
     gcs, dashboard, agent, client = _free_ports(4)
@@ -228,10 +246,20 @@ def cluster() -> Iterator[Cluster]:
     }
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
-        *("--num-cpus=4", "--num-gpus=0", f"--port={gcs}", f"--temp-dir={folder}", "--object-store-memory=200000000"),
+        *(f"--num-cpus={cpus}", "--num-gpus=0", f"--port={gcs}", f"--temp-dir={folder}"),
         *("--include-dashboard=true", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
         *(f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
+        "--object-store-memory=200000000",
     ]
+    if grows is not None:
+        environment |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        environment["RAY_CLOUD_INSTANCE_ID"] = FAKE_HEAD_NODE_ID
+        fake = f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__qualname__}"
+        provider = {"type": "external", "module": fake}  # its own type lacks a file in Ray's wheel, example.yaml
+        provider |= {"gcs_address": f"127.0.0.1:{gcs}", "launch_multiple": True, "disable_node_updaters": True}
+        config = folder / "home" / "ray_bootstrap_config.yaml"  # where `ray up` leaves it
+        config.write_text(json.dumps(grows | {"provider": provider}))
+        command.append(f"--autoscaling-config={config}")
     with (folder / "head.log").open("wb") as log:
         process = psutil.Popen(
             command,

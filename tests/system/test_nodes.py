@@ -20,7 +20,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterResourc
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from aliprod.build.graph import targets
-from aliprod.build.room import with_cpus
+from aliprod.build.room import uses_gpu, with_cpus
 from aliprod.build.schedule import Change, Outcome
 from aliprod.build.target import Resources, Site, lacking
 from aliprod.cluster import session
@@ -29,6 +29,7 @@ from aliprod.cluster.tasks import Pending, RayRunner
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import resolve
+from aliprod.plan.schema import Cluster
 from aliprod.store import commit
 from aliprod.store.layout import newest_step
 from aliprod.store.lease import Leases
@@ -237,6 +238,7 @@ def test_what_waits_makes_a_cluster_grow_by_the_nodes_that_it_may_start(driver: 
     small, large = Resources(1, 0), Resources(64, 8)
     there = [node.resources for node in session.nodes()].count(small)
     assert session.types(driver.site.cluster) == [small] * (2 - there) + [large]
+    assert uses_gpu(Cluster(), session.machines(driver.site.cluster)), "which are to come"
 
     def asked() -> list[dict[str, float]]:
         """What the autoscaler sees."""
