@@ -21,6 +21,7 @@ OTHERS = [*sorted(set(ROOT.glob("docs/*.md")) - set(FIRST)), ROOT / "README.md",
 PAGES = [page for page in [*FIRST, *OTHERS] if "```sh\n" in page.read_text(encoding="utf-8")]
 
 NOT_TYPED = {  # only understood, and why
+    "aliprod doctor": "needs a cluster; tests/system/test_doctor.py has it ask a sound and a sick one",
     "aliprod ensemble": "starts a Ray again; tests/system/test_run.py moves the alias and runs it",
     "aliprod init": "measures for half a minute; tests/cli/test_drafts.py runs it",
     "aliprod run photos ": "runs for minutes what init has written; tests/cli/test_drafts.py",
