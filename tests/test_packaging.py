@@ -1,6 +1,7 @@
 """What a user installs and starts besides the code: versions, clusters, images."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,15 +28,6 @@ PINS = {canonicalize_name(name): version for name, _, version in (line.partition
 
 def load(path: str) -> Any:
     return yaml.safe_load((ROOT / path).read_text())
-
-
-def accepted_by_ray(config: dict[str, Any]) -> dict[str, Any]:
-    """What `ray up` makes of a configuration before it speaks to the cloud; raises where it would refuse."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    prepared = prepare_config(config)
-    validate_config(prepared)
-    return prepared
 
 
 def requirements() -> list[Requirement]:
@@ -82,29 +74,6 @@ def test_compose_names_its_images_by_the_version_of_the_project():
 # Clusters
 
 
-def test_ray_accepts_the_cluster():
-    prepared = accepted_by_ray(load("cluster.yaml"))
-    types = prepared["available_node_types"]
-    assert types[prepared["head_node_type"]]["resources"].get("GPU", 0) == 0
-    assert types["gpu"]["min_workers"] == 0
-    assert types["gpu"]["resources"]["GPU"] >= 1
-
-
-def test_ray_accepts_the_section_on_machines_of_your_own_once_it_is_taken_in():
-    _, _, section = (ROOT / "cluster.yaml").read_text().partition("# --- machines of your own")
-    prose, _, example = section.partition("\n#\n")
-    own = yaml.safe_load("\n".join(line.removeprefix("# ") for line in example.splitlines()))
-    removed = re.findall(r"\b[a-z]+(?:_[a-z]+)*\b", prose.partition("Take out above:")[2].partition(" and ")[0])
-    kept = {key: value for key, value in load("cluster.yaml").items() if key not in removed}
-    prepared = accepted_by_ray(kept | own)
-    assert prepared["max_workers"] == len(own["provider"]["worker_ips"])
-
-
-def test_ray_refuses_a_misspelt_key():
-    with pytest.raises(Exception, match="idle_timeout_minute"):
-        accepted_by_ray(load("cluster.yaml") | {"idle_timeout_minute": 5})
-
-
 def test_no_cluster_starts_without_a_token():
     assert "-e RAY_AUTH_MODE=token" in load("cluster.yaml")["docker"]["run_options"]
     services = load("docker/compose.yaml")["services"]
@@ -138,11 +107,23 @@ def test_ray_accepts_the_runtime_environment_of_a_submitted_job():
 def test_a_submitted_job_carries_the_code_and_the_plans_and_leaves_the_rest(tmp_path):
     from ray._private.runtime_env.packaging import create_package
 
-    archive = tmp_path / "working_dir.zip"
+    archive, checkout = tmp_path / "working_dir.zip", tmp_path / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=lambda _, names: {".git", ".venv", "runs"}.intersection(names))
+    (checkout / "photos" / "train" / "cat").mkdir(parents=True)
+    for name in (
+        "photos/train/cat/1.jpg",
+        "photos/3.JPEG",
+        "photos/train/cat/2.PNG",
+        "shards.parquet",
+        "mine.toml",
+        "own.py",
+    ):
+        (checkout / name).write_bytes(b"x")
     excludes = [*load("jobs/runtime_env.yaml")["excludes"], ".git", ".venv", "__pycache__"]  # the last three: Ray's
-    create_package(str(ROOT), archive, include_gitignore=True, excludes=excludes)
+    create_package(str(checkout), archive, include_gitignore=True, excludes=excludes)
     names = ZipFile(archive).namelist()
-    assert {"aliprod/__init__.py", "jobs/runtime_env.yaml", "pyproject.toml"} <= set(names)
+    assert {"aliprod/__init__.py", "jobs/runtime_env.yaml", "pyproject.toml", "mine.toml", "own.py"} <= set(names)
+    assert [name for name in names if name.endswith((".jpg", ".JPEG", ".PNG", ".parquet"))] == []
     assert [name for name in names if name.startswith(("tests/", "docs/", "docker/", "runs/", ".venv/", ".git/"))] == []
 
 

@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 
 import click
 
+from aliprod.cli.clusters import cluster_group
 from aliprod.cli.completion import completion_command
 from aliprod.cli.data import data_group
 from aliprod.cli.drafts import init_command
 from aliprod.cli.experiments import benchmark_command, tune_command
-from aliprod.cli.plans import ensemble_command, plan_command, run_command, status_command
+from aliprod.cli.plans import doctor_command, ensemble_command, plan_command, run_command, status_command
 from aliprod.cli.results import (
     evaluate_command,
     export_command,
@@ -56,7 +57,7 @@ for _command in (init_command, plan_command, run_command, ensemble_command, stat
     app.add_command(_command)
 for _command in (report_command, trace_command, evaluate_command, predict_command, export_command, serve_command):
     app.add_command(_command)
-for _command in (benchmark_command, tune_command, data_group, completion_command):
+for _command in (cluster_group, doctor_command, benchmark_command, tune_command, data_group, completion_command):
     app.add_command(_command)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aliprod.cli.flags import Asked, answer, cores, json_flag, path, storage_flag, takes, until_done
+from aliprod.cli.flags import Asked, Share, answer, cores, json_flag, path, seed, storage_flag, takes, until_done
 from aliprod.errors import Refused
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ def data_group() -> None:
 
 @data_group.command("synth")
 @click.argument("out", type=path)
-@click.option("--classes", default=8, show_default=True, type=click.IntRange(2), help="Classes.")
-@click.option("--images", default=212, show_default=True, type=click.IntRange(1), help="Training images.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Same seed, same pictures.")
+@click.option("--classes", default=8, show_default=True, type=click.IntRange(2, 1_000_000), help="Classes.")
+@click.option("--images", default=212, show_default=True, type=click.IntRange(1, 100_000_000), help="Training images.")
+@click.option("--seed", default=0, show_default=True, type=seed, help="Same seed, same pictures.")
 @json_flag
 def synth_command(out: Path, classes: int, images: int, seed: int) -> None:
     """Render a long-tailed catalogue of product packages.
@@ -64,8 +64,8 @@ class AskedReading:
 takes_reading = takes(
     AskedReading,
     click.option("--column", multiple=True, metavar="ROLE=NAME", help="Of a table: path, class or split."),
-    click.option("--val", type=click.FloatRange(0, 0.5), help="Share to hold out where there is no val."),
-    click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of what is held out."),
+    click.option("--val", type=Share(0, 0.5), help="Share to hold out where there is no val."),
+    click.option("--seed", default=0, show_default=True, type=seed, help="Of what is held out."),
     click.option("--links", type=path, help="Folder below which links may lead, too."),
 )
 
@@ -116,11 +116,9 @@ def _checked_plan(file: Path, storage: Path | None) -> "Report":
 @takes_reading
 @click.argument("catalogue")
 @click.argument("out")
-@click.option("--short-side", default=512, show_default=True, type=click.IntRange(8), help="Pixels, at most.")
+@click.option("--short-side", default=512, show_default=True, type=click.IntRange(8, 65_535), help="Pixels, at most.")
 @click.option("--quality", default=90, show_default=True, type=click.IntRange(50, 100), help="Of JPEGs made anew.")
-@click.option(
-    "--max-skipped", default=0.5, show_default=True, type=click.FloatRange(0, 1), help="Share that may be unreadable."
-)
+@click.option("--max-skipped", default=0.5, show_default=True, type=Share(0, 1), help="Share that may be unreadable.")
 @json_flag
 def prepare_command(
     asked: AskedReading, catalogue: str, out: str, short_side: int, quality: int, max_skipped: float

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from aliprod.cli.completion import jobs, plans
-from aliprod.cli.flags import Asked, answer, json_flag, path, say, sets_flag, storage_flag, takes, takes_plan
+from aliprod.cli.flags import Asked, answer, count, json_flag, path, say, sets_flag, storage_flag, takes, takes_plan
 from aliprod.errors import Refused
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ class Work:
     Work,
     click.option("--network", default="resnet50", show_default=True, help="timm's name."),
     click.option("--crop", default=224, show_default=True, type=click.IntRange(8, 4096), help="Pixels."),
-    click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images a step."),
-    click.option("--loader-processes", default=0, show_default=True, type=click.IntRange(0), help="That read images."),
+    click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1, 65_536), help="Images a step."),
+    click.option("--loader-processes", default=0, show_default=True, type=click.IntRange(0, 1024), help="That read."),
 )
 @sets_flag
 @storage_flag
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Counted, after as many more.")
+@click.option("--steps", default=20, show_default=True, type=count, help="Counted, after as many more.")
 @json_flag
 def benchmark_command(
     work: Work, part: "Part", file: Path, sets: tuple[str, ...], storage: Path | None, steps: int

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import shlex
 import sys
@@ -28,7 +29,18 @@ def _keep_json(context: click.Context, _: click.Parameter, value: bool) -> None:
     context.meta[_JSON] = value
 
 
+class Share(click.FloatRange):
+    """A number in a range; nan, which is in every range of click's, is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if math.isnan(found := super().convert(value, param, ctx)):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return found
+
+
 path = ExpandedPath()
+count = click.IntRange(1, 1_000_000)
+seed = click.IntRange(0, 2**63 - 1)  # as in a plan, whose numbers have 64 bits
 plan_argument = click.argument("file", type=path, shell_complete=plans)
 storage_flag = click.option("--storage", type=path, help="Folder of all results. [runs]")
 sets_flag = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan.")

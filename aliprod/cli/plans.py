@@ -4,14 +4,27 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from aliprod.build.events import DONE, LOST, Changed, Ended, Event
+from aliprod.cli.completion import plans
 from aliprod.cli.drafts import drafted
-from aliprod.cli.flags import Asked, answer, say, takes_plan
-from aliprod.errors import AliprodError
+from aliprod.cli.flags import (
+    Asked,
+    address_flag,
+    answer,
+    json_flag,
+    path,
+    say,
+    sets_flag,
+    storage_flag,
+    takes_plan,
+    tracking_flag,
+)
+from aliprod.errors import AliprodError, Refused, Unreachable
 
 if TYPE_CHECKING:
     from aliprod.forecast.demand import Demand
@@ -119,6 +132,45 @@ def status_command(asked: Asked) -> None:
     jobs, tasks = status.states(opened, standing, left.ends if left else {}), status.tasks(standing, now)
     found = {"plan": opened.plan.name, "jobs": jobs, "tasks": tasks, "eta_seconds": left.seconds if left else None}
     answer(found, status.text(found))
+
+
+@click.command("doctor")
+@click.argument("file", type=path, required=False, shell_complete=plans)
+@sets_flag
+@storage_flag
+@tracking_flag
+@address_flag
+@json_flag
+def doctor_command(file: Path | None, **where: Any) -> None:
+    """Ask a cluster whether it can run plans.
+
+    Every node: versions, storage and its speed, GPUs, memory, limits, clock; and MLflow. With a plan, whether that has
+    room. Exit status 3 where anything has to be mended first.
+
+    \b
+    Example: aliprod doctor jobs/aliproducts.toml --address HEAD:6379
+    """
+    from aliprod.plan.places import resolve
+
+    if file is None and where["sets"]:
+        raise Refused("overrides a plan, and none is given.", "--set", "Give one, or leave it out.")
+    opened = Asked(file, **where).opened() if file else None
+    places = opened.places if opened else resolve(None, where["storage"], where["tracking_uri"], where["address"])
+    say("Asking MLflow, Ray, and every node ...")
+    from aliprod.cluster.doctor import examine
+    from aliprod.report.status import table
+
+    checks = list(examine(places, opened))
+    bad = [check for check in checks if not check.ok]
+    rows = [[check.name, check.node, "ok" if check.ok else "NOT OK", check.found] for check in checks]
+    said = [f"{check.name}{f' on {check.node}' if check.node else ''}: {check.advice}" for check in bad]
+    last = f"{len(bad)} of {len(checks)} checks fail." if bad else "This cluster can run plans."
+    answer(
+        {"checks": [asdict(check) for check in checks]},
+        "\n".join([table(rows, ["check", "node", "", "found"]), *said, last]),
+    )
+    if bad:
+        sys.exit(Unreachable.status)
 
 
 def _row(opened: "Opened", name: str, done: bool, takes: "Demand | None") -> dict[str, Any]:

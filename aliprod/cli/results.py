@@ -16,6 +16,7 @@ from aliprod.cli.flags import (
     answer,
     as_json,
     cores,
+    count,
     json_flag,
     path,
     say,
@@ -38,7 +39,7 @@ _ENDINGS = (".csv", ".jsonl", ".parquet")
 _views_flag = click.option(
     "--views", type=click.Choice(list(_VIEWS)), default="ten", show_default=True, help="Crops of a picture."
 )
-_top_flag = click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to tell.")
+_top_flag = click.option("--top", default=5, show_default=True, type=count, help="Classes to tell.")
 
 
 @click.command("report")
@@ -245,7 +246,7 @@ def export_command(named: _Named, out: Path, form: "Format", views: str, images:
 @_takes_model
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets everybody in who reaches it.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1), help="A GPU or a core each.")
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 1_000), help="A GPU or a core each.")
 @_views_flag
 @_top_flag
 @address_flag

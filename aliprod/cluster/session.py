@@ -8,7 +8,7 @@ import socket
 import traceback
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,9 @@ def join(address: str | None) -> None:
                 "~/.ray/auth_token or RAY_AUTH_TOKEN."
             )
             raise Unreachable(what, address or "local Ray", advice) from error
+        if "Version mismatch" in said:
+            advice = "Have the cluster's Ray and Python where the driver runs; `ray job submit` runs it there."
+            raise Unreachable(" ".join(str(error).split()), address or "local Ray", advice) from error
         first = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         raise Unreachable(
             f"no Ray cluster answers: {first}",
@@ -153,35 +156,40 @@ def probe(storage: Path, only: str | None = None) -> None:
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     others = [node for node in others if only in (None, node["NodeID"])]
-    refs = {
-        _probe.options(
-            name="storage probe", scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(folder, node["NodeID"]): node
-        for node in others
-    }
-    done, late = ray.wait(list(refs), num_returns=len(refs), timeout=_PROBE_SECONDS) if refs else ([], [])
     try:
-        for ref in done:
-            node, found = refs[ref], _answer(ref)
+        for node, found in ask(others, "storage probe", _probe, folder):
             answer = folder / node["NodeID"]
-            if found is None and node["NodeID"] not in {one.name for one in nodes()}:
+            if isinstance(found, ray.exceptions.RayError) and node["NodeID"] not in {one.name for one in nodes()}:
                 continue  # it went while it was asked
             if found != token or not answer.exists() or answer.read_text() != token:
-                _refuse(storage, node, "" if found == token else f" ({found or 'no answer'})")
-        for ref in late:
-            _refuse(storage, refs[ref], f" (no answer in {_PROBE_SECONDS} s)")
+                said = "no answer" if isinstance(found, ray.exceptions.RayError) else found
+                _refuse(storage, node, "" if found == token else f" ({said})")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answer(ref: Any) -> str | None:
-    try:
-        return str(ray.get(ref))
-    except ray.exceptions.RayError:
-        return None
+def ask(
+    asked: Sequence[Mapping[str, Any]], name: str, question: Callable[..., Any], folder: Path, *more: Any
+) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """Ask nodes by one small task each, which is given a folder, the node's name, and more.
+
+    Yields:
+        A node of `ray.nodes` and its answer, or the error that came instead.
+    """
+    task, refs = ray.remote(num_cpus=0, max_retries=0)(question), dict[Any, Mapping[str, Any]]()
+    for node in asked:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        refs[task.options(name=name, scheduling_strategy=there).remote(folder, node["NodeID"], *more)] = node
+    done, late = ray.wait(list(refs), num_returns=len(refs), timeout=_PROBE_SECONDS) if refs else ([], [])
+    for ref in done:
+        try:
+            yield refs[ref], ray.get(ref)
+        except ray.exceptions.RayError as error:
+            yield refs[ref], error
+    for ref in late:
+        yield refs[ref], TimeoutError(f"no answer in {_PROBE_SECONDS} s")
 
 
-@ray.remote(num_cpus=0, max_retries=0)
 def _probe(folder: Path, node: str) -> str:
     try:
         token = (folder / "driver").read_text()
@@ -191,7 +199,7 @@ def _probe(folder: Path, node: str) -> str:
     return token
 
 
-def _refuse(storage: Path, node: dict[str, object], why: str) -> None:
+def _refuse(storage: Path, node: Mapping[str, Any], why: str) -> None:
     raise Unreachable(
         f"node {node['NodeManagerHostname']} does not share this storage path, or may not write there{why}.",
         storage,

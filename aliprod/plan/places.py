@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aliprod.plan.schema import Plan
+from aliprod.plan.schema import Cluster, Plan
 from aliprod.store.layout import HELD_OUT
 
 if TYPE_CHECKING:
@@ -40,15 +40,16 @@ class Places:
         return self.storage / plan.name
 
 
-def resolve(plan: Plan, storage: Path | None, tracking_uri: str | None, address: str | None) -> Places:
+def resolve(plan: Plan | None, storage: Path | None, tracking_uri: str | None, address: str | None) -> Places:
     """Places from flags (any of them may be None), plan and environment."""
-    stated = storage or plan.cluster.storage
+    says = plan.cluster if plan else Cluster()
+    stated = storage or says.storage
     note = ""
     if stated is None and not os.environ.get("ALIPROD_STORAGE") and SUBMITTED in os.environ:
         stated = Path.home() / "aliprod"
         note = f"No --storage given: results go to {stated}, since a submitted job's own folder is thrown away."
     folder = default_storage(stated)
-    uri = default_tracking_uri(folder, tracking_uri or plan.cluster.tracking_uri)
+    uri = default_tracking_uri(folder, tracking_uri or says.tracking_uri)
     return Places(folder, uri, address or os.environ.get("RAY_ADDRESS"), note)
 
 

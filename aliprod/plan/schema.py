@@ -48,7 +48,7 @@ class Synth(Frozen):
     """A generated catalogue of rendered packages."""
 
     classes: int = Field(ge=2, le=1_000_000, description="classes")
-    images: int = Field(ge=1, description="training images")
+    images: int = Field(ge=1, le=100_000_000, description="training images")
     seed: int = Field(0, ge=0, description="of the rendering")
 
 

@@ -119,11 +119,13 @@ class Cluster:
         return [process for process in self.process.children(recursive=True) if _title(process) == "RayTrainWorker"]
 
     @contextmanager
-    def node(self, *options: str, mount: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    def node(
+        self, *options: str, mount: str = "", environment: dict[str, str] | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
         """Another node, by what `ray start` is told of it, in a process group of its own; killed in the end.
 
         Args:
-            mount: a command that mounts something for it alone.
+            mount: a command that mounts something for it alone. environment: what differs from the cluster's.
         """
         [port] = _free_ports(1)
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={self.address}"]
@@ -134,7 +136,8 @@ class Cluster:
         before, log = self.alive(), self.home / f"node-{port}.log"
         with log.open("wb") as output:
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-            node = subprocess.Popen(ray, env=self.environment, cwd=self.home, start_new_session=True, **streams)
+            variables = self.environment | (environment or {})
+            node = subprocess.Popen(ray, env=variables, cwd=self.home, start_new_session=True, **streams)
         try:
             self.until(lambda: node.poll() is not None or self.alive() > before, seconds=180)
             assert node.poll() is None, log.read_text()

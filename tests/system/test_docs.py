@@ -21,6 +21,7 @@ OTHERS = [*sorted(set(ROOT.glob("docs/*.md")) - set(FIRST)), ROOT / "README.md",
 PAGES = [page for page in [*FIRST, *OTHERS] if "```sh\n" in page.read_text(encoding="utf-8")]
 
 NOT_TYPED = {  # only understood, and why
+    "aliprod doctor": "needs a cluster; tests/system/test_doctor.py has it ask a sound and a sick one",
     "aliprod ensemble": "starts a Ray again; tests/system/test_run.py moves the alias and runs it",
     "aliprod init": "measures for half a minute; tests/cli/test_drafts.py runs it",
     "aliprod run photos ": "runs for minutes what init has written; tests/cli/test_drafts.py",
@@ -76,10 +77,13 @@ def understood(command: str) -> None:
         case ["ray", *rest]:
             from ray.scripts.scripts import cli
 
-            entrypoint = parsed(cli, rest).params.get("entrypoint", ())
-            if entrypoint:
-                assert entrypoint[:2] == ("python", "jobs/run_plan.py")
-                parsed(app, ["run", *entrypoint[2:]])
+            match parsed(cli, rest).params.get("entrypoint", ()):
+                case ("python", "jobs/run_plan.py", *words):
+                    parsed(app, ["run", *words])
+                case ("python", "-m", "aliprod", *words):
+                    parsed(app, words)
+                case entrypoint:
+                    assert entrypoint == ()
         case ["mlflow", *rest]:
             with warnings.catch_warnings(action="ignore"):  # of its type hints
                 from mlflow.cli import cli as mlflow
@@ -112,7 +116,7 @@ def parsed(command: click.Command, words: list[str]) -> click.Context:
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     """A folder with the files that pages show (``# NAME`` on top), in which all of the first page has been typed."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("jobs", "aliprod"):  # as from a checkout
+    for name in ("jobs", "aliprod", "cluster.yaml"):  # as from a checkout
         (folder / name).symlink_to(ROOT / name)
     with pytest.MonkeyPatch.context() as patch:
         here(patch, folder)
