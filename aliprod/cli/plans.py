@@ -55,7 +55,7 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
     from aliprod.report import estimate as shown
 
     takes = None if opened.catalogue is None else demand(opened)
-    estimate = None if gpus is None or takes is None else asdict(forecast(opened, gpus))
+    estimate = None if gpus is None or takes is None else asdict(forecast(opened, gpus, takes.todo))
     states = told(opened).states
     rows = [_row(opened, name, states[name] in DONE, takes) for name in opened.jobs]
     members, missing = list(opened.plan.ensemble.members), takes.kinds if takes else {}

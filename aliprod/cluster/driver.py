@@ -22,6 +22,7 @@ from aliprod.cluster.launch import start_launcher
 from aliprod.cluster.signals import Signals
 from aliprod.cluster.tasks import RayRunner
 from aliprod.errors import Failed, listing
+from aliprod.forecast import kept
 from aliprod.forecast.seconds import Estimates
 from aliprod.plan.open import Opened, Request
 from aliprod.plan.places import catalogue_path
@@ -191,7 +192,10 @@ class _Run:
         todo = {name: target for name, target in todo.items() if target.kind != "checkpoint"}
         kinds = Counter(target.kind.replace("_", " ") for target in todo.values())
         yield Said(f"To make: {', '.join(f'{kind} {count}' for kind, count in kinds.items())}.")
-        launcher = start_launcher(self.site) if any(target.kind == "training" for target in todo.values()) else None
+        launcher = None
+        if any(target.kind == "training" for target in todo.values()):
+            launcher = start_launcher(self.site)
+            kept.keep(self.opened, session.nodes())
         seconds = Estimates(self.opened, _FRESH_SECONDS).seconds
         runner = RayRunner(
             self.site,

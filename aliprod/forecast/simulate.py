@@ -68,13 +68,13 @@ class Forecast:
     missing: list[str] = field(default_factory=list)
 
 
-def forecast(opened: Opened, gpus: int) -> Forecast:
-    """Simulate what `aliprod run` would do.
+def forecast(opened: Opened, gpus: int, todo: Mapping[str, Target] | None = None) -> Forecast:
+    """Simulate what `aliprod run` would do; ``todo``: what it would make, where that is known already.
 
     Raises:
         Refused: a job takes more than ``gpus``; there is no catalogue.
     """
-    todo = lacking(targets(opened, gpu=True), opened.places.storage)
+    todo = lacking(targets(opened, gpu=True), opened.places.storage) if todo is None else todo
     if (most := max((target.floor for target in todo.values()), default=0)) > gpus:
         what = f"{gpus} is less than the {most} that a job takes ([cluster] ranks)."
         raise Refused(what, "--gpus", 'Give more, or --set cluster.ranks="auto".')

@@ -1,27 +1,19 @@
-"""When each target of a plan was made, beside what the scheduler makes of the same nodes on a simulated clock."""
+"""When each target of a plan was made, beside what was forecast when the run began."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from aliprod.build.events import Standing, Task
-from aliprod.build.graph import targets
-from aliprod.build.room import check_room, uses_gpu, with_cpus
-from aliprod.errors import AliprodError
 from aliprod.forecast.clock import Span
-from aliprod.forecast.seconds import Estimates
-from aliprod.forecast.simulate import simulate
-from aliprod.plan.open import Opened
-
-_MOST = 300  # jobs that are simulated: seconds
 
 
 class Course(NamedTuple):
     """The spans of each target, in seconds of work: time in which nothing of the plan was made is left out.
 
     Attributes:
-        fact: in the order in which they began. forecast: of the whole plan, with the rates that are known now; {} where
-            none are. now: where what runs stands; None while nothing runs.
+        fact: in the order in which they began. forecast: of the whole plan, before it ran; {} where there was none.
+        now: where what runs stands; None while nothing runs.
     """
 
     fact: Mapping[str, Sequence[Span]]
@@ -34,7 +26,7 @@ def end(spans: Mapping[str, Sequence[Span]]) -> float:
     return max((span.end for one in spans.values() for span in one), default=0.0)
 
 
-def course(opened: Opened, standing: Standing, now: float) -> Course:
+def course(standing: Standing, forecast: Mapping[str, Sequence[Span]], now: float) -> Course:
     """Lay out what a run, and the runs before it, have made; ``now`` in seconds since the epoch."""
     tasks = sorted((*standing.past, *standing.tasks), key=lambda task: task.since)
     busy = _busy(tasks, now)
@@ -45,7 +37,7 @@ def course(opened: Opened, standing: Standing, now: float) -> Course:
     fact = defaultdict(list)
     for task in tasks:
         fact[task.name].append(Span(worked(task.since), worked(task.until or now), task.world_size))
-    return Course(dict(fact), _forecast(opened, standing), worked(now) if standing.running else None)
+    return Course(dict(fact), forecast, worked(now) if standing.running else None)
 
 
 def rank_hours(tasks: Iterable[Task], now: float) -> dict[str, float]:
@@ -68,15 +60,3 @@ def _busy(tasks: Iterable[Task], now: float) -> list[tuple[float, float]]:
             end = max(end, last)
         found.append((begin, end))
     return found
-
-
-def _forecast(opened: Opened, standing: Standing) -> dict[str, list[Span]]:
-    nodes, cluster = standing.nodes, opened.plan.cluster
-    if opened.catalogue is None or not nodes or len(opened.jobs) > _MOST or not (known := Estimates(opened)).paces:
-        return {}
-    graph = targets(opened.with_cluster(with_cpus(cluster, nodes)), uses_gpu(cluster, nodes))
-    try:
-        check_room(graph, nodes)
-    except AliprodError:  # the plan now asks for more than its last cluster had
-        return {}
-    return simulate(graph, known.seconds, nodes, cluster.max_parallel_jobs)

@@ -17,6 +17,7 @@ from aliprod.build.state import told
 from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.catalogue.decode import Unreadable, decode_anyway
 from aliprod.errors import AliprodError
+from aliprod.forecast import kept
 from aliprod.forecast.seconds import Estimates, scaled
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.recipe import VIEWS
@@ -86,8 +87,8 @@ def _ensemble(path: Path) -> dict[str, Any]:
 
 def _times(opened: Opened, standing: Standing, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """When what was made, what that cost, and the plan's graph with both."""
-    now, tasks = time.time(), (*standing.past, *standing.tasks)
-    found, hours = course(opened, standing, now), rank_hours(tasks, now)
+    now, tasks, forecast = time.time(), (*standing.past, *standing.tasks), kept.read(opened)
+    found, hours = course(standing, forecast.spans if forecast else {}, now), rank_hours(tasks, now)
     took = {name: duration(sum(span.end - span.begin for span in spans)) for name, spans in found.fact.items()}
     states = {row["name"]: (row["state"], took.get(row["name"], "")) for row in rows}
     kinds = {kind: {task.name for task in tasks if task.kind == kind} for kind in dict.fromkeys(t.kind for t in tasks)}
@@ -98,12 +99,13 @@ def _times(opened: Opened, standing: Standing, rows: Iterable[Mapping[str, Any]]
         "course": found,
         "lasts": end(found.fact),
         "expected": end(found.forecast),
+        "forecast_on": _day(forecast.time) if forecast else "",
         "took": took,
         "hours": hours,
         "unit": "GPU" if any(task.gpus for task in tasks) else "rank",
         "kinds": [(kind, len(names), sum(hours[name] for name in names)) for kind, names in kinds.items()],
         "nodes": len(standing.nodes),
-        "date": None if ended is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ended)),
+        "date": None if ended is None else _day(ended),
     }
 
 
@@ -226,6 +228,10 @@ def _thumbnail(images: Images, row: int) -> str:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def _percent(share: float | None) -> str:
