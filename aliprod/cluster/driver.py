@@ -192,10 +192,7 @@ class _Run:
         todo = {name: target for name, target in todo.items() if target.kind != "checkpoint"}
         kinds = Counter(target.kind.replace("_", " ") for target in todo.values())
         yield Said(f"To make: {', '.join(f'{kind} {count}' for kind, count in kinds.items())}.")
-        launcher = None
-        if any(target.kind == "training" for target in todo.values()):
-            launcher = start_launcher(self.site)
-            kept.keep(self.opened, session.nodes())
+        launcher = start_launcher(self.site) if any(target.kind == "training" for target in todo.values()) else None
         seconds = Estimates(self.opened, _FRESH_SECONDS).seconds
         runner = RayRunner(
             self.site,
@@ -213,6 +210,7 @@ class _Run:
                 yield Said(runner.refused.pop())
             yield from self.state.reports()
             if change is not None:
+                kept.keep(self.opened, self.state.nodes)
                 yield from self.state.apply(todo[change.name], change)
         self.signals.gently = False
         if self.signals.told:

@@ -1,4 +1,4 @@
-"""The forecast of a plan as it was when a run began: what the report holds against the facts.
+"""The forecast of a plan as soon as a rate was known: what the report holds against the facts.
 
 STORAGE/PLAN/forecast.json     kept until the plan says something else
 """
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
 def keep(opened: Opened, nodes: Sequence[Node]) -> None:
     """Write down how the scheduler would make the whole plan on the nodes that a run has, by the rates known now.
 
-    Nothing is written where none are, or the forecast of an earlier run of the same plan is there.
+    Nothing is written where none are, or an earlier forecast of the same plan is there.
 
     Raises:
         StorageFull: no room, no right to write, or the path is gone.

@@ -1,4 +1,4 @@
-"""When each target of a plan was made, beside what was forecast when the run began."""
+"""When each target of a plan was made, beside what was forecast."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
