@@ -75,7 +75,7 @@ def write(folder: Path, members: int, rows: int, classes: int, seed: int) -> Non
     truth = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
     for member in range(members):
         own = partial(blocks, truth, classes, seed, member)
-        probabilities.write(folder / str(member), ids, np.arange(classes), own)
+        probabilities.write(folder / str(member), ids, np.arange(classes), own, truth.tolist())
 
 
 def blocks(truth: Tensor, classes: int, seed: int, member: int, rows: np.ndarray) -> Iterator[Tensor]:

@@ -122,7 +122,7 @@ class RunState:
             case "waiting":  # no event: there may be hundreds
                 self._set(name, "waiting", change.detail.removeprefix("waiting for "))
             case "paused":
-                yield self._set(name, "waiting", "paused, to go on with other ranks")
+                yield self._set(name, "waiting", "other ranks, to go on with them")
             case "failed":
                 yield self._set(name, "failed", change.detail)
             case "dropped" if self.states[name] != "failed":  # what was made for it may have failed first

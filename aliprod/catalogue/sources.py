@@ -32,8 +32,9 @@ class Reading:
     """How a catalogue is read, where its folder does not say.
 
     ``columns``: of its tables, by role: path, class, split. ``val``: the share that is held out where there is no val;
-    None: a tenth where there is no split at all. ``seed``: of that. ``links``: a folder below which links may lead too.
-    ``kept``: the folder that keeps which images were held out; None: this machine's cache.
+    None: a tenth where there is no split at all. ``seed``: of that. ``links``: a folder below which links, and absolute
+    paths of tables, may lead too. ``kept``: the folder that keeps which images were held out; None: this machine's
+    cache.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)

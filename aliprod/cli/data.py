@@ -66,7 +66,7 @@ takes_reading = takes(
     click.option("--column", multiple=True, metavar="ROLE=NAME", help="Of a table: path, class or split."),
     click.option("--val", type=Share(0, 0.5), help="Share to hold out where there is no val."),
     click.option("--seed", default=0, show_default=True, type=seed, help="Of what is held out."),
-    click.option("--links", type=path, help="Folder below which links may lead, too."),
+    click.option("--links", type=path, help="Folder below which links and absolute paths may lead."),
 )
 
 
@@ -103,10 +103,12 @@ def _checked(catalogue: Path, reading: "Reading") -> "Report":
 
 def _checked_plan(file: Path, storage: Path | None) -> "Report":
     """The report on a plan's catalogue, and on what its ensemble says of the labels."""
-    opened = Asked(file, (), storage).opened()
+    request = Asked(file, (), storage).request()
+    from aliprod.plan.open import open_plan
     from aliprod.plan.places import catalogue_reading
     from aliprod.report.error_analysis import doubted
 
+    opened = open_plan(request)
     catalogue = opened.read_catalogue()
     report = _checked(catalogue.root, catalogue_reading(opened.plan, opened.places))
     return replace(report, problems=(*report.problems, *doubted(opened.folder, catalogue)))

@@ -74,7 +74,7 @@ class CatalogueSource(Frozen):
     )
     seed: int = Field(0, ge=0, description="of what is held out")
     links: Text | None = Field(
-        None, description="folder below which links in the catalogue may lead, beside its own; relative as path is"
+        None, description="folder below which links and a table's absolute paths may lead too; relative as path is"
     )
 
     @model_validator(mode="after")

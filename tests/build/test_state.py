@@ -137,7 +137,7 @@ def test_what_a_job_waits_for_is_what_the_scheduler_says_and_no_event(state: Run
 def test_a_paused_job_waits_and_its_task_is_gone(state: RunState) -> None:
     apply(state, "net/full", "started", "", ("a",))
     [paused] = apply(state, "net/full", "paused")
-    assert (paused.state, paused.detail) == ("waiting", "paused, to go on with other ranks")
+    assert (paused.state, paused.detail) == ("waiting", "other ranks, to go on with them")
     assert state.standing().tasks == ()
 
 
