@@ -94,7 +94,7 @@ def test_pictures_are_listed_there_and_read_from_there(bucket: Callable[[str], s
 
 
 def test_a_bucket_that_s3_does_not_find_is_told_in_a_sentence() -> None:
-    with pytest.raises((Refused, Unreachable), match="cannot be reached|is not there"):  # without internet, and with
+    with pytest.raises((Refused, Unreachable), match=r"cannot be reached|is not there"):  # without internet, and with
         folder_at("s3://no-such-bucket-of-aliprod/photos")
 
 
