@@ -19,6 +19,9 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+_AT_ONCE = 32  # images that may come together, a while after the start
+
+
 @dataclass(frozen=True)
 class ReadProgress:
     """So many images ``of`` all are done, ``found`` of them by an earlier call that was cut short."""
@@ -31,7 +34,8 @@ class ReadProgress:
     def line(self, seconds: float) -> str:
         """For a terminal, after so many seconds."""
         here = self.images - self.found
-        left = f"{seconds * (self.of - self.images) / here:,.0f} s left" if here else "..."
+        known = here >= _AT_ONCE or self.images == self.of
+        left = f"{seconds * (self.of - self.images) / max(1, here):,.0f} s left" if known else "..."
         found = f", {self.found:,} found" if self.found else ""
         return f"{self.images:,} of {self.of:,} images{found}, {self.broken:,} unreadable, {left}"
 

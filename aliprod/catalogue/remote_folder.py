@@ -109,26 +109,33 @@ class RemoteFolder:
     @contextmanager
     def _opened(self) -> Iterator[fs.SubTreeFileSystem]:
         """The folder as a file system; what pyarrow says of it becomes one sentence."""
-        try:
+        with _one_sentence(self.shown):
             system, root = _resolved(self.uri)
             yield fs.SubTreeFileSystem(root, system)
-        except OSError as error:
-            says = str(error).splitlines()[0]
-            if _REFUSED.search(says):
-                advice = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY?"
-                raise Refused("does not accept our keys.", self.shown, advice) from error
-            if isinstance(error, FileNotFoundError) or _NOT_THERE.search(says):
-                raise Refused("is not there.", self.shown, "Are bucket and folder spelt right?") from error
-            advice = "Finished work is intact; start the same command again when it answers."
-            raise Unreachable(f"cannot be reached: {says}", self.shown, advice) from error
+
+
+@contextmanager
+def _one_sentence(shown: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        says = str(error).splitlines()[0]
+        if _REFUSED.search(says):
+            advice = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY?"
+            raise Refused("does not accept our keys.", shown, advice) from error
+        if isinstance(error, FileNotFoundError) or _NOT_THERE.search(says):
+            raise Refused("is not there.", shown, "Are bucket and folder spelt right?") from error
+        advice = "Finished work is intact; start the same command again when it answers."
+        raise Unreachable(f"cannot be reached: {says}", shown, advice) from error
 
 
 def folder_at(path: str | Path) -> Path | RemoteFolder:
     """A path of this machine, also where it is written as ``file://``, or a folder elsewhere. Refused: not a URI that
-    pyarrow knows."""
+    pyarrow knows. Unreachable: S3 does not say where the bucket is."""
     if not _URI.match(str(path)):
         return Path(path)
-    system, root = _resolved(str(path))
+    with _one_sentence(RemoteFolder(str(path)).shown):
+        system, root = _resolved(str(path))
     return Path(root) if isinstance(system, fs.LocalFileSystem) else RemoteFolder(str(path))
 
 

@@ -94,7 +94,8 @@ def _problem(model: type[BaseModel], data: Any, at: Key, key: Key, several: list
             if issubclass(model, Options):
                 of = model.__name__
                 sentence, listed = f"{table}: {of} has no option {dotted((name,))}.", f"Options of {of}"
-            return unknown(whole, sentence, name, names, listed)
+            deeper = [f"{field}.{name}" for field in names if name in _fields(model, (*key[:-1], field))]
+            return unknown(whole, sentence, name, names + deeper, listed)
         case "missing":
             too_few = isinstance(_at(data, key[:-1]), list)
             return Problem(whole, f"{table} has too few values." if too_few else f"{table} lacks {dotted((name,))}.")

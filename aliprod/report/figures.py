@@ -64,21 +64,22 @@ def plan_graph(jobs: Mapping[str, Job], rows: Mapping[str, tuple[str, str]]) -> 
 
 
 def gantt(course: Course) -> Markup:
-    """What was made when, and when the forecast would have it made. Something has begun."""
-    names = list(dict.fromkeys([*course.fact, *course.forecast]))[:_ROWS]
+    """What was made when, and when the forecast would have it made, what belongs to a job in its row. Something has
+    begun."""
+    rows = {name: name.partition(" ")[0] for name in (*course.fact, *course.forecast)}
+    places = {row: 4.0 + 15 * place for place, row in enumerate(list(dict.fromkeys(rows.values()))[:_ROWS])}
     high = max(end(course.fact), end(course.forecast))
     unit, word = next(((u, w) for u, w in _UNITS if high >= 3 * u), _UNITS[-1])
-    axis, below = Scale(high / unit, _LEFT, _RIGHT - 10), 15 * len(names) + 6
+    axis, below = Scale(high / unit, _LEFT, _RIGHT - 10), 15 * len(places) + 6
     parts = list(_ticks(axis, below, lambda time: f"{time:g}" if time else f"0 {word}"))
-    for row, name in enumerate(names):
-        y = 4.0 + 15 * row
-        parts.append(_text(_LEFT - 6, y + 9, _short(name, _NAME), "e small"))
-        for spans, kind, height in ((course.forecast, "forecast", 12), (course.fact, "fact", 6)):
-            for span in spans.get(name, ()):
-                words = f"{name}, {kind}: {duration(span.end - span.begin)} on {span.ranks} ranks"
-                left, right = axis(span.begin / unit), axis(span.end / unit)
-                box = (left, y + (12 - height) / 2, max(1.0, right - left), height)
-                parts.append(_rect(box, kind, words))
+    parts += [_text(_LEFT - 6, y + 9, _short(row, _NAME), "e small") for row, y in places.items()]
+    for spans, kind, height in ((course.forecast, "forecast", 12), (course.fact, "fact", 6)):
+        for name, span in ((name, span) for name, own in spans.items() if rows[name] in places for span in own):
+            words = f"{name}, {kind}: {duration(span.end - span.begin)} on {span.ranks} ranks"
+            left, right = axis(span.begin / unit), axis(span.end / unit)
+            parts.append(
+                _rect((left, places[rows[name]] + (12 - height) / 2, max(1.0, right - left), height), kind, words)
+            )
     if course.now is not None:
         parts.append(_line((axis(course.now / unit), 0), (axis(course.now / unit), below), "now"))
     return _svg(below + 20, parts, "When each target was made")

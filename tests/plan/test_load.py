@@ -49,6 +49,7 @@ def test_a_small_plan_is_accepted(load_text: Any, small: str) -> None:
             "epohcs",
             "stages.full has no setting epohcs.|Did you mean epochs?|A stage may say",
         ),
+        ("epochs = 2", "warmup_epochs = 1", "warmup_epochs", "Did you mean lr.warmup_epochs?"),
         ("epochs = 2", "epochs = true", "epochs = true", "stages.full.epochs = true must be a whole number"),
         ("epochs = 2", "epochs = 2.0", "epochs = 2.0", "stages.full.epochs = 2.0 must be a whole number"),
         ("epochs = 2", 'epochs = "2"', "epochs", 'stages.full.epochs = "2" must be a whole number'),
