@@ -4,7 +4,7 @@ Both sides are the same network, images, loss, clipping and SGD; one wraps it in
 takes the mean of as many shares as there are ranks by the tree of `aliprod.training.shares`. A step lasts until the
 slowest rank has ended it. Then each side runs in processes of its own, for its peak memory.
 
-    python benchmarks/shares.py [--ranks 2] [--network resnet50] [--images 32] [--side 64] [--rounds 30]
+    python benchmarks/shares.py [--ranks 2] [--network resnet50] [--images 32] [--side 64] [--rounds 60]
     python benchmarks/shares.py --shares 1 2 4 8 --images 128     one rank: what more shares of one batch cost
 """
 
@@ -14,13 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ratio import Side, header, show
+from ratio import Side, header, median_interval, ratios, show
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--network", default="resnet50")
     parser.add_argument("--images", type=int, default=32, help="of a share; with --shares of the step")
     parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=60)
     asked = parser.parse_args()
     print(header(("torch", "timm")))
     if asked.shares:
@@ -50,7 +51,11 @@ def main() -> None:
         return
     what = f"{asked.network}, {asked.ranks} ranks, {asked.images} images of {asked.side} pixels a share"
     sides = spawn(asked, ("shares", "DDP"), asked.rounds)
-    show(what, Side("shares", sides["shares"]), Side("DDP", sides["DDP"]), "ms", 1000)
+    ours, ddp = Side("shares", sides["shares"]), Side("DDP", sides["DDP"])
+    show(what, ours, ddp, "ms", 1000)
+    found = ratios(ours, ddp)
+    low, high = median_interval(found)
+    print(f"median of the rounds: ratio {median(found):.3f}, 95 % within {low:.3f} to {high:.3f}")
     peaks = {name: spawn(asked, (name,), 3)["peak"][0] for name in ("shares", "DDP")}
     gradients = sum(p.numel() for p in timm.create_model(asked.network, num_classes=CLASSES).parameters()) * 4
     more = (peaks["shares"] - peaks["DDP"]) / gradients

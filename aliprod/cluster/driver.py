@@ -34,7 +34,7 @@ from aliprod.tracking.sync import Tracking
 
 _FLUSH_SECONDS = 60.0
 _FRESH_SECONDS = 30.0  # between two looks at the rates that jobs tell
-_HURRIED_SECONDS = 10.0  # of a run that was told to stop
+_HURRIED_SECONDS = 5.0  # of a run that was told to stop: it has ten to end in
 _LOOK_SECONDS, _REMIND_SECONDS = 0.5, 60.0  # of a run that waits for another driver
 
 
