@@ -1,7 +1,7 @@
 """The bytes of a picture become an upright RGB image of 8 bits, or a reason why not.
 
 Whatever lies in a catalogue may be hostile: only six formats are tried, told apart by content, never by name,
-and a picture's size is judged by its header before a pixel is decoded.
+and the work that a picture makes, its size, scans and segments, is judged before a pixel is decoded.
 """
 
 import io
@@ -10,8 +10,10 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
@@ -24,9 +26,13 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 MOST_PIXELS = 50_000_000
 MOST_BYTES = 256 * 2**20  # of a file: 50 M pixels in any of the formats stay below
+MOST_SCANNED = 20 * MOST_PIXELS  # of a JPEG, whose pixels each scan goes over again; progressive ones have about ten
+MOST_SEGMENTS = 50_000  # of a JPEG or PNG, and of a GIF before its picture: Pillow reads each in Python
 LEAST_SIDE = 8  # less is a tracking pixel or a separator line, no photograph
 
 _JPEG = rb"\xff\xd8\xff"
+_MARKER = re.compile(rb"\xff([^\0\xff\x01\xd0-\xd8])", re.DOTALL)  # but for those without a segment
+_SCAN, _END = b"\xda", b"\xd9"
 _FORMATS: dict[re.Pattern[bytes], Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     re.compile(_JPEG): JpegImageFile,
     re.compile(rb"\x89PNG\r\n\x1a\n"): PngImageFile,
@@ -99,6 +105,12 @@ def opened(source: Path | bytes) -> ImageFile.ImageFile:
     parse = next((parse for start, parse in _FORMATS.items() if start.match(content)), None)
     if parse is None:
         raise Unreadable("is empty" if not content else "is no JPEG, PNG, WebP, GIF, BMP or TIFF")
+    scans = 0
+    if walk := _WALKS.get(parse):
+        segments = list(islice(walk(content), MOST_SEGMENTS + 1))
+        if len(segments) > MOST_SEGMENTS:
+            raise Unreadable(f"has more than {MOST_SEGMENTS:,} segments")
+        scans = segments.count(_SCAN)
     try:
         image = parse(io.BytesIO(content))  # not Image.open, whose own limit only warns
     except _DAMAGE as error:
@@ -106,9 +118,43 @@ def opened(source: Path | bytes) -> ImageFile.ImageFile:
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise Unreadable(f"is {width:,} x {height:,} pixels large; more than {MOST_PIXELS:,} are refused")
+    if width * height * scans > MOST_SCANNED:
+        raise Unreadable(f"goes {scans:,} times over {width:,} x {height:,} pixels: decoding it would take minutes")
     if min(width, height) < LEAST_SIDE:
         raise Unreadable(f"is {width} x {height} pixels small; a side below {LEAST_SIDE} is refused")
     return image
+
+
+def _jpeg(content: bytes) -> Iterator[bytes]:
+    """The markers of a JPEG's segments, up to its end; what is entropy-coded is passed over."""
+    at = 0
+    while (found := _MARKER.search(content, at)) and found[1] != _END:
+        yield found[1]
+        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+
+
+def _png(content: bytes) -> Iterator[bytes]:
+    """The names of a PNG's chunks."""
+    at = 8
+    while at < len(content):
+        yield content[at + 4 : at + 8]
+        at += 12 + int.from_bytes(content[at : at + 4])
+
+
+def _gif(content: bytes) -> Iterator[bytes]:
+    """A byte for each block of a GIF's extensions before its first picture."""
+    palette = content[10:11] + b"\0"
+    at = 13 + (3 * (2 << (palette[0] & 7)) if palette[0] & 0x80 else 0)
+    while content[at : at + 1] == b"!":
+        at += 2
+        while size := content[at : at + 1].strip(b"\0"):
+            yield size
+            at += 1 + size[0]
+        at += 1
+        yield b"!"
+
+
+_WALKS: dict[Any, Callable[[bytes], Iterator[bytes]]] = {JpegImageFile: _jpeg, PngImageFile: _png, GifImageFile: _gif}
 
 
 def animated(content: bytes) -> bool:

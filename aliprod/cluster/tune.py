@@ -1,14 +1,22 @@
-"""The search for a job's learning rates: short trainings on few images, side by side on the cluster, by Ray Tune."""
+"""The search for a job's learning rates: short trainings on few images, side by side on the cluster, by Ray Tune.
 
+What has ended lies in STORAGE/tune as JSON. Ray's own state of an experiment is pickles: it gets a folder that is
+thrown away, and is never restored.
+"""
+
+import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import TypeAdapter
 from ray import tune
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from aliprod.build.graph import targets
 from aliprod.build.preflight import make_first, prepare
@@ -20,8 +28,10 @@ from aliprod.errors import Failed, NonFiniteLoss, Refused, did_you_mean
 from aliprod.plan.open import Opened, Request
 from aliprod.plan.schema import Tune
 from aliprod.recipe import PerClass, Stage
+from aliprod.store import commit
 from aliprod.store.epochs import TOP1
 from aliprod.store.keys import key_of
+from aliprod.store.layout import TUNE
 
 
 @dataclass(frozen=True)
@@ -67,15 +77,12 @@ def search(request: Request, name: str, report: Callable[[Trial], None]) -> Foun
     try:
         session.join(opened.places.address)
         site = replace(site, cluster=with_cpus(site.cluster, session.machines(site.cluster)))
-        grid = _tuner(target, site, opened.plan.tune, report).fit()
+        trials, first = _tried(target, site, opened.plan.tune, report)
     finally:
         ray.shutdown()
-    results = [grid[number] for number in range(len(grid))]
-    trials = [_trial_of(result.config, result.metrics) for result in results if result.error is None]
     rates = _rates(target.owner.stage)
     own = next((trial for trial in trials if (trial.backbone, trial.heads) == rates), None)
     if own is None:
-        first = next((str(result.error).strip().splitlines()[-1] for result in results if result.error), "")
         raise Failed(f"its own learning rates could not be tried: {first}", name, "The same command goes on.")
     ordered = sorted(trials, key=lambda trial: (2.0 if trial.top1_error is None else trial.top1_error, trial != own))
     return Found(name, tuple(ordered), own, len(opened.read_catalogue().val))
@@ -112,50 +119,64 @@ def _check_searchable(opened: Opened, name: str) -> None:
         raise Failed(what, name, "Run the plan, or search it first.")
 
 
-def _tuner(target: Target, site: Site, recipe: Tune, report: Callable[[Trial], None]) -> tune.Tuner:
+def _tried(target: Target, site: Site, recipe: Tune, report: Callable[[Trial], None]) -> tuple[list[Trial], str]:
+    """All trials that came to their end, now or before, and what the first of the others said, or ''."""
     job, cluster = target.owner, site.cluster
+    digest = key_of([job.key, recipe.model_dump(mode="json")])
+    log = _Log(site.storage / TUNE / f"{job.name.replace('/', '.')}-{digest[:12]}.json", report)
+    wanted = pairs(_rates(job.stage), recipe, job.stage.seed)
+    log.trials += [trial for trial in log.read() if (trial.backbone, trial.heads) in wanted]
+    done = {(trial.backbone, trial.heads) for trial in log.trials}
+    if not (left := [pair for pair in wanted if pair not in done]):
+        return log.trials, ""
     resources = {"CPU": float(cluster.threads), "GPU": 1.0 if uses_gpu(cluster, session.machines(cluster)) else 0.0}
     work = partial(_try, target=target, site=site, stage=short(job.stage, recipe))
-    trainable = tune.with_resources(work, resources)
-    backbone, heads = _rates(job.stage)
-    space = {
-        "backbone": tune.loguniform(backbone / recipe.span, backbone * recipe.span),
-        "heads": tune.loguniform(heads / recipe.span, heads * recipe.span),
-    }
-    digest = key_of([job.key, recipe.model_dump(mode="json")])
-    name, folder = f"tune.{job.name.replace('/', '.')}-{digest[:12]}", site.storage / "ray"
-    if tune.Tuner.can_restore(str(folder / name)):
-        return tune.Tuner.restore(
-            str(folder / name), trainable, resume_unfinished=True, restart_errored=True, param_space=space
-        )
-    return tune.Tuner(
-        trainable,
-        param_space=space,
-        tune_config=tune.TuneConfig(
-            num_samples=recipe.trials,
-            search_alg=BasicVariantGenerator(
-                points_to_evaluate=[{"backbone": backbone, "heads": heads}],
-                max_concurrent=cluster.max_parallel_jobs or 0,  # 0: as many as there is room for
-                random_state=job.stage.seed,
-            ),
-        ),
-        run_config=tune.RunConfig(name=name, storage_path=str(folder), verbose=0, callbacks=[_Reporter(report)]),
-    )
+    with tempfile.TemporaryDirectory(prefix="aliprod-tune-") as folder:
+        grid = tune.Tuner(
+            tune.with_resources(work, resources),
+            param_space={"rates": tune.grid_search(left)},
+            tune_config=tune.TuneConfig(max_concurrent_trials=cluster.max_parallel_jobs),
+            run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[log]),
+        ).fit()
+    return log.trials, next((str(error).strip().splitlines()[-1] for error in grid.errors), "")
 
 
-class _Reporter(tune.Callback):
-    def __init__(self, report: Callable[[Trial], None]) -> None:
-        self.report = report
+def pairs(own: tuple[float, float], recipe: Tune, seed: int) -> list[tuple[float, float]]:
+    """The learning rates to be tried, of backbone and heads: the stage's own, then log-uniform ones around them."""
+    draw = random.Random(seed)
+    around = ([rate * recipe.span ** draw.uniform(-1, 1) for rate in own] for _ in range(recipe.trials - 1))
+    return [own, *((backbone, heads) for backbone, heads in around)]
+
+
+@dataclass
+class _Log(tune.Callback):
+    """The trials that have ended, in a file that is written anew after each."""
+
+    file: Path
+    report: Callable[[Trial], None]
+    trials: list[Trial] = field(default_factory=list)
+
+    def read(self) -> list[Trial]:
+        """What an earlier search has left; nothing where that is no such file."""
+        try:
+            return TypeAdapter(list[Trial]).validate_json(self.file.read_bytes())
+        except (OSError, ValueError):
+            return []
 
     def on_trial_complete(self, *_: Any, **info: Any) -> None:
-        self.report(_trial_of(info["trial"].config, info["trial"].last_result))
+        backbone, heads = info["trial"].config["rates"]
+        trial = Trial(backbone, heads, (info["trial"].last_result or {}).get("top1_error"))
+        self.trials.append(trial)
+        commit.write_file(self.file, json.dumps([asdict(one) for one in self.trials], indent=1))
+        self.report(trial)
 
 
-def _try(rates: dict[str, float], target: Target, site: Site, stage: Stage) -> None:
+def _try(drawn: dict[str, Any], target: Target, site: Site, stage: Stage) -> None:
     """Train with these rates; an error an epoch, and none where the loss diverged."""
     from aliprod.training.loop import train
 
-    stage = stage.model_copy(update={"lr": stage.lr.model_copy(update=rates)})
+    backbone, heads = drawn["rates"]
+    stage = stage.model_copy(update={"lr": stage.lr.model_copy(update={"backbone": backbone, "heads": heads})})
     catalogue, inputs = site.read(), inputs_of(target, site)
     try:
         for progress in train(stage, target.owner.network, catalogue, inputs, site.cluster):
@@ -163,11 +184,6 @@ def _try(rates: dict[str, float], target: Target, site: Site, stage: Stage) -> N
                 tune.report({"top1_error": progress.metrics[TOP1]})
     except NonFiniteLoss:
         tune.report({"top1_error": None})
-
-
-def _trial_of(rates: Mapping[str, float] | None, metrics: dict[str, Any] | None) -> Trial:
-    rates = rates or {}
-    return Trial(rates["backbone"], rates["heads"], (metrics or {}).get("top1_error"))
 
 
 def _rates(stage: Stage) -> tuple[float, float]:

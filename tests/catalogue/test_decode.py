@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from aliprod.catalogue.decode import MOST_PIXELS, Unreadable, decode, decode_anyway
+from aliprod.catalogue.decode import MOST_PIXELS, Unreadable, decode, decode_anyway, opened
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -207,3 +208,48 @@ def test_threads_see_the_same_pixels() -> None:
     alone = [decode(content).tobytes() for content in contents]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda content: decode(content).tobytes(), contents)) == alone
+
+
+# Work for one picture
+
+
+def refused_within(seconds: float, content: bytes, why: str) -> None:
+    began = time.process_time()
+    with pytest.raises(Unreadable, match=why):
+        decode(content)
+    assert decode_anyway(content)[1]
+    assert time.process_time() - began < seconds
+
+
+def test_a_progressive_jpeg_of_thousands_of_scans_is_refused_before_one_is_decoded() -> None:
+    plain = encoded(Image.new("L", (7000, 7000), 90), "JPEG", progressive=True, quality=50)
+    scan = plain[plain.rindex(b"\xff\xda") : -2]
+    bomb = plain[:-2] + 3000 * scan + plain[-2:]
+    assert len(bomb) < 1_000_000
+    refused_within(5, bomb, r"goes 3,00\d times over 7,000 x 7,000 pixels")
+    hidden = plain[:-2] + b"\xff\xfe\x00\x04\xff\xd9" + 3000 * scan + plain[-2:]  # an end marker within a comment
+    refused_within(5, hidden, r"goes 3,00\d times")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"progressive": True, "exif": b"Exif\0\0" + b"\xff\xda" * 99}]
+)
+def test_an_ordinary_jpeg_of_the_largest_size_is_not(options: dict[str, object]) -> None:
+    content = encoded(Image.new("RGB", (10_000, 5_000)), "JPEG", **options)
+    assert opened(content).size == (10_000, 5_000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "segment"),
+    [
+        ("JPEG", 2, b"\xff\xfe\0\2"),
+        ("PNG", 33, b"\0\0\0\0teSt" + struct.pack(">I", zlib.crc32(b"teSt"))),
+        ("GIF", 13, b"!\xfe\1a\0"),
+    ],
+)
+def test_a_picture_of_millions_of_segments_is_refused_at_once(kind: str, at: int, segment: bytes) -> None:
+    plain = encoded(slope(), kind)
+    if kind == "GIF":
+        at += 3 * (2 << (plain[10] & 7))
+    assert decode(plain[:at] + 100 * segment + plain[at:]).size == (24, 16)
+    refused_within(5, plain[:at] + 2_000_000 * segment + plain[at:], "has more than 50,000 segments")

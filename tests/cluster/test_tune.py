@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aliprod.cluster.tune import short
+from aliprod.cluster.tune import pairs, short
 from aliprod.plan.schema import Tune
 from aliprod.recipe import LearningRate, PerClass, Stage
 
@@ -34,3 +34,16 @@ def test_a_trial_is_no_longer_and_no_larger_than_its_stage_and_drops_its_rates_w
 def test_a_schedule_of_thirty_epochs_drops_at_the_same_shares_of_three() -> None:
     trial = short(Stage(epochs=30, lr=LearningRate(milestones=(10, 20, 29))), Tune(epochs=3))
     assert trial.lr.milestones == (1, 2)
+
+
+@given(st.floats(1e-6, 10), st.floats(1e-6, 10), st.floats(1.1, 1e6), st.integers(0, 2**32))
+def test_rates_are_drawn_around_the_stages_own_alike_each_time_and_more_trials_begin_with_the_same(
+    backbone: float, heads: float, span: float, seed: int
+) -> None:
+    own, recipe = (backbone, heads), Tune(trials=6, span=span)
+    found = pairs(own, recipe, seed)
+    assert found[0] == own
+    assert len(set(found)) == 6
+    assert found[:3] == pairs(own, recipe.model_copy(update={"trials": 3}), seed)
+    for pair in found:
+        assert all(1 / span * 0.999 <= rate / mean <= span * 1.001 for rate, mean in zip(pair, own, strict=True))

@@ -1,6 +1,7 @@
 """Learning rates are searched for on a real Ray, and nothing of the plan changes by it."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,36 @@ def test_what_it_says_to_set_gives_that_job_the_best_rates_and_no_other(
             assert rates.heads == pytest.approx(found["best"]["heads"], rel=1e-2)
         else:
             assert after.stage(*job) == before.stage(*job)
+
+
+class Trap:
+    """What reads it as a pickle writes a file."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = str(sprung)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.sprung, "w")
+
+
+def test_a_search_goes_on_behind_what_was_tried_and_reads_no_pickle_of_the_storage_path(
+    cluster: Any, searched: tuple[Path, dict[str, Any], str], plan: Path, tmp_path: Path
+) -> None:
+    storage, before, _ = searched
+    [log] = (storage / "tune").iterdir()
+    kept, sprung = json.loads(log.read_text()), tmp_path / "sprung"
+    log.write_text(json.dumps(kept[:2]))
+    for place in (storage / "ray" / f"tune.{log.stem}", storage / "tune" / log.stem):  # where Ray's state could be
+        place.mkdir(parents=True)
+        for name in ("tuner.pkl", "trainable.pkl", "experiment_state-2026-01-01_00-00-00.json", "searcher-state.pkl"):
+            (place / name).write_bytes(pickle.dumps(Trap(sprung)))
+    flags = ("--storage", storage, "--set", "tune.trials=3", "--set", "tune.epochs=1", "--set", "tune.per_class=2")
+    again = cluster.aliprod("tune", plan, "efficientnet/full", *flags, "--json")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("lr.backbone") == 1
+    assert json.loads(again.stdout.splitlines()[-1]) == before
+    assert json.loads(log.read_text()) == kept
+    assert not sprung.exists()
 
 
 def test_a_search_leaves_no_job_behind(searched: tuple[Path, dict[str, Any], str]) -> None:
