@@ -65,7 +65,7 @@ def drafted(asked: Asked) -> Asked:
     if plan.exists():
         say(f"The plan of {asked.file} is {plan}: it goes on.")
     else:
-        _write(AskedReading((), None, 0, None), asked.file, plan)
+        _write(AskedReading(), asked.file, plan)
         say(f"{plan} is written: every value is yours to change.")
     return replace(asked, file=plan)
 
