@@ -100,7 +100,7 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
 
 def _below(table: Path, lines: Mapping[str, list[Line]], links: Path | None) -> dict[str, list[Line]]:
     """The lines with absolute paths made relative where they lead below the table's folder. Refused: one leads
-    elsewhere, but below ``links``."""
+    neither there nor below ``links``."""
     own, absolute = f"{table.parent}/", ("/", "\\")
     found = {of: [(number, path.removeprefix(own), said) for number, path, said in some] for of, some in lines.items()}
     far = [(n, path) for some in found.values() for n, path, _ in some if path[:1] in absolute or path[1:3] == ":\\"]

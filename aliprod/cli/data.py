@@ -45,10 +45,10 @@ def synth_command(out: Path, classes: int, images: int, seed: int) -> None:
 class AskedReading:
     """What the commands that read a catalogue without a plan are told of it, as [catalogue] in a plan would."""
 
-    column: tuple[str, ...]
-    val: float | None
-    seed: int
-    links: Path | None
+    column: tuple[str, ...] = ()
+    val: float | None = None
+    seed: int = 0
+    links: Path | None = None
 
     def reading(self) -> "Reading":
         """How it is to be read. Refused: a column that is none."""
@@ -84,7 +84,10 @@ def check_command(asked: AskedReading, catalogue: Path, strict: bool, storage: P
     \b
     Example: aliprod data check photos
     """
-    found = _checked_plan(catalogue, storage) if catalogue.suffix == ".toml" else _checked(catalogue, asked.reading())
+    is_plan = catalogue.suffix == ".toml"
+    if is_plan and asked != AskedReading():
+        raise Refused("is a plan, which says itself how to read.", catalogue, "Say it there, under [catalogue].")
+    found = _checked_plan(catalogue, storage) if is_plan else _checked(catalogue, asked.reading())
     report = found.as_json()
     lines = [f"{problem['path']}: {problem['problem']}" for problem in report["problems"]]
     splits = ", ".join(f"{report[split]} {split}" for split in ("train", "val", "test"))

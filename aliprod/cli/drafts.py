@@ -65,7 +65,7 @@ def drafted(asked: Asked) -> Asked:
     if plan.exists():
         say(f"The plan of {asked.file} is {plan}: it goes on.")
     else:
-        _write(AskedReading((), None, 0, None), asked.file, plan)
+        _write(AskedReading(), asked.file, plan)
         say(f"{plan} is written: every value is yours to change.")
     return replace(asked, file=plan)
 
@@ -82,7 +82,8 @@ def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Photographs, 
     from aliprod.plan import draft
 
     if out.exists():
-        raise Refused("is there already, and may hold your changes.", out, "Say --out, or move it away.")
+        advice = f"`aliprod run {out}` runs it. For a new one say --out, or move it away."
+        raise Refused("is there already, and may hold your changes.", out, advice)
     catalogue = sources.read(photos, asked.reading())  # first: what is no catalogue is refused at once
     for remark in catalogue.remarks:
         say(remark)

@@ -60,6 +60,7 @@ def test_data_check_is_told_how_to_read_and_strict_fails_on_a_problem(tmp_path: 
 
 def test_data_check_of_a_plan_names_the_labels_that_its_ensemble_doubts(shop: Shop, photos: Path) -> None:
     assert answer("data", "check", shop.plan) == answer("data", "check", photos)  # nothing is trained yet
+    assert "[catalogue]" in refusal(2, "data", "check", shop.plan, "--val", "0.2")
     catalogue = sources.read(photos)
     truth = catalogue.test_labels
     assert truth is not None
