@@ -79,6 +79,8 @@ def trace_command(submission: Path, storage: Path | None) -> None:
     from aliprod.store import lineage
 
     found = lineage.find(submission, default_storage(storage))
+    for one in found["members"].values():
+        one["epoch"] += 1  # records count from 0, people from 1
     answer({"submission": str(submission), **found}, _origin(found))
 
 
@@ -279,7 +281,7 @@ def _origin(found: Mapping[str, Any]) -> str:
     from aliprod.store.epochs import KINDS
 
     rows = [
-        [name, one["version"], one["epoch"] + 1, one.get("weight", 1), one["weights"][:16], one["key"][:16], kind]
+        [name, one["version"], one["epoch"], one.get("weight", 1), one["weights"][:16], one["key"][:16], kind]
         for name, one in found["members"].items()
         for kind in [KINDS.get(one.get("kind"))]
     ]

@@ -155,7 +155,8 @@ def run(serving: Serving, host: str, port: int, replicas: int, address: str | No
     """Serve until a signal ends it, on a local Ray of our own, or on the head of the cluster at ``address``.
 
     Raises:
-        Refused: the port is taken, or as `Recogniser.load`. Unreachable: no such cluster. Failed: it did not start.
+        Refused: the port is taken, the replicas have no room, or as `Recogniser.load`. Unreachable: no such cluster.
+        Failed: it did not start.
         KeyboardInterrupt: Ctrl-C, SIGTERM; nothing is left behind.
     """
     signals = Signals()
@@ -165,13 +166,17 @@ def run(serving: Serving, host: str, port: int, replicas: int, address: str | No
     with signals.starting_others():
         join(address)
     log.setLevel(logging.WARNING)
+    has = ray.cluster_resources()
     deployment = serve.deployment(
         num_replicas=replicas,
         max_ongoing_requests=2 * CHUNK,
-        ray_actor_options={"num_gpus": int("GPU" in ray.cluster_resources())},
+        ray_actor_options={"num_gpus": int("GPU" in has)},
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
     try:
+        if replicas > (room := int(has.get("GPU", has["CPU"]))) and not address:  # it would wait for ever
+            what = f"{replicas} replicas take a core or GPU each, and here are {room}."
+            raise Refused(what, "--replicas", "Give less, or the --address of a cluster.")
         serve.start(http_options=HTTPOptions(host=host, port=port, location="HeadOnly"))
         serve.run(deployment(Endpoint).bind(serving), name=_APP)
         print(f"{serving.model} is at http://{host}:{port}/ (Ctrl-C ends it).", flush=True)

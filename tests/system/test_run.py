@@ -136,6 +136,8 @@ def test_a_copy_of_the_submission_is_traced_to_the_weights_that_made_it(whole: R
         [weights] = whole.storage.glob(f"jobs/{name}/*/weights/model.safetensors")
         assert traced["members"][name]["weights"] == commit.sha256(weights)
         assert traced["members"][name]["key"] == weights.parts[-3]
+        config = json.loads(weights.with_name("config.json").read_text())
+        assert traced["members"][name]["epoch"] == config["epoch"] + 1  # as people, MLflow and the table count
 
 
 def test_mlflow_holds_a_run_for_each_job_below_the_plans(whole: Run) -> None:

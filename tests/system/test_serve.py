@@ -171,6 +171,14 @@ def test_what_is_too_big_is_refused(served: Served) -> None:
     assert (status, told["error"]) == (413, "A request of more than 33,554,432 bytes is refused.")
 
 
+def test_replicas_without_room_are_refused(served: Served) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "aliprod", "serve", str(served.folders[0]), "--replicas", "999", "--port", port]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert (asked.returncode, "999 replicas take a core or GPU each" in asked.stderr) == (2, True), asked.stderr
+
+
 def test_the_alias_is_followed_and_no_request_fails_meanwhile(served: Served) -> None:
     found, over = list[tuple[int, Any]](), threading.Event()
 
