@@ -8,6 +8,7 @@ import click
 
 from aliprod.cli.flags import answer, cores, json_flag, path, takes, until_done
 from aliprod.errors import Refused
+from aliprod.shown import escaped
 
 if TYPE_CHECKING:
     from aliprod.catalogue.sources import Reading
@@ -83,11 +84,11 @@ def check_command(asked: AskedReading, catalogue: Path, strict: bool) -> None:
     from aliprod.ingest.check import check
 
     report = check(catalogue, cores(), asked.reading()).as_json()
-    lines = [f"{problem['path']}: {problem['problem']}" for problem in report["problems"]]
+    lines = [escaped(f"{problem['path']}: {problem['problem']}") for problem in report["problems"]]
     splits = ", ".join(f"{report[split]} {split}" for split in ("train", "val", "test"))
     readable = f"{report['readable']} of {report['images']} images are readable ({splits})"
     last = f"{readable}, {report['classes']} classes, {len(lines)} problems."
-    answer(report, "\n".join([*report["notes"], *lines, last]))
+    answer(report, "\n".join([*map(escaped, report["notes"]), *lines, last]))
     if strict and lines:
         click.get_current_context().exit(1)
 
