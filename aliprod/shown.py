@@ -4,7 +4,8 @@ import re
 
 _SECRETS = re.compile(
     r"""
-    (?<=://)(?:(?!://|models:/)[^"\n])*@                   # user and password of an address, with / and blanks in it
+    (?<=://)[^\s/"]*@                                      # user and password of an address
+    | (?<=://)[^\s/":@]*:(?:(?!://|models:/)[^"\n])*@      # with / and blanks in the password
     | (?<![\w/.%+-])[\w.%+-]+:(?![/\s])[^\s"@]+@           # the same without a scheme
     | \A(?!\d\d:\d\d:\d\d\ )[^\s:/"]+:(?![/\s])[^"\n]*@   # and with blanks, where it is all of the text
     | (?<=[?&;])(?P<name>[^\s=&"]*(?:token|passw|pwd|secret|api_?key|access_?key|signature|credential)

@@ -49,7 +49,8 @@ class Rows:
         self.paths.append(path)
 
     def note(self, path: str, problem: str, skipped: bool = False) -> None:
-        self.problems.append(Flaw(escaped(path), problem, skipped))
+        text = path.encode("utf-8", "replace").decode()  # a file's name may be no text at all
+        self.problems.append(Flaw(text, problem, skipped))
 
 
 @dataclass(frozen=True)

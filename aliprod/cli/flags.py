@@ -62,7 +62,7 @@ def answer(found: Mapping[str, Any] | None, text: str) -> None:
 
 def dumped(found: Mapping[str, Any] | None) -> str:
     """An answer as a line of JSON."""
-    return lines(json.dumps(found, ensure_ascii=False))
+    return escaped(json.dumps(found, ensure_ascii=False))
 
 
 def until_done(events: "Iterable[ReadProgress | Done]") -> Done:

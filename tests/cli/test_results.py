@@ -139,7 +139,7 @@ def test_an_export_compared_on_no_picture_is_refused(weights_folder: Path, tmp_p
 
 
 def test_predict_shows_an_odd_name_in_one_line_and_json_has_the_name_itself(weights_folder: Path) -> None:
-    odd = weights_folder.parent / "a\x1b[2J\nb.png: a cat\u202e\x9b.png"
+    odd = weights_folder.parent / "12:30@a\x1b[2J\nb.png: a cat\u202e\x9b.png"
     odd.write_bytes(b"no picture")
     result = aliprod("predict", weights_folder, odd)
     shown = str(odd).translate({ord(one): f"\\u{ord(one):04x}" for one in "\x1b\n\u202e\x9b"})
