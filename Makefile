@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test check format docs hashes audit clean
 
 demo: $(INSTALLED)  ## render a small catalogue, train sixteen jobs, add eleven members up
 	$(BIN)/aliprod run jobs/quickstart.toml
@@ -23,6 +23,20 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)  ## docs/ as a site: python -m http.server --directory build/site
 	$(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+
+hashes: build/tools  ## hashes.txt anew, of constraints.txt
+	@sed -n 's/^#/#/p' hashes.txt > build/hashes.txt
+	@sed '/^#/d' constraints.txt | build/tools/bin/uv pip compile --quiet --no-deps --no-annotate --no-header \
+	  --no-emit-index-url --no-emit-find-links --generate-hashes --python-version 3.11 - >> build/hashes.txt
+	@mv build/hashes.txt hashes.txt
+
+audit: $(INSTALLED) build/tools  ## licences of what is installed; known CVEs of constraints.txt (asks pypi.org)
+	build/tools/bin/pip-licenses --python $(BIN)/python --order license
+	build/tools/bin/pip-audit --requirement hashes.txt --require-hashes --disable-pip
+
+build/tools:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 pip-licenses==5.5.5 uv==0.13.9
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing aliprod and what it needs into .venv (torch, Ray, MLflow: gigabytes, minutes the first time) ..."

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+from aliprod.shown import escaped, lines
+
 
 class AliprodError(Exception):
     """An error with a cure. Printed as ``where: what`` and, indented below, the advice.
@@ -25,7 +27,7 @@ class AliprodError(Exception):
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
-        return head + "".join(f"\n  {line}" for line in self.advice.splitlines())
+        return lines(escaped(head) + "".join(f"\n  {line}" for line in self.advice.split("\n") if line))
 
 
 class Refused(AliprodError):

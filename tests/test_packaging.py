@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+HASHES = (ROOT / "hashes.txt").read_text()
 PINS = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
 
 
@@ -54,6 +55,15 @@ def test_what_a_dependency_needs_itself_is_pinned_too(pin):
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
     assert {canonicalize_name(one.name) for one in needed} - PINS.keys() == set()
     assert [str(one) for one in needed if PINS[canonicalize_name(one.name)] not in one.specifier] == []
+
+
+def test_each_pin_has_the_hashes_of_its_files_and_nothing_else_has():
+    found = re.findall(r"^([^\s#]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", HASHES, re.MULTILINE)
+    assert {canonicalize_name(name): version for name, version in found} == {
+        name: str(version) for name, version in PINS.items()
+    }
+    lines = [line for line in HASHES.splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"\S+==\S+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line)] == []
 
 
 def test_clusters_and_images_run_the_ray_and_the_python_of_the_constraints():

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aliprod.errors import Refused, did_you_mean, listing
+from aliprod.shown import escaped
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TREE = "product_tree.json"
@@ -130,15 +131,10 @@ def class_fault(class_id: Any) -> str:
     return f"its class id is {_shown(class_id)}, not a number such as 7 or 00007"
 
 
-def printable(text: str) -> str:
-    """A stranger's text that any stream of UTF-8 can carry."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _shown(value: Any) -> str:
     if value is None:
         return "missing"
-    text = printable(repr(value))
+    text = escaped(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

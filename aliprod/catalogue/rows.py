@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aliprod.catalogue import annotations
-from aliprod.catalogue.annotations import class_number, path_fault, printable
+from aliprod.catalogue.annotations import class_number, path_fault
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.catalogue.tars import Tars
 from aliprod.errors import Refused, did_you_mean, listing
+from aliprod.shown import escaped
 
 ADVICE = (
     "A catalogue has train.json and train/00000/ (AliProducts), or train/NAME/ or NAME/ (ImageFolder), or a table such "
@@ -48,7 +49,8 @@ class Rows:
         self.paths.append(path)
 
     def note(self, path: str, problem: str, skipped: bool = False) -> None:
-        self.problems.append(Flaw(printable(path), problem, skipped))
+        text = path.encode("utf-8", "replace").decode()  # a file's name may be no text at all
+        self.problems.append(Flaw(text, problem, skipped))
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,9 @@ def assembled(root: Path, source: Path, found: Iterable[Rows]) -> Catalogue:
         ancestor=annotations.ancestors(leaves, classes) if leaves else None,
         problems=(
             *(flaw for rows in splits.values() for flaw in rows.problems),
-            *(Flaw(annotations.TREE, printable(fault)) for fault in faults),
+            *(Flaw(annotations.TREE, escaped(fault)) for fault in faults),
         ),
-        notes=tuple(printable(note) for rows in splits.values() for note in rows.notes),
+        notes=tuple(escaped(note) for rows in splits.values() for note in rows.notes),
     )
 
 

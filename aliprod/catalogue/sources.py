@@ -21,9 +21,11 @@ from aliprod.catalogue.rows import ADVICE, Line, Numbering, Rows, assembled, of_
 from aliprod.catalogue.tables import METADATA, TABLES, from_tables
 from aliprod.catalogue.tars import Tars, members
 from aliprod.errors import Refused
+from aliprod.shown import escaped
 from aliprod.store import commit
 
 _TAR = re.compile(r".*\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2|txz)", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SHARE = 0.1  # held out of a catalogue without any split
 
 
@@ -61,6 +63,9 @@ def read(path: Path, reading: Reading = PLAIN, remote: RemoteFolder | None = Non
         found, is_split = _found(path.resolve(), replace(reading, links=links))
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror}.", error.filename or path, "Check its permissions.") from error
+    if wrong := next(filter(_CONTROL.search, found.names), ""):
+        advice = "Rename it: letters, digits, blanks and signs of any language."
+        raise Refused(f"has a class whose name holds a control character: {escaped(wrong)}.", path, advice)
     train, val, test = (replace(images, links=links, remote=remote) for images in found.splits)
     found = replace(found, train=train, val=val, test=test)
     share = reading.val if reading.val is not None or is_split else _SHARE

@@ -176,7 +176,8 @@ def _jsonl(file: Path) -> tuple[list[str], Cells]:
 
     def cells(names: list[str]) -> Iterator[tuple[int, Sequence[str]]]:
         for number, row in rows():
-            yield number, ["" if row.get(name) is None else annotations.printable(str(row[name])) for name in names]
+            said = ["" if row.get(name) is None else str(row[name]) for name in names]
+            yield number, [cell.encode("utf-8", "replace").decode() for cell in said]  # no halves of characters
 
     return list(next(rows(), (0, dict[str, Any]()))[1]), cells
 

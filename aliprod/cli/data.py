@@ -8,6 +8,7 @@ import click
 
 from aliprod.cli.flags import Asked, Share, answer, cores, json_flag, path, seed, storage_flag, takes, until_done
 from aliprod.errors import Refused
+from aliprod.shown import escaped
 
 if TYPE_CHECKING:
     from aliprod.catalogue.sources import Reading
@@ -89,11 +90,11 @@ def check_command(asked: AskedReading, catalogue: Path, strict: bool, storage: P
         raise Refused("is a plan, which says itself how to read.", catalogue, "Say it there, under [catalogue].")
     found = _checked_plan(catalogue, storage) if is_plan else _checked(catalogue, asked.reading())
     report = found.as_json()
-    lines = [f"{problem['path']}: {problem['problem']}" for problem in report["problems"]]
+    lines = [escaped(f"{problem['path']}: {problem['problem']}") for problem in report["problems"]]
     splits = ", ".join(f"{report[split]} {split}" for split in ("train", "val", "test"))
     readable = f"{report['readable']} of {report['images']} images are readable ({splits})"
     last = f"{readable}, {report['classes']} classes, {len(lines)} problem{'s' * (len(lines) != 1)}."
-    answer(report, "\n".join([*report["notes"], *lines, last]))
+    answer(report, "\n".join([*map(escaped, report["notes"]), *lines, last]))
     if strict and lines:
         click.get_current_context().exit(1)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from aliprod.cli.completion import ExpandedPath, plans
+from aliprod.shown import escaped, lines
 
 if TYPE_CHECKING:
     from aliprod.plan.open import Opened, Request
@@ -62,13 +63,18 @@ def as_json() -> bool:
 
 def say(text: str) -> None:
     """Print what happens on the way: on stderr where stdout is for the JSON."""
-    click.echo(text, err=as_json())
+    click.echo(lines(text), err=as_json())
 
 
 def answer(found: Mapping[str, Any] | None, text: str) -> None:
     """Print a command's answer: as JSON where that is asked for, else the text, where there is one."""
     if text or as_json():
-        click.echo(json.dumps(found, ensure_ascii=False) if as_json() else text)
+        click.echo(dumped(found) if as_json() else lines(text))
+
+
+def dumped(found: Mapping[str, Any] | None) -> str:
+    """An answer as a line of JSON."""
+    return escaped(json.dumps(found, ensure_ascii=False))
 
 
 def until_done(events: "Iterable[ReadProgress | Done]") -> Done:
@@ -130,6 +136,8 @@ class Asked:
         from aliprod.plan.places import resolve
 
         places = resolve(plan, self.storage, self.tracking_uri, self.address)
+        # the address, which may hold a password, stands in the places alone
+        plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"tracking_uri": None})})
         return Request(plan, self.file.read_text(encoding="utf-8-sig"), places)
 
     def opened(self) -> "Opened":
@@ -139,9 +147,9 @@ class Asked:
 
         opened = open_plan(request)
         if opened.note:
-            click.echo(opened.note, err=True)
+            click.echo(escaped(opened.note), err=True)
         for remark in opened.catalogue.remarks if opened.catalogue else ():
-            click.echo(remark, err=True)
+            click.echo(escaped(remark), err=True)
         return opened
 
     def benchmark(self) -> str:

@@ -25,6 +25,7 @@ from aliprod.cli.flags import (
     tracking_flag,
 )
 from aliprod.errors import AliprodError, Refused, Unreachable
+from aliprod.shown import escaped, lines
 
 if TYPE_CHECKING:
     from aliprod.forecast.demand import Demand
@@ -239,7 +240,7 @@ def _remark(request: "Request") -> None:
     from aliprod.plan.checks import remarks
 
     for remark in remarks(request.plan):
-        click.echo(remark, err=True)
+        click.echo(escaped(remark), err=True)
 
 
 def _drive(request: "Request", events: Iterator[Event], whole: bool) -> None:
@@ -257,7 +258,7 @@ def _drive(request: "Request", events: Iterator[Event], whole: bool) -> None:
     answer(outcome if whole else outcome["ensemble"], status.summary(outcome))
     if failures:
         for failure in failures:
-            click.echo(f"Error: {failure.job} {failure.state.replace('_', ' ')}: {failure.detail}", err=True)
+            click.echo(lines(f"Error: {failure.job} {failure.state.replace('_', ' ')}: {failure.detail}"), err=True)
         made = "The ensemble was made: it needs none of them." if outcome["ensemble"] else "No ensemble was made."
         click.echo(f"{made} What is finished is kept; the same command goes on.", err=True)
         sys.exit(1)

@@ -1,6 +1,5 @@
 """The commands that use and explain what a plan has made."""
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from aliprod.cli.flags import (
     as_json,
     cores,
     count,
+    dumped,
     json_flag,
     path,
     say,
@@ -27,6 +27,7 @@ from aliprod.cli.flags import (
     until_done,
 )
 from aliprod.errors import Refused, listing
+from aliprod.shown import escaped
 
 if TYPE_CHECKING:
     from aliprod.export.formats import Format
@@ -213,7 +214,7 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
         failed = 0
         for found in classify(recogniser, pictures, cores()):
             failed += "error" in found
-            click.echo(json.dumps(found, ensure_ascii=False) if as_json() else _prediction(found))
+            click.echo(dumped(found) if as_json() else escaped(_prediction(found)))
     if failed:
         click.echo(f"{failed:,} of {len(pictures):,} pictures cannot be read: see their errors.", err=True)
         sys.exit(1)

@@ -13,6 +13,7 @@ from aliprod.cli.flags import as_json, say
 from aliprod.forecast.left import Left, Outlook
 from aliprod.plan.open import Opened
 from aliprod.report import live, status
+from aliprod.shown import lines
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -97,6 +98,7 @@ class _Watch:
         return _LINE_SECONDS if live.waiting(standing) == self.waiting else _WAITING_SECONDS
 
     def _print(self, text: str) -> None:
+        text = lines(text)
         if text and self.table:
             self.table.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif text:

@@ -23,7 +23,8 @@ from aliprod.errors import AliprodError, Unreachable
 from aliprod.forecast.demand import Demand, demand
 from aliprod.plan.open import Opened
 from aliprod.plan.places import Places, catalogue_path
-from aliprod.store import commit, lineage
+from aliprod.shown import redacted
+from aliprod.store import commit
 from aliprod.tracking import server
 
 _BYTES = 64 << 20  # written and read for the speed
@@ -80,7 +81,7 @@ def _mlflow(places: Places, opened: Opened | None) -> Check:
             server.connect(uri, opened.plan.name, places.artifacts)
     except AliprodError as error:
         return _failed("MLflow", error)
-    return Check("MLflow", True, None, f"{lineage.redacted(uri)} answers")
+    return Check("MLflow", True, None, f"{redacted(uri)} answers")
 
 
 def _nodes(places: Places, opened: Opened | None, takes: Demand | None) -> Iterator[Check]:

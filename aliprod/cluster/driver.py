@@ -26,6 +26,7 @@ from aliprod.forecast import kept
 from aliprod.forecast.seconds import Estimates
 from aliprod.plan.open import Opened, Request
 from aliprod.plan.places import catalogue_path
+from aliprod.shown import redacted
 from aliprod.store import commit, lineage
 from aliprod.store.lease import Leases
 from aliprod.tracking.registry import Choice, choose, origin
@@ -91,7 +92,7 @@ class _Run:
             yield from self._alone(f"plan-{plan.name}")
             before = None if self.whole else told(self.opened)  # a whole run tries anew what has failed
             self.state = RunState(self.opened, before)  # as the driver before has left it
-            yield Said(f"Opening MLflow: {lineage.redacted(places.tracking_uri)}.")
+            yield Said(f"Opening MLflow: {redacted(places.tracking_uri)}.")
             yield from self._alone("mlflow")  # the first one migrates its database
             self.tracking = Tracking.connect(places.tracking_uri, plan.name, places.artifacts, self.said.append)
             self.leases.release("mlflow")

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import ray_constants
 from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -74,6 +75,9 @@ def join(address: str | None) -> None:
 
 
 def _init(address: str | None) -> None:
+    # Ray's own switch for laptops, read at its import and in its children: ports are open on loopback alone.
+    ray_constants.ENABLE_RAY_CLUSTER = bool(address)
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = str(int(bool(address)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own deprecations are none of the user's business
         ray.init(

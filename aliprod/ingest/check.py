@@ -14,12 +14,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from aliprod.catalogue.annotations import PICTURE_SUFFIXES, printable
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.catalogue.decode import Unreadable, animated, content_of, decode
 from aliprod.catalogue.sources import PLAIN, Reading, read
 from aliprod.errors import listing
 from aliprod.processes import pool
+from aliprod.shown import escaped
 
 _CHUNK = 64  # images that a process is handed at once
 _GROUP = 4  # images of one class in a batch of LIO, by default: one and its positives
@@ -106,7 +107,7 @@ def _small(catalogue: Catalogue) -> Iterator[str]:
 
 def _listed(catalogue: Catalogue, labels: Integers) -> str:
     """Classes by name, else by number."""
-    return listing(printable(catalogue.name(label)) for label in labels.tolist())
+    return listing(escaped(catalogue.name(label)) for label in labels.tolist())
 
 
 def first_picture(images: Images) -> str:
@@ -132,7 +133,7 @@ def judged(images: Images, row: int) -> tuple[bytes, Image | None, Flaw | None]:
     except Unreadable as unreadable:
         skipped = images.split != "test"  # a test row is in the submission whatever its picture
         instead = "skipped" if skipped else "predicted from what can be seen of it, else from grey"
-        return content, None, Flaw(path, printable(f"{unreadable}: {instead}"), skipped)
+        return content, None, Flaw(path, escaped(f"{unreadable}: {instead}"), skipped)
     flaw = Flaw(path, "is animated: its first frame is the picture") if animated(content) else None
     return content, image, flaw
 
@@ -174,7 +175,7 @@ def not_listed(catalogue: Catalogue) -> Iterator[Flaw]:
         extra = [path for path in found if path.rpartition("/")[2] not in refused]
         if extra:
             files = "1 picture is" if len(extra) == 1 else f"{len(extra):,} pictures are"
-            yield Flaw(top, printable(f"{files} not listed and not used: {listing(extra, 5)}"))
+            yield Flaw(top, escaped(f"{files} not listed and not used: {listing(extra, 5)}"))
 
 
 def _pictures(root: Path, top: str) -> Iterator[str]:

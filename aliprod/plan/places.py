@@ -1,10 +1,11 @@
 """Where a plan runs: storage, tracking, cluster. A flag goes before the plan, the plan before the environment."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aliprod.errors import Refused
 from aliprod.plan.schema import Cluster, Plan
 from aliprod.store.layout import HELD_OUT
 
@@ -26,7 +27,7 @@ class Places:
     """
 
     storage: Path
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)
     address: str | None
     note: str = ""
 
@@ -60,7 +61,12 @@ def default_storage(stated: Path | str | None = None) -> Path:
 
 def default_tracking_uri(storage: Path, stated: str | None = None) -> str:
     """Address of MLflow: the stated one, that of the environment, or SQLite in the storage folder."""
-    return stated or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
+    if uri := stated or os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if odd := [character for character in "%?#" if character in str(storage)]:
+        what = f"has a {odd[0]} in its path, which the address of MLflow's SQLite database cannot hold."
+        raise Refused(what, storage, "Give another --storage, or a --tracking-uri.")
+    return f"sqlite:///{storage / 'mlflow.db'}"
 
 
 def catalogue_path(plan: Plan, places: Places) -> Path:

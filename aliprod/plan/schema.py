@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 from aliprod.plan.options import complete
 from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
 from aliprod.store.keys import key_of
+from aliprod.store.layout import OWN
 
 Edge = tuple[str, ...]
 EDGES: tuple[Edge, ...] = (
@@ -34,9 +35,16 @@ def _plain(name: str) -> str:
     return name
 
 
+def _free(name: str) -> str:
+    if name.lower() in OWN:
+        raise ValueError("a folder of the storage path has this name, which keeps what all plans share")
+    return name
+
+
 PlainName = Annotated[
     str, AfterValidator(_plain), WithJsonSchema({"type": "string", "pattern": f"^{PLAIN_NAME.pattern}$"})
 ]
+OwnName = Annotated[PlainName, AfterValidator(_free)]
 Text = Annotated[str, Field(min_length=1)]
 MOST_RANKS = 4096
 Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
@@ -162,7 +170,7 @@ class Plan(Frozen):
     # Made by `aliprod.plan.load.load` alone, which checks what one table says about another.
 
     format: Literal[1] = Field(description="of this file: 1")
-    name: PlainName = Field(description="of the plan: its folder, its MLflow experiment, its models' first name")
+    name: OwnName = Field(description="of the plan: its folder, its MLflow experiment, its models' first name")
     seed: int = Field(0, ge=0, description="of every stage that states none")
     catalogue: CatalogueSource = Field(description="the images")
     backbones: dict[PlainName, Text] = Field(description="our name = timm's name, with the tag of its weights")

@@ -26,6 +26,7 @@ from aliprod.report.course import course, end, rank_hours
 from aliprod.report.error_analysis import reliability
 from aliprod.report.estimate import duration
 from aliprod.report.look_alikes import look_alikes
+from aliprod.shown import lines, redacted
 from aliprod.store import commit, epochs, lineage
 
 FILE = "report.html"
@@ -43,6 +44,7 @@ def write(request: Request) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("aliprod.report", "."),
         autoescape=True,
+        finalize=lambda value: lines(value) if type(value) is str else value,  # not what is HTML already
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -151,7 +153,7 @@ def _saved(opened: Opened, result: Mapping[str, Any]) -> float | None:
 
 def _origin(opened: Opened) -> dict[str, Any]:
     """What the ensemble was made of, by which software, and where MLflow has it."""
-    address = lineage.redacted(opened.places.tracking_uri).rstrip("/")
+    address = redacted(opened.places.tracking_uri).rstrip("/")
     records = [record for name in opened.jobs if (record := opened.record(name))]
     environments = {json.dumps(record.get("environment", {}), sort_keys=True) for record in records}
     return {

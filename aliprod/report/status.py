@@ -9,6 +9,7 @@ from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.recipe import VIEWS
 from aliprod.report.estimate import duration
+from aliprod.shown import escaped
 from aliprod.store import epochs
 
 
@@ -46,7 +47,7 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     """Rows in aligned columns, numbers to the right."""
     columns = []
     for name, *values in zip(header, *rows, strict=True):
-        texts = [name, *map(_cell, values)]
+        texts = [name, *(escaped(_cell(value)) for value in values)]
         width = max(map(len, texts))
         align = ">" if any(isinstance(value, int | float) for value in values) else "<"
         columns.append([f"{text:{align}{width}}" for text in [name, "-" * width, *texts[1:]]])

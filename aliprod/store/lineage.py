@@ -4,7 +4,6 @@ STORAGE/PLAN/submissions/SHA256.json     named after the submission's bytes, so 
 """
 
 import json
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -14,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from aliprod.errors import Refused
+from aliprod.shown import redacted
 from aliprod.store import commit
 from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
 from aliprod.version import VERSION
 
 _FOLDER = "submissions"
-_USER = re.compile(r"""(?<=://)[^/\s"]*@""")  # of an address: user and password
 MEMBERS = "members.json"  # in a plan's folder: the checkpoints that its ensemble was last made of
-
-
-def redacted(text: str) -> str:
-    """The text without the user and password of every address in it."""
-    return _USER.sub("", text)
 
 
 @cache

@@ -19,9 +19,10 @@ from aliprod.build.events import DONE, JobState
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
+from aliprod.shown import redacted
 from aliprod.store import commit, epochs
 from aliprod.store.layout import LAST, METRICS, WEIGHTS
-from aliprod.store.lineage import redacted, revision
+from aliprod.store.lineage import revision
 from aliprod.tracking import confusions, view
 from aliprod.tracking.registry import Choice, Registry, Weights
 from aliprod.tracking.server import Server

@@ -18,7 +18,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from sqlalchemy.exc import SQLAlchemyError
 
 from aliprod.errors import Refused, Unreachable
-from aliprod.store.lineage import redacted
+from aliprod.shown import redacted
 from aliprod.tracking import view
 
 PROBE = "aliprod wrote this to see whether artifacts can be written and read back.\n".ljust(1024, ".")
@@ -128,7 +128,10 @@ def sentence(error: BaseException) -> str:
 
 
 def _check_address(uri: str) -> None:
-    scheme = urlsplit(uri).scheme
+    try:
+        scheme = urlsplit(uri).scheme
+    except ValueError as error:
+        raise Refused(f"is no address: {error}.", redacted(uri), "Give http://HOST:PORT of a server.") from None
     if not scheme or scheme == "file":
         raise Refused(
             "MLflow no longer keeps runs in a folder.",

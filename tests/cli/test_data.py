@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from shop import Shop, aliprod, answer, refusal
@@ -75,3 +76,20 @@ def test_data_check_of_a_plan_names_the_labels_that_its_ensemble_doubts(shop: Sh
     own, other = (catalogue.name(int(label)) for label in (truth[0], rows[0].argmax()))
     assert told["path"] == catalogue.test.paths[0].as_py()
     assert told["problem"] == f"its label {own} may be wrong: the ensemble is 80% sure of {other}"
+
+
+@pytest.mark.parametrize("odd", ["\x1b[31m", "\r", "\n", "\x9b", "\u202e"])
+def test_an_odd_name_of_a_picture_forges_no_line_and_such_a_class_is_refused(tmp_path: Path, odd: str) -> None:
+    photos, shown = tmp_path / "photos", f"\\u{ord(odd[0]):04x}{odd[1:]}"
+    for name in ("a", "b"):
+        (photos / name).mkdir(parents=True)
+        Image.effect_noise((32, 32), 20).save(photos / name / "one.png")
+        (photos / name / f"x{odd}.png").write_bytes(b"no picture")
+    told = aliprod("data", "check", photos).stdout
+    assert f"x{shown}.png: " in told
+    assert told.replace("\n", "").isprintable()
+    assert "problems." in told.splitlines()[-1]
+    (photos / "product_tree.json").write_text(json.dumps([{"name": f"tea{odd}", "class_id": 0}]))
+    (photos / "train.csv").write_text("path,class\na/one.png,0\nb/one.png,1\n")
+    if odd != "\u202e":  # a mark that languages need
+        assert f"control character: tea{shown}" in refusal(2, "data", "check", photos)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,30 @@ def test_an_export_compared_on_no_picture_is_refused(weights_folder: Path, tmp_p
         said = refusal(2, "export", weights_folder, tmp_path / "out", "--to", "torch", "--images", folder)
         assert f"{folder}: holds no picture." in said
     assert not (tmp_path / "out").exists()
+
+
+def test_predict_shows_an_odd_name_in_one_line_and_json_has_the_name_itself(weights_folder: Path) -> None:
+    odd = weights_folder.parent / "12:30@a\x1b[2J\nb.png: a cat\u202e\x9b.png"
+    odd.write_bytes(b"no picture")
+    result = aliprod("predict", weights_folder, odd)
+    shown = str(odd).translate({ord(one): f"\\u{ord(one):04x}" for one in "\x1b\n\u202e\x9b"})
+    assert result.stdout == f"{shown}: is no JPEG, PNG, WebP, GIF, BMP or TIFF\n"
+    [line] = aliprod("predict", weights_folder, odd, "--json").stdout.splitlines()
+    assert line.isprintable()
+    assert json.loads(line)["path"] == str(odd)
+
+
+@pytest.mark.parametrize("network", ["hf-hub:timm/resnet18.a1_in1k", "hf_hub:a/b", "local-dir:/tmp"])
+def test_a_network_of_a_weights_folder_is_never_fetched(
+    weights_folder: Path, photos: Path, tmp_path: Path, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "hostile"
+    shutil.copytree(weights_folder, folder)
+    config = json.loads((folder / weights.CONFIG).read_text()) | {"network": network}
+    (folder / weights.CONFIG).write_text(json.dumps(config))
+    (folder / commit.MANIFEST).unlink(missing_ok=True)
+    asked = list[object]()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *where, **_: asked.append(where))
+    monkeypatch.setattr(socket.socket, "connect", lambda _, where: asked.append(where))
+    assert f'has no network "{network}"' in refusal(2, "predict", folder, photos / "test")
+    assert asked == []

@@ -1,5 +1,6 @@
 """Where a plan runs: a flag before the plan, the plan before the environment, the environment before the default."""
 
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from aliprod.errors import Refused
 from aliprod.plan.load import load
 from aliprod.plan.places import SUBMITTED, catalogue_path, default_storage, resolve
 from aliprod.plan.schema import Plan
+from aliprod.store.layout import OWN
 
 VARIABLES = ("ALIPROD_STORAGE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", SUBMITTED)
 
@@ -113,3 +116,20 @@ def test_the_storage_folder_is_the_flags_then_the_environments_then_runs(
     monkeypatch.setenv("ALIPROD_STORAGE", "~/results")
     assert default_storage() == tmp_path / "home" / "results"
     assert default_storage(Path("~/mine")) == tmp_path / "home" / "mine"
+
+
+@pytest.mark.parametrize("name", ["50%20", "what?", "a#b"])
+def test_a_storage_path_that_no_address_of_sqlite_can_hold_is_refused_but_with_a_server(
+    plan: Any, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(Refused, match=f"has a {re.escape(next(iter(set('%?#') & set(name))))} in its path"):
+        resolve(plan(False), tmp_path / name, None, None)
+    assert resolve(plan(False), tmp_path / name, "http://host:5000", None).storage == tmp_path / name
+
+
+@pytest.mark.parametrize("name", [*OWN, "Jobs"])
+def test_a_plan_cannot_have_the_name_of_a_folder_that_all_plans_share(
+    load_text: Callable[..., Plan], small: str, name: str
+) -> None:
+    with pytest.raises(Refused, match="which keeps what all plans share"):
+        load_text(re.sub(r'name = "[^"]*"', f'name = "{name}"', small, count=1))

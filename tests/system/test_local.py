@@ -1,5 +1,6 @@
 """Without an address: a Ray of our own, though another one runs on this machine, that ends with the run."""
 
+import json
 import os
 import pty
 import sqlite3
@@ -97,3 +98,22 @@ except Unreachable as error:
     first, *rest = done.stdout.splitlines()
     assert first == "1"
     assert rest[0].startswith("local Ray: no Ray cluster answers: The current node timed out during startup.")
+
+
+LISTENING = """
+import json, psutil, ray
+from aliprod.cluster.session import join
+join(None)
+ray.get(ray.remote(num_cpus=0)(lambda: None).remote())
+family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+found = [one.laddr.ip for process in family for one in process.net_connections("inet") if one.status == "LISTEN"]
+print(json.dumps(found))
+"""
+
+
+def test_a_local_ray_is_open_on_loopback_alone(cluster: Any) -> None:
+    own = {name: value for name, value in cluster.environment.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", LISTENING]
+    found = json.loads(subprocess.check_output(command, env=own, cwd=cluster.home, text=True).splitlines()[-1])
+    assert len(found) > 5
+    assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

@@ -1,0 +1,48 @@
+"""Whatever is secret in an address or the environment stands in no file, page, log or output of a run."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PASSWORD, CANARIES = (
+    "canary-of-the-address",
+    {
+        "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflow",
+        "AWS_SECRET_ACCESS_KEY": "canary-of-aws",
+        "HF_TOKEN": "canary-of-the-hub",
+    },
+)
+
+
+def holding(folder: Path, secret: str) -> Iterator[Path]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return (path for path in files if secret.encode() in path.read_bytes())
+
+
+@pytest.mark.parametrize("where", ["plan", "flag"])
+def test_no_secret_is_written_or_said(where: str, cluster: Any, plan: Path, server: Any, tmp_path: Path) -> None:
+    uri, storage = server.uri.replace("//", f"//user:{PASSWORD}@"), tmp_path / "storage"
+    text = plan.read_text().replace('path = "catalogue"', f"path = {str(plan.parent / 'catalogue')!r}")
+    file = tmp_path / "tiny.toml"
+    file.write_text(f'{text}tracking_uri = "{uri}"\n' if where == "plan" else text)
+    sets = ('jobs={efficientnet=["full"]}', 'ensemble.members=["efficientnet/full"]', "stages.full.epochs=1")
+    flags = [word for one in sets for word in ("--set", one)] + ["--storage", str(storage)]
+    flags += ["--tracking-uri", uri] if where == "flag" else []
+    said = ""
+    for command in (("run", "--address", cluster.address), ("plan",), ("status", "--json"), ("report",)):
+        words = [sys.executable, "-m", "aliprod", command[0], str(file), *flags, *command[1:]]
+        environment = cluster.environment | CANARIES
+        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said += done.stdout + done.stderr
+    trace = [sys.executable, "-m", "aliprod", "trace", str(storage / "tiny" / "submission.csv"), "--json"]
+    said += subprocess.check_output([*trace, "--storage", str(storage)], text=True, cwd=tmp_path)
+    assert "127.0.0.1" in said
+    for secret in (PASSWORD, *CANARIES.values()):
+        assert secret not in said
+        for folder in (storage, server.folder, cluster.home):
+            assert list(holding(folder, secret)) == []
