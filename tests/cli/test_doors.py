@@ -1,6 +1,8 @@
 """What is wrong is answered at once: nothing heavy is loaded before the arguments are known to be good."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +81,18 @@ def test_the_commands_themselves_load_nothing_heavy(tmp_path: Path) -> None:
 def test_predicting_with_weights_needs_neither_ray_nor_mlflow() -> None:
     program = "import sys, aliprod.inference.predict; sys.exit('ray' in sys.modules or 'mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_names_of_any_bytes_are_read_and_shown_where_the_locale_is_no_utf_8(tmp_path: Path) -> None:
+    """PYTHONUTF8 and PYTHONCOERCECLOCALE keep Python from taking UTF-8 instead of a C locale, as it has by itself."""
+    synthesise(tmp_path / "ph", classes=2, images=10, seed=0)
+    folder, pictures = os.fsencode(tmp_path) + "/gär/train/日本".encode(), sorted((tmp_path / "ph").rglob("*.jpg"))
+    for name, picture in zip([b"a.jpg", b"b.jpg", "grün.jpg".encode(), b"half\xff.jpg"], pictures, strict=False):
+        os.makedirs(folder, exist_ok=True)
+        shutil.copy(picture, folder + b"/" + name)
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    command = [sys.executable, "-m", "aliprod", "data", "check", "gär", "--val", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | locale, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "train/日本/half".encode() in done.stdout
+    assert b"3 of 3 images are readable" in done.stdout
