@@ -66,7 +66,7 @@ def main() -> NoReturn:
     """The console script."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"  # plans and names of pictures are UTF-8, whatever the locale; workers inherit it
-        os.execv(sys.executable, sys.orig_argv)
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
     app(prog_name="aliprod")
