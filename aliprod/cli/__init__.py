@@ -3,6 +3,7 @@
 Heavy modules are imported inside the commands, so that help and a refused plan stay fast.
 """
 
+import os
 import sys
 from io import TextIOWrapper
 from typing import Any, NoReturn
@@ -63,6 +64,9 @@ for _command in (cluster_group, doctor_command, benchmark_command, tune_command,
 
 def main() -> NoReturn:
     """The console script."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"  # plans and names of pictures are UTF-8, whatever the locale; workers inherit it
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
     app(prog_name="aliprod")

@@ -140,10 +140,9 @@ def _template(nfs: str | None, docker: str | None) -> dict[str, Any]:
 def _write(out: Path, config: dict[str, Any]) -> None:
     import yaml
 
+    from aliprod.store import commit
+
     if out.exists():
         raise Refused("is there already.", out, "Give another name, or move it away.")
-    try:
-        out.write_text(yaml.safe_dump(config, sort_keys=False, width=120), encoding="utf-8")
-    except OSError as error:
-        raise Refused(f"cannot be written: {error.strerror}.", out) from error
+    commit.write_file(out, yaml.safe_dump(config, sort_keys=False, width=120))
     say(f"{out} is written. Next: ray up {out}")

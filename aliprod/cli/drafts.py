@@ -9,7 +9,7 @@ import click
 
 from aliprod.cli.data import AskedReading, takes_reading
 from aliprod.cli.flags import Asked, answer, cores, json_flag, path, say, storage_flag
-from aliprod.errors import Refused
+from aliprod.errors import Refused, StorageFull
 
 if TYPE_CHECKING:
     from aliprod.plan.draft import Computer, Photographs
@@ -80,6 +80,7 @@ def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Photographs, 
     """Write the plan, and return what it is fit for. Refused: the file is there already."""
     from aliprod.catalogue import sources
     from aliprod.plan import draft
+    from aliprod.store import commit
 
     if out.exists():
         advice = f"`aliprod run {out}` runs it. For a new one say --out, or move it away."
@@ -90,9 +91,9 @@ def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Photographs, 
     photographs, computer = draft.look_at(catalogue), _computer()
     text = draft.draft(draft.plain(out.stem), _as_said(photos, out), photographs, computer, _said(asked, out))
     try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Refused(f"cannot be written: {error.strerror}.", out, "Say --out.") from error
+        commit.write_file(out, text)
+    except StorageFull as error:
+        raise Refused(error.what, out, "Say --out.") from error
     return photographs, computer
 
 

@@ -2,9 +2,10 @@
 
 import logging
 import os
+import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from aliprod.tracking import view
 
 PROBE = "aliprod wrote this to see whether artifacts can be written and read back.\n".ljust(1024, ".")
 
+_LOCK_SECONDS = 5.0  # longer than other drivers write
 PLAIN = {  # of errors that come wrapped in three layers of libraries
     "Connection refused": "the connection is refused",
     "Failed to resolve": "the name of its host is not known",
@@ -138,8 +140,21 @@ def _check_address(uri: str) -> None:
             redacted(uri),
             "Give http://HOST:PORT of a server, or sqlite:////ABSOLUTE/mlflow.db.",
         )
-    if scheme == "sqlite" and not (path := Path(urlsplit(uri).path[1:])).exists():
+    if scheme == "sqlite" and (path := Path(urlsplit(uri).path[1:])).exists():
+        _check_lock(path)
+    elif scheme == "sqlite":
         _make_database(path)
+
+
+def _check_lock(path: Path) -> None:
+    """Refuse a database that another process keeps locked; mlflow would wait for 20 s, and speak of a server."""
+    try:
+        with closing(sqlite3.connect(path, timeout=_LOCK_SECONDS)) as database:
+            database.execute("BEGIN IMMEDIATE")
+    except sqlite3.DatabaseError as error:
+        if "locked" in str(error):  # else mlflow says what is wrong
+            advice = f"`fuser {path}` names the process that writes to it: wait, or end it. Nothing was started."
+            raise Unreachable("another process keeps this SQLite locked.", path, advice) from error
 
 
 def _make_database(path: Path) -> None:

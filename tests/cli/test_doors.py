@@ -1,6 +1,8 @@
 """What is wrong is answered at once: nothing heavy is loaded before the arguments are known to be good."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +81,43 @@ def test_the_commands_themselves_load_nothing_heavy(tmp_path: Path) -> None:
 def test_predicting_with_weights_needs_neither_ray_nor_mlflow() -> None:
     program = "import sys, aliprod.inference.predict; sys.exit('ray' in sys.modules or 'mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_names_of_any_bytes_are_read_and_shown_where_the_locale_is_no_utf_8(tmp_path: Path) -> None:
+    """PYTHONUTF8 and PYTHONCOERCECLOCALE keep Python from taking UTF-8 instead of a C locale, as it has by itself."""
+    synthesise(tmp_path / "ph", classes=2, images=10, seed=0)
+    folder, pictures = tmp_path / "gär" / "train" / "日本", sorted((tmp_path / "ph").rglob("*.jpg"))
+    folder.mkdir(parents=True)
+    for name, picture in zip([b"a.jpg", b"b.jpg", "grün.jpg".encode(), b"half\xff.jpg"], pictures, strict=False):
+        shutil.copy(picture, folder / os.fsdecode(name))
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    command = [sys.executable, "-m", "aliprod", "data", "check", "gär", "--val", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | locale, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "train/日本/half".encode() in done.stdout
+    assert b"3 of 3 images are readable" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", "synth", "new", "--classes", "2", "--images", "10"],
+        ["data", "prepare", "photos", "new"],
+        ["init", "photos", "--out", "new"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_where_no_file_can_grow_one_sentence_says_so_and_nothing_half_made_stands_there(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    synthesise(tmp_path / "photos", classes=2, images=10, seed=0)
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); from aliprod.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode in (1, 2), done.stderr
+    assert "cannot be written: " in done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "new").exists()

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 
 import pytest
 from mlflow import MlflowClient
 
 from aliprod.errors import Refused, Unreachable
 from aliprod.store import commit
-from aliprod.tracking import runs
+from aliprod.tracking import runs, server
 from aliprod.tracking.registry import Choice
 from aliprod.tracking.runs import EnsembleResult, JobProgress
 from aliprod.tracking.sync import Tracking
@@ -418,6 +419,18 @@ def test_a_file_that_is_no_database_is_told_in_a_sentence(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 1000)
     with pytest.raises(Unreachable, match="file is not a database"):
         Tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "shop", tmp_path)
+
+
+def test_a_locked_database_is_told_in_seconds_with_what_to_do(tmp_path):
+    database = tmp_path / "mlflow.db"
+    server.reach(f"sqlite:///{database}")
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        begin = time.monotonic()
+        with pytest.raises(Unreachable, match="another process keeps this SQLite locked") as told:
+            server.reach(f"sqlite:///{database}")
+        assert time.monotonic() - begin < 10
+    assert f"`fuser {database}` names the process" in told.value.advice
 
 
 def test_an_experiment_that_a_person_deleted_is_restored(place):
