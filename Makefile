@@ -30,7 +30,7 @@ hashes: build/tools  ## hashes.txt anew, of constraints.txt
 	  --no-emit-index-url --no-emit-find-links --generate-hashes --python-version 3.11 - >> build/hashes.txt
 	@mv build/hashes.txt hashes.txt
 
-audit: $(INSTALLED) build/tools  ## licences of what is installed; known CVEs of constraints.txt (asks pypi.org)
+audit: $(INSTALLED) build/tools  ## licences of what is installed; known CVEs of constraints.txt (asks the network)
 	build/tools/bin/pip-licenses --python $(BIN)/python --order license
 	build/tools/bin/pip-audit --requirement hashes.txt --require-hashes --disable-pip
 
