@@ -85,6 +85,8 @@ def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Photographs, 
     if out.exists():
         advice = f"`aliprod run {out}` runs it. For a new one say --out, or move it away."
         raise Refused("is there already, and may hold your changes.", out, advice)
+    if not out.parent.is_dir():
+        raise Refused("cannot be written: there is no such folder.", out, "Make it, or say another --out.")
     catalogue = sources.read(photos, asked.reading())  # first: what is no catalogue is refused at once
     for remark in catalogue.remarks:
         say(remark)

@@ -19,8 +19,9 @@ def because(opened: Opened, name: str) -> list[str]:
     before = _trained_last(opened, name)
     if before is None:
         return ["new"]
-    own = {"network": job.network, "stage": job.stage.model_dump(mode="json")}
-    differing = sorted(_differing(before, own))
+    network, stage = before.get("network", job.network), before.get("stage", {})
+    differing = sorted(_differing(stage, job.stage.model_dump(mode="json"), f"stages.{job.stage_name}"))
+    differing += _differing(network, job.network, f"backbones.{job.backbone}")
     anew = [parent for parent in job.parents if opened.record(parent) is None]
     if anew:
         differing.append(f"{listing(anew)} {'are' if len(anew) > 1 else 'is'} trained anew")

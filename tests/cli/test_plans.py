@@ -56,7 +56,7 @@ def test_plan_says_why_each_job_would_run(shop: Shop) -> None:
 
     assert because() == {"net/full": [], "net/accuracy": []}
     said = because("stages.full.epochs=3", "stages.full.lr.heads=0.5")
-    assert said["net/full"] == ["stage.epochs 1 -> 3", "stage.lr.heads 0.1 -> 0.5"]
+    assert said["net/full"] == ["stages.full.epochs 1 -> 3", "stages.full.lr.heads 0.1 -> 0.5"]
     assert said["net/accuracy"] == ["net/full is trained anew"]
     key = next(job["key"] for job in answer("plan", shop.plan, "--set", "stages.full.seed=5")["jobs"])
     (shop.storage / "jobs" / "net" / "full" / key / "resume" / "step-00000012").mkdir(parents=True)

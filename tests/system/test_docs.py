@@ -92,10 +92,11 @@ def understood(command: str) -> None:
             assert address == "http://127.0.0.1:8000/predict"
         case ["make", target]:
             assert f"\n{target}: " in (ROOT / "Makefile").read_text(encoding="utf-8")
-        case ["pip", "install", "-c", constraints, "-e", package]:
+        case ["pip", "install", *words]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            package = words[-1] if "-e" in words else ""
             assert set(re.findall(r"\w+", package)) <= project["optional-dependencies"].keys()
-            assert (ROOT / constraints).exists()
+            assert all((ROOT / word).exists() for word in words if word.endswith(".txt"))
         case [".venv/bin/pytest", path]:
             assert (ROOT / path).exists()
         case _:

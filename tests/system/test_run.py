@@ -216,7 +216,7 @@ def test_a_job_that_fails_for_good_stops_its_descendants_alone(whole: Run, clust
     assert (outcome["trained"], outcome["reused"]) == (["resnet/lio"], ["resnet/full", "efficientnet/full"])
     assert outcome["ensemble"] is None
     left = sorted(path.name for path in (whole.storage / "failing").iterdir())
-    assert left == ["report.html", "result.json", "state.json"]
+    assert left == ["forecast.json", "report.html", "result.json", "state.json"]
     assert "Error: resnet/dcl failed: the loss or its gradient is not finite in epoch 1, step" in process.stderr
     assert "Traceback" not in process.stderr
 
