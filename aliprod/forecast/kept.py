@@ -40,15 +40,17 @@ def keep(opened: Opened, nodes: Sequence[Node]) -> None:
     if read(opened) is not None or len(opened.jobs) > _MOST:
         return
     estimates = Estimates(opened, beside=cluster.max_parallel_jobs != 1)
+    if not estimates.paces:
+        return
     graph = targets(opened.with_cluster(with_cpus(cluster, nodes)), uses_gpu(cluster, nodes))
     try:
         check_room(graph, nodes)
     except AliprodError:  # what is finished asked for more than this cluster has
         return
-    if estimates.paces:
-        spans = simulate(graph, estimates.seconds, nodes, cluster.max_parallel_jobs)
-        said = {"plan": opened.plan.digest, "time": time.time(), "spans": spans}
-        commit.write_file(opened.folder / FILE, json.dumps(said))
+    spans = simulate(graph, estimates.seconds, nodes, cluster.max_parallel_jobs)
+    commit.write_file(
+        opened.folder / FILE, json.dumps({"plan": opened.plan.digest, "time": time.time(), "spans": spans})
+    )
 
 
 def read(opened: Opened) -> Kept | None:

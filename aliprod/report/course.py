@@ -12,7 +12,7 @@ class Course(NamedTuple):
     """The spans of each target, in seconds of work: time in which nothing of the plan was made is left out.
 
     Attributes:
-        fact: in the order in which they began. forecast: of the whole plan, before it ran; {} where there was none.
+        fact: in the order in which they began. forecast: of the whole plan, as it was kept; {} where there was none.
         now: where what runs stands; None while nothing runs.
     """
 
