@@ -5,13 +5,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from aliprod.build.inputs import check_labellers
-from aliprod.build.target import Site, Target
+from aliprod.build.target import Site, Target, render
 from aliprod.errors import Refused, StorageFull, Unreachable
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.options import needs
 from aliprod.plan.places import catalogue_path
-from aliprod.plan.schema import Plan, Synth
-from aliprod.store import commit
+from aliprod.plan.schema import Plan
+from aliprod.store import commit, mirror
 
 
 def prepare(request: Request) -> Opened:
@@ -22,10 +22,12 @@ def prepare(request: Request) -> Opened:
     """
     check_storage(request.places.storage)
     path, source = catalogue_path(request.plan, request.places), request.plan.catalogue
-    if source.path is None and source.synth is not None and not path.exists():
-        _render(source.synth, path)
+    if source.path is None and source.synth is not None:
+        render(source.synth, path)
+    commit.read(path)  # of a catalogue in a bucket, which is then here
     if not path.exists():
-        raise Refused("is not there.", path, "A plan's [catalogue] path is relative to the plan's file.")
+        advice = "A plan's [catalogue] path is relative to the plan's file; in a bucket it is a prepared catalogue."
+        raise Refused("is not there.", mirror.shown(path), advice)
     opened = open_plan(request)
     catalogue = opened.read_catalogue()
     if not len(catalogue.val) and not len(catalogue.test):
@@ -42,7 +44,7 @@ def check_storage(storage: Path) -> None:
     """
     try:
         commit.write_file(storage / ".writable", "")
-        (storage / ".writable").unlink(missing_ok=True)  # another driver may be here too
+        commit.remove(storage / ".writable")
     except (StorageFull, OSError) as error:
         what = error.what if isinstance(error, StorageFull) else str(error)
         advice = "Give --storage a folder that you may write, with room."
@@ -91,13 +93,3 @@ def _make_first(plan: Plan, wanted: list[Target], site: Site) -> None:
     check_backbones(plan)
     for target in wanted:
         target.make(target, site)
-
-
-def _render(synth: Synth, path: Path) -> None:
-    from aliprod.synth.synth import synthesise
-
-    try:
-        synthesise(path, synth.classes, synth.images, synth.seed)
-    except Refused:
-        if not path.exists():  # else another driver was faster, with the same pictures
-            raise

@@ -48,6 +48,7 @@ def write_hashes(folder: Path, images: Images, processes: int) -> None:
 
 def read_hashes(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Of committed hashes: the bits (N, 8) of all images, and which of them could be read."""
+    commit.fetch(folder)
     return np.load(folder / "bits.npy"), np.load(folder / "readable.npy")
 
 

@@ -214,7 +214,7 @@ def confident(
 
 def read_predictions(folder: Path) -> Predictions:
     """Read what a committed ensemble predicts. Failed: there is none."""
-    if commit.read(folder) is None:
+    if commit.fetch(folder) is None:
         raise Failed("holds no finished ensemble.", folder, "Submit jobs/ensemble.py: it is added up anew.")
     table = pq.read_table(folder / PREDICTIONS, columns=["image_id", "class_id"])
     return Predictions(table["image_id"].combine_chunks(), torch.from_numpy(table["class_id"].to_numpy().copy()))
