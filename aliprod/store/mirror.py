@@ -42,6 +42,7 @@ _OF_A_FOLDER = re.compile(r"(.*)/[0-9a-f]{16}/[^/]+")
 _LEASE = re.compile(r"(^|/)\.leases/")
 _SMALL = 1 << 20  # bytes of a file that comes with its manifest
 _ORPHAN = timedelta(hours=1)  # a file without a manifest is older than any upload
+_SPARE, _USED_SECONDS = 0.1, 3600.0  # share of the disk that is to be free; of what may be open
 _SETTLED_SECONDS = 60.0  # a listing lags by less
 _VERSION = "user.aliprod.version"  # attribute of a file: of which object it is a copy
 
@@ -156,6 +157,7 @@ class Mirror:
         _mark(staging / MANIFEST, version)
         os.utime(staging / MANIFEST)
         self._sweep(folder, {file.key for file in files}, self._files(folder, before[0]) if before else [])
+        self._make_room(0)
         return True
 
     def take(self, folder: Path, again: bool = False) -> None:
@@ -184,10 +186,15 @@ class Mirror:
             files = self._files(folder, (folder / MANIFEST).read_bytes())
         except OSError:
             return
-        missing = [one for one in files if _size(folder / one.name) != one.size and (not names or one.name in names)]
+        wanted = [one for one in files if not names or one.name in names]
+        missing = [one for one in wanted if _size(folder / one.name) != one.size]
         if missing:
+            self._make_room(sum(one.size for one in missing))
             with self.alone(folder):  # who waited for another process finds them
                 self._receive_all(folder, missing)
+        for one in wanted:
+            with suppress(OSError):
+                os.utime(folder / one.name)  # it is used: others are removed first
 
     def refresh(self, folder: Path) -> None:
         """Bring what others have written below a folder: single files, and manifests with their small files. What
@@ -210,6 +217,24 @@ class Mirror:
         with lock.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _make_room(self, size: int) -> None:
+        """Have room for so many bytes, and a tenth of the disk, where files that the bucket has too can go: those that
+        were not used for the longest time, and not in the last hour."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        disk, old = shutil.disk_usage(self.root), list[tuple[float, int, Path]]()
+        lacking = size + disk.total * _SPARE - disk.free
+        if lacking <= 0:
+            return
+        for folder, _, names in os.walk(self.root):
+            if _version(Path(folder, MANIFEST)):
+                for path in (Path(folder, name) for name in names if name != MANIFEST):
+                    with suppress(OSError):
+                        old.append((path.stat().st_mtime, path.stat().st_size, path))
+        for used, bytes_, path in sorted(old):
+            if lacking > 0 and bytes_ > _SMALL and used < time.time() - _USED_SECONDS:
+                path.unlink(missing_ok=True)
+                lacking -= bytes_
 
     def _is_news(self, key: str, one: Mapping[str, Any], kept: set[str]) -> bool:
         """Whether an object is to be brought because a listing shows it: a manifest, or a file of no folder."""

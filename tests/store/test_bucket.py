@@ -4,6 +4,7 @@ goes wrong between them."""
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -184,6 +185,26 @@ def test_rows_are_made_in_parts_by_two_machines_and_sent_once(machines: Machines
     assert set(objects(first.folder.parent)) == {
         f"predictions/{name}" for name in objects(first.folder)
     }  # nothing is left of the shards
+
+
+def test_a_disk_that_fills_loses_what_the_bucket_has_and_nobody_has_used_for_long(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [machines("a") / f"job/{number}" for number in range(4)]
+    for number, folder in enumerate(folders[:3]):
+        commit.write(folder, writes(large=bytes([number]) * LARGE, small=b"s"))
+        os.utime(folder / "large", (1e9 + number, 1e9 + number))
+    disk = shutil.disk_usage(folders[0])
+    spare = (disk.free + LARGE) / disk.total  # a little more than there is: one file is enough
+    monkeypatch.setattr(mirror, "_SPARE", spare)
+    commit.fetch(folders[2])
+    commit.write(folders[3], writes(large=b"x" * LARGE))
+    assert [(folder / "large").exists() for folder in folders] == [False, False, True, True]
+    assert all((folder / "small").exists() for folder in folders[:3])
+    monkeypatch.setattr(mirror, "_SPARE", 0.0)
+    for number, folder in enumerate(folders[:3]):
+        assert commit.verify(folder) == []
+        assert (folder / "large").read_bytes()[0] == number
 
 
 # Damage
