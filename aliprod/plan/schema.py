@@ -65,8 +65,8 @@ class CatalogueSource(Frozen):
 
     path: Text | None = Field(
         None,
-        description="a folder in any layout that docs/catalogues.md names, or a table; relative to the plan's file; or the "
-        "URI of a prepared catalogue in a bucket (s3://, gs://, az://)",
+        description="a folder in any layout that docs/catalogues.md names, or a table, relative to the plan's file; or "
+        "the URI of a prepared catalogue in a bucket (s3://, gs://, az://)",
     )
     synth: Synth | None = Field(
         None, description="without a path: { classes, images, seed }, rendered in the storage folder at the first run"

@@ -26,7 +26,6 @@ NOT_TYPED = {  # only understood, and why
     "aliprod init": "measures for half a minute; tests/cli/test_drafts.py runs it",
     "aliprod run jobs/aliproducts.toml --storage s3": "needs a bucket; tests/system/test_bucket.py runs a plan in one",
     "aliprod status jobs/aliproducts.toml --storage s3": "likewise",
-    "aws": "needs an account",
     "aliprod run photos ": "runs for minutes what init has written; tests/cli/test_drafts.py",
     'aliprod predict photos.toml "s3': "needs a bucket; tests/cli/test_results.py and tests/catalogue ask a local one",
     "aliprod serve": "serves until it is ended; tests/system/test_serve.py",
