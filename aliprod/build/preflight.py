@@ -1,6 +1,8 @@
 """What must hold before a GPU is held: storage, catalogue, backbones."""
 
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.options import needs
 from aliprod.plan.places import catalogue_path
 from aliprod.plan.schema import Plan
-from aliprod.store import commit, mirror
+from aliprod.store import commit, lineage, mirror
+from aliprod.store.keys import key_of
+from aliprod.store.layout import cache
 
 
 def prepare(request: Request) -> Opened:
@@ -53,13 +57,26 @@ def check_storage(storage: Path) -> None:
 
 def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
     """Check the backbones with timm and make the first of the targets, in a process of its own: timm and torch take a
-    gigabyte that the driver need not hold.
+    gigabyte that the driver need not hold. What has passed once on this machine is not checked again.
 
     Raises:
         Refused: a backbone that timm does not know, pretrained weights that cannot be had.
     """
+    passed = cache() / "checked" / _question(opened.plan)
+    if passed.exists() and not wanted:
+        return
     with ProcessPoolExecutor(1, get_context("spawn")) as child:
         child.submit(_make_first, opened.plan, wanted, site).result()
+    with suppress(StorageFull):
+        commit.write_file(passed, "")
+
+
+def _question(plan: Plan) -> str:
+    """A key of all that `check_backbones` depends on."""
+    jobs = [plan.stage(backbone, name) for backbone, stages in plan.jobs.items() for name in stages]
+    asked = [stage.model_dump(mode="json", include={"crop", "objective"}) for stage in jobs]
+    software = [lineage.software(), *map(version, ("timm", "torch", "torchvision"))]
+    return key_of({"backbones": plan.backbones, "jobs": plan.jobs, "asked": asked, "software": software})
 
 
 def check_backbones(plan: Plan) -> None:
