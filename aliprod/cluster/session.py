@@ -66,9 +66,13 @@ def join(address: str | None) -> None:
             advice = "Have the cluster's Ray and Python where the driver runs; `ray job submit` runs it there."
             raise Unreachable(" ".join(str(error).split()), address or "local Ray", advice) from error
         first = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+        if not address:
+            path = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+            advice = "It keeps a token below HOME and its logs below the temp folder: both must be writable."
+            raise Unreachable(f"Ray does not start here: {first}{path}.", "local Ray", advice) from error
         raise Unreachable(
             f"no Ray cluster answers: {first}",
-            address or "local Ray",
+            address,
             "Check --address or RAY_ADDRESS; without an address, aliprod starts a local Ray.",
         ) from error
 

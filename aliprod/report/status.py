@@ -89,7 +89,7 @@ def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
             "" if row["gain"] is None else f"{points(row['gain']):>6}",
             row["images_per_second"],
             duration(row["eta_seconds"]) if row["eta_seconds"] else "",
-            row["reason"] or epochs.KINDS.get(row["kind"]),
+            " ".join((row["reason"] or "").split()) or epochs.KINDS.get(row["kind"]),
         ]
         for row in rows
     ]

@@ -97,7 +97,7 @@ except Unreachable as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     first, *rest = done.stdout.splitlines()
     assert first == "1"
-    assert rest[0].startswith("local Ray: no Ray cluster answers: The current node timed out during startup.")
+    assert rest[0].startswith("local Ray: Ray does not start here: The current node timed out during startup.")
 
 
 LISTENING = """

@@ -71,6 +71,7 @@ def test_a_token_that_is_refused_is_told_from_a_cluster_that_does_not_answer(
     assert join(address, environment(home, "token", TOKEN)).stdout == "joined\n"
 
 
+@pytest.mark.usefixtures("attended")
 def test_replicas_on_such_a_cluster_answer_until_ctrl_c_which_leaves_the_cluster(
     guarded: tuple[str, str], packages: Catalogue, tmp_path: Path
 ) -> None:
