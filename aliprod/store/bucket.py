@@ -136,6 +136,8 @@ class Bucket:
                 for chunk in obstore.get(self.store, key).stream(min_chunk_size=8 << 20):
                     digest.update(chunk)
                     out.write(chunk)
+                out.flush()
+                os.fsync(out.fileno())  # its size alone is looked at later: a power cut may leave zeros
             return digest.hexdigest()
 
         with self._asked(key):

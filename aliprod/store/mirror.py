@@ -332,7 +332,10 @@ def swap(fresh: Path, folder: Path) -> None:
 
 def _write(path: Path, content: bytes, version: str) -> None:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    part.write_bytes(content)
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     _mark(part, version)
     os.replace(part, path)
 
