@@ -24,7 +24,7 @@ from aliprod.forecast.demand import Demand, demand
 from aliprod.plan.open import Opened
 from aliprod.plan.places import Places, catalogue_path
 from aliprod.shown import redacted
-from aliprod.store import commit
+from aliprod.store import commit, mirror
 from aliprod.tracking import server
 
 _BYTES = 64 << 20  # written and read for the speed
@@ -118,7 +118,7 @@ def _storage(host: str, found: Facts, back: bool, storage: Path) -> Check:
     if found.speed is None or not back:
         why = found.storage or "what one writes there the other does not see"
         advice = "Mount one folder on every node under this path, writable by the user of the jobs; or give --storage."
-        return Check("storage", False, host, f"{storage} is not shared: {why}", advice)
+        return Check("storage", False, host, f"{mirror.shown(storage)} is not shared: {why}", advice)
     speed = found.speed
     moves = f"writes {speed.write / 1e6:,.0f} MB/s, reads {speed.read / 1e6:,.0f} MB/s"
     return Check("storage", True, host, f"{moves}, 4 kB are safe after {1e3 * speed.sync:,.1f} ms")
@@ -184,8 +184,11 @@ def _time(*_: Any) -> float:
 def _fits(host: str, found: Facts, opened: Opened, takes: Demand) -> Iterator[Check]:
     """Whether a node sees the plan's catalogue, has room to lay it out, and writes a checkpoint in time."""
     where = catalogue_path(opened.plan, opened.places)
-    said = f"{where} is {'' if found.catalogue else 'not '}there"
-    yield _check("catalogue", host, found.catalogue, said, "Put it where every node sees it, under the same path.")
+    if opened.plan.catalogue.path is None and mirror.of(where) is not None:
+        yield Check("catalogue", True, host, "it is rendered there")
+    else:
+        said = f"{mirror.shown(where)} is {'' if found.catalogue else 'not '}there"
+        yield _check("catalogue", host, found.catalogue, said, "Put it where every node sees it, under the same path.")
     if takes.cache:
         said = f"{_gigabytes(found.free_cache)} are free, the catalogue takes {_gigabytes(takes.cache)}"
         yield _check("own disk", host, takes.cache <= found.free_cache, said, "Set ALIPROD_CACHE to a larger disk.")
@@ -217,6 +220,8 @@ def _room(opened: Opened, takes: Demand | None) -> Iterator[Check]:
 
 def _disk(storage: Path, takes: Demand, side: int) -> Check:
     """side: jobs that run side by side, each with two checkpoints."""
+    if mirror.of(storage) is not None:
+        return Check("room", True, None, "a bucket has room; of the disks, see above")
     free = shutil.disk_usage(nearest_folder(storage)).free
     kept, resume = sum(takes.kept.values()), sum(heapq.nlargest(side, takes.resume.values()))
     if math.isnan(kept + resume):

@@ -17,7 +17,7 @@ from statistics import median
 import psutil
 
 from aliprod.errors import AliprodError
-from aliprod.store import commit
+from aliprod.store import commit, mirror
 from aliprod.store.layout import cache
 from aliprod.version import VERSION
 
@@ -92,7 +92,7 @@ def facts(folder: Path, name: str, size: int, catalogue: Path | None) -> Facts:
         shared_memory=shutil.disk_usage("/dev/shm").total,  # noqa: S108  Ray's object store
         free_cache=shutil.disk_usage(nearest_folder(cache())).free,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        catalogue=catalogue is not None and catalogue.exists(),
+        catalogue=catalogue is not None and (commit.read(catalogue) is not None or catalogue.exists()),
         speed=speed,
         seen=seen,
         storage=why,
@@ -127,9 +127,13 @@ def _speed(file: Path, size: int) -> Speed:
             out.write(block)
         out.flush()
         os.fsync(out.fileno())
+        commit.send(file)
         written = time.perf_counter() - begin
         os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # or it would be read from this node's memory
     begin = time.perf_counter()
+    if mirror.of(file) is not None:
+        file.unlink()  # and comes from the bucket
+        commit.refresh(file.parent)
     with file.open("rb", buffering=0) as back:
         while back.read(len(block)):
             pass
