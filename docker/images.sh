@@ -3,9 +3,9 @@
 #   PYTHON_IMAGE=debian    a base made of Debian's own packages (mmdebstrap), where no registry can be reached
 #   BUILD_FLAGS="..."      more flags of `buildah build`, as --secret id=pip.conf,src=FILE and --volume
 set -euo pipefail
+export BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
 [ "$(id -u)" = 0 ] || [ -n "${_CONTAINERS_USERNS_CONFIGURED:-}" ] || exec buildah unshare bash "$0"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
 version=$(sed -n 's/^VERSION = "\(.*\)"/\1/p' aliprod/version.py)
 out=build/images
 mkdir -p $out
