@@ -5,15 +5,24 @@ the writer takes, too). Weights must be equal to the bit. The share hangs on the
 checkpoint is told as well, and from which length of an epoch on it is under 2 %.
 
     python benchmarks/checkpoints.py [--network resnet18] [--images 960] [--epochs 3] [--rounds 3] [--seeds 0 1]
+
+With ``--bucket`` storage is a bucket that answers after 20 ms and takes 100 MB/s (`slow_s3.py`), the side without
+checkpoints a folder: the end of a job, which sends its weights, is timed too.
 """
 
 import argparse
 import logging
+import os
 import shutil
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +32,7 @@ from ratio import Side, cpu, header, show
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.recipe import Machine, Stage, TrainingJob
-from aliprod.store import commit
+from aliprod.store import commit, mirror
 from aliprod.synth.synth import synthesise
 from aliprod.training import job
 
@@ -38,6 +47,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--bucket", action="store_true")
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
     print(header())
@@ -47,28 +57,49 @@ def main() -> None:
             synthesise(folder / "photos", classes=8, images=asked.images, seed=seed)
             catalogue = sources.read(folder / "photos")
             catalogue = replace(catalogue, val=catalogue.val.take(np.arange(0)))
-            compare(folder, catalogue, asked.network, asked.epochs, seed, asked.rounds)
+            with bucket() if asked.bucket else nullcontext(folder) as storage:
+                compare(folder, storage, catalogue, seed, asked)
         finally:
             shutil.rmtree(folder)
 
 
-def compare(folder: Path, catalogue: Catalogue, network: str, epochs: int, seed: int, rounds: int) -> None:
-    """With and without, in turn."""
+@contextmanager
+def bucket() -> Iterator[Path]:
+    """The mirror of a bucket that is slow."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, Path(__file__).with_name("slow_s3.py"), "--port", str(port)]
+    address = f"http://127.0.0.1:{port}"
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server, tempfile.TemporaryDirectory() as cache:
+        os.environ |= keys | {"AWS_ENDPOINT_URL": address, "ALIPROD_CACHE": cache}
+        for _ in range(300):
+            with suppress(OSError):
+                urllib.request.urlopen(urllib.request.Request(f"{address}/team", method="PUT")).close()
+                break
+            time.sleep(0.1)
+        yield mirror.local("s3://team/storage")
+        server.kill()
+
+
+def compare(folder: Path, storage: Path, catalogue: Catalogue, seed: int, asked: argparse.Namespace) -> None:
+    """With, in ``storage``, and without, in a folder, in turn."""
+    network, epochs, rounds = asked.network, asked.epochs, asked.rounds
     stage = Stage(seed=seed, resize=64, crop=64, batch_size=16, epochs=epochs, ema=0.99, augmentation=("resize",))
     walls: dict[str, list[float]] = {"with": [], "without": []}
     cpus: dict[str, list[float]] = {"with": [], "without": []}
     digests = set[str]()
     megabytes = size(TrainingJob("net/stage", "size", network, stage, folder / "size"), catalogue)
     for _ in range(rounds):
-        for side, seconds in (("with", 0.0), ("without", NEVER)):
-            work = TrainingJob("net/stage", side, network, stage, folder / side, machine=Machine(save_seconds=seconds))
+        for side, place, seconds in (("with", storage, 0.0), ("without", folder, NEVER)):
+            work = TrainingJob("net/stage", side, network, stage, place / side, machine=Machine(save_seconds=seconds))
             wall, cpu_before = time.perf_counter(), cpu()
             for _ in job.run(work, catalogue):
                 pass
             walls[side].append(time.perf_counter() - wall)
             cpus[side].append(cpu() - cpu_before)
             digests.add(commit.file_digest(work.folder / "weights", "model.safetensors"))
-            shutil.rmtree(work.folder)
+            commit.remove(work.folder)
     if len(digests) > 1:
         sys.exit("no equal work: other weights")
     print(f"seed {seed}: {network}, {epochs} epochs, {epochs - 1} checkpoints of {megabytes:.0f} MB, equal weights")

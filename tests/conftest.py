@@ -1,7 +1,13 @@
 """Fixtures that any test may ask for."""
 
 import signal
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +16,7 @@ from hypothesis import settings
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.sources import read
+from aliprod.store import mirror
 from aliprod.synth.synth import synthesise
 
 settings.register_profile("ours", deadline=None)  # a busy machine makes no test fail
@@ -58,3 +65,47 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
     folder = tmp_path_factory.mktemp("catalogues") / "packages"
     synthesise(folder, classes=4, images=32, seed=0)
     return read(folder)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of an S3 server, a process of its own, with the bucket ``team``."""
+    pytest.importorskip("moto.server", reason="needs moto, of the extra `test`")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(urllib.request.Request(f"{address}/team", method="PUT")).close()
+                break
+            except OSError:
+                assert server.poll() is None
+                assert time.monotonic() < until, "the S3 server does not start"
+                time.sleep(0.1)
+        yield address
+        server.kill()
+
+
+@pytest.fixture
+def machines(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """The mirror of one storage path in the bucket, as each machine has it."""
+    for name, value in s3_environment(s3).items():
+        monkeypatch.setenv(name, value)
+    prefix = f"s3://team/{uuid.uuid4().hex}"
+
+    def machine(name: str) -> Path:
+        monkeypatch.setenv("ALIPROD_CACHE", str(tmp_path / name))
+        mirrored = mirror.place(prefix)
+        assert mirrored is not None
+        return mirrored
+
+    return machine
+
+
+def s3_environment(address: str) -> dict[str, str]:
+    """What reaches the server at an address."""
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    return keys | {"AWS_ENDPOINT_URL": address}

@@ -120,8 +120,10 @@ def test_what_is_yours_on_the_page_makes_one_namespace_with_your_images(tmp_path
     assert {each["metadata"].get("namespace") for each in found if each["kind"] != "Namespace"} == {"aliprod"}
     ours = {f"registry.example/{name}:{VERSION}" for name in ("aliprod", "aliprod-mlflow")}
     assert set(re.findall(r"image: (\S+)", done.stdout)) == ours | {COMPOSE["services"]["postgres"]["image"]}
-    assert "storageClassName: ours" in done.stdout
-    assert "MLFLOW_ARTIFACTS_DESTINATION: s3://ours/mlflow" in done.stdout
+    assert {line.split(": ")[1] for line in done.stdout.splitlines() if "s3:" in line} == {
+        "s3://ours/runs",
+        "s3://ours/mlflow",
+    }
 
 
 # The same everywhere
@@ -147,7 +149,9 @@ def test_ray_is_told_the_same_in_all_three() -> None:
     assert len(pods) == 3
     told = variables(pods[0])
     assert all(variables(pod) == told for pod in pods)
-    assert set(compose) - {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} == set(told)  # those two: authOptions
+    assert told.pop("ALIPROD_CACHE") == "/cache"  # of a bucket, which compose has none of
+    # RAY_AUTH_*: authOptions
+    assert set(compose) - {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} == set(told) | {"ALIPROD_STORAGE"}
     assert set(re.findall(r"-e (\w+)=", options)) & set(told) == set(told) - {
         "MLFLOW_TRACKING_USERNAME",
         "MLFLOW_TRACKING_PASSWORD",  # there MLflow listens on loopback alone
@@ -207,9 +211,11 @@ def test_what_is_referred_to_is_there_or_made_by_the_commands_of_the_page() -> N
     assert secrets
     for name, key in secrets:
         assert re.search(rf"create secret generic {name} [^`]*--from-literal={key}=", page), (name, key)
-    there = {(each["kind"], each["metadata"].get("name")) for each in OBJECTS}
-    assert {("PersistentVolumeClaim", name) for name in re.findall(r"claimName: (\w+)", text)} <= there
-    assert {("Service", "mlflow"), ("Service", "postgres")} <= there
+    for name in set(re.findall(r"secretRef: \{name: (\w+)", text)):
+        assert f"create secret generic {name} " in page
+    [places] = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["configMapGenerator"]
+    assert set(re.findall(r"configMapRef: \{name: (\w+)\}", text)) == {places["name"]}
+    assert [line.split("=")[0] for line in places["literals"]] == ["ALIPROD_STORAGE", "MLFLOW_ARTIFACTS_DESTINATION"]
 
 
 def test_no_container_is_root_or_without_limits_or_has_a_secret_in_its_file() -> None:

@@ -138,6 +138,7 @@ def compared(storage: Path, graph: Mapping[str, Target]) -> dict[str, Any] | Non
 
 
 def _read(file: Path) -> Any:
+    commit.fetch(file.parent)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -233,4 +234,8 @@ def _combinations(target: Target, site: Site) -> "list[Combination]":
 def _keep(target: Target, site: Site, file: str, text: str) -> None:
     """Commit a target that is one file, in place of what it was."""
     record = {"target": target.key}
-    commit.replace(target.folder(site.storage), lambda new: commit.write_file(new / file, text), record)
+
+    def fill(new: Path) -> None:
+        (new / file).write_text(text, encoding="utf-8")
+
+    commit.replace(target.folder(site.storage), fill, record)

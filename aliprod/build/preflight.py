@@ -1,17 +1,21 @@
 """What must hold before a GPU is held: storage, catalogue, backbones."""
 
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 from aliprod.build.inputs import check_labellers
-from aliprod.build.target import Site, Target
+from aliprod.build.target import Site, Target, render
 from aliprod.errors import Refused, StorageFull, Unreachable
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.options import needs
 from aliprod.plan.places import catalogue_path
-from aliprod.plan.schema import Plan, Synth
-from aliprod.store import commit
+from aliprod.plan.schema import Plan
+from aliprod.store import commit, lineage, mirror
+from aliprod.store.keys import key_of
+from aliprod.store.layout import cache
 
 
 def prepare(request: Request) -> Opened:
@@ -22,10 +26,12 @@ def prepare(request: Request) -> Opened:
     """
     check_storage(request.places.storage)
     path, source = catalogue_path(request.plan, request.places), request.plan.catalogue
-    if source.path is None and source.synth is not None and not path.exists():
-        _render(source.synth, path)
+    if source.path is None and source.synth is not None:
+        render(source.synth, path)
+    commit.read(path)  # of a catalogue in a bucket, which is then here
     if not path.exists():
-        raise Refused("is not there.", path, "A plan's [catalogue] path is relative to the plan's file.")
+        advice = "A plan's [catalogue] path is relative to the plan's file; in a bucket it is a prepared catalogue."
+        raise Refused("is not there.", mirror.shown(path), advice)
     opened = open_plan(request)
     catalogue = opened.read_catalogue()
     if not len(catalogue.val) and not len(catalogue.test):
@@ -42,7 +48,7 @@ def check_storage(storage: Path) -> None:
     """
     try:
         commit.write_file(storage / ".writable", "")
-        (storage / ".writable").unlink(missing_ok=True)  # another driver may be here too
+        commit.remove(storage / ".writable")
     except (StorageFull, OSError) as error:
         what = error.what if isinstance(error, StorageFull) else str(error)
         advice = "Give --storage a folder that you may write, with room."
@@ -51,13 +57,26 @@ def check_storage(storage: Path) -> None:
 
 def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
     """Check the backbones with timm and make the first of the targets, in a process of its own: timm and torch take a
-    gigabyte that the driver need not hold.
+    gigabyte that the driver need not hold. What has passed once on this machine is not checked again.
 
     Raises:
         Refused: a backbone that timm does not know, pretrained weights that cannot be had.
     """
+    passed = cache() / "checked" / _question(opened.plan)
+    if passed.exists() and not wanted:
+        return
     with ProcessPoolExecutor(1, get_context("spawn")) as child:
         child.submit(_make_first, opened.plan, wanted, site).result()
+    with suppress(StorageFull):
+        commit.write_file(passed, "")
+
+
+def _question(plan: Plan) -> str:
+    """A key of all that `check_backbones` depends on."""
+    jobs = [plan.stage(backbone, name) for backbone, stages in plan.jobs.items() for name in stages]
+    asked = [stage.model_dump(mode="json", include={"crop", "objective"}) for stage in jobs]
+    software = [lineage.software(), *map(version, ("timm", "torch", "torchvision"))]
+    return key_of({"backbones": plan.backbones, "jobs": plan.jobs, "asked": asked, "software": software})
 
 
 def check_backbones(plan: Plan) -> None:
@@ -91,13 +110,3 @@ def _make_first(plan: Plan, wanted: list[Target], site: Site) -> None:
     check_backbones(plan)
     for target in wanted:
         target.make(target, site)
-
-
-def _render(synth: Synth, path: Path) -> None:
-    from aliprod.synth.synth import synthesise
-
-    try:
-        synthesise(path, synth.classes, synth.images, synth.seed)
-    except Refused:
-        if not path.exists():  # else another driver was faster, with the same pictures
-            raise

@@ -8,10 +8,11 @@ from typing import Any
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.sources import PLAIN, Reading
+from aliprod.errors import Refused
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.plan.places import catalogue_path, catalogue_reading
-from aliprod.plan.schema import Cluster
+from aliprod.plan.schema import Cluster, Synth
 from aliprod.recipe import Views, never
 from aliprod.store import commit
 from aliprod.store.keys import key_of
@@ -37,6 +38,7 @@ class Site:
 
     Attributes:
         stop: whether the work is to end early; what can go on from a checkpoint writes one.
+        synth: what the catalogue is rendered from.
         part: which part of it is made here, of how many: of what is made by several processes apart.
         driver: token of the driver whose leases hold while it is made; "" where none holds any.
     """
@@ -48,6 +50,7 @@ class Site:
     part: tuple[int, int] = (0, 1)
     driver: str = ""
     reading: Reading = PLAIN
+    synth: Synth | None = None
 
     @classmethod
     def of(cls, opened: Opened) -> "Site":
@@ -58,10 +61,14 @@ class Site:
         """
         opened.read_catalogue()
         path, reading = catalogue_path(opened.plan, opened.places), catalogue_reading(opened.plan, opened.places)
-        return cls(opened.places.storage, path.resolve(), opened.plan.cluster, reading=reading)
+        synth = opened.plan.catalogue.synth if opened.plan.catalogue.path is None else None
+        return cls(opened.places.storage, path.resolve(), opened.plan.cluster, reading=reading, synth=synth)
 
     def read(self) -> Catalogue:
         """The catalogue, as the plan says it is to be read. Refused: as `sources.read`."""
+        if self.synth is not None:
+            render(self.synth, self.catalogue)  # no bucket has it, and it is the same everywhere
+        commit.read(self.catalogue)
         return sources.read(self.catalogue, self.reading)
 
 
@@ -159,8 +166,25 @@ class Target:
 
     def record(self, storage: Path) -> dict[str, Any] | None:
         """What its commit record says; None where it is not made."""
-        found = None if self.place is None else commit.read(storage / self.place)
+        found = None if self.place is None else commit.read(storage / self.place, again=self.latest)
         return None if found is None or (self.latest and found.get("target") != self.key) else found
+
+
+def render(synth: Synth, path: Path) -> None:
+    """Render a catalogue where it is not there.
+
+    Raises:
+        Refused: something else is.
+    """
+    if path.exists():
+        return
+    from aliprod.synth.synth import synthesise
+
+    try:
+        synthesise(path, synth.classes, synth.images, synth.seed)
+    except Refused:
+        if not path.exists():  # else another process was faster, with the same pictures
+            raise
 
 
 def powers_of_two(most: int) -> tuple[int, ...]:

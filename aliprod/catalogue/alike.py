@@ -2,12 +2,14 @@
 
 import math
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from aliprod.catalogue.catalogue import Integers
+from aliprod.store import commit
 
 Words = NDArray[np.uint64]
 
@@ -16,6 +18,12 @@ _BITS = _KEPT * _KEPT
 _BATCH = 4096  # images in float64 at a time: 32 MiB
 _CROWD = 512  # rows of a bucket from which it is split again, not compared pair by pair
 _ROW_COST, _TABLE_COST = 40, 20_000  # of sorting, in comparisons of a pair (measured)
+
+
+def read_hashes(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Of committed hashes: the bits (N, 8) of all images, and which of them could be read."""
+    commit.fetch(folder)
+    return np.load(folder / "bits.npy"), np.load(folder / "readable.npy")
 
 
 def gray32(image: Image.Image) -> NDArray[np.uint8]:

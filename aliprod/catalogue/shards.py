@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import struct
-import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from aliprod.errors import Failed, Refused
 from aliprod.store import commit
+from aliprod.store.layout import check_cache
 
 SPLITS = ("train", "val", "test")
 FORMAT = 1
@@ -157,9 +157,7 @@ class Store:
         Refused: somebody else owns the cache, and would choose what we train on."""
         folder = self.cache / self.fingerprint / self.split
         with commit.storage(folder):
-            self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.cache.stat().st_uid not in (os.getuid(), 0):
-                raise Refused("belongs to another user.", self.cache, "Name a folder of your own in ALIPROD_CACHE.")
+            check_cache(self.cache)
             folder.parent.mkdir(exist_ok=True)
         if commit.read(folder) is None:
             with alone(folder.with_suffix(".lock"), wait=True):
@@ -189,17 +187,12 @@ class Store:
         with (folder / "jpegs").open("wb") as pictures, (folder / "ends").open("wb") as ends:
             os.posix_fallocate(pictures.fileno(), 0, total)  # no room is said at once
             ends.write(bytes(8))
-            for number, (rows, _) in enumerate(shards):
-                name = shard_name(self.split, number)
-                jpegs = _jpegs(self.root / name, found.digests[name], rows)
+            names = [shard_name(self.split, number) for number in range(len(shards))]
+            for path, (rows, _) in zip(commit.borrowed(self.root, names), shards, strict=True):
+                jpegs = _jpegs(path, found.digests[path.name], rows)
                 base = pictures.tell()
                 pictures.writelines(jpegs)
                 ends.write((base + np.cumsum([len(jpeg) for jpeg in jpegs], dtype="<i8")).tobytes())
-
-
-def cache() -> Path:
-    """The folder on this machine's own disk: ``ALIPROD_CACHE``, else one of this user in the system's temp folder."""
-    return Path(os.environ.get("ALIPROD_CACHE") or Path(tempfile.gettempdir()) / f"aliprod-cache-{os.getuid()}")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from aliprod.catalogue.tars import Tars, members
 from aliprod.errors import Refused
 from aliprod.shown import escaped
 from aliprod.store import commit
+from aliprod.store.layout import cache
 
 _TAR = re.compile(r".*\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2|txz)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -70,7 +71,7 @@ def read(path: Path, reading: Reading = PLAIN, remote: RemoteFolder | None = Non
     found = replace(found, train=train, val=val, test=test)
     share = reading.val if reading.val is not None or is_split else _SHARE
     if share and not len(val):
-        return hold_out(found, share, reading.seed, reading.kept or shards.cache() / "held-out")
+        return hold_out(found, share, reading.seed, reading.kept or cache() / "held-out")
     if share:
         note = f"val is there: nothing is held out, `val = {share:g}` does nothing."
     elif share is None and not len(val):
@@ -219,10 +220,11 @@ def _split_of_tar(name: str) -> str:
 
 def _from_shards(root: Path) -> Catalogue:
     found = shards.manifest(root)
+    commit.fetch(root, *(f"{split}.arrow" for split in shards.SPLITS))
     record = found.record
     rows = ((split, *shards.read_rows(root, split, found)) for split in shards.SPLITS)
     train, val, test = (
-        Images(split, ids, labels, ids, root, shards.Store(root, split, found.fingerprint, shards.cache()))
+        Images(split, ids, labels, ids, root, shards.Store(root, split, found.fingerprint, cache()))
         for split, ids, labels in rows
     )
     return Catalogue(

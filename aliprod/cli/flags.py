@@ -43,7 +43,7 @@ path = ExpandedPath()
 count = click.IntRange(1, 1_000_000)
 seed = click.IntRange(0, 2**63 - 1)  # as in a plan, whose numbers have 64 bits
 plan_argument = click.argument("file", type=path, shell_complete=plans)
-storage_flag = click.option("--storage", type=path, help="Folder of all results. [runs]")
+storage_flag = click.option("--storage", type=path, help="Folder of all results, or s3://... [runs]")
 sets_flag = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan.")
 tracking_flag = click.option("--tracking-uri", help="MLflow. [SQLite in the storage folder]")
 address_flag = click.option("--address", help="Ray cluster. [a local one of our own]")

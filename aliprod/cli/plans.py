@@ -227,10 +227,11 @@ def _announced(asked: Asked) -> "Request":
     """The request; said at once, since what runs it takes seconds to import."""
     request = asked.request()
     from aliprod.report.status import stamped
+    from aliprod.store import mirror
 
     plan, jobs = request.plan, sum(map(len, request.plan.jobs.values()))
     what = f"Plan {plan.name}: {jobs} jobs, {len(plan.ensemble.members)} members. Loading Ray and MLflow."
-    say(stamped(f"{what} Storage path: {request.places.storage}."))
+    say(stamped(f"{what} Storage path: {mirror.shown(request.places.storage)}."))
     _remark(request)
     return request
 

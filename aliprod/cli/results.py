@@ -100,6 +100,10 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
     \b
     Example: aliprod evaluate submission.csv photos/test_labels.json
     """
+    from aliprod.store import commit, mirror
+
+    predictions = mirror.local(predictions)
+    commit.refresh(predictions)
     for given in (predictions, labels):
         if not given.exists():
             raise Refused("there is no such file or folder.", given, "Give what `run` wrote, then the labels.")

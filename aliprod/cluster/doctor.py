@@ -99,6 +99,7 @@ def _nodes(places: Places, opened: Opened | None, takes: Demand | None) -> Itera
                 advice = "Have aliprod and the packages of constraints.txt there; `ray status` and its logs say more."
                 yield Check("answers", False, host, _last(found), advice)
                 continue
+            commit.refresh(folder)
             back = (folder / key).exists() and (folder / key).read_text() == token == found.seen
             yield _storage(host, found, back, places.storage)
             yield _software(host, found.software, own)
@@ -110,7 +111,7 @@ def _nodes(places: Places, opened: Opened | None, takes: Demand | None) -> Itera
     except AliprodError as error:
         yield _failed("storage", error)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        commit.remove(folder)
 
 
 def _storage(host: str, found: Facts, back: bool, storage: Path) -> Check:

@@ -27,7 +27,7 @@ from aliprod.forecast.seconds import Estimates
 from aliprod.plan.open import Opened, Request
 from aliprod.plan.places import catalogue_path
 from aliprod.shown import redacted
-from aliprod.store import commit, lineage
+from aliprod.store import commit, lineage, mirror
 from aliprod.store.lease import Leases
 from aliprod.tracking.registry import Choice, choose, origin
 from aliprod.tracking.runs import EnsembleResult, JobProgress, PlanProgress, Status
@@ -36,6 +36,7 @@ from aliprod.tracking.sync import Tracking
 _FLUSH_SECONDS = 60.0
 _FRESH_SECONDS = 30.0  # between two looks at the rates that jobs tell
 _HURRIED_SECONDS = 5.0  # of a run that was told to stop: it has ten to end in
+_REFRESH_SECONDS = 2.0
 _LOOK_SECONDS, _REMIND_SECONDS = 0.5, 60.0  # of a run that waits for another driver
 
 
@@ -77,6 +78,7 @@ class _Run:
         self.signals, self.said = Signals(), list[str]()
         self.chosen: dict[str, Chosen] = {}
         self.result: EnsembleResult | None = None
+        self.refreshed = 0.0
 
     def events(self) -> Iterator[Event]:
         """Make what is missing; the outcome ends up in result.json."""
@@ -114,7 +116,7 @@ class _Run:
         while holder := self.leases.take(name):
             if time.monotonic() - said >= _REMIND_SECONDS:
                 said = time.monotonic()
-                yield Said(f"Waiting for {holder}, which is at work in {self.opened.places.storage}.")
+                yield Said(f"Waiting for {holder}, which is at work in {mirror.shown(self.opened.places.storage)}.")
             time.sleep(_LOOK_SECONDS)
 
     def _tracked(self) -> Iterator[Event]:
@@ -163,7 +165,9 @@ class _Run:
             if self.state.failure:
                 raise Failed(self.state.failure)
             if before == set(self._missing(gpu=False)):
-                raise Failed(f"made, and not there: {', '.join(sorted(before))}.", self.opened.places.storage)
+                raise Failed(
+                    f"made, and not there: {', '.join(sorted(before))}.", mirror.shown(self.opened.places.storage)
+                )
         graph = self._graph(gpu=False)
         if choices and not lacking(graph, self.opened.places.storage, _goals(graph, trainings=False)):
             self._finish(choices)
@@ -207,6 +211,7 @@ class _Run:
         for change in runner.as_begun(execute(todo, runner, settings.max_parallel_jobs)):
             self.leases.check()
             self.state.nodes = tuple(runner.nodes())
+            self._refresh()
             while runner.refused:
                 yield Said(runner.refused.pop())
             yield from self.state.reports()
@@ -216,6 +221,12 @@ class _Run:
         self.signals.gently = False
         if self.signals.told:
             raise KeyboardInterrupt
+
+    def _refresh(self) -> None:
+        """Have here what running jobs have written to a bucket on other machines; every other second."""
+        if time.monotonic() - self.refreshed >= _REFRESH_SECONDS:
+            self.refreshed = time.monotonic()
+            commit.refresh(*(self.opened.job_folder(name) for name in self.state.jobs_in("running")))
 
     def _graph(self, gpu: bool) -> dict[str, Target]:
         return targets(self.opened.with_cluster(self.site.cluster), gpu, self.chosen)
@@ -246,12 +257,13 @@ class _Run:
             "members": {n: {"top1_error": of[n]["top1_error"], "version": c.version} for n, c in choices.items()},
             "top1_error": found["ensemble"]["top1_error"] if found else None,
             "split": which.scored,
-            "submission": str(opened.folder / "submission.csv") if which.main == "test" else None,
-            "probabilities": str(folder),
+            "submission": mirror.shown(opened.folder / "submission.csv") if which.main == "test" else None,
+            "probabilities": mirror.shown(folder),
             "comparison": found,
         }
         self.result = EnsembleResult(key, choices, result)
         if which.main == "test":
+            commit.fetch(folder)
             submission = (folder / "submission.csv").read_bytes()
             commit.write_file(opened.folder / "submission.csv", submission)
             lineage.keep(opened.folder / "submission.csv", origin(opened, choices, key, result))
@@ -290,7 +302,7 @@ def _opened(request: Request) -> Generator[Event, None, Opened]:
     plan, places = request.plan, request.places
     yield from _say(places.note)
     path = catalogue_path(plan, places)
-    yield Said(f"{'Reading' if path.exists() else 'Rendering'} the catalogue {path}.")
+    yield Said(f"{'Reading' if path.exists() else 'Rendering'} the catalogue {mirror.shown(path)}.")
     opened = prepare(request)
     for remark in opened.read_catalogue().remarks:
         yield Said(remark)

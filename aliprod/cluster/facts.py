@@ -16,9 +16,9 @@ from statistics import median
 
 import psutil
 
-from aliprod.catalogue import shards
 from aliprod.errors import AliprodError
 from aliprod.store import commit
+from aliprod.store.layout import cache
 from aliprod.version import VERSION
 
 _PACKAGES = ("ray", "torch", "timm", "pillow", "numpy")  # what pickles, trains, and makes pixels
@@ -73,6 +73,7 @@ def facts(folder: Path, name: str, size: int, catalogue: Path | None) -> Facts:
     """
     seen, speed, why = "", None, ""
     try:
+        commit.refresh(folder)
         seen = (folder / "driver").read_text()
         commit.write_file(folder / name, seen)
         speed = _speed(folder / f"{name}.speed", size)
@@ -89,7 +90,7 @@ def facts(folder: Path, name: str, size: int, catalogue: Path | None) -> Facts:
         memory=min(limit, memory.total),
         free_memory=min(limit, memory.available),
         shared_memory=shutil.disk_usage("/dev/shm").total,  # noqa: S108  Ray's object store
-        free_cache=shutil.disk_usage(nearest_folder(shards.cache())).free,
+        free_cache=shutil.disk_usage(nearest_folder(cache())).free,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         catalogue=catalogue is not None and catalogue.exists(),
         speed=speed,

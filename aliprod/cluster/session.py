@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import socket
 import traceback
 import uuid
@@ -21,9 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aliprod.build.room import Node
 from aliprod.build.target import Resources
-from aliprod.errors import Unreachable
+from aliprod.errors import AliprodError, Unreachable
 from aliprod.plan.schema import Cluster
-from aliprod.store import commit
+from aliprod.store import commit, mirror
 
 _PROBE_SECONDS = 60
 _KNOCK_SECONDS = 10
@@ -162,6 +161,7 @@ def probe(storage: Path, only: str | None = None) -> None:
     others = [node for node in others if only in (None, node["NodeID"])]
     try:
         for node, found in ask(others, "storage probe", _probe, folder):
+            commit.refresh(folder)
             answer = folder / node["NodeID"]
             if isinstance(found, ray.exceptions.RayError) and node["NodeID"] not in {one.name for one in nodes()}:
                 continue  # it went while it was asked
@@ -169,7 +169,7 @@ def probe(storage: Path, only: str | None = None) -> None:
                 said = "no answer" if isinstance(found, ray.exceptions.RayError) else found
                 _refuse(storage, node, "" if found == token else f" ({said})")
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        commit.remove(folder)
 
 
 def ask(
@@ -196,16 +196,19 @@ def ask(
 
 def _probe(folder: Path, node: str) -> str:
     try:
+        commit.refresh(folder)
         token = (folder / "driver").read_text()
-        (folder / node).write_text(token)
+        commit.write_file(folder / node, token)
     except OSError as error:
         return str(error.strerror)
+    except AliprodError as error:
+        return error.what
     return token
 
 
 def _refuse(storage: Path, node: Mapping[str, Any], why: str) -> None:
     raise Unreachable(
         f"node {node['NodeManagerHostname']} does not share this storage path, or may not write there{why}.",
-        storage,
-        "Give --storage a folder that every node of the cluster reads and writes (NFS, EFS, Lustre, ...).",
+        mirror.shown(storage),
+        "Give --storage a folder that every node of the cluster reads and writes (NFS, EFS, Lustre, ...), or a bucket.",
     )

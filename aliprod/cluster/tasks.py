@@ -27,6 +27,7 @@ TICK_SECONDS = 0.2
 _ASK_AGAIN_SECONDS = 5.0
 _PATIENCE_SECONDS = 10.0  # a rank's process starts in as many
 _LOST_SECONDS = 20.0  # in which Ray Train notices that a node is gone, if it ever does
+_LEASE_SECONDS = 1.0
 _PAUSED = Outcome("paused")
 
 
@@ -81,6 +82,7 @@ class RayRunner:
         self.refused = list[str]()
         self.targets = dict[str, Target]()  # as they were when they were started, or have paused
         self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step
+        self.others = dict[str, tuple[str, float]]()  # who trains what elsewhere, and until when that is believed
         self.answer: Any = None
         self.wanted, self.asked, self.asked_at = Counter[Resources](), dict[Any, Resources](), 0.0
 
@@ -163,8 +165,15 @@ class RayRunner:
         return ended
 
     def elsewhere(self, target: Target) -> str:
-        """Which other driver trains a target now; '' where none does."""
-        return self.leases.holder(str(target.key)) if target.kind == "training" else ""
+        """Which other driver trains a target now; '' where none does. Asked once a second: it may be a question to a
+        bucket."""
+        if target.kind != "training":
+            return ""
+        answer, until = self.others.get(target.name, ("", 0.0))
+        if self.now() >= until:
+            answer = self.leases.holder(str(target.key))
+            self.others[target.name] = answer, self.now() + _LEASE_SECONDS
+        return answer
 
     def has_begun(self, work: Pending) -> bool:
         """Whether Ray has placed it, and its first rank is at work."""

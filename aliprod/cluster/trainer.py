@@ -1,15 +1,20 @@
-"""Fitting a TorchTrainer with its controller in the calling process: imported by the launcher, never by the driver.
+"""Fitting a trainer with its controller in the calling process: imported by the launcher, never by the driver.
 
 Ray Train starts a process for the controller of each trainer, and four more beside it; each imports what the worker
-imports, or waits for that. Here the controller runs in the launcher, which has imported Ray Train once for all jobs.
+imports, or waits for that. Here the controller runs in the launcher, which has imported Ray Train once for all jobs,
+and which leaves torch (2 s, 600 MB) to the workers.
 """
 
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ray.train.torch import TorchConfig
+import ray
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
@@ -18,18 +23,19 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.logging import LoggingManager
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.api.result import Result
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from aliprod.build.schedule import Outcome
 from aliprod.build.target import Site
 from aliprod.cluster import session
 from aliprod.cluster.launch import Start
-from aliprod.cluster.worker import train_rank
+from aliprod.cluster.worker import join_ranks, leave_ranks, on_its_device, train_rank
 from aliprod.training.watchdog import longest
 
 _making = threading.Lock()
+_LEAVE_SECONDS = 30.0
 
 
 def _stay_configured(context: TrainRunContext) -> None:
@@ -37,8 +43,42 @@ def _stay_configured(context: TrainRunContext) -> None:
     that the first may be opening a file for, and they wait for each other's locks for ever."""
 
 
-class LightTrainer(TorchTrainer):
-    """A TorchTrainer whose controller runs in the actor that calls `fit`.
+@dataclass
+class LateTorch(BackendConfig):
+    """The process group of Ray's TorchConfig, set up where torch is wanted.
+
+    It names no framework: Ray would ask a worker for its version, and whoever reads that, of a class of torch's own,
+    imports torch.
+
+    Attributes:
+        backend: nccl or gloo. timeout_s: of what its ranks do together.
+    """
+
+    backend: str
+    timeout_s: int
+
+    backend_cls = property(lambda _: _LateTorch)
+    train_func_context = property(lambda _: on_its_device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the dashboard shows."""
+        return asdict(self)
+
+
+class _LateTorch(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(join_ranks, address, port, **backend_config.to_dict())
+
+    def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:  # noqa: ARG002
+        left: list[Any] = worker_group.execute_async(leave_ranks)
+        ray.wait(left, num_returns=len(left), timeout=_LEAVE_SECONDS)
+
+
+class LightTrainer(DataParallelTrainer):
+    """A trainer whose controller runs in the actor that calls `fit`.
 
     It overrides what ``fit`` calls in Ray 2.60; the range of versions in pyproject.toml and a test of these names keep
     it true.
@@ -96,14 +136,14 @@ def fit(start: Start, site: Site, launcher: Any, stopped: Callable[[], bool]) ->
     trainer = LightTrainer(
         train_rank,
         train_loop_config={"target": target, "site": site, "launcher": launcher, "number": start.number},
-        torch_config=TorchConfig("nccl" if gpu else "gloo", timeout_s=int(longest(cluster.watchdog_seconds))),
+        backend_config=LateTorch("nccl" if gpu else "gloo", int(longest(cluster.watchdog_seconds))),
         scaling_config=ScalingConfig(
             num_workers=len(start.nodes),
             use_gpu=gpu,
             resources_per_worker={"CPU": target.resources.cpus} | ({"GPU": target.resources.gpus} if gpu else {}),
             label_selector=[{"ray.io/node-id": node} for node in start.nodes],
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]  # mypy sees Train V1's
             name=f"{target.name.replace('/', '.')}-{str(target.key)[:12]}",  # Ray resumes a name: the key is in it
             storage_path=str(site.storage / "ray"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),

@@ -1,6 +1,8 @@
 """One rank of a training inside a TorchTrainer: it iterates what makes the target, and reports each epoch to Ray."""
 
+import os
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +39,32 @@ def train_rank(config: dict[str, Any]) -> Outcome:
     except (NonFiniteLoss, Refused) as error:
         return Outcome("failed", str(error))
     return Outcome("paused" if stop.is_set() and target.record(site.storage) is None else "done")
+
+
+def join_ranks(address: str, port: int, backend: str, timeout_s: int) -> None:
+    """Become a rank of a process group, as Ray's TorchConfig does it from the launcher."""
+    import ray.train
+    from ray.train.torch import config
+
+    me = ray.train.get_context()
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(backend, me.get_world_rank(), me.get_world_size(), "env://", timeout_s)
+
+
+def leave_ranks() -> None:
+    """Undo `join_ranks`, where there are others."""
+    import ray.train
+    from ray.train.torch.config import _shutdown_torch
+
+    _shutdown_torch(destroy_process_group=ray.train.get_context().get_world_size() > 1)
+
+
+def on_its_device() -> AbstractContextManager[None]:
+    """Where a rank trains: its GPU is torch's current device."""
+    from ray.train.torch.config import TorchConfigContextManager
+
+    return TorchConfigContextManager()
 
 
 def _listen(launcher: Any, number: int, stop: threading.Event) -> None:

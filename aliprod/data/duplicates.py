@@ -46,17 +46,12 @@ def write_hashes(folder: Path, images: Images, processes: int) -> None:
     commit.write(folder, fill, {"images": len(images)})
 
 
-def read_hashes(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Of committed hashes: the bits (N, 8) of all images, and which of them could be read."""
-    return np.load(folder / "bits.npy"), np.load(folder / "readable.npy")
-
-
 def hashed_groups(folder: Path, count: int, threshold: int) -> Integers:
     """(N,) the lowest row of each image's group, by `groups`; an image that cannot be read is alone. Refused: there are
     no hashes, or not of ``count`` images."""
     if commit.read(folder) is None:
         raise Refused("holds no hashes of the training images.", folder, "Run the plan again: they are made anew.")
-    bits, readable = read_hashes(folder)
+    bits, readable = alike.read_hashes(folder)
     if len(bits) != count:
         raise Refused(f"holds hashes of {len(bits):,} images, not of {count:,}.", folder, "Delete the folder.")
     found: Integers = np.arange(count)

@@ -48,7 +48,7 @@ class SoftLabels:
         not of all the images."""
         stores, places = [], []
         for folder in folders:
-            if commit.read(folder) is None:
+            if commit.fetch(folder) is None:
                 raise Refused("holds no finished soft labels.", folder, "Run the plan again: they are made anew.")
             own = pq.read_table(folder / "rows.parquet")["image_id"].combine_chunks()
             found = pc.index_in(ids, value_set=own)
@@ -88,13 +88,20 @@ class _Joined(Images):
 
 def training_set(catalogue: Catalogue, stage: Stage, inputs: Inputs = NO_INPUTS) -> TrainingSet:
     """The images that a stage trains on. Refused: the soft labels are of other images."""
-    rows = base_rows(catalogue, stage, None if inputs.kept is None else np.load(inputs.kept / "kept.npy"))
+    rows = base_rows(catalogue, stage, None if inputs.kept is None else _kept(inputs.kept))
     images = catalogue.train.take(rows)
     weights = None
     if inputs.pseudo_labels is not None and stage.pseudo_labels is not None:
         images, weights = _with_pseudo_labels(images, catalogue, stage.pseudo_labels, inputs.pseudo_labels)
     teacher = SoftLabels.open(inputs.teachers, images.ids, catalogue.classes) if inputs.teachers else None
     return TrainingSet(images, weights, teacher)
+
+
+def _kept(folder: Path) -> Integers:
+    """Which rows of the training images a filter of duplicates has left, ascending."""
+    commit.fetch(folder)
+    rows: Integers = np.load(folder / "kept.npy")
+    return rows
 
 
 def base_rows(catalogue: Catalogue, stage: Stage, kept: Integers | None = None) -> Integers:
@@ -132,7 +139,7 @@ def write_pseudo_labels(
 def read_pseudo_labels(folder: Path, catalogue: Catalogue) -> tuple[Integers, Integers]:
     """Rows of ``catalogue.test`` and their labels (rows of ``catalogue.classes``), both (n,). Refused: there are none,
     or they are of another catalogue."""
-    if commit.read(folder) is None:
+    if commit.fetch(folder) is None:
         raise Refused("holds no pseudo labels.", folder, "Run the plan again: they are made anew.")
     table = pq.read_table(folder / _PSEUDO_LABELS)
     ids = table["image_id"].combine_chunks()

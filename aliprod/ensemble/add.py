@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from aliprod.data.selection import surest
+from aliprod.ensemble.guesses import Predictions, read_predictions
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import Probabilities, check, tempered, tolerance
 from aliprod.store import commit
@@ -110,14 +111,6 @@ class MatchedMembers:
             exact.add_(part.gather(1, candidates), alpha=weight)
         rounded.scatter_(1, candidates, exact.float())
         return Sums(low, high, rounded, *_top(rounded, candidates, exact))
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """What an ensemble predicts: ids (N,) in the order of the submission, predicted class ids (N,) int64."""
-
-    ids: pa.StringArray
-    predicted: Tensor
 
 
 def match(
@@ -212,14 +205,6 @@ def confident(
     return ensemble.ids.take(pa.array(chosen)), ensemble.classes[best[chosen]], top[chosen].astype(np.float32)
 
 
-def read_predictions(folder: Path) -> Predictions:
-    """Read what a committed ensemble predicts. Failed: there is none."""
-    if commit.read(folder) is None:
-        raise Failed("holds no finished ensemble.", folder, "Submit jobs/ensemble.py: it is added up anew.")
-    table = pq.read_table(folder / PREDICTIONS, columns=["image_id", "class_id"])
-    return Predictions(table["image_id"].combine_chunks(), torch.from_numpy(table["class_id"].to_numpy().copy()))
-
-
 def add_members(members: Sequence[tuple[Sequence[str], Tensor, Tensor]]) -> tuple[list[str], Tensor, Tensor]:
     """Add members in memory, exactly: (ids, classes (K,), probabilities (N, K)) each, rows and columns in any order.
 
@@ -247,7 +232,7 @@ def top_classes(sums: Tensor, classes: Tensor, count: int) -> Tensor:
     return classes[_highest(sums, count)]
 
 
-def submission(ids: Sequence[str] | pa.StringArray, predicted: Tensor | Sequence[int]) -> str:
+def submission(ids: Sequence[str] | pa.StringArray, predicted: Tensor | Places | Sequence[int]) -> str:
     """The CSV that AliProducts takes: id,predicted, a line an image, of ids in any order and their class ids."""
     numbers: dict[str, int] = dict(zip(map(str, ids), map(int, predicted), strict=True))
     text = io.StringIO()
@@ -320,11 +305,11 @@ def _fill(staging: Path, ensemble: MatchedMembers, rows_per_block: int | None) -
     for sums in each_block(ensemble, rows_per_block):
         append(staging / "sums", sums.rounded.numpy(), sums.low, len(ensemble.ids), per_shard)
         best[sums.low : sums.high], shares[sums.low : sums.high] = classes[sums.columns], sums.values / total
-    found = Predictions(ensemble.ids, best[:, 0])
+    found = Predictions(ensemble.ids, best[:, 0].numpy())
     (staging / "submission.csv").write_text(submission(found.ids, found.predicted), encoding="utf-8")
     pq.write_table(pa.table({"image_id": ensemble.ids, "label": ensemble.labels}), staging / "rows.parquet")
     pq.write_table(pa.table({"class_id": ensemble.classes}), staging / "classes.parquet")
-    predictions = {"class_id": best[:, 0].numpy(), "top_classes": _lists(best), "shares": _lists(shares)}
+    predictions = {"class_id": found.predicted, "top_classes": _lists(best), "shares": _lists(shares)}
     pq.write_table(pa.table({"image_id": ensemble.ids} | predictions), staging / PREDICTIONS)
     return found
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aliprod.catalogue.annotations import class_number, rows, utf8
-from aliprod.ensemble.add import read_predictions
+from aliprod.ensemble.guesses import read_predictions
 from aliprod.errors import Refused, listing
 from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import STEM, open_store
@@ -52,8 +52,7 @@ def _predictions(path: Path) -> tuple[pa.StringArray, np.ndarray]:
         advice = "Give submission.csv, PLAN/ensemble or a member's store."
         raise Refused("there is no such file or folder.", path, advice)
     if path.is_dir() and (path / PREDICTIONS).exists():
-        ensemble = read_predictions(path)
-        return ensemble.ids, ensemble.predicted.numpy()
+        return read_predictions(path)
     if path.is_dir():
         if not (path / f"{STEM}-00000.npy").exists():
             advice = "Give PLAN/ensemble or a member's store."

@@ -1,12 +1,24 @@
-"""What labelled images are taken for, by rows of the class list; without torch, for whoever only tells of it."""
+"""What an ensemble predicts, and takes labelled images for; without torch, for whoever only tells of it."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from aliprod.catalogue.catalogue import Catalogue, Integers
+from aliprod.errors import Failed
+from aliprod.store import commit
+from aliprod.store.layout import PREDICTIONS
+
+
+class Predictions(NamedTuple):
+    """What an ensemble predicts: ids (N,) in the order of the submission, predicted class ids (N,) int64."""
+
+    ids: pa.StringArray
+    predicted: Integers
 
 
 class Guesses(NamedTuple):
@@ -19,6 +31,14 @@ class Guesses(NamedTuple):
     asked: Integers
     truth: Integers
     predicted: Integers
+
+
+def read_predictions(folder: Path) -> Predictions:
+    """Read what a committed ensemble predicts. Failed: there is none."""
+    if commit.fetch(folder) is None:
+        raise Failed("holds no finished ensemble.", folder, "Submit jobs/ensemble.py: it is added up anew.")
+    table = pq.read_table(folder / PREDICTIONS, columns=["image_id", "class_id"])
+    return Predictions(table["image_id"].combine_chunks(), table["class_id"].to_numpy())
 
 
 def guesses(ids: pa.StringArray, predicted: Integers, catalogue: Catalogue, split: str) -> Guesses:

@@ -154,7 +154,7 @@ def write(
 def open_store(folder: Path) -> Probabilities:
     """Open committed probabilities; sizes are checked, bytes are not (`commit.verify` does). Failed: there are none, or
     they are damaged."""
-    record = commit.read(folder)
+    record = commit.fetch(folder)
     if record is None:
         what = "holds no finished probabilities: there is no manifest, or a file has another size than it says."
         raise Failed(what, folder, _ADVICE)

@@ -35,6 +35,7 @@ from aliprod.ingest.check import first_picture, judged, not_listed
 from aliprod.processes import Pool, ReadProgress, pool
 from aliprod.store import commit
 from aliprod.store.keys import key_of
+from aliprod.store.layout import cache
 
 SHARD = 512  # rows: some 25 MB of photographs, what one process makes in seconds
 ROW_GROUP = 128  # rows, measured best in order: 64 to 256
@@ -91,7 +92,7 @@ def prepare(
 
     Args:
         path, out: of this machine, or URIs of what pyarrow reaches: pictures are read from there one by one, and
-            shards are made on this machine's disk first (`shards.cache`). ``out`` must not exist, be empty, or hold
+            shards are made on this machine's disk first (`layout.cache`). ``out`` must not exist, be empty, or hold
             what this very call has written before.
         max_skipped: the share of all images that may be unreadable.
         processes: that work side by side; they change no byte.
@@ -110,7 +111,7 @@ def prepare(
             yield _prepared(found, sizes, target.shown, catalogue, settings)
             return
         else:
-            local = shards.cache() / "uploads" / hashlib.sha256(target.shown.encode()).hexdigest()
+            local = cache() / "uploads" / hashlib.sha256(target.shown.encode()).hexdigest()
         yield from _prepare(catalogue, local, settings, max_skipped, processes)
         sizes = {file.name: file.stat().st_size for file in local.iterdir()}
         done = _prepared(shards.manifest(local), sizes, str(local), catalogue, settings)

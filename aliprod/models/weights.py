@@ -79,6 +79,7 @@ def load(folder: Path) -> tuple[Classifier, Config, Classes]:
 def describe(folder: Path) -> tuple[Config, Classes]:
     """The configuration and classes of a weights folder, without its weights. Refused: it is no weights folder, or one
     that is damaged."""
+    commit.fetch(folder, CONFIG, CLASSES)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         classes = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
@@ -109,6 +110,7 @@ def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> No
 
 def read(folder: Path) -> dict[str, Tensor]:
     """The tensors of a weights folder. Refused: the folder is damaged."""
+    commit.fetch(folder)
     if (folder / commit.MANIFEST).exists() and (damaged := commit.verify(folder)):
         raise Refused("does not hold the bytes that its manifest says.", folder / damaged[0], "Restore or delete it.")
     try:
@@ -145,6 +147,7 @@ def fetch_pretrained(network: str, folder: Path) -> None:
 def load_pretrained(model: Classifier, file: Path) -> None:
     """Load a backbone's weights; the classifier stays as initialised. A classifier in the file is left out. Refused:
     missing, damaged, or of another network."""
+    commit.fetch(file.parent)
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:

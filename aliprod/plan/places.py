@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from aliprod.errors import Refused
 from aliprod.plan.schema import Cluster, Plan
+from aliprod.store import commit, mirror
 from aliprod.store.layout import HELD_OUT
 
 if TYPE_CHECKING:
@@ -55,8 +56,17 @@ def resolve(plan: Plan | None, storage: Path | None, tracking_uri: str | None, a
 
 
 def default_storage(stated: Path | str | None = None) -> Path:
-    """The absolute folder of all results: the stated one, that of the environment, or ``runs``."""
-    return Path(stated or os.environ.get("ALIPROD_STORAGE") or "runs").expanduser().absolute()
+    """The absolute folder of all results: the stated one, that of the environment, or ``runs``. Of a URI, the mirror of
+    its bucket, as the bucket is now.
+
+    Raises:
+        Refused: the URI names no bucket. Unreachable: the bucket does not answer.
+    """
+    place = stated or os.environ.get("ALIPROD_STORAGE") or "runs"
+    if (mirrored := mirror.place(place)) is None:
+        return Path(place).expanduser().absolute()
+    commit.refresh(mirrored)
+    return mirrored
 
 
 def default_tracking_uri(storage: Path, stated: str | None = None) -> str:
@@ -73,7 +83,7 @@ def catalogue_path(plan: Plan, places: Places) -> Path:
     """The catalogue's folder: the plan's path, or where its rendered one lies in the storage path."""
     synth = plan.catalogue.synth
     if plan.catalogue.path is not None or synth is None:
-        return Path(str(plan.catalogue.path))
+        return mirror.local(str(plan.catalogue.path))
     return places.storage / "catalogues" / f"synth-{synth.classes}-{synth.images}-{synth.seed}"
 
 

@@ -65,7 +65,8 @@ class CatalogueSource(Frozen):
 
     path: Text | None = Field(
         None,
-        description="a folder in any layout that docs/catalogues.md names, or a table; relative to the plan's file",
+        description="a folder in any layout that docs/catalogues.md names, or a table, relative to the plan's file; or "
+        "the URI of a prepared catalogue in a bucket (s3://, gs://, az://)",
     )
     synth: Synth | None = Field(
         None, description="without a path: { classes, images, seed }, rendered in the storage folder at the first run"
@@ -121,8 +122,8 @@ class Cluster(Machine):
 
     storage: Text | None = Field(
         None,
-        description="folder that keeps all results, relative to the plan's file; without it --storage, "
-        "ALIPROD_STORAGE or `runs` in the current folder",
+        description="folder that keeps all results, relative to the plan's file, or the URI of one in a bucket (s3://, "
+        "gs://, az://); without it --storage, ALIPROD_STORAGE or `runs` in the current folder",
     )
     tracking_uri: Text | None = Field(
         None,

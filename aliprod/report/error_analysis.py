@@ -10,14 +10,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
-from aliprod.ensemble.add import read_predictions
-from aliprod.ensemble.guesses import guesses
+from aliprod.ensemble.guesses import guesses, read_predictions
 from aliprod.errors import AliprodError
-from aliprod.inference.metrics import class_errors
 from aliprod.store import commit
 from aliprod.store.layout import PREDICTIONS
 
@@ -92,7 +89,7 @@ def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) ->
     top = pq.read_table(folder / PREDICTIONS, columns=["top_classes", "shares"])
     classes, shares = (top[name].combine_chunks().flatten().to_numpy() for name in top.column_names)
     classes, shares = (flat.reshape(len(found.ids), -1) for flat in (classes, shares))
-    rows, asked, truth, predicted = guesses(found.ids, found.predicted.numpy(), catalogue, split)
+    rows, asked, truth, predicted = guesses(found.ids, found.predicted, catalogue, split)
     own = (shares[asked] * (classes[asked] == catalogue.classes[truth, None])).sum(axis=1)
     return Scored(getattr(catalogue, split), rows, truth, predicted, shares[asked, 0], own)
 
@@ -157,9 +154,9 @@ def by_size(found: Scored, class_counts: Integers) -> list[Size]:
     """Classes in groups of about as many, from few training images to many; those of one size stay together."""
     if not len(found.truth):
         return []
-    by_class = class_errors(torch.from_numpy(found.truth), torch.from_numpy(found.predicted), len(class_counts)).numpy()
-    known = ~np.isnan(by_class)  # classes with a scored image
-    errors, sizes = by_class[known], class_counts[known]
+    images, wrong = np.bincount(found.truth), np.bincount(found.truth, found.truth != found.predicted)
+    known = np.flatnonzero(images)  # classes with a scored image
+    errors, sizes = wrong[known] / images[known], class_counts[known]
     edges = np.unique(np.quantile(sizes, np.linspace(0, 1, _SIZES + 1)[1:], method="lower"))
     groups = np.searchsorted(edges, sizes)
     return [

@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 
 from aliprod.build.inputs import hashes
 from aliprod.build.target import Resources
-from aliprod.catalogue.alike import dct_bits, gray32
+from aliprod.catalogue.alike import dct_bits, gray32, read_hashes
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.catalogue.decode import Unreadable, decode
-from aliprod.data.duplicates import read_hashes
 from aliprod.errors import AliprodError
 from aliprod.store import commit
 

@@ -10,7 +10,7 @@ from aliprod.plan.open import Opened
 from aliprod.recipe import VIEWS
 from aliprod.report.estimate import duration
 from aliprod.shown import escaped
-from aliprod.store import epochs
+from aliprod.store import epochs, mirror
 
 
 def line(event: Event, clock: float | None = None) -> str:
@@ -192,7 +192,7 @@ def _begun(opened: Opened) -> str:
     done = sum(opened.record(name) is not None for name in opened.jobs)
     jobs = f"{count} jobs, {f'{done} finished before, {count - done}' if done else 'all'} to train"
     images = f"{len(opened.read_catalogue().train):,} training images"
-    return f"{jobs}; {len(plan.ensemble.members)} members; {images}. Results: {opened.folder}"
+    return f"{jobs}; {len(plan.ensemble.members)} members; {images}. Results: {mirror.shown(opened.folder)}"
 
 
 def _after(event: Changed) -> str:

@@ -2,7 +2,8 @@
 
 Everything that must survive a crash (weights, resume checkpoints, probabilities, results) is a folder that
 is written beside its final place and becomes visible in one rename, with a manifest of sizes and sha256
-(its own too) written last. Whoever finds no valid manifest finds nothing.
+(its own too) written last. Whoever finds no valid manifest finds nothing. A folder in the mirror of a bucket is sent
+there before it becomes visible here, and is there when its manifest is in the bucket (`aliprod.store.mirror`).
 """
 
 import hashlib
@@ -10,7 +11,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from aliprod.errors import StorageFull
+from aliprod.store import mirror
 
-MANIFEST = "manifest.json"
+MANIFEST = mirror.MANIFEST
 
 
 def write(
@@ -42,18 +45,13 @@ def write(
     Raises:
         StorageFull: no room, no permission, or the path is gone; nothing half-written is visible.
     """
-    staging = (room or folder.parent) / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    with storage(folder):
-        try:
-            make_folder(folder.parent)
-            if room is not None:
-                make_folder(room)
-            staging.mkdir()
-            known = fill(staging)
-            _write_manifest(staging, record or {}, known or {})
+    with storage(folder), _staged(folder, fill, record or {}, room) as staging:
+        if (mirrored := mirror.of(folder)) is None:
             return _publish(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with mirrored.alone(folder):
+            if mirrored.publish(staging, folder, over=False):
+                mirror.swap(staging, folder)
+        return _there(folder)
 
 
 def replace(folder: Path, fill: Callable[[Path], Mapping[str, str] | None], record: dict[str, Any]) -> None:
@@ -62,40 +60,111 @@ def replace(folder: Path, fill: Callable[[Path], Mapping[str, str] | None], reco
     Raises:
         StorageFull: as in `write`.
     """
-    fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.fresh")
-    write(fresh, fill, record)
-    old = fresh.with_suffix(".old")
-    with storage(folder):
+    with storage(folder), _staged(folder, fill, record, None) as staging:
+        if (mirrored := mirror.of(folder)) is not None:
+            with mirrored.alone(folder):
+                if mirrored.publish(staging, folder, over=True):
+                    mirror.swap(staging, folder)
+            return
         try:
-            with suppress(FileNotFoundError):
-                os.replace(folder, old)
-            os.replace(fresh, folder)
+            mirror.swap(staging, folder)
         except OSError:
             if read(folder) is None:
                 raise  # else another driver has just published its own: that stays
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+        _sync(folder.parent)
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """The record of a committed folder; None where there is none or a file has another size than it says."""
+def read(folder: Path, again: bool = False) -> dict[str, Any] | None:
+    """The record of a committed folder; None where there is none or a file has another size than it says.
+
+    Args:
+        again: whether another machine may have replaced it since it was read.
+    """
+    if (mirrored := mirror.of(folder)) is not None:
+        mirrored.take(folder, again)
     manifest = _manifest(folder)
-    if manifest is None or not all(_size(folder / name) == f["bytes"] for name, f in manifest["files"].items()):
+    if manifest is None:
         return None
-    return dict(manifest["record"])
+    whole = all(_size(folder / name) == file["bytes"] for name, file in manifest["files"].items())
+    return dict(manifest["record"]) if whole or mirrored is not None else None
+
+
+def fetch(folder: Path, *names: str) -> dict[str, Any] | None:
+    """Have the files of a committed folder on this machine, or those with the names: of a bucket's mirror they may not
+    be here yet.
+
+    Returns:
+        Its record, as `read` does.
+    Raises:
+        Unreachable: the bucket does not answer.
+    """
+    if (mirrored := mirror.of(folder)) is not None:
+        mirrored.fetch(folder, names)
+    return read(folder)
+
+
+def borrowed(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """The files of a committed folder with these names, each for as long as nobody asks for the next: of a bucket's
+    mirror they go then, and the next one comes meanwhile.
+
+    Raises:
+        Unreachable: the bucket does not answer.
+    """
+    mirrored = mirror.of(folder)
+    if mirrored is None or not names:
+        yield from (folder / name for name in names)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(mirrored.fetch, folder, names[:1])
+        for number, name in enumerate(names):
+            coming.result()
+            if following := names[number + 1 : number + 2]:
+                coming = thread.submit(mirrored.fetch, folder, following)
+            yield folder / name
+            (folder / name).unlink(missing_ok=True)
+
+
+def refresh(*folders: Path) -> None:
+    """Have what others have written below folders on this machine, but for large files; for folders in a bucket's
+    mirror.
+
+    Raises:
+        Unreachable: the bucket does not answer.
+    """
+    for folder in folders:
+        if (mirrored := mirror.of(folder)) is not None:
+            mirrored.refresh(folder)
+
+
+def send(file: Path) -> None:
+    """Send a file that was written in its place, where it is in a bucket's mirror.
+
+    Raises:
+        StorageFull: the bucket does not take it.
+    """
+    if (mirrored := mirror.of(file)) is not None:
+        mirrored.put(file)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, here and in the bucket; nothing happens where it is gone."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    if (mirrored := mirror.of(path)) is not None:
+        mirrored.remove(path)
 
 
 def verify(folder: Path) -> list[str]:
     """What is wrong with a committed folder: the names of files whose bytes are not those of the manifest."""
-    manifest = _manifest(folder)
-    if manifest is None:
-        return [MANIFEST]
-    return [
-        name
-        for name, expected in manifest["files"].items()
-        if _size(folder / name) != expected["bytes"] or sha256(folder / name) != expected["sha256"]
-    ]
+    damaged = _damaged(folder)
+    if damaged and (mirrored := mirror.of(folder)) is not None:  # or not here yet: it is brought anew
+        for name in damaged:
+            (folder / name).unlink(missing_ok=True)
+        mirrored.fetch(folder)
+        damaged = _damaged(folder)
+    return damaged
 
 
 def digest(folder: Path) -> str:
@@ -130,6 +199,7 @@ def write_file(path: Path, content: str | bytes) -> None:
             _sync(staging)
             os.replace(staging, path)
             _sync(path.parent)
+            send(path)
         finally:
             staging.unlink(missing_ok=True)
 
@@ -140,6 +210,14 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
         _sync(path.parent)
+
+
+def set_aside(folder: Path, aside: Path) -> None:
+    """Give a damaged folder another name, beside its own; nothing happens where another process was faster."""
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.replace(folder, aside)
+    remove(folder)
 
 
 def link(file: Path, to: Path) -> None:
@@ -184,6 +262,35 @@ def storage(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _staged(
+    folder: Path, fill: Callable[[Path], Mapping[str, str] | None], record: dict[str, Any], room: Path | None
+) -> Iterator[Path]:
+    """A folder that ``fill`` has filled, with its manifest, before it becomes visible; gone in the end."""
+    staging = (room or folder.parent) / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        make_folder(folder.parent)
+        if room is not None:
+            make_folder(room)
+        staging.mkdir()
+        known = fill(staging)
+        _write_manifest(staging, record, known or {})
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _damaged(folder: Path) -> list[str]:
+    manifest = _manifest(folder)
+    if manifest is None:
+        return [MANIFEST]
+    return [
+        name
+        for name, expected in manifest["files"].items()
+        if _size(folder / name) != expected["bytes"] or sha256(folder / name) != expected["sha256"]
+    ]
+
+
 def _free(path: Path) -> str:
     for parent in (path, *path.parents):
         if os.path.isdir(parent):  # noqa: PTH112 - Path.is_dir raises where a folder on the way may not be entered
@@ -217,6 +324,10 @@ def _publish(staging: Path, folder: Path) -> dict[str, Any]:
             raise
         return there
     _sync(folder.parent)
+    return _there(folder)
+
+
+def _there(folder: Path) -> dict[str, Any]:
     record = read(folder)
     if record is None:
         raise OSError(f"{folder} vanished after it was written")

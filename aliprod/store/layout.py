@@ -10,7 +10,11 @@ tune/JOB-KEY.json           learning rates that were tried
 PLAN/                       submission.csv, result.json, ensemble/, ...: what people open
 """
 
+import os
+import tempfile
 from pathlib import Path
+
+from aliprod.errors import Refused
 
 METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
 HELD_OUT, TUNE = "held-out", "tune"
@@ -18,6 +22,18 @@ OWN = ("jobs", "hashes", HELD_OUT, "pretrained", TUNE, "ray", "models", "catalog
 PACE = "pace.json"  # beside the checkpoints: how far a job is, and how fast
 MODEL = "model.safetensors"  # in a folder of weights
 PREDICTIONS = "predictions.parquet"  # in an ensemble's folder
+
+
+def cache() -> Path:
+    """The folder on this machine's own disk: ``ALIPROD_CACHE``, else one of this user in the system's temp folder."""
+    return Path(os.environ.get("ALIPROD_CACHE") or Path(tempfile.gettempdir()) / f"aliprod-cache-{os.getuid()}")
+
+
+def check_cache(folder: Path) -> None:
+    """Make the cache. Refused: somebody else owns it, and would choose what is trained on."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid not in (os.getuid(), 0):
+        raise Refused("belongs to another user.", folder, "Name a folder of your own in ALIPROD_CACHE.")
 
 
 def job_place(name: str, key: str) -> str:

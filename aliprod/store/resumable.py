@@ -80,7 +80,9 @@ class ResumableRows:
             return there
         self._sweep()
         try:
+            commit.refresh(self._room)
             self._write(blocks, part)
+            commit.refresh(self._room)  # other parts may be made on other machines
             if not all(path.exists() for path in self._shards) and commit.read(self.folder) is None:
                 return {}
             written = commit.read(self.folder) or commit.write(self.folder, fill, dict(self.record), room=self._room)
@@ -89,9 +91,9 @@ class ResumableRows:
                 raise
             written = there  # another writer was faster, and has removed the shards
         except Failed:
-            shutil.rmtree(self._room, ignore_errors=True)
+            commit.remove(self._room)
             raise
-        shutil.rmtree(self._room, ignore_errors=True)
+        commit.remove(self._room)
         return written
 
     def files(self, name: str) -> list[Path]:
@@ -105,6 +107,7 @@ class ResumableRows:
             The sha256 of each by its name.
         """
         for file in self.files(name):
+            commit.fetch(file.parent)
             commit.link(file, target / file.name)
         return {file.name: commit.file_digest(file.parent, file.name) for file in self.files(name)}
 
@@ -134,7 +137,7 @@ class ResumableRows:
     def _sweep(self) -> None:
         for other in self.folder.parent.glob(f".{self._kind}.*.unfinished"):
             if other != self._room:
-                shutil.rmtree(other, ignore_errors=True)
+                commit.remove(other)
 
     def _write(self, blocks: Callable[[Rows], Iterable[Block]], part: Part) -> None:
         missing = self._missing(part)
@@ -167,8 +170,7 @@ class ResumableRows:
         for shard, path in list(enumerate(self._shards))[first::step]:
             if path.exists() and commit.verify(path):
                 log.warning("%s is damaged and is predicted again.", path)
-                with suppress(FileNotFoundError):  # another writer has seen it too
-                    path.rename(self._room / f".{path.name}.{uuid.uuid4().hex[:8]}.bad")
+                commit.set_aside(path, self._room / f".{path.name}.{uuid.uuid4().hex[:8]}.bad")
             if not path.exists():
                 missing.append(np.arange(shard * self.per_shard, self._end(shard)))
         return np.concatenate(missing)

@@ -4,13 +4,11 @@ import io
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.ensemble.guesses import guesses
-from aliprod.store.layout import PREDICTIONS
+from aliprod.ensemble.guesses import guesses, read_predictions
 
 _CLASSES = 24  # that a picture has room for
 
@@ -18,9 +16,7 @@ _CLASSES = 24  # that a picture has room for
 def picture(folder: Path, catalogue: Catalogue, split: str) -> Image.Image | None:
     """The confusion matrix of what a committed ensemble predicts for a split, of the classes with the most errors; None
     where no predicted image has a label."""
-    found = pq.read_table(folder / PREDICTIONS, columns=["image_id", "class_id"])
-    ids, predicted = found["image_id"].combine_chunks(), found["class_id"].to_numpy()
-    known, _, truth, guess = guesses(ids, predicted, catalogue, split)
+    known, _, truth, guess = guesses(*read_predictions(folder), catalogue, split)
     if not len(known):
         return None
     wrong = truth != guess

@@ -188,6 +188,7 @@ class Registry:
             tags=tags | {"aliprod.job": job.name},
             model_type="weights",
         )
+        commit.fetch(weights.folder)
         self._client.log_model_artifacts(model.model_id, str(weights.folder))
         self._client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)
@@ -195,6 +196,7 @@ class Registry:
     def _restore(self, model_id: str, folder: Path) -> None:
         """Send the files again where the artifacts were lost and the database kept."""
         there = {file.path: file.file_size for file in self._client.list_logged_model_artifacts(model_id)}
+        commit.fetch(folder)
         if any(there.get(path.name) != path.stat().st_size for path in folder.iterdir()):
             self._client.log_model_artifacts(model_id, str(folder))
 

@@ -20,7 +20,7 @@ from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
 from aliprod.shown import redacted
-from aliprod.store import commit, epochs
+from aliprod.store import commit, epochs, mirror
 from aliprod.store.layout import LAST, METRICS, WEIGHTS
 from aliprod.store.lineage import revision
 from aliprod.tracking import confusions, view
@@ -141,17 +141,17 @@ class Runs:
         rows = [[job, c.version, c.epoch + 1, errors.get(job), c.key, c.sha256] for job, c in choices.items()]
         self.server.client.log_dict(run.info.run_id, {"columns": columns, "data": rows}, "members.json")
         if submission := result.get("submission"):
-            self.server.client.log_artifact(run.info.run_id, str(submission))
+            self.server.client.log_artifact(run.info.run_id, str(mirror.local(submission)))
         total = _points({"top1_error": result["top1_error"]}, run.info.start_time, 0)
         self._write(self._plan_run(), total)
         each = _points({f"top1_error/{name}": error for name, error in errors.items()}, run.info.start_time, 0)
-        self._write(run, [*total, *each], {RESULT: commit.sha256(Path(submission)) if submission else key})
+        self._write(run, [*total, *each], {RESULT: commit.sha256(mirror.local(submission)) if submission else key})
         self._set_status(run, "FINISHED")
 
     def _picture(self, run: Run, result: Mapping[str, Any]) -> None:
         """What the ensemble confuses, among the charts, where it is known."""
         if self.plan.catalogue and result["split"]:
-            found = confusions.picture(Path(result["probabilities"]), self.plan.catalogue, result["split"])
+            found = confusions.picture(mirror.local(result["probabilities"]), self.plan.catalogue, result["split"])
             if found is not None:
                 self.server.client.log_image(run.info.run_id, found, key="confusions/ensemble", step=0)
 

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,6 +75,7 @@ def snapshot(state: TrainingState, learner: Learner, optimizer: Optimizer, avera
 
 def restore(folder: Path, learner: Learner, optimizer: Optimizer, average: Average | None) -> TrainingState:
     """Load what `Snapshot.write` wrote."""
+    commit.fetch(folder)  # another rank's machine may have written it
     learner.load_state_dict(load_file(folder / "learner.safetensors"))
     optimizer.load_state(load_file(folder / "optimizer.safetensors"))
     if average is not None:
@@ -94,8 +93,7 @@ def newest(folder: Path) -> Path | None:
         if not damaged:
             return candidate
         aside = candidate.with_name(f"{candidate.name}.bad")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(candidate, aside)
+        commit.set_aside(candidate, aside)
         log.warning("%s is damaged (%s): set aside, going on from the one before.", candidate, ", ".join(damaged))
     return None
 
@@ -109,7 +107,7 @@ def write(place: Path, snapshot: Snapshot, record: dict[str, Any]) -> None:
 def prune(folder: Path) -> None:
     """Keep the newest two."""
     for old in sorted(_committed(folder))[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        commit.remove(old)
 
 
 def last_time(folder: Path, began: float) -> float:

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -95,8 +94,9 @@ def _agreed(folder: Path) -> tuple[bool, Path | None]:
 
 def _found(folder: Path) -> tuple[bool, Path | None]:
     commit.sweep(folder)
+    commit.refresh(folder)
     if commit.read(folder / WEIGHTS) is not None:
-        shutil.rmtree(folder / RESUME, ignore_errors=True)  # a killed process may have left it
+        commit.remove(folder / RESUME)  # a killed process may have left it
         return True, None
     commit.sweep(folder / RESUME)
     return False, checkpoint.newest(folder / RESUME)
@@ -146,7 +146,7 @@ class _Results:
             "seconds": round(time.time() - self.began, 1),
         }
         self._commit_weights(best, WEIGHTS, record)
-        shutil.rmtree(job.folder / RESUME, ignore_errors=True)
+        commit.remove(job.folder / RESUME)
 
     def _commit_weights(self, candidate: Candidate, name: str, record: dict[str, Any]) -> None:
         job, needs = self.job, needs_of(self.job.stage.objective.name)
@@ -221,3 +221,4 @@ def _append(path: Path, record: dict[str, Any]) -> None:
             file.write(("\n" if torn else "") + json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        commit.send(path)

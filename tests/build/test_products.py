@@ -12,7 +12,7 @@ from aliprod.build.graph import Chosen, targets
 from aliprod.build.outputs import compared
 from aliprod.build.target import Site, Target, lacking
 from aliprod.catalogue import sources
-from aliprod.ensemble.add import read_predictions
+from aliprod.ensemble.guesses import read_predictions
 from aliprod.errors import Refused
 from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import open_store
@@ -104,7 +104,7 @@ def test_the_submission_names_every_test_image_and_the_errors_are_of_val(shop: O
     assert {name: one["top1_error"] for name, one in found["members"].items()} == errors
     summed = read_predictions(shop.folder / "ensemble-val")
     labels = stores[0].labels.take(pc.index_in(summed.ids, value_set=stores[0].ids))
-    assert found["ensemble"]["top1_error"] == (score(labels, summed.predicted.numpy()) or {})["top1_error"]
+    assert found["ensemble"]["top1_error"] == (score(labels, summed.predicted) or {})["top1_error"]
     best = min(errors, key=lambda name: errors[name])
     assert found["best"] == {"member": best, "split": "val", "views": "center"}
 

@@ -20,7 +20,9 @@ from aliprod.cli import app
 from aliprod.errors import Refused, Unreachable
 from aliprod.inference.pictures import listed
 from aliprod.ingest.prepare import PreparedCatalogue, Settings, prepare
+from aliprod.store import commit, mirror
 from aliprod.store.commit import MANIFEST
+from tests.conftest import s3_environment
 
 server = pytest.importorskip("moto.server", reason="needs moto, of the extra `test`")
 boto3 = pytest.importorskip("boto3", reason="comes with moto")
@@ -53,6 +55,27 @@ def bucket(port: int, packages: Catalogue) -> Callable[[str], str]:
     system.create_dir("shop")
     fs.copy_files(str(packages.root), "shop/photos", destination_filesystem=system)
     return lambda folder: uri(port, f"shop/{folder}")
+
+
+def test_a_training_reads_a_prepared_catalogue_from_a_bucket(
+    port: int, bucket: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(bucket("photos"), bucket("for-training"))
+    prepared(bucket("photos"), tmp_path / "prepared")
+    plain = read(tmp_path / "prepared")
+    for name, value in s3_environment(f"http://127.0.0.1:{port}").items():
+        monkeypatch.setenv(name, value)
+    for machine in ("one", "two"):
+        monkeypatch.setenv("ALIPROD_CACHE", str(tmp_path / machine))
+        place = mirror.local("s3://shop/for-training")
+        assert not place.exists()
+        commit.read(place)
+        found = read(place)
+        assert found.fingerprint == plain.fingerprint
+        for split in ("train", "val", "test"):
+            ours, theirs = getattr(found, split), getattr(plain, split)
+            assert [ours.source(row) for row in range(len(ours))] == [theirs.source(row) for row in range(len(theirs))]
+        assert not list(place.glob("*.parquet")), "what was laid out is kept twice"
 
 
 def prepared(path: str | Path, out: str | Path, processes: int = 1) -> PreparedCatalogue:

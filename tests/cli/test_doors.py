@@ -64,12 +64,12 @@ def test_the_seeds_plan_is_checked_and_shown_without_torch_ray_and_mlflow() -> N
     assert (status, names) == (0, [])
 
 
-def test_a_forecast_and_a_driver_need_no_torch(tmp_path: Path) -> None:
+def test_a_forecast_a_driver_and_a_report_need_no_torch(tmp_path: Path) -> None:
     synthesise(tmp_path / "photos", classes=2, images=10, seed=0)
     sets = ["--set", f"catalogue.path={tmp_path / 'photos'}", "--storage", str(tmp_path / "runs"), "--gpus", "8"]
     status, names, _ = loaded(ROOT, ["plan", "jobs/aliproducts.toml", *sets], HEAVY)
     assert (status, names) == (0, [])
-    program = "import sys, aliprod.cluster.driver; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    program = "import sys, aliprod.cluster.driver, aliprod.report.page; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -18,6 +18,6 @@ def test_a_controller_configures_its_log_by_what_is_kept_from_doing_it_twice() -
 
 
 def test_the_launcher_imports_nothing_of_what_only_a_worker_needs() -> None:
-    code = "import sys, aliprod.cluster.trainer; print({'timm', 'torchvision'} & set(sys.modules))"
+    code = "import sys, aliprod.cluster.trainer; print({'timm', 'torch', 'torchvision'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "set()"

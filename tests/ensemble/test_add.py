@@ -15,11 +15,11 @@ from aliprod.ensemble.add import (
     add_members,
     each_block,
     match,
-    read_predictions,
     submission,
     top_classes,
     write_ensemble,
 )
+from aliprod.ensemble.guesses import read_predictions
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import open_store, write
 from aliprod.store import commit

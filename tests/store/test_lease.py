@@ -89,14 +89,22 @@ def driver(storage: Path, work: str = "plan b") -> Leases:
     return Leases(storage, work, PATIENCE)
 
 
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "folder":
+        return tmp_path
+    mirrored: Path = request.getfixturevalue("machines")("a")
+    return mirrored
+
+
 @pytest.fixture
 def from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a system that does not say what its processes are, or seen from another machine."""
     monkeypatch.setattr(lease, "_process", lambda pid: {})
 
 
-def test_a_lease_is_one_drivers_until_it_gives_it_back(tmp_path: Path) -> None:
-    with driver(tmp_path, "plan a") as a, driver(tmp_path) as b:
+def test_a_lease_is_one_drivers_until_it_gives_it_back(storage: Path) -> None:
+    with driver(storage, "plan a") as a, driver(storage) as b:
         assert a.take("x") == a.take("x") == a.holder("x") == ""
         assert b.take("x").endswith(WORDS)
         assert b.holder("x") == b.take("x")
@@ -106,20 +114,20 @@ def test_a_lease_is_one_drivers_until_it_gives_it_back(tmp_path: Path) -> None:
         assert a.take("x").endswith("of plan b")
 
 
-def test_the_end_of_a_driver_gives_back_all_that_it_held_at_once_and_leaves_nothing(tmp_path: Path) -> None:
-    with driver(tmp_path) as b, ExitStack() as stack:
+def test_the_end_of_a_driver_gives_back_all_that_it_held_at_once_and_leaves_nothing(storage: Path) -> None:
+    with driver(storage) as b, ExitStack() as stack:
         began = time.monotonic()
-        a = stack.enter_context(driver(tmp_path, "plan a"))
+        a = stack.enter_context(driver(storage, "plan a"))
         assert a.take("x") == a.take("y") == ""
         assert b.take("x")
         stack.close()
         assert b.take("x") == b.take("y") == ""
         assert time.monotonic() - began < PATIENCE / 2
-    assert list((tmp_path / lease.FOLDER).iterdir()) == []
+    assert not any(b._kept.marks(name) for name in b._kept.names())
 
 
-def test_a_lease_is_kept_for_longer_than_others_have_patience(tmp_path: Path) -> None:
-    with driver(tmp_path, "plan a") as a, driver(tmp_path) as b:
+def test_a_lease_is_kept_for_longer_than_others_have_patience(storage: Path) -> None:
+    with driver(storage, "plan a") as a, driver(storage) as b:
         assert a.take("x") == ""
         end = time.monotonic() + 3 * PATIENCE
         while time.monotonic() < end:
@@ -128,32 +136,32 @@ def test_a_lease_is_kept_for_longer_than_others_have_patience(tmp_path: Path) ->
         a.check()
 
 
-def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
-    with other(tmp_path) as process, driver(tmp_path) as b:
+def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(storage: Path) -> None:
+    with other(storage) as process, driver(storage) as b:
         assert b.take("x").endswith(f"pid {process.pid} of plan other")
         process.kill()
         assert until(lambda: b.take("x") == "") < PATIENCE  # it is not even reaped yet
 
 
 @pytest.mark.usefixtures("from_elsewhere")
-def test_one_of_another_machine_that_was_killed_is_waited_for_as_long_as_we_have_patience(tmp_path: Path) -> None:
-    with other(tmp_path) as process, driver(tmp_path) as b:
+def test_one_of_another_machine_that_was_killed_is_waited_for_as_long_as_we_have_patience(storage: Path) -> None:
+    with other(storage) as process, driver(storage) as b:
         assert b.take("x")
         process.kill()
         assert 0.5 * PATIENCE < until(lambda: b.take("x") == "") < 4 * PATIENCE
 
 
 @pytest.mark.usefixtures("from_elsewhere")
-def test_what_was_seen_silent_while_we_waited_for_something_else_is_not_waited_for_again(tmp_path: Path) -> None:
-    with other(tmp_path) as process, driver(tmp_path) as b:
+def test_what_was_seen_silent_while_we_waited_for_something_else_is_not_waited_for_again(storage: Path) -> None:
+    with other(storage) as process, driver(storage) as b:
         process.kill()
         process.wait()
         time.sleep(2 * PATIENCE)
         assert b.take("x") == ""
 
 
-def test_a_stopped_driver_is_taken_over_and_finds_out_when_it_goes_on(tmp_path: Path) -> None:
-    with other(tmp_path) as process, driver(tmp_path) as b:
+def test_a_stopped_driver_is_taken_over_and_finds_out_when_it_goes_on(storage: Path) -> None:
+    with other(storage) as process, driver(storage) as b:
         assert asked(process) == "holds"
         process.send_signal(signal.SIGSTOP)
         assert 0.5 * PATIENCE < until(lambda: b.take("x") == "") < 4 * PATIENCE
@@ -162,11 +170,11 @@ def test_a_stopped_driver_is_taken_over_and_finds_out_when_it_goes_on(tmp_path: 
         time.sleep(2 * PATIENCE / lease._BEATS)  # whatever it still writes harms us not
         b.check()
         assert b.take("x") == ""
-        assert [path.name.split(".")[0] for path in (tmp_path / lease.FOLDER / "x").iterdir()] == [b.token]
+        assert [mark.split(".")[0] for mark in b._kept.marks("x")] == [b.token]
 
 
-def test_a_driver_that_was_stopped_for_less_goes_on(tmp_path: Path) -> None:
-    with other(tmp_path) as process, driver(tmp_path) as b:
+def test_a_driver_that_was_stopped_for_less_goes_on(storage: Path) -> None:
+    with other(storage) as process, driver(storage) as b:
         process.send_signal(signal.SIGSTOP)
         time.sleep(PATIENCE / 3)
         process.send_signal(signal.SIGCONT)
@@ -174,11 +182,11 @@ def test_a_driver_that_was_stopped_for_less_goes_on(tmp_path: Path) -> None:
         assert b.take("x")
 
 
-def test_whoever_was_stopped_itself_does_not_count_that_as_the_silence_of_others(tmp_path: Path) -> None:
-    with driver(tmp_path, "plan a") as a:
+def test_whoever_was_stopped_itself_does_not_count_that_as_the_silence_of_others(storage: Path) -> None:
+    with driver(storage, "plan a") as a:
         assert a.take("x") == ""
         a._closed.set()  # it gives no sign any more
-        b = driver(tmp_path)  # its thread is not started: it looks when we say
+        b = driver(storage)  # its thread is not started: it looks when we say
         assert b.take("x")
         time.sleep(2 * PATIENCE)
         assert b.take("x")
@@ -248,13 +256,13 @@ def test_what_is_no_lease_is_no_obstacle(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("free", [True, False], ids=["nobody's", "of one that was killed"])
-def test_of_many_that_ask_at_once_one_has_it(tmp_path: Path, free: bool) -> None:
+def test_of_many_that_ask_at_once_one_has_it(storage: Path, tmp_path: Path, free: bool) -> None:
     for _ in range(20):
         with ExitStack() as stack:
             if not free:
-                with other(tmp_path) as process:
+                with other(storage) as process:
                     process.kill()
-            rivals = [stack.enter_context(driver(tmp_path)) for _ in range(8)]
+            rivals = [stack.enter_context(driver(storage)) for _ in range(8 if storage == tmp_path else 3)]
             start, answers = threading.Barrier(len(rivals)), list[str]()
 
             def race(rival: Leases, start: threading.Barrier = start, answers: list[str] = answers) -> None:
@@ -274,10 +282,12 @@ def test_of_many_that_ask_at_once_one_has_it(tmp_path: Path, free: bool) -> None
             break
 
 
-def test_no_two_processes_are_ever_at_work_at_once_though_they_are_killed_at_any_moment(tmp_path: Path) -> None:
+def test_no_two_processes_are_ever_at_work_at_once_though_they_are_killed_at_any_moment(
+    storage: Path, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     log.touch()
-    command = [sys.executable, "-c", RIVAL, tmp_path, log, "60"]
+    command = [sys.executable, "-c", RIVAL, storage, log, "60"]
     rivals = [subprocess.Popen(command) for _ in range(2)]
     killed = set()
     try:
@@ -300,12 +310,12 @@ def test_no_two_processes_are_ever_at_work_at_once_though_they_are_killed_at_any
     assert len({line.split()[1] for line in log.read_text().splitlines()}) >= 3
 
 
-def test_a_lease_that_changed_hands_since_it_was_judged_is_not_taken_from_the_new_holder(tmp_path: Path) -> None:
-    slow = driver(tmp_path)
-    with other(tmp_path) as process:
+def test_a_lease_that_changed_hands_since_it_was_judged_is_not_taken_from_the_new_holder(storage: Path) -> None:
+    slow = driver(storage)
+    with other(storage) as process:
         process.kill()
     assert slow.holder("x") == ""  # judged: it is free
-    with driver(tmp_path, "plan a") as a:
+    with driver(storage, "plan a") as a:
         assert a.take("x") == ""
         assert not slow._enter("x")
         time.sleep(2 * PATIENCE / lease._BEATS)

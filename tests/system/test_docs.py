@@ -24,6 +24,8 @@ NOT_TYPED = {  # only understood, and why
     "aliprod doctor": "needs a cluster; tests/system/test_doctor.py has it ask a sound and a sick one",
     "aliprod ensemble": "starts a Ray again; tests/system/test_run.py moves the alias and runs it",
     "aliprod init": "measures for half a minute; tests/cli/test_drafts.py runs it",
+    "aliprod run jobs/aliproducts.toml --storage s3": "needs a bucket; tests/system/test_bucket.py runs a plan in one",
+    "aliprod status jobs/aliproducts.toml --storage s3": "likewise",
     "aliprod run photos ": "runs for minutes what init has written; tests/cli/test_drafts.py",
     'aliprod predict photos.toml "s3': "needs a bucket; tests/cli/test_results.py and tests/catalogue ask a local one",
     "aliprod serve": "serves until it is ended; tests/system/test_serve.py",

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from aliprod.cli import app
-from aliprod.ensemble.add import read_predictions
+from aliprod.ensemble.guesses import read_predictions
 from aliprod.inference import probabilities
 from aliprod.store import commit, epochs
 from aliprod.store.layout import METRICS

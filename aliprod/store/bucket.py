@@ -1,0 +1,208 @@
+"""A bucket of objects: s3://, gs:// or az://. An object appears whole or not at all.
+
+Credentials, region and endpoint are those of the environment (AWS_..., GOOGLE_..., AZURE_...).
+"""
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aliprod.errors import AliprodError, StorageFull, Unreachable
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_T = TypeVar("_T")
+
+THREADS = 4  # requests at a time
+_WHOLE = 256 << 20  # bytes that are sent in one request: nothing is left of it where the sender dies
+_PART = 32 << 20  # bytes of the requests that a larger file is sent in
+_BREAKS = 5  # of an answer, in a row
+_RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
+_ADVICE = "Are its name, the credentials and the endpoint right (AWS_..., GOOGLE_..., AZURE_... in the environment)?"
+_TRIED = re.compile(r" in [\d.]+m?s.*? - ")  # in what obstore says of a request
+
+
+@functools.cache
+def opened(uri: str) -> "Bucket":
+    """The bucket at a URI, once for a process."""
+    from obstore.store import from_url
+
+    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    options: Any = {"allow_http": plain, "timeout": "300s", "connect_timeout": "10s"}
+    return Bucket(uri, from_url(uri, client_options=options, retry_config=_RETRIES))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket at a URI.
+
+    What it is asked for raises Unreachable where it does not answer or refuses; what it is given raises StorageFull.
+    """
+
+    uri: str
+    store: "ObjectStore"
+
+    def get(self, key: str, known: str = "") -> tuple[bytes, str] | None:
+        """The bytes of an object and its version; None where that is the one that is known.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        import obstore
+        from obstore.exceptions import NotModifiedError
+
+        def read() -> tuple[bytes, str]:
+            found = obstore.get(self.store, key, options={"if_none_match": known} if known else {})
+            return bytes(found.bytes()), str(found.meta["e_tag"])
+
+        with self._asked(key):
+            try:
+                return _whole(read)
+            except NotModifiedError:
+                return None
+
+    def find(self, key: str) -> tuple[bytes, str] | None:
+        """The bytes of an object and its version; None where it is not there."""
+        try:
+            return self.get(key)
+        except FileNotFoundError:
+            return None
+
+    def exchange(self, key: str, content: bytes, version: str | None) -> str | None:
+        """Write an object where it is of the version that was read; None: where it is not there.
+
+        Returns:
+            Its new version; None where another writer was faster.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        with self.given(key):
+            try:
+                mode: Any = "create" if version is None else {"e_tag": version}
+                return str(obstore.put(self.store, key, content, mode=mode)["e_tag"])
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+                there = self.find(key)  # ours, where the answer was lost on the way and it was sent again
+                return there[1] if there is not None and there[0] == content else None
+
+    def put(self, key: str, content: bytes) -> str:
+        """Write an object, in place of what was; its version."""
+        import obstore
+
+        with self.given(key):
+            return str(obstore.put(self.store, key, content, use_multipart=False)["e_tag"])
+
+    def send(self, key: str, file: Path) -> None:
+        """Write an object that is a file."""
+        import obstore
+
+        with self.given(key):
+            obstore.put(self.store, key, file, use_multipart=file.stat().st_size > _WHOLE, chunk_size=_PART)
+
+    def copy(self, key: str, to: str) -> bool:
+        """Copy an object within the bucket; False where it is not there."""
+        import obstore
+
+        with self.given(to), suppress(FileNotFoundError):
+            obstore.copy(self.store, key, to)
+            return True
+        return False
+
+    def holds(self, key: str) -> bool:
+        """Whether an object is there."""
+        import obstore
+
+        with self._asked(key), suppress(FileNotFoundError):
+            obstore.head(self.store, key)
+            return True
+        return False
+
+    def download(self, key: str, file: Path) -> str:
+        """Write an object into a file; the sha256 of its bytes, "" where it is not there."""
+        import obstore
+
+        def read() -> str:
+            digest = hashlib.sha256()
+            with file.open("wb") as out:
+                for chunk in obstore.get(self.store, key).stream(min_chunk_size=8 << 20):
+                    digest.update(chunk)
+                    out.write(chunk)
+            return digest.hexdigest()
+
+        with self._asked(key):
+            try:
+                return _whole(read)
+            except FileNotFoundError:
+                return ""
+
+    def list(self, prefix: str) -> dict[str, Mapping[str, Any]]:
+        """The objects below a prefix, by name: ``size``, ``e_tag`` and ``last_modified`` of each."""
+        import obstore
+
+        def read() -> dict[str, Mapping[str, Any]]:
+            return {one["path"]: one for chunk in obstore.list(self.store, prefix or None) for one in chunk}
+
+        with self._asked(prefix):
+            return _whole(read)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects, in no order; those that are not there are removed."""
+        import obstore
+
+        def one(key: str) -> None:
+            with self.given(key), suppress(FileNotFoundError):
+                obstore.delete(self.store, key)
+
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(one, keys))
+
+    @contextmanager
+    def given(self, key: str) -> Iterator[None]:
+        """Say of whatever fails that an object could not be written."""
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except (BaseError, Unreachable) as error:
+            what = f"cannot be written: {_reason(error)}."
+            raise StorageFull(what, f"{self.uri}/{key}", f"Finished work is intact. {_ADVICE}") from error
+
+    @contextmanager
+    def _asked(self, key: str) -> Iterator[None]:
+        from obstore.exceptions import BaseError, NotModifiedError
+
+        try:
+            yield
+        except NotModifiedError:
+            raise
+        except BaseError as error:
+            raise Unreachable(f"does not answer: {_reason(error)}.", f"{self.uri}/{key}", _ADVICE) from error
+
+
+def _whole(read: Callable[[], _T]) -> _T:
+    """What is read; again where the answer breaks off, which obstore does not ask for again."""
+    from obstore.exceptions import GenericError
+
+    for _ in range(_BREAKS):
+        try:
+            return read()
+        except GenericError as error:
+            if "body error" not in str(error):
+                raise
+    return read()
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without how often it was tried and the page that a server sent with it."""
+    if isinstance(error, AliprodError):
+        return error.what.removeprefix("does not answer: ").rstrip(".")
+    return _TRIED.sub(": ", str(error).strip().splitlines()[0]).partition(": <")[0]

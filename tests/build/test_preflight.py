@@ -1,0 +1,55 @@
+"""What is checked before a GPU is held, and what is not checked twice."""
+
+from pathlib import Path
+
+import pytest
+
+from aliprod.build.preflight import make_first
+from aliprod.build.target import Site
+from aliprod.errors import Refused
+from aliprod.plan.load import load
+from aliprod.plan.open import Request, open_plan
+from aliprod.plan.places import resolve
+from aliprod.synth.synth import synthesise
+
+PLAN = """\
+format = 1
+name = "checked"
+catalogue = { path = "photos" }
+backbones = { net = "test_vit.r160_in1k" }
+defaults = { resize = 180, crop = 160 }
+stages = { full = {} }
+jobs = { net = ["full"] }
+ensemble = { members = ["net/full"] }
+"""
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ALIPROD_CACHE", str(tmp_path / "cache"))
+    synthesise(tmp_path / "photos", classes=2, images=10, seed=0)
+    (tmp_path / "plan.toml").write_text(PLAN)
+
+    def checked(*sets: str) -> None:
+        plan = load(tmp_path / "plan.toml", sets)
+        opened = open_plan(Request(plan, PLAN, resolve(plan, tmp_path / "runs", None, None)))
+        make_first(opened, [], Site.of(opened))
+
+    return checked
+
+
+def test_what_has_passed_is_not_asked_again_and_what_is_new_or_was_refused_is(
+    check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check()
+    refused, new = "defaults.crop=161", "stages.full.objective='dcl'"
+    with pytest.raises(Refused, match="takes no images of 161 x 161 pixels"):
+        check(refused)
+    (tmp_path / "broken" / "timm").mkdir(parents=True)
+    (tmp_path / "broken" / "timm" / "__init__.py").write_text("raise ImportError('asked again')")
+    monkeypatch.syspath_prepend(tmp_path / "broken")  # of processes that are started from now on
+    check()
+    check("stages.full.epochs=7")
+    for other in (refused, new):
+        with pytest.raises(ImportError, match="asked again"):
+            check(other)
