@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import boto3
 import psutil
 import pytest
 from mlflow import MlflowClient
 from services import PROGRAMS, Postgres
 
 from aliprod.version import VERSION
+from tests.conftest import s3_environment
 
 if shutil.which("buildah") is None:
     pytest.skip("needs buildah, and the images that it builds", allow_module_level=True)
@@ -65,14 +67,15 @@ def test_nobody_is_root_in_it_and_nothing_of_its_build_is_left(container: str) -
 
 
 @pytest.fixture
-def mlflow(free_ports: Callable[[int], list[int]], tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The tracking server's image on a PostgreSQL of this machine; what a driver is told of it."""
+def team(free_ports: Callable[[int], list[int]], tmp_path: Path, s3: str) -> Iterator[dict[str, str]]:
+    """The tracking server's image on a PostgreSQL and an S3 server of this machine; what a driver is told of them."""
     if PROGRAMS is None:
         pytest.skip("needs PostgreSQL: Debian's package postgresql")
     folder, (database, port) = Path(tempfile.mkdtemp(prefix="pg-")), free_ports(2)
     password = os.urandom(16).hex()
     told = {"PGHOST": "127.0.0.1", "PGPORT": str(database), "PGUSER": "mlflow", "MLFLOW_PORT": str(port)}
     told |= {"MLFLOW_AUTH_ADMIN_PASSWORD": password, "MLFLOW_FLASK_SERVER_SECRET_KEY": "session"}
+    told |= {"MLFLOW_ARTIFACTS_DESTINATION": "s3://team/mlflow"} | s3_environment(s3)
     with ExitStack() as ending:
         postgres = Postgres(folder, database)
         ending.callback(shutil.rmtree, folder)
@@ -94,7 +97,8 @@ def mlflow(free_ports: Callable[[int], list[int]], tmp_path: Path) -> Iterator[d
             assert process.poll() is None, (tmp_path / "mlflow.log").read_text()
             assert time.monotonic() < until
             time.sleep(0.5)
-        yield {"MLFLOW_TRACKING_URI": uri, "MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": password}
+        known = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": password}
+        yield known | s3_environment(s3) | {"ALIPROD_STORAGE": "s3://team/runs"}
 
 
 def answers(request: urllib.request.Request) -> bool:
@@ -117,23 +121,23 @@ def variables(told: dict[str, str]) -> list[str]:
 
 
 def test_a_job_submitted_in_one_runs_the_quickstart_at_its_smallest_and_the_other_shows_it(
-    mlflow: dict[str, str], free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+    team: dict[str, str], free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = buildah("from", f"aliprod:{VERSION}")
     port, dashboard, *others = free_ports(4)
     script = HEAD.format(port, dashboard, *others, dashboard, dashboard)
     plan = ("python", "/aliprod/jobs/run_plan.py", "/aliprod/jobs/quickstart.toml", *SMALLEST)
-    told = variables(mlflow | {"RAY_AUTH_TOKEN": os.urandom(32).hex(), "ALIPROD_STORAGE": "/storage"})
     try:
-        buildah("run", *told, name, "--", "bash", "-euc", script, "job", *plan)
-        storage = Path(buildah("mount", name)) / "storage"
-        result = json.loads((storage / "quickstart" / "result.json").read_text())
-        assert result["trained"] == ["n/full"]
-        assert len((storage / "quickstart" / "submission.csv").read_text().splitlines()) > 1
+        token = {"RAY_AUTH_TOKEN": os.urandom(32).hex()}
+        buildah("run", *variables(team | token), name, "--", "bash", "-euc", script, "job", *plan)
     finally:
         buildah("rm", name)
-    for variable, value in mlflow.items():
+    for variable, value in team.items():
         monkeypatch.setenv(variable, value)
+    bucket = boto3.client("s3")
+    submission = bucket.get_object(Bucket="team", Key="runs/quickstart/submission.csv")["Body"].read()
+    assert submission.startswith(b"id,predicted\n")
+    assert bucket.list_objects_v2(Bucket="team", Prefix="mlflow/")["KeyCount"] > 0
     client = MlflowClient()
     runs = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
     assert {run.data.tags["aliprod.kind"]: run.info.status for run in runs} == dict.fromkeys(
