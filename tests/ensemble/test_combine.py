@@ -132,7 +132,7 @@ def test_a_comparison_tells_the_errors_of_the_sum_and_of_each_member(members, tm
     predicted = write_ensemble(tmp_path / "sum", members)
     order = pa.compute.index_in(predicted.ids, value_set=members[0].ids)
     labels = members[0].labels.take(order)
-    assert told["ensemble"]["top1_error"] == (score(labels, predicted.predicted.numpy()) or {})["top1_error"]
+    assert told["ensemble"]["top1_error"] == (score(labels, predicted.predicted) or {})["top1_error"]
     for member in members:
         own = told["members"][member.name]
         assert own["top1_error"] == (score(member.labels, member.predicted()) or {})["top1_error"]
@@ -141,7 +141,7 @@ def test_a_comparison_tells_the_errors_of_the_sum_and_of_each_member(members, tm
         assert own["gain_interval"][0] <= own["gain"] <= own["gain_interval"][1]
     assert told["sum"]["gain_interval"] == [0, 0]
     without = write_ensemble(tmp_path / "three", members[:3])
-    error = (score(labels, without.predicted.numpy()) or {})["top1_error"]
+    error = (score(labels, without.predicted) or {})["top1_error"]
     assert told["members"]["net/3"]["left_out"]["top1_error"] == error
     assert told["members"]["net/3"]["left_out"]["gain_interval"][1] < 0, "the ensemble is better without noise"
     assert compare(members, [Combination((1,) * 4)], seed=0) == told
