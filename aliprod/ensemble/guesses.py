@@ -13,6 +13,8 @@ from aliprod.errors import Failed
 from aliprod.store import commit
 from aliprod.store.layout import PREDICTIONS
 
+_ANEW = "Submit jobs/ensemble.py: it is added up anew."
+
 
 class Predictions(NamedTuple):
     """What an ensemble predicts: ids (N,) in the order of the submission, predicted class ids (N,) int64."""
@@ -34,11 +36,19 @@ class Guesses(NamedTuple):
 
 
 def read_predictions(folder: Path) -> Predictions:
-    """Read what a committed ensemble predicts. Failed: there is none."""
-    if commit.fetch(folder) is None:
-        raise Failed("holds no finished ensemble.", folder, "Submit jobs/ensemble.py: it is added up anew.")
-    table = pq.read_table(folder / PREDICTIONS, columns=["image_id", "class_id"])
+    """Read what a committed ensemble predicts. Failed: as `read_columns`."""
+    table = read_columns(folder, "image_id", "class_id")
     return Predictions(table["image_id"].combine_chunks(), table["class_id"].to_numpy())
+
+
+def read_columns(folder: Path, *columns: str) -> pa.Table:
+    """Columns of what a committed ensemble predicts. Failed: there is none, or it is damaged."""
+    if commit.fetch(folder) is None:
+        raise Failed("holds no finished ensemble.", folder, _ANEW)
+    try:
+        return pq.read_table(folder / PREDICTIONS, columns=list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise Failed(f"is damaged: {error}", folder / PREDICTIONS, f"Remove {folder}. {_ANEW}") from error
 
 
 def guesses(ids: pa.StringArray, predicted: Integers, catalogue: Catalogue, split: str) -> Guesses:

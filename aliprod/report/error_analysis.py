@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
-from aliprod.ensemble.guesses import guesses, read_predictions
+from aliprod.ensemble.guesses import guesses, read_columns, read_predictions
 from aliprod.errors import AliprodError
 from aliprod.store import commit
-from aliprod.store.layout import PREDICTIONS
 
 _SIZES = 6  # groups of classes by their number of training images
 _BINS = 10
@@ -86,7 +84,7 @@ def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) ->
         Failed: there is no ensemble in the folder.
     """
     found = read_predictions(folder)
-    top = pq.read_table(folder / PREDICTIONS, columns=["top_classes", "shares"])
+    top = read_columns(folder, "top_classes", "shares")
     classes, shares = (top[name].combine_chunks().flatten().to_numpy() for name in top.column_names)
     classes, shares = (flat.reshape(len(found.ids), -1) for flat in (classes, shares))
     rows, asked, truth, predicted = guesses(found.ids, found.predicted, catalogue, split)
