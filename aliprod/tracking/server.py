@@ -31,6 +31,7 @@ PLAIN = {  # of errors that come wrapped in three layers of libraries
     "timed out": "no answer in time",
     "Connection reset": "the connection broke off",
     "Connection aborted": "the connection broke off",
+    "error responses": "it answers with errors of its own",  # 500, 503
     "Invalid Host header": "it refuses the name of its host",
 }
 

@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
 from aliprod.synth.synth import synthesise
+
+sys.path.append(str(Path(__file__).parent))  # where services.py is
 
 PLAN = """\
 format = 1
@@ -176,10 +178,13 @@ class Cluster:
 
 @dataclass
 class MlflowServer:
-    """One worker over SQLite, without the job execution that would start eight processes more."""
+    """One worker, without the job execution that would start eight processes more; over SQLite by default."""
 
     folder: Path
     port: int
+    store: str = ""
+    options: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -187,11 +192,11 @@ class MlflowServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        store = f"sqlite:///{self.folder}/mlflow.db"
+        store = self.store or f"sqlite:///{self.folder}/mlflow.db"
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", store]
-        command += ["--artifacts-destination", f"{self.folder}/artifacts"]
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        command += ["--artifacts-destination", f"{self.folder}/artifacts", *self.options]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | self.environment
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
@@ -298,6 +303,12 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny.toml"
 
 
+@pytest.fixture(scope="session")
+def servers() -> type[MlflowServer]:
+    """What starts another."""
+    return MlflowServer
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     [port] = _free_ports(1)
@@ -305,6 +316,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     server.start()
     yield server
     server.signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    return _free_ports
 
 
 def _free_ports(count: int) -> list[int]:

@@ -33,6 +33,7 @@ NOT_TYPED = {  # only understood, and why
     "aliprod benchmark train jobs/": "measures five large networks; tests/cli/test_experiments.py runs it",
     ".venv/bin/pytest": "would run the tests within the tests",
     "curl": "asks what is served; tests/system/test_serve.py asks the same paths",
+    "kubectl": "needs a cluster; tests/test_kubernetes.py looks at what these apply",
     "make": "installs gigabytes, or is what runs this test",
     "mlflow": "serves until it is ended; tests/system/test_mlflow_server.py starts one with these flags",
     "pip": "installs gigabytes",
@@ -77,21 +78,18 @@ def understood(command: str) -> None:
         case ["aliprod", *rest]:
             parsed(app, rest)
         case ["ray", *rest]:
-            from ray.scripts.scripts import cli
-
-            match parsed(cli, rest).params.get("entrypoint", ()):
-                case ("python", "jobs/run_plan.py", *words):
-                    parsed(app, ["run", *words])
-                case ("python", "-m", "aliprod", *words):
-                    parsed(app, words)
-                case entrypoint:
-                    assert entrypoint == ()
+            submitted(rest)
         case ["mlflow", *rest]:
             with warnings.catch_warnings(action="ignore"):  # of its type hints
                 from mlflow.cli import cli as mlflow
             parsed(mlflow, rest)
         case ["curl", *_, address]:
             assert address == "http://127.0.0.1:8000/predict"
+        case ["kubectl", "apply" | "create", "-f" | "-k", path]:
+            assert (ROOT / path).exists() or Path(path, "kustomization.yaml").exists()
+        case ["kubectl", *words]:
+            assert words[0] in ("create", "get", "port-forward")
+            assert words[words.index("--namespace") + 1] == "aliprod"
         case ["make", target]:
             assert f"\n{target}: " in (ROOT / "Makefile").read_text(encoding="utf-8")
         case ["pip", "install", *words]:
@@ -103,6 +101,18 @@ def understood(command: str) -> None:
             assert (ROOT / path).exists()
         case _:
             pytest.fail(f"nobody looks at {command}")
+
+
+def submitted(words: list[str]) -> None:
+    from ray.scripts.scripts import cli
+
+    match parsed(cli, words).params.get("entrypoint", ()):
+        case ("python", "jobs/run_plan.py", *words):
+            parsed(app, ["run", *words])
+        case ("python", "-m", "aliprod", *words):
+            parsed(app, words)
+        case entrypoint:
+            assert entrypoint == ()
 
 
 def parsed(command: click.Command, words: list[str]) -> click.Context:
