@@ -29,6 +29,7 @@ class _Word(click.ParamType[str]):
 _HOST = r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?"
 _host = _Word("address", rf"{_HOST}|[0-9a-fA-F:]+")
 _nfs = _Word("folder of a file server, HOST:/FOLDER", rf"{_HOST}:/[A-Za-z0-9._/-]*")
+_bucket = _Word("bucket, s3://BUCKET/PREFIX", r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9._-]+)*")
 _machines = click.IntRange(1, 1024)
 _docker = click.option(
     "--docker", type=_Word("image", r"[a-z0-9][\w.:/@-]*"), help="Image of your own, with aliprod's packages."
@@ -43,7 +44,9 @@ def cluster_group() -> None:
 @dataclass(frozen=True)
 class _Aws:
     ami: str
-    nfs: str
+    nfs: str | None
+    bucket: str | None
+    role: str | None
     region: str
     machine: str
     cpus: int
@@ -57,7 +60,9 @@ class _Aws:
 @takes(
     _Aws,
     click.option("--ami", required=True, type=_Word("machine image", "ami-[0-9a-f]+"), help="Its docker sees GPUs."),
-    click.option("--nfs", required=True, type=_nfs, help="Storage, mounted everywhere: EFS, FSx."),
+    click.option("--nfs", type=_nfs, help="Storage, mounted everywhere: EFS, FSx."),
+    click.option("--bucket", type=_bucket, help="Storage instead, s3://BUCKET/PREFIX; takes --role."),
+    click.option("--role", type=_Word("instance profile", r"[\w+=,.@-]+"), help="That may use the bucket, of workers."),
     click.option("--region", default="us-west-2", show_default=True, type=_Word("region", r"[a-z0-9-]+")),
     click.option("--machine", default="g5.12xlarge", show_default=True, type=_Word("type", r"[a-z0-9.-]+")),
     click.option("--cpus", default=48, show_default=True, type=_machines, help="That it has."),
@@ -72,8 +77,10 @@ def aws_command(asked: _Aws, out: Path) -> None:
 
     \b
     Example: aliprod cluster aws aws.yaml --ami ami-0123456789abcdef0 \\
-               --nfs fs-0123.efs.us-west-2.amazonaws.com:/
+               --bucket s3://ours/aliprod --role ours-aliprod
     """
+    if bool(asked.nfs) == bool(asked.bucket) or bool(asked.bucket) != bool(asked.role):
+        raise click.UsageError("Storage is --nfs, or --bucket with --role.")
     config = _template(asked.nfs, asked.docker)
     config["provider"]["region"] = asked.region
     config["max_workers"] = asked.most
@@ -84,6 +91,11 @@ def aws_command(asked: _Aws, out: Path) -> None:
     types["gpu"]["node_config"]["InstanceType"] = asked.machine
     if asked.spot:
         types["gpu"]["node_config"]["InstanceMarketOptions"] = {"MarketType": "spot"}
+    if asked.bucket:
+        own = [f"-e ALIPROD_STORAGE={asked.bucket}", "-e ALIPROD_CACHE=/mnt/aliprod", f"-e AWS_REGION={asked.region}"]
+        plain = [one for one in config["docker"]["run_options"] if "ALIPROD_STORAGE" not in one]
+        config["docker"]["run_options"] = plain + own
+        types["gpu"]["node_config"]["IamInstanceProfile"] = {"Name": asked.role}
     _write(out, config)
 
 

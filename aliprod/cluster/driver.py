@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import ray
@@ -21,7 +22,7 @@ from aliprod.cluster import session
 from aliprod.cluster.launch import start_launcher
 from aliprod.cluster.signals import Signals
 from aliprod.cluster.tasks import RayRunner
-from aliprod.errors import Failed, listing
+from aliprod.errors import Failed, Unreachable, listing
 from aliprod.forecast import kept
 from aliprod.forecast.seconds import Estimates
 from aliprod.plan.open import Opened, Request
@@ -226,7 +227,8 @@ class _Run:
         """Have here what running jobs have written to a bucket on other machines; every other second."""
         if time.monotonic() - self.refreshed >= _REFRESH_SECONDS:
             self.refreshed = time.monotonic()
-            commit.refresh(*(self.opened.job_folder(name) for name in self.state.jobs_in("running")))
+            with suppress(Unreachable):  # it is for show
+                commit.refresh(*(self.opened.job_folder(name) for name in self.state.jobs_in("running")))
 
     def _graph(self, gpu: bool) -> dict[str, Target]:
         return targets(self.opened.with_cluster(self.site.cluster), gpu, self.chosen)

@@ -37,7 +37,7 @@ def opened(uri: str) -> "Bucket":
     from obstore.store import from_url
 
     plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    options: Any = {"allow_http": plain, "timeout": "300s", "connect_timeout": "10s"}
+    options: Any = {"allow_http": plain, "timeout": "600s", "connect_timeout": "10s"}
     return Bucket(uri, from_url(uri, client_options=options, retry_config=_RETRIES))
 
 

@@ -131,9 +131,10 @@ def refresh(*folders: Path) -> None:
     Raises:
         Unreachable: the bucket does not answer.
     """
-    for folder in folders:
-        if (mirrored := mirror.of(folder)) is not None:
-            mirrored.refresh(folder)
+    mirrored = [(found, folder) for folder in folders if (found := mirror.of(folder)) is not None]
+    if mirrored:
+        with ThreadPoolExecutor(len(mirrored)) as threads:
+            list(threads.map(lambda one: one[0].refresh(one[1]), mirrored))
 
 
 def send(file: Path) -> None:

@@ -246,7 +246,8 @@ class _Objects:
 
     def names(self) -> list[str]:
         with _as_os_error():
-            return [key.removeprefix(f"{self.prefix}/") for key in self.bucket.list(self.prefix)]
+            found = self.bucket.list(self.prefix)
+        return [key.removeprefix(f"{self.prefix}/") for key, one in found.items() if one["size"]]
 
     def marks(self, name: str) -> dict[str, bytes]:
         with suppress(OSError), _as_os_error():

@@ -50,6 +50,17 @@ def test_a_cluster_on_aws_has_what_its_arguments_say(tmp_path: Path) -> None:
     assert "fs-0123.efs.eu-west-1.amazonaws.com:/ /mnt/aliprod" in mounts[0]
 
 
+def test_a_cluster_on_aws_keeps_results_in_a_bucket_and_mounts_nothing(tmp_path: Path) -> None:
+    config = written(tmp_path / "aws.yaml", "aws", *AWS[:2], "--bucket", "s3://ours/aliprod", "--role", "ours")
+    assert not any("nfs" in line for line in config["initialization_commands"])
+    options = config["docker"]["run_options"]
+    assert [one for one in options if "ALIPROD_STORAGE" in one] == ["-e ALIPROD_STORAGE=s3://ours/aliprod"]
+    profiles = {
+        name: kind["node_config"].get("IamInstanceProfile") for name, kind in config["available_node_types"].items()
+    }
+    assert profiles == {"head": None, "gpu": {"Name": "ours"}}  # the head's is Ray's own: it starts machines
+
+
 def test_a_cluster_of_ones_own_machines_names_them(tmp_path: Path) -> None:
     config = written(tmp_path / "cellar.yaml", "local", *LOCAL, "--nfs", "192.0.2.10:/srv/aliprod")
     assert config["provider"]["type"] == "local"
@@ -76,6 +87,10 @@ def test_an_image_of_ones_own_installs_nothing_and_a_token_is_always_on(tmp_path
     [
         (("aws", *AWS[:2], "--nfs", "host:/x; rm -rf /"), "is no folder of a file server"),
         (("aws", *AWS[:2], "--nfs", "host"), "HOST:/FOLDER"),
+        (("aws", *AWS[:2]), "--bucket with --role"),
+        (("aws", *AWS[:2], "--bucket", "s3://ours/x"), "--bucket with --role"),
+        (("aws", *AWS, "--bucket", "s3://ours/x", "--role", "y"), "--bucket with --role"),
+        (("aws", *AWS[:2], "--bucket", "s3://ours/x; y", "--role", "y"), "is no bucket"),
         (("aws", *AWS[2:], "--ami", "FILL-IN"), "is no machine image"),
         (("local", *LOCAL, "--worker", "-oProxyCommand=x"), "is no address"),
         (("local", *LOCAL[:4]), "Missing option '--worker'"),
