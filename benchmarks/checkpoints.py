@@ -33,6 +33,7 @@ from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.recipe import Machine, Stage, TrainingJob
 from aliprod.store import commit, mirror
+from aliprod.store.bucket import opened
 from aliprod.synth.synth import synthesise
 from aliprod.training import job
 
@@ -78,6 +79,7 @@ def bucket() -> Iterator[Path]:
                 urllib.request.urlopen(urllib.request.Request(f"{address}/team", method="PUT")).close()
                 break
             time.sleep(0.1)
+        opened.cache_clear()  # the bucket of another server
         yield mirror.local("s3://team/storage")
         server.kill()
 
