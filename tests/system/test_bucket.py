@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from aliprod.build.graph import targets
+from aliprod.build.preflight import prepare
 from aliprod.build.target import Site, Target
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
@@ -29,14 +30,14 @@ SETS = (
 )
 
 
-def opened(plan: Path, storage: Path) -> Opened:
-    found = load(plan, SETS)
+def opened(plan: Path, storage: Path, sets: Sequence[str] = SETS) -> Opened:
+    found = load(plan, sets)
     return open_plan(Request(found, plan.read_text(), resolve(found, storage, None, None)))
 
 
-def made_here(plan: Path, storage: Path) -> Opened:
+def made_here(plan: Path, storage: Path, sets: Sequence[str] = SETS) -> Opened:
     """The plan with all that it makes, made in a folder by this process."""
-    found = opened(plan, storage)
+    found = prepare(opened(plan, storage, sets))
     site, graph = Site.of(found), dict[str, Target]()
     for name in targets(found, gpu=False):
         graph = dict(targets(found, gpu=False))  # what is made by now gives others their keys

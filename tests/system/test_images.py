@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import boto3
 import psutil
@@ -20,15 +21,16 @@ from services import PROGRAMS, Postgres
 
 from aliprod.version import VERSION
 from tests.conftest import s3_environment
+from tests.system.test_bucket import made_here
 
 if shutil.which("buildah") is None:
     pytest.skip("needs buildah, and the images that it builds", allow_module_level=True)
 if "ALIPROD_IMAGES" not in os.environ:
     pytest.skip("needs the images: `make images` builds them, 30 GB, and runs this", allow_module_level=True)
 
-SMALLEST = (
-    *("--set", 'backbones={n="test_resnet.r160_in1k"}', "--set", 'jobs={n=["full"]}', "--set", "overrides={}"),
-    *("--set", 'ensemble.members=["n/full"]', "--set", "stages.full.epochs=1", "--set", "catalogue.synth.images=40"),
+SMALL = (
+    *('backbones={n="test_resnet.r160_in1k"}', 'jobs={n=["full"]}', "overrides={}", 'ensemble.members=["n/full"]'),
+    *("catalogue.synth.images=80", "stages.full.epochs=60", "cluster.save_every_steps=2", "cluster.cpus_per_worker=2"),
 )
 HEAD = """
     ray start --head --block --node-ip-address=127.0.0.1 --port={} --dashboard-port={} --num-cpus=2 --num-gpus=0 \
@@ -120,26 +122,56 @@ def variables(told: dict[str, str]) -> list[str]:
     return [word for name, value in told.items() for word in ("--env", f"{name}={value}")]
 
 
-def test_a_job_submitted_in_one_runs_the_quickstart_at_its_smallest_and_the_other_shows_it(
-    team: dict[str, str], free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("torch_as_before")
+def test_a_job_submitted_in_one_is_killed_twice_and_ends_with_the_bytes_of_a_folder_and_the_other_shows_it(
+    team: dict[str, str], free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     name = buildah("from", f"aliprod:{VERSION}")
-    port, dashboard, *others = free_ports(4)
-    script = HEAD.format(port, dashboard, *others, dashboard, dashboard)
-    plan = ("python", "/aliprod/jobs/run_plan.py", "/aliprod/jobs/quickstart.toml", *SMALLEST)
-    try:
-        token = {"RAY_AUTH_TOKEN": os.urandom(32).hex()}
-        buildah("run", *variables(team | token), name, "--", "bash", "-euc", script, "job", *plan)
-    finally:
-        buildah("rm", name)
+    words = [word for text in SMALL for word in ("--set", text)]
+    plan = ("python", "/aliprod/jobs/run_plan.py", "/aliprod/jobs/quickstart.toml", *words)
     for variable, value in team.items():
         monkeypatch.setenv(variable, value)
-    bucket = boto3.client("s3")
+    bucket, seen = boto3.client("s3"), -1
+    try:
+        for kill in (True, True, False):
+            port, dashboard, *others = free_ports(4)
+            script = HEAD.format(port, dashboard, *others, dashboard, dashboard)
+            told = variables(team | {"RAY_AUTH_TOKEN": os.urandom(32).hex()})
+            command = ["run", *told, name, "--", "bash", "-euc", script, "job", *plan]
+            if not kill:
+                buildah(*command)
+                break
+            environment, quiet = os.environ | {"BUILDAH_ISOLATION": "chroot"}, subprocess.DEVNULL
+            process = psutil.Popen(["buildah", *command], env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
+            until, before = time.monotonic() + 300, seen
+            while (seen := newest(bucket)) <= before:
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            end(process)
+    finally:
+        buildah("rm", name)
+    expected = made_here(Path(__file__).parents[2] / "jobs" / "quickstart.toml", tmp_path / "folder", SMALL)
     submission = bucket.get_object(Bucket="team", Key="runs/quickstart/submission.csv")["Body"].read()
-    assert submission.startswith(b"id,predicted\n")
-    assert bucket.list_objects_v2(Bucket="team", Prefix="mlflow/")["KeyCount"] > 0
+    assert submission == (expected.folder / "ensemble" / "submission.csv").read_bytes()
+    [weights] = keys(bucket, "runs/jobs/", "/model.safetensors")
+    folder = expected.job_folder("n/full") / "weights"
+    assert bucket.get_object(Bucket="team", Key=weights)["Body"].read() == (folder / "model.safetensors").read_bytes()
+    assert keys(bucket, "mlflow/", "model.safetensors")
     client = MlflowClient()
     runs = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
     assert {run.data.tags["aliprod.kind"]: run.info.status for run in runs} == dict.fromkeys(
         ("plan", "job", "ensemble"), "FINISHED"
     )
+
+
+def keys(bucket: Any, prefix: str, ending: str) -> list[str]:
+    pages = bucket.get_paginator("list_objects_v2").paginate(Bucket="team", Prefix=prefix)
+    found = [one["Key"] for page in pages for one in page.get("Contents", [])]
+    return [key for key in found if key.endswith(ending) and "/last/" not in key]
+
+
+def newest(bucket: Any) -> int:
+    """The step of the newest checkpoint in the bucket; -1 where there is none."""
+    steps = [key.split("/step-")[1] for key in keys(bucket, "runs/jobs/", "/manifest.json") if "/step-" in key]
+    return max((int(step.split("/")[0]) for step in steps), default=-1)
