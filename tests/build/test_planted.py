@@ -151,7 +151,7 @@ def test_no_command_unpickles_what_lies_in_the_folders_of_plans_and_jobs(
         ["status", plan],
         ["report", plan],
         ["predict", plan, finished.read_catalogue().root / "val"],
-        ["export", plan, tmp_path / "out", "--photographs", finished.read_catalogue().root / "val"],
+        ["export", plan, tmp_path / "out", "--images", finished.read_catalogue().root / "val"],
         ["data", "check", plan],
     ]
     names = ["state.json", "result.json", "members.json", "forecast.json", "benchmark.json", "comparison.json"]
