@@ -246,14 +246,6 @@ class Writing:
         self.file.close()
 
 
-@pytest.fixture(params=["folder", "bucket"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    if request.param == "folder":
-        return tmp_path
-    mirrored: Path = request.getfixturevalue("machines")("a")
-    return mirrored
-
-
 def test_wherever_the_disk_is_full_it_is_one_sentence_and_the_same_write_succeeds_when_there_is_room(
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

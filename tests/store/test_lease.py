@@ -89,14 +89,6 @@ def driver(storage: Path, work: str = "plan b") -> Leases:
     return Leases(storage, work, PATIENCE)
 
 
-@pytest.fixture(params=["folder", "bucket"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    if request.param == "folder":
-        return tmp_path
-    mirrored: Path = request.getfixturevalue("machines")("a")
-    return mirrored
-
-
 @pytest.fixture
 def from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a system that does not say what its processes are, or seen from another machine."""
