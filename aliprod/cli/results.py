@@ -103,7 +103,7 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
     from aliprod.store import commit, mirror
 
     predictions = mirror.local(predictions)
-    commit.refresh(predictions)
+    commit.refresh(predictions.parent)
     for given in (predictions, labels):
         if not given.exists():
             raise Refused("there is no such file or folder.", given, "Give what `run` wrote, then the labels.")

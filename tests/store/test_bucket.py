@@ -420,6 +420,16 @@ def test_a_bucket_that_is_not_there_ends_a_command_in_a_sentence(machines: Machi
     assert isinstance(result.exception, SystemExit)
 
 
+def test_a_submission_in_a_bucket_is_scored_by_its_uri(machines: Machines, tmp_path: Path) -> None:
+    submission = machines("a") / "plan/submission.csv"
+    commit.write_file(submission, "id,predicted\none.jpg,1\ntwo.jpg,2\n")
+    (tmp_path / "labels.csv").write_text("id,class_id\none.jpg,1\ntwo.jpg,1\n")
+    machines("b")
+    result = CliRunner().invoke(app, ["evaluate", mirror.shown(submission), str(tmp_path / "labels.csv"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["top1_error"] == 0.5
+
+
 @given(st.sampled_from(["s3", "gs"]), st.lists(st.text("abc-.", min_size=1).filter(lambda s: s.strip(".")), min_size=1))
 def test_a_uri_is_known_by_its_mirror(scheme: str, parts: list[str]) -> None:
     uri = f"{scheme}://{'/'.join(parts)}"
