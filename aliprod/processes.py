@@ -1,5 +1,7 @@
 """Work that processes do side by side, with its results in order."""
 
+import fcntl
+import logging
 import os
 import signal
 import threading
@@ -11,15 +13,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
-from typing import TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
-from aliprod.errors import Failed
+from aliprod.errors import Failed, Refused
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-
+log = logging.getLogger(__name__)
 _AT_ONCE = 32  # images that may come together, a while after the start
+
+
+@contextmanager
+def locked(file: IO[Any], wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a file, which the system takes back when this process ends, however it ends; close it then.
+    Refused: another process holds it, and we do not wait."""
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise Refused("another process is at work here.", Path(file.name).parent, "Wait until it ends.") from error
+        except OSError:  # a mount without locks: two writers waste time, and one commit wins
+            log.warning("%s cannot be locked: start one process at a time.", file.name)
+        yield
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Parquet file costs its row group, up to 9 ms (measured, pyarrow 25), so nothing 
 one: the pictures of a split are laid out once, end to end, on the disk of each machine that reads them.
 """
 
-import fcntl
 import hashlib
 import io
 import logging
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from aliprod.errors import Failed, Refused
+from aliprod.processes import locked
 from aliprod.store import commit
 from aliprod.store.layout import check_cache
 
@@ -201,13 +201,7 @@ def alone(lock: Path, wait: bool) -> Iterator[None]:
     it, and we do not wait."""
     with commit.storage(lock):
         file = lock.open("a")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise Refused("another process is at work here.", lock.parent, "Wait until it ends.") from error
-        except OSError:  # a mount without locks: two writers waste time, and one commit wins
-            log.warning("%s cannot be locked: start one process at a time.", lock)
+    with locked(file, wait):
         yield
 
 

@@ -13,7 +13,6 @@ was read. What is committed is asked by its name; a listing, which may lag, brin
 what is to be removed.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from aliprod.errors import AliprodError, Refused
+from aliprod.processes import locked
 from aliprod.store.bucket import THREADS, Bucket, opened
 from aliprod.store.layout import cache, check_cache
 
@@ -214,8 +214,7 @@ class Mirror:
         """Of all processes of this machine."""
         lock = self.root.parent / ".locks" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(lock.open("a")):
             yield
 
     def _make_room(self, size: int) -> None:
