@@ -28,7 +28,6 @@ def prepare(request: Request) -> Opened:
     path, source = catalogue_path(request.plan, request.places), request.plan.catalogue
     if source.path is None and source.synth is not None:
         render(source.synth, path)
-    commit.read(path)  # of a catalogue in a bucket, which is then here
     if not path.exists():
         advice = "A plan's [catalogue] path is relative to the plan's file; in a bucket it is a prepared catalogue."
         raise Refused("is not there.", mirror.shown(path), advice)

@@ -14,7 +14,7 @@ from aliprod.plan.open import Opened
 from aliprod.plan.places import catalogue_path, catalogue_reading
 from aliprod.plan.schema import Cluster, Synth
 from aliprod.recipe import Views, never
-from aliprod.store import commit
+from aliprod.store import commit, mirror
 from aliprod.store.keys import key_of
 
 
@@ -68,8 +68,7 @@ class Site:
         """The catalogue, as the plan says it is to be read. Refused: as `sources.read`."""
         if self.synth is not None:
             render(self.synth, self.catalogue)  # no bucket has it, and it is the same everywhere
-        commit.read(self.catalogue)
-        return sources.read(self.catalogue, self.reading)
+        return sources.read(mirror.here(self.catalogue), self.reading)
 
 
 @dataclass(frozen=True)

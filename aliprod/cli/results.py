@@ -129,11 +129,10 @@ class _Named:
         """The same for processes that have another working folder."""
         from aliprod.plan.places import default_storage, default_tracking_uri
 
-        model, folder = self.model, default_storage(self.storage)
+        model = self.model
         if not model.startswith("models:/"):
             model = str(self._path().absolute())
-        if model.endswith(".toml"):
-            folder = self._request().places.storage
+        folder = self._request().places.storage if model.endswith(".toml") else default_storage(self.storage)
         return _Named(model, folder, default_tracking_uri(folder, self.tracking_uri))
 
     def voices(self) -> "list[Voice]":

@@ -92,7 +92,7 @@ def facts(folder: Path, name: str, size: int, catalogue: Path | None) -> Facts:
         shared_memory=shutil.disk_usage("/dev/shm").total,  # noqa: S108  Ray's object store
         free_cache=shutil.disk_usage(nearest_folder(cache())).free,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        catalogue=catalogue is not None and (commit.read(catalogue) is not None or catalogue.exists()),
+        catalogue=catalogue is not None and mirror.here(catalogue).exists(),
         speed=speed,
         seen=seen,
         storage=why,

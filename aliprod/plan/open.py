@@ -85,7 +85,6 @@ def open_plan(request: Request) -> Opened:
         Refused: what is there is no catalogue.
     """
     path, plan = catalogue_path(request.plan, request.places), request.plan
-    commit.read(path)  # of a catalogue in a bucket, which is then here
     catalogue = sources.read(path, catalogue_reading(plan, request.places)) if path.exists() else None
     prints = (catalogue.fingerprint, catalogue.tree_fingerprint) if catalogue else (None, "")
     return Opened(plan, request.text, request.places, catalogue, jobs_of(plan, *prints))

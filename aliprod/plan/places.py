@@ -80,10 +80,14 @@ def default_tracking_uri(storage: Path, stated: str | None = None) -> str:
 
 
 def catalogue_path(plan: Plan, places: Places) -> Path:
-    """The catalogue's folder: the plan's path, or where its rendered one lies in the storage path."""
+    """The catalogue's folder: the plan's path, or where its rendered one lies in the storage path.
+
+    Raises:
+        Refused: a URI names no bucket. Unreachable: the bucket does not answer.
+    """
     synth = plan.catalogue.synth
     if plan.catalogue.path is not None or synth is None:
-        return mirror.local(str(plan.catalogue.path))
+        return mirror.here(mirror.local(str(plan.catalogue.path)))
     return places.storage / "catalogues" / f"synth-{synth.classes}-{synth.images}-{synth.seed}"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
-from aliprod.ensemble.guesses import guesses, read_columns, read_predictions
+from aliprod.ensemble.guesses import guesses, read_columns
 from aliprod.errors import AliprodError
 from aliprod.store import commit
 
@@ -83,11 +83,10 @@ def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) ->
     Raises:
         Failed: there is no ensemble in the folder.
     """
-    found = read_predictions(folder)
-    top = read_columns(folder, "top_classes", "shares")
-    classes, shares = (top[name].combine_chunks().flatten().to_numpy() for name in top.column_names)
-    classes, shares = (flat.reshape(len(found.ids), -1) for flat in (classes, shares))
-    rows, asked, truth, predicted = guesses(found.ids, found.predicted, catalogue, split)
+    table = read_columns(folder, "image_id", "class_id", "top_classes", "shares")
+    ids, guessed, *top = (column.combine_chunks() for column in table.itercolumns())
+    classes, shares = (flat.flatten().to_numpy().reshape(len(ids), -1) for flat in top)
+    rows, asked, truth, predicted = guesses(ids, guessed.to_numpy(), catalogue, split)
     own = (shares[asked] * (classes[asked] == catalogue.classes[truth, None])).sum(axis=1)
     return Scored(getattr(catalogue, split), rows, truth, predicted, shares[asked, 0], own)
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from aliprod.errors import StorageFull
 from aliprod.store import mirror
+from aliprod.store.mirror import size_of
 
 MANIFEST = mirror.MANIFEST
 
@@ -85,8 +86,9 @@ def read(folder: Path, again: bool = False) -> dict[str, Any] | None:
     manifest = _manifest(folder)
     if manifest is None:
         return None
-    whole = all(_size(folder / name) == file["bytes"] for name, file in manifest["files"].items())
-    return dict(manifest["record"]) if whole or mirrored is not None else None
+    if mirrored is None and any(size_of(folder / name) != file["bytes"] for name, file in manifest["files"].items()):
+        return None
+    return dict(manifest["record"])
 
 
 def fetch(folder: Path, *names: str) -> dict[str, Any] | None:
@@ -288,7 +290,7 @@ def _damaged(folder: Path) -> list[str]:
     return [
         name
         for name, expected in manifest["files"].items()
-        if _size(folder / name) != expected["bytes"] or sha256(folder / name) != expected["sha256"]
+        if size_of(folder / name) != expected["bytes"] or sha256(folder / name) != expected["sha256"]
     ]
 
 
@@ -347,13 +349,6 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 def _seal(said: dict[str, Any]) -> str:
     """sha256 of what a manifest says, in its canonical form."""
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 def _sync(path: Path) -> None:

@@ -83,6 +83,17 @@ def local(stated: str | Path) -> Path:
     return place(stated) or Path(stated)
 
 
+def here(folder: Path) -> Path:
+    """The same folder: in a mirror, with its manifest and small files, where it is committed.
+
+    Raises:
+        Unreachable: the bucket does not answer.
+    """
+    if (mirrored := of(folder)) is not None:
+        mirrored.take(folder)
+    return folder
+
+
 def shown(path: Path) -> str:
     """A path as people know it: of a mirror, the URI."""
     if _MIRROR not in path.parts:
@@ -187,7 +198,7 @@ class Mirror:
         except OSError:
             return
         wanted = [one for one in files if not names or one.name in names]
-        missing = [one for one in wanted if _size(folder / one.name) != one.size]
+        missing = [one for one in wanted if size_of(folder / one.name) != one.size]
         if missing:
             self._make_room(sum(one.size for one in missing))
             with self.alone(folder):  # who waited for another process finds them
@@ -272,7 +283,7 @@ class Mirror:
 
     def _receive(self, path: Path, file: _File) -> None:
         """Bring a file; its name appears once its bytes are known to be right."""
-        if _size(path) == file.size:
+        if size_of(path) == file.size:
             return
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,7 +362,8 @@ def _version(path: Path) -> str:
         return ""
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file; -1 where it is not there."""
     try:
         return path.stat().st_size
     except OSError:

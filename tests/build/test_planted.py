@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from aliprod.build.graph import targets
-from aliprod.build.target import Site, Target
+from aliprod.build.target import Site
 from aliprod.catalogue import sources
 from aliprod.cli import app
 from aliprod.errors import AliprodError
@@ -92,11 +92,6 @@ def finished(shop: Opened) -> Opened:
         pass
     aside.rename(kept)
     return shop
-
-
-def places(opened: Opened) -> dict[str, Target]:
-    storage = opened.places.storage
-    return {str(target.folder(storage)): target for target in targets(opened, gpu=False).values()}
 
 
 def test_no_file_that_a_target_reads_of_another_is_unpickled(finished: Opened, tmp_path: Path, canary: Path) -> None:
