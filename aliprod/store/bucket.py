@@ -89,7 +89,7 @@ class Bucket:
         with self.given(key):
             try:
                 mode: Any = "create" if version is None else {"e_tag": version}
-                return str(obstore.put(self.store, key, content, mode=mode)["e_tag"])
+                return str(_whole(lambda: obstore.put(self.store, key, content, mode=mode))["e_tag"])
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 there = self.find(key)  # ours, where the answer was lost on the way and it was sent again
                 return there[1] if there is not None and there[0] == content else None
@@ -99,21 +99,22 @@ class Bucket:
         import obstore
 
         with self.given(key):
-            return str(obstore.put(self.store, key, content, use_multipart=False)["e_tag"])
+            return str(_whole(lambda: obstore.put(self.store, key, content, use_multipart=False))["e_tag"])
 
     def send(self, key: str, file: Path) -> None:
         """Write an object that is a file."""
         import obstore
 
         with self.given(key):
-            obstore.put(self.store, key, file, use_multipart=file.stat().st_size > _WHOLE, chunk_size=_PART)
+            parts = file.stat().st_size > _WHOLE
+            _whole(lambda: obstore.put(self.store, key, file, use_multipart=parts, chunk_size=_PART))
 
     def copy(self, key: str, to: str) -> bool:
         """Copy an object within the bucket; False where it is not there."""
         import obstore
 
         with self.given(to), suppress(FileNotFoundError):
-            obstore.copy(self.store, key, to)
+            _whole(lambda: obstore.copy(self.store, key, to))
             return True
         return False
 
@@ -162,7 +163,7 @@ class Bucket:
 
         def one(key: str) -> None:
             with self.given(key), suppress(FileNotFoundError):
-                obstore.delete(self.store, key)
+                _whole(lambda: obstore.delete(self.store, key))
 
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(one, keys))
@@ -190,17 +191,17 @@ class Bucket:
             raise Unreachable(f"does not answer: {_reason(error)}.", f"{self.uri}/{key}", _ADVICE) from error
 
 
-def _whole(read: Callable[[], _T]) -> _T:
-    """What is read; again where the answer breaks off, which obstore does not ask for again."""
+def _whole(ask: Callable[[], _T]) -> _T:
+    """The answer to a request; again where it breaks off, which obstore does not ask for again."""
     from obstore.exceptions import GenericError
 
     for _ in range(_BREAKS):
         try:
-            return read()
+            return ask()
         except GenericError as error:
             if "body error" not in str(error):
                 raise
-    return read()
+    return ask()
 
 
 def _reason(error: Exception) -> str:

@@ -396,6 +396,17 @@ def test_what_goes_wrong_on_the_way_is_done_again_and_the_bytes_are_the_same(
             assert (there / "plan/state.json").read_text() == str(number)
 
 
+def test_a_copy_whose_answer_breaks_off_is_asked_for_again(
+    s3: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, broken = [machines("a") / f"job/{number}" for number in range(2)], iter([True, False])
+    commit.write(folders[0], writes(large=b"x" * LARGE))
+    with between(s3, lambda method: "half" if method == "PUT" and next(broken, False) else "", monkeypatch):
+        commit.write(folders[1], writes(large=b"x" * LARGE))
+    assert next(broken, None) is None  # it was copied, twice
+    assert commit.verify(folders[1]) == []
+
+
 def test_a_server_that_is_gone_is_said_in_a_sentence_and_nothing_is_there_by_half(
     s3: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
