@@ -1,5 +1,6 @@
 """Fixtures that any test may ask for."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -7,7 +8,8 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import settings
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.sources import read
 from aliprod.store import mirror
+from aliprod.store.bucket import opened
 from aliprod.synth.synth import synthesise
 
 settings.register_profile("ours", deadline=None)  # a busy machine makes no test fail
@@ -71,30 +74,21 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
 def s3() -> Iterator[str]:
     """The address of an S3 server, a process of its own, with the bucket ``team``."""
     pytest.importorskip("moto.server", reason="needs moto, of the extra `test`")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(urllib.request.Request(f"{address}/team", method="PUT")).close()
-                break
-            except OSError:
-                assert server.poll() is None
-                assert time.monotonic() < until, "the S3 server does not start"
-                time.sleep(0.1)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"]
+    with store_server(command) as address:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/team", method="PUT")).close()
         yield address
-        server.kill()
 
 
 @pytest.fixture
-def machines(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """The mirror of one storage path in the bucket, as each machine has it."""
-    for name, value in s3_environment(s3).items():
+def machines(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """The mirror of one storage path in a bucket, as each machine has it: of S3, or of the kind that is asked for."""
+    kind = getattr(request, "param", os.environ.get("ALIPROD_STORE", "s3"))
+    environment = s3_environment(request.getfixturevalue("s3")) if kind == "s3" else request.getfixturevalue(kind)
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    prefix = f"s3://team/{uuid.uuid4().hex}"
+    opened.cache_clear()  # the bucket of another server
+    prefix = f"{kind}://team/{uuid.uuid4().hex}"
 
     def machine(name: str) -> Path:
         monkeypatch.setenv("ALIPROD_CACHE", str(tmp_path / name))
@@ -103,6 +97,26 @@ def machines(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         return mirrored
 
     return machine
+
+
+@contextmanager
+def store_server(command: Sequence[str | Path]) -> Iterator[str]:
+    """A server of objects on a free port, which is its command's last word; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with subprocess.Popen([*command, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                assert server.poll() is None
+                assert time.monotonic() < until, f"{command[0]} does not start"
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        server.kill()
 
 
 def s3_environment(address: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,20 +25,30 @@ _T = TypeVar("_T")
 THREADS = 4  # requests at a time
 _WHOLE = 256 << 20  # bytes that are sent in one request: nothing is left of it where the sender dies
 _PART = 32 << 20  # bytes of the requests that a larger file is sent in
+_NAMES = ("e_tag", "version")
 _BREAKS = 5  # of an answer, in a row
 _RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
 _ADVICE = "Are its name, the credentials and the endpoint right (AWS_..., GOOGLE_..., AZURE_... in the environment)?"
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 _TRIED = re.compile(r" in [\d.]+m?s.*? - ")  # in what obstore says of a request
 
 
 @functools.cache
 def opened(uri: str) -> "Bucket":
-    """The bucket at a URI, once for a process."""
+    """The bucket at a URI, once for a process.
+
+    Raises:
+        Unreachable: what names its account, or lets us in, is not in the environment.
+    """
+    from obstore.exceptions import BaseError
     from obstore.store import from_url
 
-    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
     options: Any = {"allow_http": plain, "timeout": "600s", "connect_timeout": "10s"}
-    return Bucket(uri, from_url(uri, client_options=options, retry_config=_RETRIES))
+    try:
+        return Bucket(uri, from_url(uri, client_options=options, retry_config=_RETRIES))
+    except BaseError as error:
+        raise Unreachable(f"cannot be opened: {_reason(error)}.", uri, _ADVICE) from error
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Bucket:
     """
 
     uri: str
-    store: "ObjectStore"
+    store: "ObjectStore" = field(repr=False)  # obstore cannot show one of Azure whose account is in the environment
 
     def get(self, key: str, known: str = "") -> tuple[bytes, str] | None:
         """The bytes of an object and its version; None where that is the one that is known.
@@ -61,8 +71,8 @@ class Bucket:
         from obstore.exceptions import NotModifiedError
 
         def read() -> tuple[bytes, str]:
-            found = obstore.get(self.store, key, options={"if_none_match": known} if known else {})
-            return bytes(found.bytes()), str(found.meta["e_tag"])
+            found = obstore.get(self.store, key, options={"if_none_match": known.partition(" ")[0]} if known else {})
+            return bytes(found.bytes()), _version(found.meta)
 
         with self._asked(key):
             try:
@@ -88,8 +98,8 @@ class Bucket:
 
         with self.given(key):
             try:
-                mode: Any = "create" if version is None else {"e_tag": version}
-                return str(_whole(lambda: obstore.put(self.store, key, content, mode=mode))["e_tag"])
+                mode: Any = "create" if version is None else dict(zip(_NAMES, version.split(), strict=False))
+                return _version(_whole(lambda: obstore.put(self.store, key, content, mode=mode)))
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 there = self.find(key)  # ours, where the answer was lost on the way and it was sent again
                 return there[1] if there is not None and there[0] == content else None
@@ -99,7 +109,7 @@ class Bucket:
         import obstore
 
         with self.given(key):
-            return str(_whole(lambda: obstore.put(self.store, key, content, use_multipart=False))["e_tag"])
+            return _version(_whole(lambda: obstore.put(self.store, key, content, use_multipart=False)))
 
     def send(self, key: str, file: Path) -> None:
         """Write an object that is a file."""
@@ -189,6 +199,11 @@ class Bucket:
             raise
         except BaseError as error:
             raise Unreachable(f"does not answer: {_reason(error)}.", f"{self.uri}/{key}", _ADVICE) from error
+
+
+def _version(said: Mapping[str, Any]) -> str:
+    """The version of an object, its tag first: S3 and Azure compare tags, Google generations."""
+    return " ".join(str(said[name]) for name in _NAMES if said[name])
 
 
 def _whole(ask: Callable[[], _T]) -> _T:

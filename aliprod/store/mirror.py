@@ -36,8 +36,7 @@ from aliprod.store.layout import cache, check_cache
 
 MANIFEST = "manifest.json"
 _MIRROR = "aliprod-mirror"
-_DEPTH = {"s3": 1, "gs": 1, "az": 2}  # parts of a URI that name a bucket: az://ACCOUNT/CONTAINER
-_URI = re.compile(rf"({'|'.join(_DEPTH)}):/+(.+)")  # a Path has made one slash of two
+_URI = re.compile(r"(s3|gs|az):/+(.+)")  # a Path has made one slash of two
 _OF_A_FOLDER = re.compile(r"(.*)/[0-9a-f]{16}/[^/]+")
 _LEASE = re.compile(r"(^|/)\.leases/")
 _SMALL = 1 << 20  # bytes of a file that comes with its manifest
@@ -71,8 +70,8 @@ def place(stated: str | Path) -> Path | None:
     if not (found := _URI.fullmatch(str(stated))):
         return None
     scheme, parts = found[1], [part for part in found[2].split("/") if part]
-    if len(parts) < _DEPTH[scheme] or {".", ".."} & set(parts):
-        raise Refused("names no bucket.", str(stated), "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://ACCOUNT/CONTAINER")
+    if not parts or {".", ".."} & set(parts):
+        raise Refused("names no bucket.", str(stated), "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX")
     root = cache().expanduser().absolute()
     check_cache(root)
     return root.joinpath(_MIRROR, scheme, *parts)
@@ -107,7 +106,7 @@ def of(path: Path) -> "Mirror | None":
     if _MIRROR not in path.parts:
         return None
     begin = path.parts.index(_MIRROR) + 1
-    return _mirror(Path(*path.parts[: begin + 1 + _DEPTH[path.parts[begin]]]))
+    return _mirror(Path(*path.parts[: begin + 2]))
 
 
 @functools.cache
@@ -252,7 +251,7 @@ class Mirror:
             return False
         if not key.endswith(f"/{MANIFEST}") and str(Path(key).parent) in kept:
             return False
-        return _version(self.root / key) != str(one["e_tag"])
+        return _version(self.root / key).partition(" ")[0] != str(one["e_tag"])
 
     def _update(self, key: str) -> None:
         path, found = self.root / key, self.bucket.find(key)

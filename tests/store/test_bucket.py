@@ -33,6 +33,7 @@ from aliprod.store.bucket import Bucket
 from aliprod.store.mirror import Mirror
 from aliprod.store.resumable import ResumableRows
 
+EACH = pytest.mark.parametrize("machines", ["s3", "gs", "az"], indirect=True)
 LARGE = 3 << 20  # bytes: more than comes with a manifest
 Machines = Callable[[str], Path]
 
@@ -69,6 +70,7 @@ def put(path: Path, name: str, content: bytes) -> None:
 # One folder, two machines
 
 
+@EACH
 def test_what_one_machine_has_committed_another_has_too_byte_for_byte_as_in_a_folder(
     machines: Machines, tmp_path: Path
 ) -> None:
@@ -92,6 +94,7 @@ def _copy(folder: Path, new: Path) -> None:
         (new / name).write_bytes((folder / name).read_bytes())
 
 
+@EACH
 def test_of_two_machines_that_write_at_once_one_wins_and_both_have_its_bytes(machines: Machines) -> None:
     for round_ in range(5):
         folders, start = [machines(name) / f"job-{round_}" for name in "ab"], threading.Barrier(2)
@@ -108,6 +111,7 @@ def test_of_two_machines_that_write_at_once_one_wins_and_both_have_its_bytes(mac
             assert (folder / "file").read_bytes()[0] == said[0]["by"]
 
 
+@EACH
 def test_what_is_replaced_is_seen_by_the_other_machine_and_leaves_nothing_behind(machines: Machines) -> None:
     here, there = machines("a") / "plan/ensemble", machines("b") / "plan/ensemble"
     for number in range(3):
@@ -118,6 +122,7 @@ def test_what_is_replaced_is_seen_by_the_other_machine_and_leaves_nothing_behind
     assert len(objects(here)) == 3  # two files and the manifest
 
 
+@EACH
 def test_of_two_that_replace_at_once_the_one_that_stays_is_whole(machines: Machines) -> None:
     folders = [machines(name) / "plan/ensemble" for name in "ab"]
     commit.replace(folders[0], writes(file=b"0" * LARGE), {"target": "before"})
@@ -135,6 +140,7 @@ def test_of_two_that_replace_at_once_the_one_that_stays_is_whole(machines: Machi
         assert commit.verify(folders[0]) == commit.verify(folders[1]) == []
 
 
+@EACH
 def test_a_file_that_others_wrote_comes_with_a_refresh_and_what_they_removed_goes(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +168,7 @@ def test_a_folder_that_is_not_yet_in_a_listing_stays(machines: Machines, monkeyp
     assert commit.read(folder) == {"epoch": 1}
 
 
+@EACH
 def test_rows_are_made_in_parts_by_two_machines_and_sent_once(machines: Machines) -> None:
     ids, classes = pa.array([str(number) for number in range(4)], pa.string()), np.arange(2)
     size = 1 << 19  # values of a row: two megabytes
@@ -210,6 +217,7 @@ def test_a_disk_that_fills_loses_what_the_bucket_has_and_nobody_has_used_for_lon
 # Damage
 
 
+@EACH
 def test_damage_here_is_mended_from_the_bucket_and_damage_there_is_found(machines: Machines) -> None:
     here, there = machines("a") / "job/weights", machines("b") / "job/weights"
     commit.write(here, writes(file=b"x" * LARGE))
@@ -423,7 +431,7 @@ def test_a_server_that_is_gone_is_said_in_a_sentence_and_nothing_is_there_by_hal
 
 def test_a_bucket_that_is_not_there_ends_a_command_in_a_sentence(machines: Machines) -> None:
     machines("a")
-    for storage in ("s3://nobody-has-this/x", "s3:", "s3://team/../x"):
+    for storage in ("s3://nobody-has-this/x", "s3:", "s3://team/../x", "az://of-no-account/x"):
         result = CliRunner().invoke(app, ["trace", __file__, "--storage", storage])
         assert result.exit_code in (2, 3), result.output
         assert "Traceback" not in result.output
@@ -441,7 +449,10 @@ def test_a_submission_in_a_bucket_is_scored_by_its_uri(machines: Machines, tmp_p
     assert json.loads(result.output)["top1_error"] == 0.5
 
 
-@given(st.sampled_from(["s3", "gs"]), st.lists(st.text("abc-.", min_size=1).filter(lambda s: s.strip(".")), min_size=1))
+@given(
+    st.sampled_from(["s3", "gs", "az"]),
+    st.lists(st.text("abc-.", min_size=1).filter(lambda s: s.strip(".")), min_size=1),
+)
 def test_a_uri_is_known_by_its_mirror(scheme: str, parts: list[str]) -> None:
     uri = f"{scheme}://{'/'.join(parts)}"
     found = mirror.place(Path(uri))
@@ -454,6 +465,6 @@ def test_what_names_no_bucket_is_refused_or_a_path() -> None:
     for stated in ("runs", "/mnt/s3/x", "s3", "s3files/x", "./s3:x"):
         assert mirror.place(stated) is None
         assert mirror.of(Path(stated)) is None
-    for stated in ("az://account", "s3://team/../other", "gs://."):
+    for stated in ("az:///", "s3://team/../other", "gs://."):
         with pytest.raises(Refused, match="names no bucket"):
             mirror.place(stated)

@@ -284,15 +284,15 @@ def test_no_two_processes_are_ever_at_work_at_once_though_they_are_killed_at_any
     killed = set()
     try:
         for _ in range(3):
-            seen = len(log.read_bytes().splitlines())
+            seen, victim = len(log.read_bytes().splitlines()), rivals.pop(0)
             until(lambda seen=seen: len(log.read_bytes().splitlines()) > seen + 20, 30)
-            victim = rivals.pop(0)
+            until(lambda victim=victim: str(victim.pid) in log.read_text().split(), 30)
             killed.add(str(victim.pid))
             victim.kill()
             rivals.append(subprocess.Popen(command))
             victim.wait()
     finally:
-        for rival in rivals:
+        for rival in (victim, *rivals):
             rival.kill()
             rival.wait()
     at_work = ""
