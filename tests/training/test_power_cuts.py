@@ -6,16 +6,63 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
+from obstore.store import MemoryStore
 
-from aliprod.store import commit
+from aliprod.store import commit, mirror
+from aliprod.store.bucket import Bucket
 from aliprod.training import checkpoint
 from aliprod.training.checkpoint import TrainingState
 
-Tree = dict[str, Any]  # a folder: bytes of a file or the Tree of a folder, by name
+Tree = dict[str, Any]  # a folder: a File or the Tree of a folder, by name
+Objects = dict[str, tuple[int, bytes]]  # of a bucket: a number that grows with each write, and what was written
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file holds, and of which object it says that it is a copy."""
+
+    content: bytes
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is there, what of it is certain, what the bucket has, and which step was acknowledged."""
+
+    now: dict[int, Any]
+    certain: dict[int, Any]
+    objects: Objects
+    acknowledged: int
+
+
+@dataclass
+class Store:
+    """A bucket in memory, whose writes are certain once they have returned."""
+
+    memory: MemoryStore = field(default_factory=MemoryStore)
+
+    def objects(self) -> Objects:
+        found = [one for chunk in obstore.list(self.memory) for one in chunk]
+        return {one["path"]: (int(one["e_tag"].strip('"')), self._read(one["path"])) for one in found}
+
+    def restore(self, objects: Objects) -> None:
+        """Have these objects, with their numbers, in a bucket of their own."""
+        self.memory, by_number = MemoryStore(), {number: key for key, (number, _) in objects.items()}
+        for number in range(max(by_number, default=-1) + 1):
+            key = by_number.get(number)
+            obstore.put(self.memory, key or "gone", objects[key][1] if key else b"")
+        if "gone" not in objects and by_number.keys() != set(range(len(by_number))):
+            obstore.delete(self.memory, "gone")
+
+    def _read(self, path: str) -> bytes:
+        return bytes(obstore.get(self.memory, path).bytes())
 
 
 class Disk:
@@ -28,49 +75,50 @@ class Disk:
         without: "files" or "folders" whose fsync does nothing, as if it had been left out.
     """
 
-    def __init__(self, root: Path, without: str = "") -> None:
-        self.root, self.without = root, without
+    def __init__(self, root: Path, store: Store, without: str = "") -> None:
+        self.root, self.store, self.without = root, store, without
         self.held: dict[int, int] = {}  # open files: so no inode's number comes twice
-        self.certain: dict[int, Any] = {self._inode(root): {}}
-        self.moments: list[tuple[dict[int, Any], dict[int, Any], int]] = []
+        self.top = self._inode(root)
+        self.certain: dict[int, Any] = {self.top: {}}
+        self.moments: list[Moment] = []
         self.acknowledged = 0
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("mkdir", "replace", "unlink", "rmdir", "fsync"):
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
+        for name in ("put", "copy", "delete"):
+            monkeypatch.setattr(obstore, name, self._watched(name, getattr(obstore, name)))
 
     def acknowledge(self, step: int) -> None:
         self.acknowledged = step
         self._moment()
 
-    def trees(self) -> Iterator[tuple[Tree, int]]:
-        """Every folder that a power cut could leave, with the step acknowledged by then."""
-        seen: set[str] = set()
-        for now, certain, acknowledged in self.moments:
-            for tree in _possible(self._inode(self.root), now, certain):
-                if (key := f"{acknowledged} {tree}") not in seen:
-                    seen.add(key)
-                    yield tree, acknowledged
+    def trees(self) -> Iterator[tuple[Tree, Objects, int]]:
+        """Every folder that a power cut could leave, with the bucket and the step acknowledged by then."""
+        for moment in self.moments:
+            for tree in _possible(self.top, moment.now, moment.certain):
+                yield tree, moment.objects, moment.acknowledged
 
-    def _watched(self, name: str, call: Callable[..., None]) -> Callable[..., None]:
-        def watched(*args: Any, **options: Any) -> None:
+    def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **options: Any) -> Any:
             self._moment()
-            call(*args, **options)
+            done = call(*args, **options)
             if name == "fsync":
                 node = os.fstat(args[0])
                 if self.without != ("folders" if stat.S_ISDIR(node.st_mode) else "files"):
                     self.certain[node.st_ino] = self._scan()[node.st_ino]
             self._moment()
+            return done
 
         return watched
 
     def _moment(self) -> None:
-        self.moments.append((self._scan(), dict(self.certain), self.acknowledged))
+        self.moments.append(Moment(self._scan(), dict(self.certain), self.store.objects(), self.acknowledged))
 
     def _scan(self) -> dict[int, Any]:
-        nodes: dict[int, Any] = {self._inode(self.root): {}}
+        nodes: dict[int, Any] = {self.top: {}}
         for path in sorted(self.root.rglob("*")):
-            nodes[self._inode(path)] = {} if path.is_dir() else path.read_bytes()
+            nodes[self._inode(path)] = {} if path.is_dir() else File(path.read_bytes(), mirror._version(path))
             nodes[self._inode(path.parent)][path.name] = self._inode(path)
         return nodes
 
@@ -88,7 +136,9 @@ def _possible(inode: int, now: dict[int, Any], certain: dict[int, Any]) -> list[
         return _possible_folders(here or {}, kept or {}, now, certain)
     if here is None or here == kept:
         return [kept]
-    return [here, kept or b"", bytes(len(here))]
+    if kept is not None and here.content == kept.content:  # what was synced stays
+        return [here, kept]
+    return [here, kept or File(b""), File(bytes(len(here.content)), here.version)]
 
 
 def _possible_folders(
@@ -107,10 +157,12 @@ def content(step: int) -> bytes:
     return f"step {step}, ".encode() * 10
 
 
-def written_with_power_cuts(folder: Path, monkeypatch: pytest.MonkeyPatch, *steps: int, without: str = "") -> Disk:
+def written_with_power_cuts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *steps: int, store: Store | None = None, without: str = ""
+) -> Disk:
     """A job that commits checkpoints, of which two are kept."""
-    folder.mkdir()
-    disk = Disk(folder, without)
+    folder.mkdir(parents=True)
+    disk = Disk(folder, store or Store(), without)
     with monkeypatch.context() as patched:
         disk.watch(patched)
         for step in steps:
@@ -134,7 +186,9 @@ def laid_out(tree: Tree, folder: Path) -> Path:
         if isinstance(node, dict):
             laid_out(node, folder / name)
         else:
-            (folder / name).write_bytes(node)
+            (folder / name).write_bytes(node.content)
+            if node.version:
+                mirror._mark(folder / name, node.version)
     return folder
 
 
@@ -148,18 +202,27 @@ def holds(folder: Path, text: bytes) -> bool:
 
 
 def recovered(
-    disk: Disk, folder: Path, newest: Callable[[Path], Path | None] = checkpoint.newest
+    disk: Disk, folder: Path, newest: Callable[[Path], Path | None] = checkpoint.newest, gone: bool = False
 ) -> tuple[int, int, int]:
     """How many power cuts there are, after how many an acknowledged step is lost, and after how many false bytes are
-    taken."""
+    taken.
+
+    Args:
+        folder: where to lay out what is left.
+        gone: whether the disk is, too: another machine goes on.
+    """
     cuts = lost = false = 0
-    for tree, acknowledged in disk.trees():
-        found = newest(laid_out(tree, folder / "after"))
+    states = {f"{ ({} if gone else tree) } {left}": ({} if gone else tree, *left) for tree, *left in disk.trees()}
+    for tree, objects, acknowledged in states.values():
+        disk.store.restore(objects)
+        laid_out(tree, folder)
+        commit.refresh(folder)
+        found = newest(folder)
         step = 0 if found is None else int(found.name.removeprefix("step-"))
         cuts += 1
         lost += step < acknowledged
         false += found is not None and not holds(found, content(step))
-        shutil.rmtree(folder / "after")
+        shutil.rmtree(folder)
     return cuts, lost, false
 
 
@@ -171,8 +234,28 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 def test_after_every_power_cut_the_newest_acknowledged_checkpoint_or_a_newer_one_is_found_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuts, lost, false = recovered(written_with_power_cuts(tmp_path / "disk", monkeypatch, 3, 4, 6, 8), tmp_path)
+    disk = written_with_power_cuts(tmp_path / "disk", monkeypatch, 3, 4, 6, 8)
+    cuts, lost, false = recovered(disk, tmp_path / "after")
     assert cuts > 300
+    assert (lost, false) == (0, 0)
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["its own disk", "another machine"])
+@pytest.mark.parametrize("small", [1 << 20, 0], ids=["files that come with the manifest", "large files"])
+def test_after_every_power_cut_it_is_found_in_a_bucket_too(
+    gone: bool, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store()
+    monkeypatch.setattr(mirror, "opened", lambda uri: Bucket(uri, store.memory))
+    monkeypatch.setattr(mirror, "_SMALL", small)
+    monkeypatch.setattr(mirror, "_mirror", cache(mirror.Mirror))  # of this test's bucket
+    monkeypatch.setenv("ALIPROD_CACHE", str(tmp_path))
+    folder = mirror.local("s3://team/storage/resume")
+    disk = written_with_power_cuts(folder, monkeypatch, 3, 4, 6, store=store)
+    shutil.rmtree(tmp_path / "aliprod-mirror")
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no second power cut
+    cuts, lost, false = recovered(disk, folder, gone=gone)
+    assert cuts > (12 if gone else 300)
     assert (lost, false) == (0, 0)
 
 
@@ -180,12 +263,14 @@ def test_after_every_power_cut_the_newest_acknowledged_checkpoint_or_a_newer_one
 def test_without_an_fsync_an_acknowledged_checkpoint_can_be_lost_but_false_bytes_are_never_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: str
 ) -> None:
-    _, lost, false = recovered(written_with_power_cuts(tmp_path / "disk", monkeypatch, 3, without=without), tmp_path)
+    _, lost, false = recovered(
+        written_with_power_cuts(tmp_path / "disk", monkeypatch, 3, without=without), tmp_path / "after"
+    )
     assert lost > 0
     assert false == 0
 
 
 def test_without_the_manifest_false_bytes_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = written_with_power_cuts(tmp_path / "disk", monkeypatch, 3, without="files")
-    _, _, false = recovered(disk, tmp_path, newest_by_name)
+    _, _, false = recovered(disk, tmp_path / "after", newest_by_name)
     assert false > 0
