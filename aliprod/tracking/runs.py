@@ -194,14 +194,18 @@ class Runs:
         return run
 
     def _find(self, kind: str, key: str) -> Run | None:
-        """The oldest run of a kind with this key: two drivers may have made two."""
+        """The run of a kind with this key: a complete one, else the oldest. Two drivers may have made two, or a server
+        that carried out late what it had not answered: the others are deleted."""
         found = self.server.client.search_runs(
             [self.server.experiment_id],
             f"tags.`aliprod.kind` = '{kind}' and tags.`aliprod.key` = '{key}'",
             order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
-            max_results=1,
         )
-        return found[0] if found else None
+        kept = min(found, key=lambda run: RESULT not in run.data.tags, default=None)
+        for other in found:
+            if other is not kept:
+                self.server.client.delete_run(other.info.run_id)
+        return kept
 
     def _create(
         self, kind: str, key: str, name: str, tags: Mapping[str, str] | None = None, start_ms: int | None = None

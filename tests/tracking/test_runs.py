@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import closing
+from functools import partial
 
 import pytest
 from mlflow import MlflowClient
@@ -176,7 +177,31 @@ def test_of_two_runs_that_two_drivers_made_for_a_key_the_oldest_is_completed(pla
     place.show(tracking, JobProgress(full, trained(full), "finished"))
     assert tracking.flush(60) == []
     assert "aliprod.result" in client.get_run(first.info.run_id).data.tags
-    assert "aliprod.result" not in client.get_run(second.info.run_id).data.tags
+    assert client.get_run(second.info.run_id).info.lifecycle_stage == "deleted"
+
+
+def test_a_run_that_was_made_long_after_nobody_waited_for_it_is_the_only_one_in_the_end(place, job, trained):
+    tracking = place.driver()
+    assert tracking.flush(60) == []
+    client, full = tracking._server.client, job()
+    make, late = client.create_run, []
+
+    def timed_out(*arguments, **named):
+        client.create_run = make
+        late.append(partial(make, *arguments, **named))
+        raise OSError("Read timed out")
+
+    client.create_run = timed_out
+    folder = place.metrics({"epoch": 0, "time_ms": 1, "train/class": 1.5})
+    place.show(tracking, JobProgress(full, folder, "running"))
+    assert tracking.flush(60) == []
+    for creation in late:
+        creation()
+    place.show(tracking, JobProgress(full, trained(full), "finished"))
+    assert tracking.flush(60) == []
+    assert late
+    assert sorted(value for _, name, value in everything(client)["tags"] if name == "aliprod.kind") == ["job", "plan"]
+    assert set(everything(client)["points"].values()) == {1}
 
 
 def test_epochs_of_a_running_job_arrive_as_its_training_writes_them(place, job):
