@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 THREADS = 4  # requests at a time
-_WHOLE = 256 << 20  # bytes that are sent in one request: nothing is left of it where the sender dies
+_WHOLE = 128 << 20  # bytes that are sent in one request: nothing is left of it where the sender dies
 _PART = 32 << 20  # bytes of the requests that a larger file is sent in
+_SILENT_SECONDS = 20, 120  # without an answer, of reading and of writing: above what _WHOLE takes to send
 _NAMES = ("e_tag", "version")
 _BREAKS = 5  # of an answer, in a row
-_RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
+_RETRIES = 8, 16  # of reading, and of writing, which has read before: a server is away for 25 s, for two minutes
 _ADVICE = "Are its name, the credentials and the endpoint right (AWS_..., GOOGLE_..., AZURE_... in the environment)?"
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
+_BROKEN = re.compile(r"body error|retries: 0,.*kind: Timeout", re.DOTALL)  # what obstore does not ask for again
 _TRIED = re.compile(r" in [\d.]+m?s.*? - ")  # in what obstore says of a request
 
 
@@ -44,9 +46,15 @@ def opened(uri: str) -> "Bucket":
     from obstore.store import from_url
 
     plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
-    options: Any = {"allow_http": plain, "timeout": "600s", "connect_timeout": "10s"}
+
+    def store(silent: int, times: int) -> "ObjectStore":
+        seconds = {"connect_timeout": "10s", "read_timeout": f"{silent}s", "timeout": "3600s"}
+        options: Any = {"allow_http": plain} | seconds
+        retries: Any = {"max_retries": times, "retry_timeout": timedelta(minutes=2)}
+        return from_url(uri, client_options=options, retry_config=retries)
+
     try:
-        return Bucket(uri, from_url(uri, client_options=options, retry_config=_RETRIES))
+        return Bucket(uri, *map(store, _SILENT_SECONDS, _RETRIES))
     except BaseError as error:
         raise Unreachable(f"cannot be opened: {_reason(error)}.", uri, _ADVICE) from error
 
@@ -60,6 +68,7 @@ class Bucket:
 
     uri: str
     store: "ObjectStore" = field(repr=False)  # obstore cannot show one of Azure whose account is in the environment
+    patient: "ObjectStore" = field(repr=False)  # the same, to write
 
     def get(self, key: str, known: str = "") -> tuple[bytes, str] | None:
         """The bytes of an object and its version; None where that is the one that is known.
@@ -99,7 +108,7 @@ class Bucket:
         with self.given(key):
             try:
                 mode: Any = "create" if version is None else dict(zip(_NAMES, version.split(), strict=False))
-                return _version(_whole(lambda: obstore.put(self.store, key, content, mode=mode)))
+                return _version(_whole(lambda: obstore.put(self.patient, key, content, mode=mode)))
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 there = self.find(key)  # ours, where the answer was lost on the way and it was sent again
                 return there[1] if there is not None and there[0] == content else None
@@ -109,7 +118,7 @@ class Bucket:
         import obstore
 
         with self.given(key):
-            return _version(_whole(lambda: obstore.put(self.store, key, content, use_multipart=False)))
+            return _version(_whole(lambda: obstore.put(self.patient, key, content, use_multipart=False)))
 
     def send(self, key: str, file: Path) -> None:
         """Write an object that is a file."""
@@ -117,14 +126,14 @@ class Bucket:
 
         with self.given(key):
             parts = file.stat().st_size > _WHOLE
-            _whole(lambda: obstore.put(self.store, key, file, use_multipart=parts, chunk_size=_PART))
+            _whole(lambda: obstore.put(self.patient, key, file, use_multipart=parts, chunk_size=_PART))
 
     def copy(self, key: str, to: str) -> bool:
         """Copy an object within the bucket; False where it is not there."""
         import obstore
 
         with self.given(to), suppress(FileNotFoundError):
-            _whole(lambda: obstore.copy(self.store, key, to))
+            _whole(lambda: obstore.copy(self.patient, key, to))
             return True
         return False
 
@@ -173,7 +182,7 @@ class Bucket:
 
         def one(key: str) -> None:
             with self.given(key), suppress(FileNotFoundError):
-                _whole(lambda: obstore.delete(self.store, key))
+                _whole(lambda: obstore.delete(self.patient, key))
 
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(one, keys))
@@ -207,14 +216,14 @@ def _version(said: Mapping[str, Any]) -> str:
 
 
 def _whole(ask: Callable[[], _T]) -> _T:
-    """The answer to a request; again where it breaks off, which obstore does not ask for again."""
+    """The answer to a request; again where it breaks off, or does not come to a write."""
     from obstore.exceptions import GenericError
 
     for _ in range(_BREAKS):
         try:
             return ask()
         except GenericError as error:
-            if "body error" not in str(error):
+            if not _BROKEN.search(str(error)):
                 raise
     return ask()
 

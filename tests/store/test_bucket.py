@@ -314,7 +314,9 @@ class Faulty(BaseHTTPRequestHandler):
     def _any(self) -> None:
         fault = self.server.fault(self.command)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if fault == "torn":
+        if fault == "silent":
+            time.sleep(2)
+        if fault in ("torn", "silent"):
             self.close_connection = True
             self.connection.close()
             return
@@ -383,14 +385,15 @@ def between(behind: str, faults: Callable[[str], str], monkeypatch: pytest.Monke
         bucket.opened.cache_clear()
 
 
-@pytest.mark.parametrize("kind", ["500", "503", "torn", "lost", "half"])
+@pytest.mark.parametrize("kind", ["500", "503", "torn", "lost", "half", "silent"])
 def test_what_goes_wrong_on_the_way_is_done_again_and_the_bytes_are_the_same(
     kind: str, s3: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chance = random.Random(kind)
+    chance, share = random.Random(kind), 0.06 if kind == "silent" else 0.25
+    monkeypatch.setattr(bucket, "_SILENT_SECONDS", (1, 1))
     content = random.Random(1).randbytes(LARGE)
     here, there = machines("a"), machines("b")
-    with between(s3, lambda _: kind if chance.random() < 0.25 else "", monkeypatch):
+    with between(s3, lambda _: kind if chance.random() < share else "", monkeypatch):
         for number in range(4):
             folder = here / f"job/{number}"
             assert commit.write(folder, writes(large=content, small=b"s"), {"number": number}) == {"number": number}
@@ -419,7 +422,7 @@ def test_a_server_that_is_gone_is_said_in_a_sentence_and_nothing_is_there_by_hal
     s3: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = machines("a") / "job/weights"
-    monkeypatch.setattr(bucket, "_RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=1)})
+    monkeypatch.setattr(bucket, "_RETRIES", (1, 2))
     with between(s3, lambda _: "500", monkeypatch):
         with pytest.raises(StorageFull, match=r"cannot be written: .*500"):
             commit.write(folder, writes(file=b"x"))

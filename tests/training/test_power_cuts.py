@@ -246,7 +246,7 @@ def test_after_every_power_cut_it_is_found_in_a_bucket_too(
     gone: bool, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store()
-    monkeypatch.setattr(mirror, "opened", lambda uri: Bucket(uri, store.memory))
+    monkeypatch.setattr(mirror, "opened", lambda uri: Bucket(uri, store.memory, store.memory))
     monkeypatch.setattr(mirror, "_SMALL", small)
     monkeypatch.setattr(mirror, "_mirror", cache(mirror.Mirror))  # of this test's bucket
     monkeypatch.setenv("ALIPROD_CACHE", str(tmp_path))
