@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 THREADS = 4  # requests at a time
-_WHOLE = 128 << 20  # bytes that are sent in one request: nothing is left of it where the sender dies
-_PART = 32 << 20  # bytes of the requests that a larger file is sent in
-_SILENT_SECONDS = 20, 120  # without an answer, of reading and of writing: above what _WHOLE takes to send
+_SILENT_SECONDS = 20, 120  # without an answer, of reading and of writing: more than an object takes to send
 _NAMES = ("e_tag", "version")
 _BREAKS = 5  # of an answer, in a row
 _RETRIES = 8, 16  # of reading, and of writing, which has read before: a server is away for 25 s, for two minutes
@@ -114,19 +112,15 @@ class Bucket:
                 return there[1] if there is not None and there[0] == content else None
 
     def put(self, key: str, content: bytes) -> str:
-        """Write an object, in place of what was; its version."""
+        """Write an object, in place of what was, in one request, of which nothing stays where the sender dies.
+
+        Returns:
+            Its version.
+        """
         import obstore
 
         with self.given(key):
             return _version(_whole(lambda: obstore.put(self.patient, key, content, use_multipart=False)))
-
-    def send(self, key: str, file: Path) -> None:
-        """Write an object that is a file."""
-        import obstore
-
-        with self.given(key):
-            parts = file.stat().st_size > _WHOLE
-            _whole(lambda: obstore.put(self.patient, key, file, use_multipart=parts, chunk_size=_PART))
 
     def copy(self, key: str, to: str) -> bool:
         """Copy an object within the bucket; False where it is not there."""
@@ -146,21 +140,22 @@ class Bucket:
             return True
         return False
 
-    def download(self, key: str, file: Path) -> str:
-        """Write an object into a file; the sha256 of its bytes, "" where it is not there."""
+    def download(self, keys: Sequence[str], file: Path) -> str:
+        """Write objects into a file, one behind the other; the sha256 of its bytes, "" where one is not there."""
         import obstore
 
         def read() -> str:
             digest = hashlib.sha256()
             with file.open("wb") as out:
-                for chunk in obstore.get(self.store, key).stream(min_chunk_size=8 << 20):
-                    digest.update(chunk)
-                    out.write(chunk)
+                for key in keys:
+                    for chunk in obstore.get(self.store, key).stream(min_chunk_size=8 << 20):
+                        digest.update(chunk)
+                        out.write(chunk)
                 out.flush()
                 os.fsync(out.fileno())  # its size alone is looked at later: a power cut may leave zeros
             return digest.hexdigest()
 
-        with self._asked(key):
+        with self._asked(keys[0]):
             try:
                 return _whole(read)
             except FileNotFoundError:

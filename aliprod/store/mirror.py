@@ -6,6 +6,7 @@ A path says by itself whether it is a mirror, and of what. In the bucket lie
 
     FOLDER/manifest.json            as in a folder: whoever finds it finds all that it names
     FOLDER/SHA256[:16]/NAME         a file of a committed folder, sent before its manifest, never changed
+    FOLDER/SHA256[:16]/NAME.0000    a large one, in parts: a sender who dies leaves objects that the next one finds
     FILE                            what is one file
 
 What two writers may write is written on a condition: a manifest only where there is none, or where it is the one that
@@ -40,6 +41,7 @@ _URI = re.compile(r"(s3|gs|az):/+(.+)")  # a Path has made one slash of two
 _OF_A_FOLDER = re.compile(r"(.*)/[0-9a-f]{16}/[^/]+")
 _LEASE = re.compile(r"(^|/)\.leases/")
 _SMALL = 1 << 20  # bytes of a file that comes with its manifest
+_PART = 64 << 20  # bytes of an object; another number would not fit what is there
 _ORPHAN = timedelta(hours=1)  # a file without a manifest is older than any upload
 _SPARE, _USED_SECONDS = 0.1, 3600.0  # share of the disk that is to be free; of what may be open
 _SETTLED_SECONDS = 60.0  # a listing lags by less
@@ -51,7 +53,7 @@ class _File:
     """A file of a committed folder, as its manifest says.
 
     Attributes:
-        key: its object. plain: the same where other tools have sent the folder.
+        key: its object, or what those of its parts begin with. plain: the same where other tools have sent the folder.
     """
 
     name: str
@@ -59,6 +61,15 @@ class _File:
     plain: str
     size: int
     sha256: str
+
+    @property
+    def parts(self) -> list[str]:
+        """What the key of each of its objects ends with."""
+        return [f".{number:04d}" for number in range(-(-self.size // _PART))] if self.size > _PART else [""]
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key + part for part in self.parts]
 
 
 def place(stated: str | Path) -> Path | None:
@@ -160,13 +171,17 @@ class Mirror:
                 return False
             files = self._files(folder, manifest)
             with ThreadPoolExecutor(THREADS) as threads:
-                list(threads.map(lambda file: self._send(staging / file.name, file), files))
+                parts = [(file, number) for file in files for number in range(len(file.parts))]
+                list(threads.map(lambda part: self._send(staging / part[0].name, *part), parts))
             version = self.bucket.exchange(own, manifest, before[1] if before else None)
             if version is None:
                 return False
         _mark(staging / MANIFEST, version)
         os.utime(staging / MANIFEST)
-        self._sweep(folder, {file.key for file in files}, self._files(folder, before[0]) if before else [])
+        self._known |= {file.sha256[:16]: file.key for file in files}
+        self._sweep(
+            folder, {key for file in files for key in file.keys}, self._files(folder, before[0]) if before else []
+        )
         self._make_room(0)
         return True
 
@@ -287,24 +302,26 @@ class Mirror:
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if self.bucket.download(file.key, part) == file.sha256:
+            if self.bucket.download(file.keys, part) == file.sha256:
                 self._known[file.sha256[:16]] = file.key
                 os.replace(part, path)
-            elif self.bucket.download(file.plain, part) == file.sha256:
+            elif self.bucket.download([file.plain], part) == file.sha256:
                 os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
 
-    def _send(self, path: Path, file: _File) -> None:
-        """Send a file, where its object is not there; one that another folder has is copied in the bucket."""
-        digest = file.sha256[:16]
+    def _send(self, path: Path, file: _File, number: int) -> None:
+        """Send a part of a file, where its object is not there; one that another folder has is copied in the bucket."""
+        key = file.keys[number]
         if file.size > _SMALL:
-            if self.bucket.holds(file.key):
+            if self.bucket.holds(key):
                 return
-            if (twin := self._known.get(digest)) and self.bucket.copy(twin, file.key):
+            twin = self._known.get(file.sha256[:16])
+            if twin and self.bucket.copy(twin + file.parts[number], key):
                 return
-        self.bucket.send(file.key, path)
-        self._known[digest] = file.key
+        with path.open("rb") as opened:
+            opened.seek(number * _PART)
+            self.bucket.put(key, opened.read(_PART))
 
     def _sweep(self, folder: Path, kept: set[str], old: Iterable[_File]) -> None:
         """Remove the files of the manifest before, and those whose sender died before he sent one."""
@@ -313,7 +330,7 @@ class Mirror:
             found = self.bucket.list(self.key(folder))
             begun = found[own]["last_modified"] - _ORPHAN if own in found else None
             torn = {key for key, one in found.items() if begun is not None and one["last_modified"] < begun}
-            self.bucket.delete((torn | {file.key for file in old}) - kept - {own})
+            self.bucket.delete((torn | {key for file in old for key in file.keys}) - kept - {own})
 
     def _files(self, folder: Path, manifest: bytes) -> list[_File]:
         """The files that a manifest names; none where it cannot be read."""

@@ -112,6 +112,30 @@ def test_of_two_machines_that_write_at_once_one_wins_and_both_have_its_bytes(mac
 
 
 @EACH
+def test_a_large_file_is_sent_in_parts_of_which_those_that_are_there_are_not_sent_again(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "_PART", 1 << 20)
+    here, there, content = machines("a") / "job/weights", machines("b") / "job/weights", os.urandom(LARGE + 1)
+    commit.write(here, writes(large=content))
+    whole = objects(here)
+    parts = sorted(name for name in whole if name.split("/")[-1].startswith("large."))
+    assert b"".join(whole[name] for name in parts) == content
+    assert {len(whole[name]) for name in parts} == {1 << 20, 1}
+    mirrored(here).bucket.delete([f"{mirrored(here).key(here)}/{name}" for name in (parts[1], commit.MANIFEST)])
+    sent, put_ = list[str](), Bucket.put
+    monkeypatch.setattr(Bucket, "put", lambda self, key, what: sent.append(key) or put_(self, key, what))
+    commit.write(there, writes(large=content))  # as the sender's next try, which nobody else has made meanwhile
+    assert [key.rpartition("/")[2] for key in sent] == ["large.0001"]
+    assert objects(here).keys() == whole.keys()
+    machines("c")
+    assert commit.fetch(machines("c") / "job/weights") == {}
+    assert (machines("c") / "job/weights/large").read_bytes() == content
+    commit.replace(here, writes(large=b"x"), {})
+    assert len(objects(here)) == 2
+
+
+@EACH
 def test_what_is_replaced_is_seen_by_the_other_machine_and_leaves_nothing_behind(machines: Machines) -> None:
     here, there = machines("a") / "plan/ensemble", machines("b") / "plan/ensemble"
     for number in range(3):
