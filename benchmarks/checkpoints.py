@@ -19,12 +19,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 from ratio import Side, cpu, header, show
@@ -36,6 +39,7 @@ from aliprod.store import commit, mirror
 from aliprod.store.bucket import opened
 from aliprod.synth.synth import synthesise
 from aliprod.training import job
+from aliprod.training.checkpoint import Background
 
 NEVER = 1e9
 
@@ -89,6 +93,7 @@ def compare(folder: Path, storage: Path, catalogue: Catalogue, seed: int, asked:
     network, epochs, rounds = asked.network, asked.epochs, asked.rounds
     stage = Stage(seed=seed, resize=64, crop=64, batch_size=16, epochs=epochs, ema=0.99, augmentation=("resize",))
     walls: dict[str, list[float]] = {"with": [], "without": []}
+    waits: dict[str, list[float]] = {"with": [], "without": []}
     cpus: dict[str, list[float]] = {"with": [], "without": []}
     digests = set[str]()
     megabytes = size(TrainingJob("net/stage", "size", network, stage, folder / "size"), catalogue)
@@ -96,20 +101,53 @@ def compare(folder: Path, storage: Path, catalogue: Catalogue, seed: int, asked:
         for side, place, seconds in (("with", storage, 0.0), ("without", folder, NEVER)):
             work = TrainingJob("net/stage", side, network, stage, place / side, machine=Machine(save_seconds=seconds))
             wall, cpu_before = time.perf_counter(), cpu()
-            for _ in job.run(work, catalogue):
-                pass
+            with waited() as waiting:
+                for _ in job.run(work, catalogue):
+                    pass
             walls[side].append(time.perf_counter() - wall)
+            waits[side].append(sum(waiting))
             cpus[side].append(cpu() - cpu_before)
             digests.add(commit.file_digest(work.folder / "weights", "model.safetensors"))
             commit.remove(work.folder)
     if len(digests) > 1:
         sys.exit("no equal work: other weights")
     print(f"seed {seed}: {network}, {epochs} epochs, {epochs - 1} checkpoints of {megabytes:.0f} MB, equal weights")
+    for side, seconds in waits.items():
+        share = sum(seconds) / sum(walls[side])
+        print(f"{side} checkpoints the training waited for storage {share:.2%} of its time (bar 2 %)")
     for clock, taken in (("wall", walls), ("CPU", cpus)):
         without, with_ = (Side(f"{name} checkpoints", tuple(taken[name])) for name in ("without", "with"))
         show(f"{clock}, with / without (bar <= 1.02)", without, with_)
         cost = statistics.median(a - b for a, b in zip(with_.rounds, without.rounds, strict=True)) / (epochs - 1)
         print(f"  {cost:.2f} s a checkpoint: 2 % of an epoch of {50 * max(0.0, cost):.0f} s")
+
+
+def wrapped(timed: Callable[..., Any], whole: Callable[..., Any]) -> Callable[..., Any]:
+    """A function or method that is timed."""
+    return lambda *arguments, **options: timed(whole, *arguments, **options)
+
+
+@contextmanager
+def waited() -> Iterator[list[float]]:
+    """The seconds that the thread that trains waits for what is written: checkpoints, lines of metrics, weights."""
+    seconds, training, at_work = list[float](), threading.get_ident(), False
+
+    def timed(whole: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        nonlocal at_work
+        if at_work or threading.get_ident() != training:
+            return whole(*arguments, **options)
+        began, at_work = time.perf_counter(), True
+        try:
+            return whole(*arguments, **options)
+        finally:
+            at_work = False
+            seconds.append(time.perf_counter() - began)
+
+    writes = [(commit, "write"), (commit, "remove"), (commit, "refresh"), (commit, "send")]
+    with ExitStack() as patches:
+        for owner, name in (*writes, (Background, "start"), (Background, "wait")):
+            patches.enter_context(mock.patch.object(owner, name, wrapped(timed, getattr(owner, name))))
+        yield seconds
 
 
 def size(work: TrainingJob, catalogue: Catalogue) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ def run(job: TrainingJob, catalogue: Catalogue, stop: Callable[[], bool] = never
                 writer.check()
                 pace.add(event)
                 continue
+            if event.state.epoch == job.stage.epochs:
+                pace.wait()  # what it writes goes with the checkpoints
             if event.place.rank == 0:
                 results.keep(event)
             yield event
@@ -170,13 +173,17 @@ class _Results:
 
 
 class _Pace:
-    """How far a job is, and how fast its steps are: rank 0 tells now and then, as an epoch may take hours."""
+    """How far a job is, and how fast its steps are: rank 0 tells now and then, as an epoch may take hours.
+
+    It tells in a thread of its own: no step waits for storage that does not answer.
+    """
 
     def __init__(self, job: TrainingJob, step: int) -> None:
         self.job, self.step = job, step
         self.silent = dist.is_initialized() and dist.get_rank() > 0
         self.steps, self.seconds, self.told = 0, 0.0, -math.inf
         self.before: float | None = None
+        self.teller = Thread()
 
     def add(self, step: Step) -> None:
         """Count a step. It took the time since the one before, of the same epoch."""
@@ -185,7 +192,8 @@ class _Pace:
         if self.before is not None:
             self.steps, self.seconds = self.steps + 1, self.seconds + now - self.before
         self.before = None if step.last else now
-        if self.steps and now - self.told >= _PACE_SECONDS and not self.silent:
+        due = self.steps and now - self.told >= _PACE_SECONDS and not self.silent
+        if due and not self.teller.is_alive():
             self._tell()
             self.steps, self.seconds, self.told = 0, 0.0, now
 
@@ -197,8 +205,19 @@ class _Pace:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "time_ms": time.time_ns() // 1_000_000,
         }
-        with suppress(StorageFull):  # nothing is lost with it; a checkpoint will say so
-            commit.write_file(self.job.folder / RESUME / PACE, json.dumps(told))
+        path = self.job.folder / RESUME / PACE
+        self.teller = Thread(target=_write_if_possible, args=(path, json.dumps(told)), name="pace", daemon=True)
+        self.teller.start()
+
+    def wait(self) -> None:
+        """Wait for what is being told."""
+        if self.teller.is_alive():
+            self.teller.join()
+
+
+def _write_if_possible(path: Path, text: str) -> None:
+    with suppress(StorageFull):  # nothing is lost with it; a checkpoint will say so
+        commit.write_file(path, text)
 
 
 def _line(progress: Progress, epoch: int) -> dict[str, Any]:

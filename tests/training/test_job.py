@@ -1,8 +1,10 @@
 """job: killed processes end with the bytes of undisturbed ones."""
 
 import json
+import os
 import random
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from aliprod.inference.predict import top1_errors
 from aliprod.models import weights
 from aliprod.recipe import Machine, Stage, TrainingJob
 from aliprod.store import commit, epochs
+from aliprod.store.layout import PACE
 from aliprod.training.job import run
 
 NETWORK = "test_resnet.r160_in1k"
@@ -80,6 +83,26 @@ def test_a_job_tells_its_pace_before_its_first_epoch_has_ended_until_it_is_finis
     assert pace["images_per_second"] > 0
     assert list(progress)
     assert epochs.pace(work.folder) is None
+
+
+def test_a_training_goes_on_while_its_pace_cannot_be_written(
+    packages: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, move = threading.Event(), os.replace
+
+    def stuck(source: Path, target: Path) -> None:
+        if Path(target).name == PACE:
+            assert answers.wait(60)
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", stuck)
+    work = work_in(tmp_path, stage_with(averaged=False))
+    progress = run(work, packages)
+    assert [next(progress).state.step for _ in range(3)] == [3, 4, 6]
+    assert epochs.pace(work.folder) is None
+    answers.set()
+    assert list(progress)
+    assert not (work.folder / "resume").exists()
 
 
 # 8 pictures a step, 24 after an epoch; checkpoints after steps 3, 4, 6, 8 and 9.
