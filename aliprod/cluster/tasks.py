@@ -20,8 +20,10 @@ from aliprod.build.target import Resources, Site, Target
 from aliprod.cluster import session
 from aliprod.cluster.launch import Start, launch
 from aliprod.errors import AliprodError
+from aliprod.store import commit
 from aliprod.store.layout import newest_step
 from aliprod.store.lease import Leases
+from aliprod.store.resumable import finished_shards
 
 TICK_SECONDS = 0.2
 _ASK_AGAIN_SECONDS = 5.0
@@ -81,7 +83,7 @@ class RayRunner:
         self.sharing = {node.name: True for node in session.nodes()}  # the storage path; those of now are probed
         self.refused = list[str]()
         self.targets = dict[str, Target]()  # as they were when they were started, or have paused
-        self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step
+        self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step or a shard
         self.others = dict[str, tuple[str, float]]()  # who trains what elsewhere, and until when that is believed
         self.answer: Any = None
         self.wanted, self.asked, self.asked_at = Counter[Resources](), dict[Any, Resources](), 0.0
@@ -244,12 +246,22 @@ class RayRunner:
             return outcome
         self.targets[name] = self.current(target)
         if lost and not handle.stopped:
-            step = newest_step(target.folder(self.site.storage).parent) if handle.trains else None
-            since, times = self.losses.get(name, (step, 0))
-            self.losses[name] = (step, times + 1 if since == step else 1)
+            kept = self._kept(handle)
+            since, times = self.losses.get(name, (kept, 0))
+            self.losses[name] = (kept, times + 1 if since == kept else 1)
             if self.losses[name][1] > self.site.cluster.max_failures:
                 return Outcome("failed", f"its nodes were lost {times + 1} times without a new checkpoint.")
         return _PAUSED
+
+    def _kept(self, handle: Pending) -> int | None:
+        """How far something is that has lost a node: the step of its newest checkpoint, or how many shards there are
+        of it and what is made beside it."""
+        folder = handle.start.target.folder(self.site.storage)
+        if handle.trains:
+            return newest_step(folder.parent)
+        with suppress(AliprodError):
+            commit.refresh(folder.parent)
+        return finished_shards(folder.parent)
 
     def _task(self, start: Start, node: str, part: tuple[int, int]) -> Any:
         target, there = start.target, NodeAffinitySchedulingStrategy(node, soft=False)
@@ -259,7 +271,8 @@ class RayRunner:
 
     def _train(self, start: Start) -> Any:
         """Launch a training once its lease is ours. Another driver may have it by now, or may have finished it."""
-        if self.leases.take(str(start.target.key)):
+        if holder := self.leases.take(str(start.target.key)):
+            self.others[start.target.name] = holder, self.now() + _LEASE_SECONDS
             return ray.put(_PAUSED)
         if start.target.record(self.site.storage) is not None:
             return ray.put(Outcome("done"))

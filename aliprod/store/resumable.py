@@ -203,6 +203,11 @@ def shards(rows: int, num_classes: int) -> int:
     return -(-rows // rows_of_a_shard(num_classes))
 
 
+def finished_shards(folder: Path) -> int:
+    """How many shards of rows for folders in this one are finished, of what is not whole yet."""
+    return sum(1 for _ in folder.glob(".*.unfinished/[0-9]*"))
+
+
 def append(stem: Path, rows: npt.NDArray[Any], row: int, total: int, per_shard: int) -> None:
     """Write rows ``row`` and on to the end of their shards: STEM-00000.npy, per_shard rows each, ``total`` in all.
 
