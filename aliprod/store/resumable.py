@@ -218,7 +218,8 @@ def append(stem: Path, rows: npt.NDArray[Any], row: int, total: int, per_shard: 
         piece, rows = rows[: per_shard - offset], rows[per_shard - offset :]
         shape = (min(per_shard, total - shard * per_shard), rows.shape[1])
         header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
-        with shard_file(stem, shard).open("ab") as file:
+        with shard_file(stem, shard).open("r+b" if offset else "wb") as file:  # its beginning must be there
+            file.seek(0, os.SEEK_END)
             if offset == 0:
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(np.ascontiguousarray(piece).data)
