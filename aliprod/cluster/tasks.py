@@ -14,9 +14,9 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from aliprod.build.room import Node
+from aliprod.build.room import Node, Room, slots
 from aliprod.build.schedule import Change, Outcome
-from aliprod.build.target import Resources, Site, Target
+from aliprod.build.target import NOTHING, Resources, Site, Target
 from aliprod.cluster import session
 from aliprod.cluster.launch import Start, launch
 from aliprod.errors import AliprodError
@@ -29,7 +29,7 @@ TICK_SECONDS = 0.2
 _ASK_AGAIN_SECONDS = 5.0
 _PATIENCE_SECONDS = 10.0  # a rank's process starts in as many
 _LOST_SECONDS = 20.0  # in which Ray Train notices that a node is gone, if it ever does
-_LEASE_SECONDS = 1.0
+_LEASE_SECONDS = _HELD_SECONDS = 1.0
 _PAUSED = Outcome("paused")
 
 
@@ -85,6 +85,7 @@ class RayRunner:
         self.targets = dict[str, Target]()  # as they were when they were started, or have paused
         self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step or a shard
         self.others = dict[str, tuple[str, float]]()  # who trains what elsewhere, and until when that is believed
+        self.held, self.held_until = dict[str, Resources](), 0.0  # by other drivers, of each node
         self.answer: Any = None
         self.wanted, self.asked, self.asked_at = Counter[Resources](), dict[Any, Resources](), 0.0
 
@@ -92,13 +93,17 @@ class RayRunner:
         return time.monotonic()
 
     def nodes(self) -> Sequence[Node]:
-        """Those that stay and share the storage path; one that is new is asked first."""
+        """Those that stay and share the storage path, with what other drivers leave of them; one that is new is asked
+        first."""
         found = session.nodes()
         for node in found:
             if node.name not in self.sharing:
                 self.sharing[node.name] = False
                 threading.Thread(target=self._probe, args=(node.name,), daemon=True).start()
-        return [node for node in found if self.sharing[node.name]]
+        if self.now() >= self.held_until:
+            self.held, self.held_until = session.held_by_others(), self.now() + _HELD_SECONDS
+        sharing = (node for node in found if self.sharing[node.name])
+        return [Node(node.name, node.resources - self.held.get(node.name, NOTHING)) for node in sharing]
 
     def types(self) -> Sequence[Resources]:
         return session.types(self.site.cluster)
@@ -148,6 +153,8 @@ class RayRunner:
             for handle in handles:
                 if not handle.stopped:
                     self.stop(handle)
+        for handle in self._displaced(handles):
+            self.stop(handle)
         self._talk(handles)
         if self.wanted and self.now() - self.asked_at > _ASK_AGAIN_SECONDS:
             done, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)
@@ -165,6 +172,18 @@ class RayRunner:
         for handle, _ in ended:
             self.leases.release(str(handle.start.target.key))
         return ended
+
+    def _displaced(self, handles: Sequence[Pending]) -> Iterator[Pending]:
+        """Trainings that have not begun, and whose room another driver has taken meanwhile."""
+        room = Room(self.nodes())
+        begun = {handle: not handle.trains or self.has_begun(handle) for handle in handles}
+        for handle in (one for one in handles if begun[one]):
+            room.take(handle.start.target.resources, handle.start.nodes)
+        for handle in (one for one in handles if not begun[one] and not one.stopped):
+            rank = handle.start.target.resources
+            ranks = Counter(name for name in handle.start.nodes if name in self.held)
+            if any(slots(room.free.get(name, NOTHING), rank) < count for name, count in ranks.items()):
+                yield handle
 
     def elsewhere(self, target: Target) -> str:
         """Which other driver trains a target now; '' where none does. Asked once a second: it may be a question to a

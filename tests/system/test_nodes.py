@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -158,6 +159,29 @@ def test_a_training_that_ray_does_not_place_waits_and_is_never_said_to_run(drive
         Change(target.name, "waiting", "waiting for Ray to start 1 rank"),
         Change(target.name, "paused"),
     ]
+
+
+HOLDER = """
+import sys, ray
+from ray.util.placement_group import placement_group
+ray.init(sys.argv[1], logging_level="ERROR")
+placement_group([{"CPU": 4}]).wait(60)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_another_driver_of_the_cluster_holds_is_no_room(driver: Driver) -> None:
+    runner, before = driver.runner, driver.runner.nodes()
+    command, pipe = [sys.executable, "-c", HOLDER, driver.cluster.address], subprocess.PIPE
+    with subprocess.Popen(command, env=driver.cluster.environment, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert "held" in other.stdout.readline()
+        work = runner.start(driver.graph()[JOB], [before[0].name])  # they began at the same moment
+        assert driver.until(lambda: False, work) == [(work, Outcome("paused"))]
+        assert [node.resources.cpus for node in runner.nodes()] == [0]
+        other.kill()
+    driver.until(lambda: list(runner.nodes()) == before)
 
 
 def test_a_node_that_comes_later_and_has_another_storage_path_is_not_used_and_told(driver: Driver) -> None:
