@@ -18,11 +18,11 @@ from statistics import median, quantiles
 from ratio import header
 
 from aliprod.build import schedule
-from aliprod.build.allot import RESTART_SECONDS, Situation, decide
+from aliprod.build.allot import BACK_SECONDS, RESTART_SECONDS, Situation, decide
 from aliprod.build.paths import Paths
 from aliprod.build.room import Node
 from aliprod.build.target import Resources, Target
-from aliprod.forecast.clock import Clock
+from aliprod.forecast.clock import Clock, Span
 from aliprod.plan.jobs import Job, jobs_of
 from aliprod.plan.load import load
 from aliprod.recipe import PerClass
@@ -114,14 +114,24 @@ def bound(seconds: dict[Target, float], at: Callable[[Target, int], float], gpus
     return max(*paths.values(), sum(seconds.values()) / gpus)
 
 
-def ratio(seconds: dict[Target, float], gpus: int, loss: float) -> tuple[float, int]:
-    """The makespan over the bound, and how often a job was started again."""
+def ratio(seconds: dict[Target, float], gpus: int, loss: float) -> tuple[float, int, int]:
+    """The makespan over the bound, how often a job was started again, and how often it soon had the ranks again that it
+    had before."""
     at = scaled(loss, seconds)
     clock = Clock(nodes(gpus), at, RESTART_SECONDS, RESTART_SECONDS)
     for _ in schedule.execute({one.name: one for one in seconds}, clock):
         pass
     assert set(clock.spans) == {one.name for one in seconds}
-    return clock.time / bound(seconds, at, gpus), sum(len(spans) - 1 for spans in clock.spans.values())
+    again = sum(len(spans) - 1 for spans in clock.spans.values())
+    return clock.time / bound(seconds, at, gpus), again, sum(map(to_and_fro, clock.spans.values()))
+
+
+def to_and_fro(spans: list[Span]) -> int:
+    """How often a job had other ranks for less than `BACK_SECONDS`, and then those from before."""
+    turns = zip(spans, spans[1:], spans[2:], strict=False)
+    return sum(
+        one.ranks == three.ranks != two.ranks and three.begin - one.end < BACK_SECONDS for one, two, three in turns
+    )
 
 
 def decision_seconds(rng: random.Random) -> list[float]:
@@ -148,25 +158,26 @@ def main() -> None:
     for loss in (0.02, 0.06):
         print(f"the seed's plan, {loss:.0%} lost a GPU:")
         for gpus, bar in BARS.items():
-            found, again = ratio(seed(), gpus, loss)
+            found, again, back = ratio(seed(), gpus, loss)
             print(
                 f"  {gpus:3} GPUs: {found:.3f} of the bound"
                 + (f" (bar {bar})" if loss == 0.02 else "")
-                + f", {again} restarts"
+                + f", {again} restarts, {back} to and fro"
             )
     rng = random.Random(0)
     taken = decision_seconds(rng)
     print(f"a decision for 1,000 jobs: {1000 * median(taken):.0f} ms, {1000 * max(taken):.0f} at most (bar 50)")
-    found = []
+    found, restarts, backs = [], 0, 0
     for number in range(asked.plans):
         gpus = rng.choice(list(BARS))
         plan = random_plan(rng)
-        value, again = ratio(plan, gpus, 0.02)
+        value, again, back = ratio(plan, gpus, 0.02)
+        restarts, backs = restarts + again, backs + back
         found.append((value, number, len(plan), gpus, again))
     values = sorted(value for value, *_ in found)
     print(
         f"{asked.plans} random plans, 2 % lost a GPU: median {median(values):.3f} (bar 1.05), "
-        f"90 % below {quantiles(values, n=10)[-1]:.3f}"
+        f"90 % below {quantiles(values, n=10)[-1]:.3f}; {restarts} restarts, {backs} to and fro"
     )
     print(
         "worst:",

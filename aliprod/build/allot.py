@@ -16,6 +16,7 @@ from aliprod.build.target import Resources, Target
 RESTART_SECONDS = 15.0  # that a target loses where it is stopped and started again
 _AGAIN_SECONDS = 1.0  # between two looks at least: to less than its last digit a clock cannot be put on
 CALM_SECONDS = 10 * RESTART_SECONDS  # that lie between two changes of a target, and that one must have left for another
+BACK_SECONDS = 10 * CALM_SECONDS  # that lie between a change and another one back to the ranks from before
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Running:
         nodes: of each rank. since: when it began there.
         share: of what it began with, that is left.
         stopping: it has been asked to end with a checkpoint, and holds its room until it has.
+        before: how many ranks it had before it was last given others; 0: it was not.
     """
 
     nodes: tuple[str, ...]
     since: float
     share: float = 1.0
     stopping: bool = False
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,16 @@ def decide(situation: Situation) -> Decision:
     sizes = _divide(situation, paths, line, keep)
     if held != keep:
         other = _divide(situation, paths, line, held)
+        while back := {name for name in keep - held if _goes_back(situation, name, other[name])}:
+            held |= back
+            other = _divide(situation, paths, line, held)
         gain = _makespan(situation, paths, sizes) - _makespan(situation, paths, other)
         sizes = other if gain > RESTART_SECONDS else sizes
     stop = [name for name in line if name in keep and sizes[name] != len(running[name].nodes)]
     stop += [name for name in leaving if not running[name].stopping]
     start, room = _start(situation, line, sizes, bool(stop))
-    calm = (CALM_SECONDS - (situation.now - running[name].since) for name in held)
+    began = [running[name].since - situation.now for name in held]
+    calm = (limit + since for since in began for limit in (CALM_SECONDS, BACK_SECONDS))
     return Decision(
         start,
         stop,
@@ -128,6 +135,12 @@ def _may_change(situation: Situation, paths: Paths, name: str) -> bool:
     one = situation.running[name]
     left = paths.own(name, len(one.nodes))
     return bool(situation.targets[name].world_sizes) and min(left, situation.now - one.since) >= CALM_SECONDS
+
+
+def _goes_back(situation: Situation, name: str, size: int) -> bool:
+    """Whether a target that was changed not long ago would be given the ranks again that it had before."""
+    one = situation.running[name]
+    return size == one.before != len(one.nodes) and situation.now - one.since < BACK_SECONDS
 
 
 def _divide(situation: Situation, paths: Paths, line: Sequence[str], held: Iterable[str]) -> dict[str, int]:

@@ -119,6 +119,7 @@ class _Making:
         self.running, self.handles, self.targets = dict[str, Running](), dict[str, Any](), dict(waiting)
         self.again, self.said, self.wanted = runner.now(), dict[str, str](), list[Resources]()
         self.nodes, self.paces = list[Node](), dict[str, float]()
+        self.before = dict[str, int]()  # ranks of each that was given others
         self.paths = Paths.of(waiting, runner.seconds)
 
     def begin(self, running: Mapping[str, tuple[str, ...]]) -> None:
@@ -144,12 +145,14 @@ class _Making:
         others = self._elsewhere(left)
         decision = decide(Situation(left, running, self.nodes, self.paths, now, self.runner.types(), self.most, others))
         self.again = now + min(decision.patience, _ELSEWHERE_SECONDS if others else math.inf)
+        there = {node.name for node in self.nodes}
         for name in decision.stop:
-            self.running[name] = replace(self.running[name], stopping=True)
+            one = self.running[name] = replace(self.running[name], stopping=True)
+            self.before[name] = len(one.nodes) if there.issuperset(one.nodes) else 0
             self.runner.stop(self.handles[name])
         for name, nodes in decision.start.items():
             self.handles[name] = self.runner.start(self.waiting.pop(name), nodes)
-            self.running[name] = Running(nodes, now)
+            self.running[name] = Running(nodes, now, before=self.before.get(name, 0))
             self.said.pop(name, None)
             yield Change(name, "started", nodes=nodes)
         self.paces = {name: self._pace(name) for name in self.running}

@@ -32,6 +32,9 @@ class Resources:
         return Resources(self.cpus - other.cpus, self.gpus - other.gpus)
 
 
+NOTHING = Resources(0, 0)
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a target is made: paths that every node sees, how the catalogue is read, and the plan's [cluster].

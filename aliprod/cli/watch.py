@@ -18,7 +18,7 @@ from aliprod.shown import lines
 if TYPE_CHECKING:
     from rich.live import Live
 
-_LINE_SECONDS, _WAITING_SECONDS = 60.0, 20.0  # between two lines; before one that says anew what is waited for
+_LINE_SECONDS, _WAITING_SECONDS = 60.0, 15.0  # between two lines; before one that says anew what is waited for
 _LOOK_SECONDS = 5.0
 _SHARE = 0.05  # of the time at most is spent on looking at what is left
 

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aliprod.build.schedule import Outcome
 from aliprod.build.target import Site, Target
+from aliprod.cluster import session
 from aliprod.plan.schema import Cluster
 
 _MOST_JOBS = 256  # side by side: threads of the launcher
@@ -106,14 +107,10 @@ def _import_trainer() -> None:
 def _free_places(which: Literal["all", "lost"]) -> None:
     """Remove placement groups of this actor: all of a former life, whose workers ended with it but whose resources Ray
     would keep until the driver ends; or those that Ray would move from a node that is gone, to no other."""
-    from ray._private.state import state  # the public table does not say who made a group
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     me = ray.get_runtime_context().get_actor_id()
-    for raw in state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(raw)
-        lost = group.state == PlacementGroupTableData.RESCHEDULING
-        there = group.state != PlacementGroupTableData.REMOVED
+    for group in session.placement_groups():
+        lost, there = group.state == group.RESCHEDULING, group.state != group.REMOVED
         if group.creator_actor_id.hex() == me and (lost if which == "lost" else there):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

@@ -19,7 +19,7 @@ from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aliprod.build.room import Node
-from aliprod.build.target import Resources
+from aliprod.build.target import NOTHING, Resources
 from aliprod.errors import AliprodError, Unreachable
 from aliprod.plan.schema import Cluster
 from aliprod.store import commit, mirror
@@ -114,15 +114,34 @@ def types(cluster: Cluster) -> list[Resources]:
     there = [node.resources for node in nodes()]
     config = _autoscaler(ray.get_runtime_context().get_job_id())
     if config is None:
-        has = sum(there, Resources(0, 0))
+        has = sum(there, NOTHING)
         more = Resources(max(0, (cluster.max_cpus or 0) - has.cpus), max(0, (cluster.max_gpus or 0) - has.gpus))
-        return [] if more == Resources(0, 0) else [more]
+        return [] if more == NOTHING else [more]
     most, found = int(config.get("max_workers", 0)) - (len(there) - 1), list[Resources]()
     for name, kind in config["available_node_types"].items():
         one = _resources(kind.get("resources", {}))
         count = 0 if name == config.get("head_node_type") else int(kind.get("max_workers", most))
         found += [one] * (count - there.count(one))
     return found[: max(0, most)]
+
+
+def placement_groups() -> list[Any]:
+    """All of the cluster, with who made them, which Ray's public table does not say: protobuf PlacementGroupTableData.
+    Trainings keep the room of their ranks in them."""
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+
+    return list(map(PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table()))
+
+
+def held_by_others() -> dict[str, Resources]:
+    """What trainings of other drivers hold, by node."""
+    me, found = ray.get_runtime_context().get_job_id(), dict[str, Resources]()
+    for group in placement_groups():
+        if group.state == group.CREATED and group.creator_job_id.hex() != me:
+            for bundle in group.bundles:
+                name = bundle.node_id.hex()
+                found[name] = found.get(name, NOTHING) + _resources(bundle.unit_resources)
+    return found
 
 
 def machines(cluster: Cluster) -> list[Node]:

@@ -14,20 +14,22 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from aliprod.build.room import Node
+from aliprod.build.room import Node, Room, slots
 from aliprod.build.schedule import Change, Outcome
-from aliprod.build.target import Resources, Site, Target
+from aliprod.build.target import NOTHING, Resources, Site, Target
 from aliprod.cluster import session
 from aliprod.cluster.launch import Start, launch
 from aliprod.errors import AliprodError
+from aliprod.store import commit
 from aliprod.store.layout import newest_step
 from aliprod.store.lease import Leases
+from aliprod.store.resumable import finished_shards
 
 TICK_SECONDS = 0.2
 _ASK_AGAIN_SECONDS = 5.0
 _PATIENCE_SECONDS = 10.0  # a rank's process starts in as many
 _LOST_SECONDS = 20.0  # in which Ray Train notices that a node is gone, if it ever does
-_LEASE_SECONDS = 1.0
+_LEASE_SECONDS = _HELD_SECONDS = 1.0
 _PAUSED = Outcome("paused")
 
 
@@ -81,8 +83,9 @@ class RayRunner:
         self.sharing = {node.name: True for node in session.nodes()}  # the storage path; those of now are probed
         self.refused = list[str]()
         self.targets = dict[str, Target]()  # as they were when they were started, or have paused
-        self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step
+        self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step or a shard
         self.others = dict[str, tuple[str, float]]()  # who trains what elsewhere, and until when that is believed
+        self.held, self.held_until = dict[str, Resources](), 0.0  # by other drivers, of each node
         self.answer: Any = None
         self.wanted, self.asked, self.asked_at = Counter[Resources](), dict[Any, Resources](), 0.0
 
@@ -90,13 +93,17 @@ class RayRunner:
         return time.monotonic()
 
     def nodes(self) -> Sequence[Node]:
-        """Those that stay and share the storage path; one that is new is asked first."""
+        """Those that stay and share the storage path, with what other drivers leave of them; one that is new is asked
+        first."""
         found = session.nodes()
         for node in found:
             if node.name not in self.sharing:
                 self.sharing[node.name] = False
                 threading.Thread(target=self._probe, args=(node.name,), daemon=True).start()
-        return [node for node in found if self.sharing[node.name]]
+        if self.now() >= self.held_until:
+            self.held, self.held_until = session.held_by_others(), self.now() + _HELD_SECONDS
+        sharing = (node for node in found if self.sharing[node.name])
+        return [Node(node.name, node.resources - self.held.get(node.name, NOTHING)) for node in sharing]
 
     def types(self) -> Sequence[Resources]:
         return session.types(self.site.cluster)
@@ -146,6 +153,8 @@ class RayRunner:
             for handle in handles:
                 if not handle.stopped:
                     self.stop(handle)
+        for handle in self._displaced(handles):
+            self.stop(handle)
         self._talk(handles)
         if self.wanted and self.now() - self.asked_at > _ASK_AGAIN_SECONDS:
             done, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)
@@ -163,6 +172,18 @@ class RayRunner:
         for handle, _ in ended:
             self.leases.release(str(handle.start.target.key))
         return ended
+
+    def _displaced(self, handles: Sequence[Pending]) -> Iterator[Pending]:
+        """Trainings that have not begun, and whose room another driver has taken meanwhile."""
+        room = Room(self.nodes())
+        begun = {handle: not handle.trains or self.has_begun(handle) for handle in handles}
+        for handle in (one for one in handles if begun[one]):
+            room.take(handle.start.target.resources, handle.start.nodes)
+        for handle in (one for one in handles if not begun[one] and not one.stopped):
+            rank = handle.start.target.resources
+            ranks = Counter(name for name in handle.start.nodes if name in self.held)
+            if any(slots(room.free.get(name, NOTHING), rank) < count for name, count in ranks.items()):
+                yield handle
 
     def elsewhere(self, target: Target) -> str:
         """Which other driver trains a target now; '' where none does. Asked once a second: it may be a question to a
@@ -244,12 +265,22 @@ class RayRunner:
             return outcome
         self.targets[name] = self.current(target)
         if lost and not handle.stopped:
-            step = newest_step(target.folder(self.site.storage).parent) if handle.trains else None
-            since, times = self.losses.get(name, (step, 0))
-            self.losses[name] = (step, times + 1 if since == step else 1)
+            kept = self._kept(handle)
+            since, times = self.losses.get(name, (kept, 0))
+            self.losses[name] = (kept, times + 1 if since == kept else 1)
             if self.losses[name][1] > self.site.cluster.max_failures:
                 return Outcome("failed", f"its nodes were lost {times + 1} times without a new checkpoint.")
         return _PAUSED
+
+    def _kept(self, handle: Pending) -> int | None:
+        """How far something is that has lost a node: the step of its newest checkpoint, or how many shards there are
+        of it and what is made beside it."""
+        folder = handle.start.target.folder(self.site.storage)
+        if handle.trains:
+            return newest_step(folder.parent)
+        with suppress(AliprodError):
+            commit.refresh(folder.parent)
+        return finished_shards(folder.parent)
 
     def _task(self, start: Start, node: str, part: tuple[int, int]) -> Any:
         target, there = start.target, NodeAffinitySchedulingStrategy(node, soft=False)
@@ -259,7 +290,8 @@ class RayRunner:
 
     def _train(self, start: Start) -> Any:
         """Launch a training once its lease is ours. Another driver may have it by now, or may have finished it."""
-        if self.leases.take(str(start.target.key)):
+        if holder := self.leases.take(str(start.target.key)):
+            self.others[start.target.name] = holder, self.now() + _LEASE_SECONDS
             return ray.put(_PAUSED)
         if start.target.record(self.site.storage) is not None:
             return ray.put(Outcome("done"))

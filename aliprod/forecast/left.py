@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from aliprod.build.allot import RESTART_SECONDS
-from aliprod.build.events import Standing, Task
+from aliprod.build.events import LOST, Standing, Task
 from aliprod.build.graph import targets
 from aliprod.build.room import Node, check_room, uses_gpu, with_cpus
 from aliprod.build.schedule import execute
@@ -61,7 +61,9 @@ class Outlook:
         except Unreachable:  # others are to come
             return None
         tasks = {task.name: task for task in standing.tasks}
+        lost = {name for name, state in standing.states.items() if state in LOST}  # their children are lost too
         todo = {name: one for name, one in self.todo.items() if name not in tasks or tasks[name].until is None}
+        todo = {name: one for name, one in todo.items() if one.job is None or one.job.name not in lost}
         factors = {kind: self._factor(kind, tasks.values(), estimates) for kind in {one.kind for one in todo.values()}}
         running = {name: task for name, task in tasks.items() if name in todo}
 

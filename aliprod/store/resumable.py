@@ -203,6 +203,11 @@ def shards(rows: int, num_classes: int) -> int:
     return -(-rows // rows_of_a_shard(num_classes))
 
 
+def finished_shards(folder: Path) -> int:
+    """How many shards of rows for folders in this one are finished, of what is not whole yet."""
+    return sum(1 for _ in folder.glob(".*.unfinished/[0-9]*"))
+
+
 def append(stem: Path, rows: npt.NDArray[Any], row: int, total: int, per_shard: int) -> None:
     """Write rows ``row`` and on to the end of their shards: STEM-00000.npy, per_shard rows each, ``total`` in all.
 
@@ -213,7 +218,8 @@ def append(stem: Path, rows: npt.NDArray[Any], row: int, total: int, per_shard: 
         piece, rows = rows[: per_shard - offset], rows[per_shard - offset :]
         shape = (min(per_shard, total - shard * per_shard), rows.shape[1])
         header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
-        with shard_file(stem, shard).open("ab") as file:
+        with shard_file(stem, shard).open("r+b" if offset else "wb") as file:  # its beginning must be there
+            file.seek(0, os.SEEK_END)
             if offset == 0:
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(np.ascontiguousarray(piece).data)

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 
 from aliprod.build.graph import Chosen, best, targets
+from aliprod.build.schedule import Change
+from aliprod.build.state import RunState, told
 from aliprod.build.target import Resources, Target, lacking
 from aliprod.catalogue import sources
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
+from aliprod.report.live import doing
 from aliprod.store import commit
 from aliprod.store.resumable import shards
 from aliprod.synth.synth import synthesise
@@ -117,6 +120,16 @@ def test_what_a_job_learns_from_is_made_before_it(shop: Opened) -> None:
     assert [t.kind for t in found["net/labelled"].needs["pseudo_labels"]] == ["pseudo_labels"]
     [labels] = found["net/labelled"].needs["pseudo_labels"]
     assert [need.name for need in labels.needed()] == ["net/full test"]
+
+
+def test_whatever_is_made_is_shown_while_it_is_made(shop: Opened) -> None:
+    found, state = targets(shop, gpu=False), RunState(shop)
+    for name, target in found.items():
+        for _ in state.apply(target, Change(name, "started", nodes=("a",))):
+            pass
+    shown = [(row.name, row.what) for row in doing(shop, told(shop), None, 0.0)]
+    assert sorted(shown) == sorted((name, target.kind.replace("_", " ")) for name, target in found.items())
+    assert {what for _, what in shown} >= {"hashes", "soft labels", "pseudo labels", "prediction", "ensemble"}
 
 
 def test_only_what_is_missing_is_made_and_only_what_is_needed_for_it(shop: Opened) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aliprod.build.allot import CALM_SECONDS, Running, Situation, decide
+from aliprod.build.allot import BACK_SECONDS, CALM_SECONDS, Running, Situation, decide
 from aliprod.build.paths import Paths
 from aliprod.build.room import Node, check_room, cpus_of_a_rank
 from aliprod.build.schedule import Change, Outcome, execute
@@ -237,13 +237,24 @@ def test_what_is_told_of_a_target_is_what_happens_to_it(case: Case) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(cases())
-def test_no_target_is_changed_to_and_fro(case: Case) -> None:
-    """Two changes lie ten restarts apart, but where a node goes."""
+def test_two_changes_of_a_target_lie_ten_restarts_apart(case: Case) -> None:
+    """But where a node goes."""
     case.machine.dying.clear()
     case.run()
     for one in case.machine.done:
         if one.outcome == "paused":
             assert one.end - one.begin >= CALM_SECONDS
+
+
+def test_a_target_that_was_changed_is_not_soon_changed_back() -> None:
+    """The other that takes one of its two GPUs fails after five minutes, and the long one behind that is not made."""
+    machine = Machine({"long": 40 * HOUR, "other": 300.0, "next": 40 * HOUR}, (Node("a", Resources(4, 2)),))
+    machine.others, machine.failing = {"other": HOUR}, frozenset(["other"])
+    other = target("other", world_sizes=(1,))
+    Case(machine, [target("long", world_sizes=(1, 2)), other, target("next", [other], world_sizes=(1,))]).run()
+    long = [one for one in machine.done if one.name == "long"]
+    assert [len(one.nodes) for one in long] == [2, 1, 2]
+    assert BACK_SECONDS <= long[1].end - long[1].begin <= BACK_SECONDS + 2
 
 
 @settings(max_examples=50, deadline=None)

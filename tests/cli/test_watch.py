@@ -65,7 +65,7 @@ def test_a_log_has_a_line_for_each_event_and_one_a_minute(command: list[str | Pa
 def test_what_is_waited_for_is_said_within_half_a_minute() -> None:
     watch = _Watch(None)
     idle, waits = (Standing({"net/full": "waiting"}, reasons) for reasons in ({}, {"net/full": "2 GPUs"}))
-    assert (watch._pause(idle), watch._pause(waits)) == (60.0, 20.0)
+    assert (watch._pause(idle), watch._pause(waits)) == (60.0, 15.0)
 
 
 def test_a_terminal_has_a_table_that_is_gone_at_the_end(command: list[str | Path]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aliprod.build.events import Standing, Task
+from aliprod.build.events import JobState, Standing, Task
 from aliprod.build.room import Node
 from aliprod.build.target import Resources
 from aliprod.catalogue import sources
@@ -107,3 +107,13 @@ def test_what_has_ended_says_how_far_the_rest_is_misjudged(opened: Opened) -> No
     dcl = expected["net/dcl"] - expected["net/full"]
     assert found.ends["net/dcl"] == pytest.approx(2 * dcl)
     assert found.ends["net/dcl test"] - found.ends["net/dcl"] == pytest.approx(STARTING["prediction"] + TEST / 30)
+
+
+def test_what_a_failure_keeps_from_running_is_not_left_to_do(opened: Opened) -> None:
+    paced(opened, "net/full", 5, 10.0)
+    tasks = (training("net/full", 1000.0, 1010.0), training("other/full", NOW))
+    states: dict[str, JobState] = {"net/full": "failed", "net/dcl": "not_run", "other/full": "running"}
+    found = Outlook(opened).left(Standing(states, tasks=tasks, nodes=NODES), NOW)
+    assert found is not None
+    assert not any(name.startswith("net/") for name in found.ends)
+    assert "other/full test" in found.ends

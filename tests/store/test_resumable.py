@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from aliprod.errors import StorageFull
 from aliprod.store import commit
 from aliprod.store.resumable import Block, ResumableRows, Rows, append
 
@@ -91,6 +92,20 @@ def test_rows_of_another_record_are_written_anew_and_the_old_shards_swept(tmp_pa
         resumable(tmp_path / "rows").finish(lambda missing: blocks(missing, stop=6), lambda _: None)
     assert finished(resumable(tmp_path / "rows", weights="2")) == list(range(COUNT))
     assert list(tmp_path.iterdir()) == [tmp_path / "rows"]
+
+
+def test_a_shard_whose_beginning_another_writer_sweeps_away_is_not_committed(tmp_path: Path) -> None:
+    rows = resumable(tmp_path / "rows")
+
+    def disturbed(missing: Rows) -> Iterator[Block]:
+        for row, block in enumerate(blocks(missing)):
+            if row == 6:
+                resumable(tmp_path / "rows", weights="2")._sweep()
+            yield block
+
+    with pytest.raises(StorageFull):
+        rows.finish(disturbed, lambda staging: rows.link("numbers", staging))
+    assert commit.read(tmp_path / "rows") is None
 
 
 def test_linked_files_have_the_digests_that_are_said(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -120,6 +121,15 @@ class Cluster:
         """The processes that train."""
         return [process for process in self.process.children(recursive=True) if _title(process) == "RayTrainWorker"]
 
+    def left(self) -> Counter[str]:
+        """What drivers have on it: processes that do something, actors, placement groups. TrainStateActor is Ray's own,
+        one a cluster, which tells the dashboard of trainings."""
+        found = Counter(_title(process) for process in self.process.children(recursive=True))
+        for what, gone in (("actors", "DEAD"), ("placement_groups", "REMOVED")):
+            listed = self.ask(f"/api/v0/{what}?limit=9999")["data"]["result"]["result"]
+            found.update(one.get("class_name", what) for one in listed if one["state"] != gone)
+        return Counter({name: count for name, count in found.items() if name not in ("", "IDLE", "TrainStateActor")})
+
     @contextmanager
     def node(
         self, *options: str, mount: str = "", environment: dict[str, str] | None = None
@@ -170,9 +180,10 @@ class Cluster:
                 raise AssertionError(f"{'its process ended first' if over else f'not within {seconds} s'}: {log}")
             time.sleep(0.02)
 
-    def ask(self, path: str) -> Any:
+    def ask(self, path: str, method: str = "GET") -> Any:
         """What the dashboard answers."""
-        with urllib.request.urlopen(f"{self.dashboard}{path}", timeout=60) as answer:
+        asked = urllib.request.Request(f"{self.dashboard}{path}", method=method)
+        with urllib.request.urlopen(asked, timeout=60) as answer:
             return json.load(answer)
 
 
@@ -338,6 +349,8 @@ def _answers(cluster: Cluster) -> bool:
 
 
 def _title(process: psutil.Process) -> str:
+    """What a process of Ray says that it does; "" for others."""
     with suppress(psutil.NoSuchProcess, IndexError):
-        return process.cmdline()[0].removeprefix("ray::").split(".")[0].split("(")[0]
+        title = process.cmdline()[0]
+        return title.removeprefix("ray::").split(".")[0].split("(")[0] if title.startswith("ray::") else ""
     return ""

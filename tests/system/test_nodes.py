@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from aliprod.build.room import uses_gpu, with_cpus
 from aliprod.build.schedule import Change, Outcome
 from aliprod.build.target import Resources, Site, lacking
 from aliprod.cluster import session
-from aliprod.cluster.launch import start_launcher
+from aliprod.cluster.launch import Start, start_launcher
 from aliprod.cluster.tasks import Pending, RayRunner
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
@@ -160,6 +161,29 @@ def test_a_training_that_ray_does_not_place_waits_and_is_never_said_to_run(drive
     ]
 
 
+HOLDER = """
+import sys, ray
+from ray.util.placement_group import placement_group
+ray.init(sys.argv[1], logging_level="ERROR")
+placement_group([{"CPU": 4}]).wait(60)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_another_driver_of_the_cluster_holds_is_no_room(driver: Driver) -> None:
+    runner, before = driver.runner, driver.runner.nodes()
+    command, pipe = [sys.executable, "-c", HOLDER, driver.cluster.address], subprocess.PIPE
+    with subprocess.Popen(command, env=driver.cluster.environment, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert "held" in other.stdout.readline()
+        work = runner.start(driver.graph()[JOB], [before[0].name])  # they began at the same moment
+        assert driver.until(lambda: False, work) == [(work, Outcome("paused"))]
+        assert [node.resources.cpus for node in runner.nodes()] == [0]
+        other.kill()
+    driver.until(lambda: list(runner.nodes()) == before)
+
+
 def test_a_node_that_comes_later_and_has_another_storage_path_is_not_used_and_told(driver: Driver) -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
         pytest.skip("needs the right to make a mount namespace (unshare --mount, as root)")
@@ -170,6 +194,16 @@ def test_a_node_that_comes_later_and_has_another_storage_path_is_not_used_and_to
         driver.until(lambda: bool(driver.runner.refused))
         assert "does not share this storage path" in driver.runner.refused.pop()
         assert driver.runner.nodes() == before
+
+
+def test_a_training_that_another_driver_has_taken_since_it_was_asked_for_waits_for_that_one(driver: Driver) -> None:
+    runner, target = driver.runner, driver.graph()[JOB]
+    assert runner.elsewhere(target) == ""
+    with Leases(driver.site.storage, "plan other") as other:
+        assert other.take(str(target.key)) == ""
+        work = runner.start(target, [session.nodes()[0].name])
+        assert driver.until(lambda: False, work) == [(work, Outcome("paused"))]
+        assert runner.elsewhere(target).endswith("of plan other")
 
 
 def test_a_training_whose_node_goes_before_it_has_begun_is_paused(driver: Driver) -> None:
@@ -223,6 +257,18 @@ def moved(driver: Driver) -> str:
 
 def test_a_training_moves_from_node_to_node_and_its_bytes_stay(moved: str, undisturbed: str) -> None:
     assert moved == undisturbed
+
+
+@pytest.mark.usefixtures("moved")
+def test_a_prediction_is_given_up_where_it_loses_its_nodes_again_and_again_and_gets_no_further(driver: Driver) -> None:
+    runner, target = driver.runner, driver.graph()[f"{JOB} test"]
+    lost = Pending(Start(0, target, ("a node that is gone",)), [])
+    shards = target.folder(driver.site.storage).parent / ".test-ten_crop.0.unfinished"
+    for shard in range(6):
+        (shards / f"{shard:05d}").mkdir(parents=True)
+        assert runner._unfinished(lost, Outcome("failed", "NodeDiedError")) == Outcome("paused")
+    outcomes = [runner._unfinished(lost, Outcome("failed", "NodeDiedError")).state for _ in range(3)]
+    assert outcomes == ["paused", "paused", "failed"], "max_failures = 3"
 
 
 @pytest.mark.usefixtures("moved")

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from aliprod.cli import app
 from aliprod.ensemble.guesses import read_predictions
 from aliprod.inference import probabilities
 from aliprod.store import commit, epochs
-from aliprod.store.layout import METRICS
+from aliprod.store.layout import METRICS, newest_step
 
 JOBS = ["resnet/full", "resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
 MEMBERS = ["resnet/dcl", "resnet/lio", "resnet/accuracy", "efficientnet/full"]
@@ -273,6 +274,8 @@ class Disturbed:
 
     storage: Path
     statuses: tuple[int, int]  # of the driver that was interrupted, of the one that was killed
+    seconds: float  # that the first took to end, less its slowest step
+    lost: dict[Path, tuple[int, int]]  # of each job then: the step that it had told of, its newest checkpoint
     rival: str  # the log of the one that waited for the killed one
     workers_killed: int
     resumed: dict[str, int]
@@ -285,10 +288,17 @@ def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory
     other driver."""
     storage = tmp_path_factory.mktemp("disturbed")
     command = ("run", plan, "--storage", storage, "--json")
+    before = cluster.left()
     first = cluster.start(*command)
     cluster.until(lambda: checkpoints(storage), first)
-    first.send_signal(signal.SIGTERM)  # as `ray job stop` does
+    began = time.monotonic()
+    first.send_signal(signal.SIGTERM)
     first.communicate(timeout=120)
+    seconds = time.monotonic() - began
+    paces = {folder: found for folder in storage.glob("jobs/*/*/*") if (found := epochs.pace(folder))}
+    seconds -= max(8 / found["images_per_second"] for found in paces.values())
+    lost = {folder: (found["step"], newest_step(folder) or 0) for folder, found in paces.items()}
+    cluster.until(lambda: cluster.left() == before, seconds=30)
 
     second = cluster.start(*command)
     cluster.until((storage / ".leases" / "plan-tiny").is_dir, second)
@@ -310,7 +320,8 @@ def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory
     second.communicate()
     out, log = rival.communicate(timeout=900)
     last = subprocess.CompletedProcess(command, rival.returncode, out, log)
-    return Disturbed(storage, (first.returncode, second.returncode), log, len(workers), resumed, last_line(last))
+    statuses = (first.returncode, second.returncode)
+    return Disturbed(storage, statuses, seconds, lost, log, len(workers), resumed, last_line(last))
 
 
 def _further(folder: Path, checkpoint: str) -> bool:
@@ -319,8 +330,11 @@ def _further(folder: Path, checkpoint: str) -> bool:
     return later or commit.read(folder / "weights") is not None
 
 
-def test_an_interrupted_run_exits_with_130_and_goes_on_later(disturbed: Disturbed) -> None:
+def test_an_interrupted_run_soon_exits_with_130_loses_no_step_and_goes_on_later(disturbed: Disturbed) -> None:
     assert disturbed.statuses[0] == 130
+    assert disturbed.seconds < 10
+    assert disturbed.lost
+    assert all(checkpoint >= told for told, checkpoint in disturbed.lost.values())
     assert disturbed.outcome["failed"] == disturbed.outcome["not_run"] == []
 
 

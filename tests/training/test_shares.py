@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_process import ended, seen_by, start, train
 from safetensors.torch import load_file
 from test_job import NETWORK, result, told, work_in
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from aliprod import objectives
 from aliprod.catalogue.catalogue import Catalogue
@@ -25,7 +27,7 @@ from aliprod.recipe import Inputs, Machine, Stage, TrainingJob
 from aliprod.store.layout import newest_step
 from aliprod.store.resumable import ResumableRows
 from aliprod.training import checkpoint
-from aliprod.training.shares import ShareMean
+from aliprod.training.shares import ShareMean, _all_gather
 
 WITHOUT_BATCH_NORM = "test_efficientnet_gn"
 SHARES = 4
@@ -175,6 +177,44 @@ def test_gradients_statistics_and_losses_are_added_pair_by_pair(power: int, size
     assert torch.equal(losses["loss"], totals[0] / len(leaves))
     assert [float(one["loss"]) for one in each] == [float(leaf.sum()) for leaf in leaves]
     assert int(toy.count) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_send_as_much_as_a_ring_does_and_a_bucket_as_soon_as_it_is_ready(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, happened, sent = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))), list[str](), list[float]()
+    for name, layer in enumerate(module):
+        layer.weight.register_post_accumulate_grad_hook(lambda _, name=name: happened.append(f"gradient {name}"))
+    scatter = dist.all_to_all_single
+
+    def counted_scatter(into: Tensor, of: Tensor, **options: Any) -> Any:
+        happened.append("sent")
+        sent.append(len(of) * (ranks - 1) / ranks)
+        return scatter(into, of, **options)
+
+    def counted_gather(into: Tensor, of: Tensor, **options: Any) -> Any:
+        sent.append(len(of) * (ranks - 1))
+        return _all_gather(into, of, **options)
+
+    monkeypatch.setattr(dist, "all_to_all_single", counted_scatter)
+    monkeypatch.setattr("aliprod.training.shares._all_gather", counted_gather)
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())  # it sends nothing
+    try:
+        mean = ShareMean(module, module.parameters(), shares=2 * ranks, world_size=ranks)
+
+        def backward(images: Tensor) -> dict[str, Tensor]:
+            loss = module(images).sum()
+            loss.backward()
+            return {"loss": loss.detach()}
+
+        mean.of(torch.ones(2, 1, 1024), backward)
+    finally:
+        dist.destroy_process_group()
+    assert happened[:4] == [f"gradient {name}" for name in (3, 2, 1, 0)], "one share is over"
+    assert happened[4:] == ["gradient 3", "sent", "gradient 2", "gradient 1", "sent", "gradient 0", "sent"]
+    gradient = sum(parameter.numel() for parameter in module.parameters())
+    assert sum(sent) == pytest.approx(2 * (ranks - 1) / ranks * gradient, rel=1e-4)
 
 
 # Near a step at once, and DDP's average
