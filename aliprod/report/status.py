@@ -78,7 +78,7 @@ def tasks(standing: Standing, now: float) -> list[dict[str, Any]]:
 
 def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of `states`."""
-    header = ["job", "state", "ranks", "epoch", "top-1 error on val, %", "gain, points", "images/s", "left", "note"]
+    header = ["job", "state", "ranks", "epoch", "top-1 error on val, %", "change, points", "images/s", "left", "note"]
     shown = [
         [
             row["name"],
@@ -156,7 +156,10 @@ def outcome_table(outcome: Mapping[str, Any]) -> str:
     rows = [[name, _percent(one["top1_error"]), one["version"]] for name, one in ensemble["members"].items()]
     rows.sort(key=lambda row: row[1] or 0.0)
     rows.append(["ensemble", _percent(ensemble["top1_error"]), None])
-    return table(rows, ["member", f"top-1 error on {ensemble['split'] or 'nothing labelled'}, %", "version"])
+    on = ensemble["split"] or "nothing labelled"
+    if compared := ensemble.get("comparison"):
+        on += f", {VIEWS[compared['views']]}"
+    return table(rows, ["member", f"top-1 error on {on}, %", "version"])
 
 
 def _state(opened: Opened, name: str, standing: Standing) -> dict[str, Any]:
