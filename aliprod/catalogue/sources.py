@@ -20,7 +20,7 @@ from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.rows import ADVICE, Line, Numbering, Rows, assembled, of_lines
 from aliprod.catalogue.tables import METADATA, TABLES, from_tables
 from aliprod.catalogue.tars import Tars, members
-from aliprod.errors import Refused, listing
+from aliprod.errors import Refused, listing, near_file
 from aliprod.shown import escaped
 from aliprod.store import commit
 from aliprod.store.layout import cache
@@ -92,7 +92,9 @@ def _no_catalogue(path: Path) -> Refused:
         return Refused("is a spreadsheet.", path, "Save it as CSV.")
     if path.suffix.lower() == ".zip":
         return Refused("is a zip.", path, "Unpack it, and name the folder.")
-    return Refused("is a file, not the folder of a catalogue." if path.exists() else "is not there.", path, ADVICE)
+    if path.exists():
+        return Refused("is a file, not the folder of a catalogue.", path, ADVICE)
+    return Refused("is not there.", path, near_file(path) or ADVICE)
 
 
 def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
