@@ -89,7 +89,7 @@ def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
             "" if row["gain"] is None else f"{points(row['gain']):>6}",
             row["images_per_second"],
             duration(row["eta_seconds"]) if row["eta_seconds"] else "",
-            " ".join((row["reason"] or "").split()) or epochs.KINDS.get(row["kind"]),
+            epochs.KINDS.get(row["kind"]) if row["state"] == "failed" or not row["reason"] else row["reason"],
         ]
         for row in rows
     ]
@@ -100,7 +100,9 @@ def text(found: Mapping[str, Any]) -> str:
     """What `aliprod status --json` says, for people."""
     tasks = [f"{one['name']}: {one['kind'].replace('_', ' ')} for {duration(one['seconds'])}" for one in found["tasks"]]
     left = [] if found["eta_seconds"] is None else [f"About {duration(found['eta_seconds'])} left."]
-    return "\n".join([states_table(found["jobs"]), *tasks, *left])
+    ended = [row for row in found["jobs"] if row["state"] == "failed" and row["reason"]]
+    failed = [f"{row['name']} failed: {row['reason']}" for row in ended]
+    return "\n".join([states_table(found["jobs"]), *failed, *tasks, *left])
 
 
 def summary(outcome: Mapping[str, Any]) -> str:

@@ -165,9 +165,12 @@ def test_a_driver_that_is_gone_runs_nothing(shop: Shop, gone: int) -> None:
 
 def test_why_jobs_failed_is_known_when_their_driver_is_gone(shop: Shop, gone: int) -> None:
     shop.told(gone, full="failed", accuracy="not_run")
-    rows = shop.states().values()
+    rows = list(shop.states().values())
     assert [(row["state"], row["reason"]) for row in rows] == [("failed", "why failed"), ("not_run", "why not_run")]
-    assert "why not_run" in status.states_table(list(rows))
+    assert "why not_run" in status.states_table(rows)
+    rows = [row | {"reason": "It broke.\n  Mend it."} for row in rows]
+    text = status.text({"jobs": rows, "tasks": [], "eta_seconds": None})
+    assert text.endswith("\nnet/full failed: It broke.\n  Mend it.")
 
 
 def test_what_a_job_waits_for_is_what_its_driver_says(shop: Shop) -> None:
