@@ -87,7 +87,11 @@ def _no_catalogue(path: Path) -> Refused:
     """What is said of a path that is neither a folder nor a table."""
     if _URI.match(str(path)):
         advice = "`aliprod data prepare URI OUT` reads it once and writes what can be checked and trained on."
-        return Refused("is a URI, where a folder or a table of this machine is asked for.", path, advice)
+        return Refused(
+            "is a URI, where a folder or a table of this machine is asked for.",
+            str(path).replace(":/", "://", 1),
+            advice,
+        )
     if path.suffix.lower() in _SPREADSHEETS:
         return Refused("is a spreadsheet.", path, "Save it as CSV.")
     if path.suffix.lower() == ".zip":
@@ -200,7 +204,7 @@ def _beside(found: Catalogue, folders: list[str]) -> Catalogue:
         if any(file.name.lower().endswith(PICTURE_SUFFIXES) for file in (found.root / name).iterdir())
     ]
     sheets = sorted(file.name for file in found.root.iterdir() if file.suffix.lower() in _SPREADSHEETS)
-    flaws += [Flaw(name, "is a spreadsheet, which is not read: save it as CSV") for name in sheets]
+    flaws += [Flaw(name, "is a spreadsheet, which is not read: save it as CSV", skipped=True) for name in sheets]
     return replace(found, problems=(*found.problems, *flaws))
 
 

@@ -126,7 +126,8 @@ def _text(path: Path) -> str:
             raise Refused(f"a plan has at most {MOST_BYTES:,} bytes; this file is larger.", path, "Is it a plan?")
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise Refused(f"the plan cannot be read: {error.strerror or error}.", path, near_file(path, "*.toml")) from None
+        advice = near_file(path, "*.toml") or near_file(path)  # photographs, perhaps
+        raise Refused(f"the plan cannot be read: {error.strerror or error}.", path, advice) from None
     except UnicodeDecodeError as error:
         what = f"the plan is not UTF-8: byte {error.start + 1:,} fits in no character."
         raise Refused(what, path, "Save it as UTF-8.") from None

@@ -137,4 +137,5 @@ def test_what_is_no_catalogue_is_said_by_its_kind(tmp_path: Path, path: str, wha
 def test_a_uri_is_sent_to_data_prepare() -> None:
     with pytest.raises(Refused, match="is a URI") as refused:
         read(Path("s3://bucket/photos"))
+    assert refused.value.where == "s3://bucket/photos"
     assert "data prepare" in refused.value.advice
