@@ -130,7 +130,7 @@ def headline(ensemble: Mapping[str, Any]) -> list[str]:
     if left:
         near = f"within one standard error ({100 * smallest['standard_error']:.2f} points) of the whole"
         which = f"Without {', '.join(left)}" if len(left) <= len(kept) else f"With {', '.join(kept)} alone"
-        fewer = f"{which}: {interval(smallest)}, {near}; {len(left)} of {count} predictions fewer."
+        fewer = f"{which}: {interval(smallest)} cross-fitted, {near}; {len(left)} of {count} predictions fewer."
     lines = [f"{whole}; its best member, {best['member']} by {by}, {interval(own)}. Gain: {gain(own)}.", fewer]
     if combine != "sum":
         how = "each image by what was fitted without it" if found["split"] == "val" else "fitted on val"

@@ -331,7 +331,9 @@ def test_the_headline_compares_with_the_best_member_and_says_how_it_was_chosen()
 def test_the_headline_says_what_weights_gain_on_the_sum_and_which_members_are_not_needed() -> None:
     _, plain, fewer = status.headline({"comparison": compared("greedy", ("net/b",))})
     assert plain.endswith("Gain of greedy, fitted on val: +1.00 points (-1.00 to +12.00).")
-    assert fewer.startswith("Without net/a: 5.50% (1.00 to 25.00), within one standard error (0.60 points)")
+    assert fewer.startswith(
+        "Without net/a: 5.50% (1.00 to 25.00) cross-fitted, within one standard error (0.60 points)"
+    )
     assert fewer.endswith("1 of 2 predictions fewer.")
 
 
