@@ -5,6 +5,7 @@ Every error a user can cause or cure is one of these; the front doors print it a
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from aliprod.shown import escaped, lines
@@ -63,6 +64,11 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """'Did you mean X?' with the nearest of ``names``, or '' where none is near."""
     near = nearest(name, names)
     return f"Did you mean {near}?" if near else ""
+
+
+def near_file(path: Path, pattern: str = "*") -> str:
+    """'Did you mean X?' with the name beside a path that is nearest to its own, or ''."""
+    return did_you_mean(path.name, (found.name for found in islice(path.parent.glob(pattern), 100)))
 
 
 def listing(names: Iterable[str], most: int = 12) -> str:

@@ -1,10 +1,21 @@
 """errors: they say what, where and what to do, in every process."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 
-from aliprod.errors import AliprodError, Failed, NonFiniteLoss, Refused, StorageFull, Unreachable, did_you_mean, listing
+from aliprod.errors import (
+    AliprodError,
+    Failed,
+    NonFiniteLoss,
+    Refused,
+    StorageFull,
+    Unreachable,
+    did_you_mean,
+    listing,
+    near_file,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [Refused, Unreachable, Failed, StorageFull, NonFiniteLoss])
@@ -33,3 +44,11 @@ def test_a_near_name_is_suggested_and_a_far_one_is_not() -> None:
 def test_a_long_list_is_cut() -> None:
     assert listing("abc") == "a, b, c"
     assert listing("abcd", 2) == "a, b, ..."
+
+
+def test_the_nearest_file_beside_a_misspelt_one_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "shop.toml").touch()
+    assert near_file(tmp_path / "phots") == "Did you mean photos?"
+    assert near_file(tmp_path / "phots", "*.toml") == ""
+    assert near_file(tmp_path / "nowhere" / "shop.toml") == ""

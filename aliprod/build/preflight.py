@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aliprod.build.inputs import check_labellers
 from aliprod.build.target import Site, Target, render
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Refused, StorageFull, Unreachable
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.options import needs
@@ -32,11 +33,18 @@ def prepare(request: Request) -> Opened:
         advice = "A plan's [catalogue] path is relative to the plan's file; in a bucket it is a prepared catalogue."
         raise Refused("is not there.", mirror.shown(path), advice)
     opened = open_plan(request)
-    catalogue = opened.read_catalogue()
-    if not len(catalogue.val) and not len(catalogue.test):
-        raise Refused("has neither val nor test images: there is nothing to predict.", path, "Hold some images back.")
+    check_catalogue(opened.read_catalogue(), path)
     check_labellers(opened)
     return opened
+
+
+def check_catalogue(catalogue: Catalogue, path: Path) -> None:
+    """Refused: it has nothing to tell apart, or nothing to predict."""
+    if catalogue.num_classes < 2:
+        advice = "Is a folder or a column read as it is meant? `aliprod data check` shows how."
+        raise Refused(f"has one class, {catalogue.name(0)}: there is nothing to tell apart.", path, advice)
+    if not len(catalogue.val) and not len(catalogue.test):
+        raise Refused("has neither val nor test images: there is nothing to predict.", path, "Hold some images back.")
 
 
 def check_storage(storage: Path) -> None:

@@ -19,6 +19,8 @@ from aliprod.errors import Refused, did_you_mean, listing
 from aliprod.shown import escaped
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif")  # of telephones: photographs, which no decoder here opens
+UNREAD = "is HEIC or AVIF, which is not read: save it as JPEG"
 TREE = "product_tree.json"
 DEEPEST = 64  # levels that are read: AliProducts has four
 
@@ -107,7 +109,9 @@ def name_fault(name: Any) -> str:
         return ""
     if not name:
         return "its id is empty"
-    if "/" in name or "\\" in name or name in (".", ".."):
+    if "\\" in name:
+        return "its id has a backslash, which stands in no name: folders are parted by /"
+    if "/" in name or name in (".", ".."):
         return "its id is a path, not a name: it would lead out of its folder"
     if _NAME.fullmatch(name[:255]):
         return "its id is longer than the 255 bytes that a file name may have"

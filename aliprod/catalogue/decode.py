@@ -24,12 +24,15 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from aliprod.catalogue.annotations import UNREAD
+
 MOST_PIXELS = 50_000_000
 MOST_BYTES = 256 * 2**20  # of a file: 50 M pixels in any of the formats stay below
 MOST_SCANNED = 20 * MOST_PIXELS  # of a JPEG, whose pixels each scan goes over again; progressive ones have about ten
 MOST_SEGMENTS = 50_000  # of a JPEG or PNG, and of a GIF before its picture: Pillow reads each in Python
 LEAST_SIDE = 8  # less is a tracking pixel or a separator line, no photograph
 
+_HEIF = rb"....ftyp(hei|hev|mif1|msf1|avi)"
 _JPEG = rb"\xff\xd8\xff"
 _MARKER = re.compile(rb"\xff([^\0\xff\x01\xd0-\xd8])", re.DOTALL)  # but for those without a segment
 _SCAN, _END = b"\xda", b"\xd9"
@@ -104,7 +107,8 @@ def opened(source: Path | bytes) -> ImageFile.ImageFile:
     content = content_of(source)
     parse = next((parse for start, parse in _FORMATS.items() if start.match(content)), None)
     if parse is None:
-        raise Unreadable("is empty" if not content else "is no JPEG, PNG, WebP, GIF, BMP or TIFF")
+        named = UNREAD if re.match(_HEIF, content, re.DOTALL) else "is no JPEG, PNG, WebP, GIF, BMP or TIFF"
+        raise Unreadable(named if content else "is empty")
     scans = 0
     if walk := _WALKS.get(parse):
         segments = list(islice(walk(content), MOST_SEGMENTS + 1))

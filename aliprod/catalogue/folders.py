@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from aliprod.catalogue.annotations import PICTURE_SUFFIXES, name_fault
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES, UNREAD, UNREAD_SUFFIXES, name_fault
 from aliprod.catalogue.rows import Numbering, Rows
 from aliprod.errors import Refused
 
@@ -54,13 +54,18 @@ def is_inside(path: Path, allowed: tuple[Path | None, ...]) -> bool:
 
 
 def from_folders(root: Path, tops: Mapping[str, str], links: Path | None) -> Iterator[Rows]:
-    """The rows of each split, whose folder stands in ``tops`` ("": the catalogue's own)."""
+    """The rows of each split, whose folder stands in ``tops`` ("": the catalogue's own). Refused: that one's classes
+    are the folders of splits."""
     train = Rows("train", ids_are_unique=False)
     folders = list(_folders(train, root, tops["train"], links))
+    if not tops["train"]:
+        _check_no_split_below(root, [folder.way for folder in folders])
     classes = Numbering.of(folder.way for folder in folders if folder.is_class)
     train.words = classes.words
     for folder in folders:
-        if folder.is_class and not _add(train, folder, classes.number(folder.way)):
+        if not folder.way:
+            _name_loose(train, folder)
+        elif folder.is_class and not _add(train, folder, classes.number(folder.way)):
             train.note(folder.path, "holds no picture: the class is not made up")
     yield train
     for split in ("val", "test"):
@@ -69,6 +74,21 @@ def from_folders(root: Path, tops: Mapping[str, str], links: Path | None) -> Ite
             for folder in _folders(rows, root, tops[split], links):
                 _add_known(rows, folder, classes)
             yield rows
+
+
+def _check_no_split_below(root: Path, ways: list[str]) -> None:
+    """Refused: a split's folder lies in another folder, where it would be taken for a class."""
+    if deep := next((way for way in ways if "/" in way and split_of(way.rpartition("/")[2]) == "train"), ""):
+        above = deep.rpartition("/")[0]
+        advice = f"If {root / above} is the catalogue, name that. If {above} is a class, put its pictures into "
+        raise Refused(f"has its splits below {above}: {deep}.", root, f"{advice}{deep.rpartition('/')[2]}/{above}.")
+
+
+def _name_loose(rows: Rows, folder: "_Folder") -> None:
+    """Name the pictures that lie beside the folders of classes."""
+    for name in folder.names:
+        if name.lower().endswith((*PICTURE_SUFFIXES, *UNREAD_SUFFIXES)):
+            rows.note(_joined(folder.path, name), "lies in no folder of a class: not used", skipped=True)
 
 
 def _add_known(rows: Rows, folder: "_Folder", classes: Numbering) -> None:
@@ -83,6 +103,8 @@ def _add_known(rows: Rows, folder: "_Folder", classes: Numbering) -> None:
     elif folder.is_class:
         hint = classes.hint(folder.way)
         rows.note(folder.path, f"the class has no folder in train: left out. {hint}".rstrip(". "), skipped=True)
+    elif not folder.way:
+        _name_loose(rows, folder)
 
 
 def _add(rows: Rows, folder: "_Folder", class_id: int | None, prefix: str = "") -> int:
@@ -93,6 +115,8 @@ def _add(rows: Rows, folder: "_Folder", class_id: int | None, prefix: str = "") 
             rows.note(f"{folder.path}/{name}", fault, skipped=True)
         elif name.lower().endswith(PICTURE_SUFFIXES):
             pictures.append(name)
+        elif name.lower().endswith(UNREAD_SUFFIXES):
+            rows.note(f"{folder.path}/{name}", UNREAD, skipped=True)
         elif name.lower() not in _LEFT_BEHIND:
             rows.note(f"{folder.path}/{name}", "its name is not that of a picture")
     rows.ids += [prefix + name for name in pictures]

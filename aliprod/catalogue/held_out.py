@@ -37,6 +37,8 @@ def hold_out(catalogue: Catalogue, share: float, seed: int, kept: Path) -> Catal
     held = np.load(folder / "val.npy")
     left = np.setdiff1d(np.arange(len(train)), held)
     note = f"there is no val: {len(held):,} of {len(train):,} images are held out as val, {share:.0%} of each class."
+    if not len(held):
+        note = "there is no val, and nothing to hold out: no class has two pictures that differ."
     val = replace(train.take(held), split="val")
     prepared = catalogue.prepared and key_of([catalogue.prepared, key])
     return replace(catalogue, train=train.take(left), val=val, notes=(*catalogue.notes, note), prepared=prepared)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aliprod.catalogue import annotations, shards
-from aliprod.catalogue.annotations import class_fault, class_number, name_fault
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES, class_fault, class_number, name_fault
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
 from aliprod.catalogue.folders import by_split, folder_names, from_folders, is_inside, split_folders, split_of
 from aliprod.catalogue.held_out import hold_out
@@ -20,13 +20,15 @@ from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.rows import ADVICE, Line, Numbering, Rows, assembled, of_lines
 from aliprod.catalogue.tables import METADATA, TABLES, from_tables
 from aliprod.catalogue.tars import Tars, members
-from aliprod.errors import Refused
+from aliprod.errors import Refused, listing, near_file
 from aliprod.shown import escaped
 from aliprod.store import commit
 from aliprod.store.layout import cache
 
 _TAR = re.compile(r".*\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2|txz)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_URI = re.compile(r"[a-z0-9+]{2,}:/", re.IGNORECASE)
+_SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 _SHARE = 0.1  # held out of a catalogue without any split
 
 
@@ -58,7 +60,7 @@ def read(path: Path, reading: Reading = PLAIN, remote: RemoteFolder | None = Non
     """
     path = path.expanduser()
     if not path.exists() or not (path.is_dir() or path.suffix.lower() in TABLES):
-        raise Refused("is a file, not the folder of a catalogue." if path.exists() else "is not there.", path, ADVICE)
+        raise _no_catalogue(path)
     links = reading.links and reading.links.expanduser().resolve()
     try:
         found, is_split = _found(path.resolve(), replace(reading, links=links))
@@ -81,6 +83,24 @@ def read(path: Path, reading: Reading = PLAIN, remote: RemoteFolder | None = Non
     return replace(found, notes=(*found.notes, note))
 
 
+def _no_catalogue(path: Path) -> Refused:
+    """What is said of a path that is neither a folder nor a table."""
+    if _URI.match(str(path)):
+        advice = "`aliprod data prepare URI OUT` reads it once and writes what can be checked and trained on."
+        return Refused(
+            "is a URI, where a folder or a table of this machine is asked for.",
+            str(path).replace(":/", "://", 1),
+            advice,
+        )
+    if path.suffix.lower() in _SPREADSHEETS:
+        return Refused("is a spreadsheet.", path, "Save it as CSV.")
+    if path.suffix.lower() == ".zip":
+        return Refused("is a zip.", path, "Unpack it, and name the folder.")
+    if path.exists():
+        return Refused("is a file, not the folder of a catalogue.", path, ADVICE)
+    return Refused("is not there.", path, near_file(path) or ADVICE)
+
+
 def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
     """The catalogue as it lies there, and whether it is split: the first layout that is there is read."""
     root = path if path.is_dir() else path.parent
@@ -100,8 +120,9 @@ def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
             raise Refused("leads out of the catalogue by a link.", root / outside[0], "Name where to in `links`.")
         return assembled(root, root, _from_tars(root, tars)), any(map(_split_of_tar, tars))
     if not folders and folder_names(root):
-        return assembled(root, root, from_folders(root, {"train": ""}, reading.links)), False
-    raise Refused("holds no catalogue.", path, ADVICE)
+        return _beside(assembled(root, root, from_folders(root, {"train": ""}, reading.links)), []), False
+    has = f"has {listing(f'{name}/' for name in folders.values())}, but no train/." if folders else ""
+    raise Refused(has or "holds no catalogue.", path, ADVICE)
 
 
 # AliProducts
@@ -171,7 +192,20 @@ def _from_splits(root: Path, folders: Mapping[str, str], reading: Reading) -> Ca
     notes = [f"{name}/ is read as {split}." for split, name in folders.items() if name.lower() != split]
     without = [name for split, name in folders.items() if by_table and split not in tables]
     flaws = [Flaw(name, "has no table of its pictures, as train has: not read", skipped=True) for name in without]
-    return replace(found, notes=(*notes, *found.notes), problems=(*found.problems, *flaws))
+    found = replace(found, notes=(*notes, *found.notes), problems=(*found.problems, *flaws))
+    return _beside(found, [name for name in folder_names(root) if name not in folders.values()])
+
+
+def _beside(found: Catalogue, folders: list[str]) -> Catalogue:
+    """The catalogue, with a word on what lies beside it and is not read: pictures in these folders, spreadsheets."""
+    flaws = [
+        Flaw(name, "lies beside the folders of the splits: its pictures are not used", skipped=True)
+        for name in folders
+        if any(file.name.lower().endswith(PICTURE_SUFFIXES) for file in (found.root / name).iterdir())
+    ]
+    sheets = sorted(file.name for file in found.root.iterdir() if file.suffix.lower() in _SPREADSHEETS)
+    flaws += [Flaw(name, "is a spreadsheet, which is not read: save it as CSV", skipped=True) for name in sheets]
+    return replace(found, problems=(*found.problems, *flaws))
 
 
 def _says_classes(folder: Path) -> bool:

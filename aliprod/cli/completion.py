@@ -1,6 +1,7 @@
 """What a shell completes: commands and options by click, plans and their jobs by what lies there."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,41 @@ def plans(_: click.Context, __: click.Parameter, incomplete: str) -> list[Comple
 
 def jobs(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """Names of the jobs of the plan that is on the line."""
+    try:
+        said = _plan(context)["jobs"]
+        names = [f"{backbone}/{stage}" for backbone, stages in said.items() for stage in stages]
+    except (LookupError, TypeError, AttributeError):  # half of a plan
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def settings(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """What the plan on the line says, to be overridden, such as ``stages.full.epochs=``."""
+    return [f"{key}=" for key in _keys(_plan(context)) if key.startswith(incomplete)]
+
+
+def _keys(table: dict[str, Any]) -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from (f"{key}.{below}" for below in _keys(value))
+        else:
+            yield key
+
+
+def _plan(context: click.Context) -> dict[str, Any]:
+    """The tables of the plan on the line; {} where there is none."""
     from aliprod.plan import source
 
     try:
-        said = source.read(context.params["file"]).data["jobs"]
-        names = [f"{backbone}/{stage}" for backbone, stages in said.items() for stage in stages]
-    except (AliprodError, LookupError, TypeError, AttributeError):  # no plan, or half of one
-        return []
-    return [name for name in names if name.startswith(incomplete)]
+        return source.read(context.params.get("file") or Path(context.args[0])).data  # there behind an option
+    except (AliprodError, LookupError, TypeError):
+        return {}
 
 
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
-    """Print what makes a shell complete commands, plans and jobs.
+    """Print what makes a shell complete commands, plans, jobs and settings.
 
     \b
     Example: aliprod completion bash >> ~/.bashrc

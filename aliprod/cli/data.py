@@ -88,33 +88,34 @@ def check_command(asked: AskedReading, catalogue: Path, strict: bool, storage: P
     is_plan = catalogue.suffix == ".toml"
     if is_plan and asked != AskedReading():
         raise Refused("is a plan, which says itself how to read.", catalogue, "Say it there, under [catalogue].")
-    found = _checked_plan(catalogue, storage) if is_plan else _checked(catalogue, asked.reading())
+    from aliprod.ingest.check import check
+
+    found = _checked_plan(catalogue, storage) if is_plan else check(catalogue, cores(), asked.reading())
     report = found.as_json()
     lines = [escaped(f"{problem['path']}: {problem['problem']}") for problem in report["problems"]]
     splits = ", ".join(f"{report[split]} {split}" for split in ("train", "val", "test"))
     readable = f"{report['readable']} of {report['images']} images are readable ({splits})"
-    last = f"{readable}, {report['classes']} classes, {len(lines)} problem{'s' * (len(lines) != 1)}."
+    classes = f"{report['classes']} class{'es' * (report['classes'] != 1)}"
+    last = f"{readable}, {classes}, {len(lines)} problem{'s' * (len(lines) != 1)}."
     answer(report, "\n".join([*map(escaped, report["notes"]), *lines, last]))
     if strict and lines:
         click.get_current_context().exit(1)
 
 
-def _checked(catalogue: Path, reading: "Reading") -> "Report":
-    from aliprod.ingest.check import check
-
-    return check(catalogue, cores(), reading)
-
-
 def _checked_plan(file: Path, storage: Path | None) -> "Report":
     """The report on a plan's catalogue, and on what its ensemble says of the labels."""
     request = Asked(file, (), storage).request()
+    from aliprod.ingest.check import check
     from aliprod.plan.open import open_plan
+    from aliprod.plan.options import needs
     from aliprod.plan.places import catalogue_reading
     from aliprod.report.error_analysis import doubted
 
     opened = open_plan(request)
     catalogue = opened.read_catalogue()
-    report = _checked(catalogue.root, catalogue_reading(opened.plan, opened.places))
+    asked = {name: job.stage.objective for name, job in opened.jobs.items()}
+    groups = {name: needs(objective.name, objective.options).group for name, objective in asked.items()}
+    report = check(catalogue.root, cores(), catalogue_reading(opened.plan, opened.places), groups)
     return replace(report, problems=(*report.problems, *doubted(opened.folder, catalogue)))
 
 

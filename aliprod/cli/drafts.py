@@ -77,7 +77,8 @@ def _file_of(photos: Path) -> Path:
 
 
 def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Photographs, Computer]":
-    """Write the plan, and return what it is fit for. Refused: the file is there already."""
+    """Write the plan, and return what it is fit for. Refused: the file is there, or no plan fits."""
+    from aliprod.build.preflight import check_catalogue
     from aliprod.catalogue import sources
     from aliprod.plan import draft
     from aliprod.store import commit
@@ -90,6 +91,7 @@ def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Photographs, 
     catalogue = sources.read(photos, asked.reading())  # first: what is no catalogue is refused at once
     for remark in catalogue.remarks:
         say(remark)
+    check_catalogue(catalogue, photos)
     photographs, computer = draft.look_at(catalogue), _computer()
     text = draft.draft(draft.plain(out.stem), _as_said(photos, out), photographs, computer, _said(asked, out))
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from aliprod.cli.completion import ExpandedPath, plans
+from aliprod.cli.completion import ExpandedPath, plans, settings
 from aliprod.shown import escaped, lines
 
 if TYPE_CHECKING:
@@ -44,7 +44,14 @@ count = click.IntRange(1, 1_000_000)
 seed = click.IntRange(0, 2**63 - 1)  # as in a plan, whose numbers have 64 bits
 plan_argument = click.argument("file", type=path, shell_complete=plans)
 storage_flag = click.option("--storage", type=path, help="Folder of all results, or s3://... [runs]")
-sets_flag = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan.")
+sets_flag = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a value of the plan.",
+    shell_complete=settings,
+)
 tracking_flag = click.option("--tracking-uri", help="MLflow. [SQLite in the storage folder]")
 address_flag = click.option("--address", help="Ray cluster. [a local one of our own]")
 json_flag = click.option(

@@ -118,7 +118,7 @@ def status_command(asked: Asked) -> None:
 
     From the storage path alone.
 
-    Gain is a finished job's error less that of the job it starts from: below zero, it helped.
+    Change is a finished job's error less that of the job it starts from: below zero, it helped.
 
     \b
     Example: aliprod status jobs/quickstart.toml

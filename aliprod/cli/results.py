@@ -26,7 +26,7 @@ from aliprod.cli.flags import (
     tracking_flag,
     until_done,
 )
-from aliprod.errors import Refused, listing
+from aliprod.errors import Refused, listing, near_file
 from aliprod.shown import escaped
 
 if TYPE_CHECKING:
@@ -106,7 +106,9 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
     commit.refresh(predictions.parent)
     for given in (predictions, labels):
         if not given.exists():
-            raise Refused("there is no such file or folder.", given, "Give what `run` wrote, then the labels.")
+            raise Refused(
+                "there is no such file or folder.", given, near_file(given) or "Give what `run` wrote, then the labels."
+            )
     from aliprod.ensemble import evaluate
 
     found = evaluate.evaluate(predictions, labels)
@@ -158,7 +160,7 @@ class _Named:
             return found
         if not named.is_dir():
             advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
-            raise Refused("is no weights folder: there is no such folder.", self.model, advice)
+            raise Refused("is no weights folder: there is no such folder.", self.model, near_file(named) or advice)
         return [Voice(named)]
 
     def worth(self) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from aliprod.catalogue import tables
-from aliprod.catalogue.annotations import PICTURE_SUFFIXES
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES, UNREAD_SUFFIXES
 from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
 from aliprod.data.augment import square
@@ -77,15 +77,20 @@ def _below(given: str) -> Iterator[Picture]:
         return
     place = folder_at(given)
     if isinstance(place, RemoteFolder):
-        yield from (Picture(place, name) for name in place.files() if name.lower().endswith(PICTURE_SUFFIXES))
+        yield from (Picture(place, name) for name in place.files() if _is_picture(name))
     elif (path := place.expanduser()).is_dir():
         files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)  # noqa: PTH118
-        yield from (Picture("", file) for file in sorted(files) if file.lower().endswith(PICTURE_SUFFIXES))
+        yield from (Picture("", file) for file in sorted(files) if _is_picture(file))
     elif path.suffix.lower() in tables.TABLES and path.is_file():
         base = str(path.parent)
         yield from (_elsewhere(name) if "://" in name else Picture(base, name) for name in tables.paths(path))
     else:
         yield Picture("", str(path))
+
+
+def _is_picture(path: str) -> bool:
+    """Whether a file is to be asked about: of HEIC it is said why it is not read; .NAME is a system's."""
+    return path.lower().endswith((*PICTURE_SUFFIXES, *UNREAD_SUFFIXES)) and path.rpartition("/")[2][0] != "."
 
 
 def _elsewhere(uri: str) -> Picture:

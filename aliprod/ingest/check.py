@@ -3,10 +3,11 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from aliprod.processes import pool
 from aliprod.shown import escaped
 
 _CHUNK = 64  # images that a process is handed at once
-_GROUP = 4  # images of one class in a batch of LIO, by default: one and its positives
+_GROUPS = MappingProxyType({"LIO": 4})  # images of one class that stand side by side in a batch: one and its positives
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,11 @@ class _Look(NamedTuple):
     digest: bytes
 
 
-def check(path: Path, processes: int, reading: Reading = PLAIN) -> Report:
+def check(path: Path, processes: int, reading: Reading = PLAIN, groups: Mapping[str, int] = _GROUPS) -> Report:
     """Read every image of a catalogue with so many processes, each of which holds one picture.
+
+    Args:
+        groups: what shows several images of a class side by side, and how many.
 
     Raises:
         Refused: as `sources.read`. Failed: a process died of a picture; it names those that it was reading.
@@ -76,7 +80,7 @@ def check(path: Path, processes: int, reading: Reading = PLAIN) -> Report:
         train=len(catalogue.train),
         val=len(catalogue.val),
         test=len(catalogue.test),
-        notes=(*catalogue.notes, *_small(catalogue)),
+        notes=(*catalogue.notes, *_small(catalogue, groups)),
         problems=(
             *catalogue.problems,
             *filter(None, (look.flaw for look in looks)),
@@ -99,10 +103,14 @@ def _without(catalogue: Catalogue, readable: NDArray[np.bool_]) -> Iterator[Flaw
             yield Flaw(images.split, f"no image of {counted} can be read: {_listed(catalogue, lacking)}")
 
 
-def _small(catalogue: Catalogue) -> Iterator[str]:
-    few = np.flatnonzero(catalogue.class_counts < _GROUP)
-    if len(few):
-        yield f"LIO shows {_GROUP} images of a class side by side: too few of {_listed(catalogue, few)}."
+def _small(catalogue: Catalogue, groups: Mapping[str, int]) -> Iterator[str]:
+    """Fewer classes, or images of one, than some training needs."""
+    if catalogue.num_classes == 1:
+        yield f"there is one class, {_listed(catalogue, np.arange(1))}: nothing to tell apart."
+    for what, size in groups.items():
+        few = np.flatnonzero(catalogue.class_counts < size)
+        if len(few):
+            yield f"{what} shows {size} images of a class side by side: too few of {_listed(catalogue, few)}."
 
 
 def _listed(catalogue: Catalogue, labels: Integers) -> str:

@@ -29,7 +29,7 @@ job, stages in a circle), `aliprod plan` checks.
 `[stages.NAME]`, `[defaults]`, `[overrides.BACKBONE]` and `[overrides."BACKBONE/STAGE"]` say what a stage may say. The
 weakest first: the plan's `seed`, defaults, stage, override of the backbone, override of the job. `lr`, `optimizer` and
 `pseudo_labels` are merged key by key, `objective`, `images` and `soup` are replaced as a whole; a stage with `start`
-ignores a `pretrained` of the defaults.
+ignores a `pretrained` of the defaults, one with `soup` their `epochs`.
 """
 _TABLE = "| key | type | default | meaning |\n|---|---|---|---|\n"
 _OBJECTIVES = """

@@ -254,8 +254,9 @@ def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
         pydantic.ValidationError: the settings do not go together.
     """
     own = merged(*layers)
-    if "start" in own:  # pretrained by default is meant for the stages that start from nothing
-        defaults = {key: value for key, value in defaults.items() if key != "pretrained"}
+    for ignoring, key in (("start", "pretrained"), ("soup", "epochs")):  # meant for those that start, or train
+        if ignoring in own:
+            defaults = {name: value for name, value in defaults.items() if name != key}
     stage = Stage.model_validate(merged({"seed": seed}, defaults, own))
     objective = ObjectiveRecipe(name=stage.objective.name, **complete(stage.objective.name, stage.objective.options))
     return stage.model_copy(update={"objective": objective})

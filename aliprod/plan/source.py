@@ -12,11 +12,10 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from aliprod.errors import Refused, did_you_mean
+from aliprod.errors import Refused, did_you_mean, near_file
 
 Key = tuple[str | int, ...]  # the way to a setting: names of tables and places in lists
 
@@ -127,7 +126,7 @@ def _text(path: Path) -> str:
             raise Refused(f"a plan has at most {MOST_BYTES:,} bytes; this file is larger.", path, "Is it a plan?")
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        advice = did_you_mean(path.name, (found.name for found in islice(path.parent.glob("*.toml"), 100)))
+        advice = near_file(path, "*.toml") or near_file(path)  # photographs, perhaps
         raise Refused(f"the plan cannot be read: {error.strerror or error}.", path, advice) from None
     except UnicodeDecodeError as error:
         what = f"the plan is not UTF-8: byte {error.start + 1:,} fits in no character."

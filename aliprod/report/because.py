@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from aliprod.build.trainings import epoch_of
 from aliprod.errors import listing
 from aliprod.plan.open import Opened
 from aliprod.store import commit
@@ -15,7 +16,8 @@ def because(opened: Opened, name: str) -> list[str]:
     if job.key is None:
         return []
     if (step := newest_step(opened.job_folder(name))) is not None:
-        return [f"goes on from step {step:,}"]
+        steps = epoch_of(job.stage, opened.read_catalogue()).steps
+        return [f"goes on from epoch {step // max(1, steps) + 1}, step {step:,}"]
     before = _trained_last(opened, name)
     if before is None:
         return ["new"]

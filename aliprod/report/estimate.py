@@ -51,7 +51,8 @@ def lines(estimate: Mapping[str, Any], on_gpus: bool, measure: str) -> Iterator[
     seconds, bound = estimate["seconds"], estimate["lower_bound_seconds"]
     yield (
         f"On {estimate['gpus']} {unit}s: {duration(seconds)}, {estimate['gpu_hours']:,.2f} {unit}-hours, "
-        f"{duration(estimate['prediction_seconds'])} of them predictions; {duration(bound)} at least, at best."
+        f"{duration(estimate['prediction_seconds'])} of them predictions; "
+        f"no order of the jobs takes less than {duration(bound)}."
     )
     if on_gpus and "cpu" in estimate["devices"]:
         yield "Rates were seen on a CPU; a GPU's are others. Measure on one, or say use_gpu = false in [cluster]."

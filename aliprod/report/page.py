@@ -5,12 +5,15 @@ import io
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from aliprod.build.events import Standing
 from aliprod.build.state import told
@@ -128,7 +131,8 @@ def _compared(opened: Opened, rows: Iterable[Mapping[str, Any]], found: Mapping[
         "members": members,
         "on_val": on_val,
         "errors": figures.errors([("ensemble", found["ensemble"], None), *((n, m, on_val.get(n)) for n, m in members)]),
-        "disagreement": figures.disagreement(list(found["members"]), shares) if shares and len(members) > 1 else "",
+        "disagreement": figures.disagreement(list(found["members"]), shares) if shares and len(members) > 2 else "",
+        "apart": shares[1][0] if shares and len(members) == 2 else None,
     }
 
 
@@ -174,13 +178,14 @@ def _analysis(opened: Opened, result: Mapping[str, Any]) -> dict[str, Any] | Non
     if (found := error_analysis.of_plan(opened.folder, catalogue, result["split"])) is None:
         return None
     shown, suspects, (bins, calibration) = _Pictures(found, catalogue), found.suspects(), reliability(found)
+    sizes = error_analysis.by_size(found, catalogue.class_counts)
     pairs, looked = look_alikes(catalogue, found.images.take(found.rows), opened.places.storage)
     return {
         "images": len(found.rows),
         "confusions": [shown.confusion(one) for one in error_analysis.confusions(found, _CONFUSIONS)],
         "mistakes": [shown.scored(place) | {"suspect": suspects[place]} for place in found.mistakes()[:_MISTAKES]],
         "suspects": int(suspects.sum()),
-        "by_size": figures.by_size(error_analysis.by_size(found, catalogue.class_counts)),
+        "by_size": figures.by_size(sizes) if len(sizes) > 1 else "",
         "reliability": figures.reliability(bins),
         "calibration": calibration,
         "pairs": [(pair.bits, shown.scored(pair.row), shown.trained(pair.twin)) for pair in pairs[:_PAIRS]],
@@ -195,6 +200,11 @@ class _Pictures:
 
     found: error_analysis.Scored
     catalogue: Catalogue
+
+    @cached_property
+    def twice(self) -> frozenset[str]:
+        """Names of more than one class."""
+        return frozenset(name for name, count in Counter(self.catalogue.names).items() if name and count > 1)
 
     def scored(self, place: int) -> dict[str, Any]:
         """An image with its label and what it was taken for."""
@@ -216,11 +226,14 @@ class _Pictures:
         return {"count": one.count, "of": one.of, "wrong": self.scored(one.place), "classes": classes}
 
     def _name(self, label: int) -> str:
-        return f"{self.catalogue.classes[label]} {self.catalogue.names[label]}".strip()
+        """A class by its name, and by its number where another has that name too."""
+        number, name = str(self.catalogue.classes[label]), self.catalogue.names[label]
+        return f"{name} ({number})" if name in self.twice else name or number
 
 
-def _thumbnail(images: Images, row: int) -> str:
-    """The address of a JPEG of at most 120 pixels a side, which holds it; grey where the picture cannot be read."""
+def _thumbnail(images: Images, row: int) -> Markup:
+    """The address of a JPEG of at most 120 pixels a side, which holds it, as it is: letters of base64 may look like a
+    token, which is not shown. Grey where the picture cannot be read."""
     try:
         source = images.source(row)
     except (Unreadable, AliprodError):
@@ -229,7 +242,7 @@ def _thumbnail(images: Images, row: int) -> str:
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return Markup("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())  # noqa: S704
 
 
 def _day(seconds: float) -> str:

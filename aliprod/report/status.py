@@ -78,7 +78,7 @@ def tasks(standing: Standing, now: float) -> list[dict[str, Any]]:
 
 def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of `states`."""
-    header = ["job", "state", "ranks", "epoch", "top-1 error on val, %", "gain, points", "images/s", "left", "note"]
+    header = ["job", "state", "ranks", "epoch", "top-1 error on val, %", "change, points", "images/s", "left", "note"]
     shown = [
         [
             row["name"],
@@ -89,7 +89,7 @@ def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
             "" if row["gain"] is None else f"{points(row['gain']):>6}",
             row["images_per_second"],
             duration(row["eta_seconds"]) if row["eta_seconds"] else "",
-            " ".join((row["reason"] or "").split()) or epochs.KINDS.get(row["kind"]),
+            epochs.KINDS.get(row["kind"]) if row["state"] == "failed" or not row["reason"] else row["reason"],
         ]
         for row in rows
     ]
@@ -100,7 +100,9 @@ def text(found: Mapping[str, Any]) -> str:
     """What `aliprod status --json` says, for people."""
     tasks = [f"{one['name']}: {one['kind'].replace('_', ' ')} for {duration(one['seconds'])}" for one in found["tasks"]]
     left = [] if found["eta_seconds"] is None else [f"About {duration(found['eta_seconds'])} left."]
-    return "\n".join([states_table(found["jobs"]), *tasks, *left])
+    ended = [row for row in found["jobs"] if row["state"] == "failed" and row["reason"]]
+    failed = [f"{row['name']} failed: {row['reason']}" for row in ended]
+    return "\n".join([states_table(found["jobs"]), *failed, *tasks, *left])
 
 
 def summary(outcome: Mapping[str, Any]) -> str:
@@ -128,7 +130,7 @@ def headline(ensemble: Mapping[str, Any]) -> list[str]:
     if left:
         near = f"within one standard error ({100 * smallest['standard_error']:.2f} points) of the whole"
         which = f"Without {', '.join(left)}" if len(left) <= len(kept) else f"With {', '.join(kept)} alone"
-        fewer = f"{which}: {interval(smallest)}, {near}; {len(left)} of {count} predictions fewer."
+        fewer = f"{which}: {interval(smallest)} cross-fitted, {near}; {len(left)} of {count} predictions fewer."
     lines = [f"{whole}; its best member, {best['member']} by {by}, {interval(own)}. Gain: {gain(own)}.", fewer]
     if combine != "sum":
         how = "each image by what was fitted without it" if found["split"] == "val" else "fitted on val"
@@ -156,7 +158,10 @@ def outcome_table(outcome: Mapping[str, Any]) -> str:
     rows = [[name, _percent(one["top1_error"]), one["version"]] for name, one in ensemble["members"].items()]
     rows.sort(key=lambda row: row[1] or 0.0)
     rows.append(["ensemble", _percent(ensemble["top1_error"]), None])
-    return table(rows, ["member", f"top-1 error on {ensemble['split'] or 'nothing labelled'}, %", "version"])
+    on = ensemble["split"] or "nothing labelled"
+    if compared := ensemble.get("comparison"):
+        on += f", {VIEWS[compared['views']]}"
+    return table(rows, ["member", f"top-1 error on {on}, %", "version"])
 
 
 def _state(opened: Opened, name: str, standing: Standing) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from aliprod.errors import Refused
+from aliprod.errors import Refused, near_file
 from aliprod.shown import redacted
 from aliprod.store import commit
 from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
@@ -106,7 +106,7 @@ def find(submission: Path, storage: Path) -> dict[str, Any]:
     try:
         digest = commit.sha256(submission)
     except OSError as error:
-        raise Refused(f"cannot be read: {error.strerror or error}.", submission) from None
+        raise Refused(f"cannot be read: {error.strerror or error}.", submission, near_file(submission)) from None
     for record in sorted(storage.glob(f"*/{_FOLDER}/{digest}.json")):
         return dict(json.loads(redacted(record.read_text(encoding="utf-8"))))
     known = sum(1 for _ in storage.glob(f"*/{_FOLDER}/*.json"))

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from aliprod.build.preflight import make_first
+from aliprod.build.preflight import check_catalogue, make_first
 from aliprod.build.target import Site
+from aliprod.catalogue.sources import Reading, read
 from aliprod.errors import Refused
 from aliprod.plan.load import load
 from aliprod.plan.open import Request, open_plan
@@ -53,3 +54,13 @@ def test_what_has_passed_is_not_asked_again_and_what_is_new_or_was_refused_is(
     for other in (refused, new):
         with pytest.raises(ImportError, match="asked again"):
             check(other)
+
+
+def test_a_catalogue_of_one_class_is_refused_with_its_name(tmp_path: Path) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "apple").mkdir(exist_ok=True)
+        (tmp_path / "apple" / name).write_bytes(b"")
+    catalogue = read(tmp_path, Reading(val=0))
+    with pytest.raises(Refused, match="one class, apple") as refused:
+        check_catalogue(catalogue, tmp_path)
+    assert "data check" in refused.value.advice

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from aliprod.catalogue.annotations import UNREAD
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import Unreadable
 from aliprod.catalogue.sources import Reading, read
@@ -96,3 +97,45 @@ def test_an_empty_class_is_named_and_not_made_up(tmp_path: Path) -> None:
     assert found.names == ("a", "c")
     assert found.classes.tolist() == [0, 2], "as it was before empty folders were named"
     assert "no picture" in said(found)["train/b"]
+
+
+@pytest.mark.parametrize("path", ["photos/train", "apple/train"])
+def test_splits_below_another_folder_are_no_classes(tmp_path: Path, path: str) -> None:
+    files(tmp_path, f"{path}/1.jpg", f"{path}/a/1.jpg", f"{path.partition('/')[0]}/val/1.jpg")
+    with pytest.raises(Refused, match=f"has its splits below {path.partition('/')[0]}: {path}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["", "train/", "val/"])
+def test_a_picture_beside_the_folders_of_classes_is_named(tmp_path: Path, split: str) -> None:
+    whole = ("train/a/1.jpg", "val/a/2.jpg") if split else ("a/1.jpg",)
+    found = read(files(tmp_path, *whole, f"{split}9.jpg", f"{split}README.md"), Reading(val=0))
+    assert said(found) == {f"{split}9.jpg": "lies in no folder of a class: not used"}
+
+
+def test_pictures_and_spreadsheets_beside_the_splits_are_named(tmp_path: Path) -> None:
+    found = read(files(tmp_path, "train/a/1.jpg", "val/a/2.jpg", "b/3.jpg", "notes/plan.txt", "labels.xlsx"))
+    assert list(said(found)) == ["b", "labels.xlsx"]
+    assert "its pictures are not used" in said(found)["b"]
+    assert "save it as CSV" in said(found)["labels.xlsx"]
+
+
+def test_photographs_of_telephones_are_named_with_what_to_do(tmp_path: Path) -> None:
+    found = read(files(tmp_path, "train/a/1.jpg", "train/a/2.HEIC", "train/a/3.avif"))
+    assert said(found) == dict.fromkeys(["train/a/2.HEIC", "train/a/3.avif"], UNREAD)
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [("photos.zip", "is a zip"), ("list.xlsx", "is a spreadsheet"), ("val/a/1.jpg", "has val/, but no train/")],
+)
+def test_what_is_no_catalogue_is_said_by_its_kind(tmp_path: Path, path: str, what: str) -> None:
+    with pytest.raises(Refused, match=what):
+        read(files(tmp_path, path) / (path if "." in path.partition("/")[0] else ""))
+
+
+def test_a_uri_is_sent_to_data_prepare() -> None:
+    with pytest.raises(Refused, match="is a URI") as refused:
+        read(Path("s3://bucket/photos"))
+    assert refused.value.where == "s3://bucket/photos"
+    assert "data prepare" in refused.value.advice

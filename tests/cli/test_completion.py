@@ -54,6 +54,7 @@ def completed(shop: Shop, *words: str) -> list[str]:
         (["tune", "plan.toml", ""], ["net/full", "net/accuracy"]),
         (["tune", "plan.toml", "net/a"], ["net/accuracy"]),
         (["tune", "nothing.toml", ""], []),
+        (["run", "plan.toml", "--set", "stages.full."], ["stages.full.epochs="]),
         (["completion", ""], ["bash", "zsh", "fish"]),
     ],
 )

@@ -60,8 +60,9 @@ def test_plan_says_why_each_job_would_run(shop: Shop) -> None:
     assert said["net/accuracy"] == ["net/full is trained anew"]
     key = next(job["key"] for job in answer("plan", shop.plan, "--set", "stages.full.seed=5")["jobs"])
     (shop.storage / "jobs" / "net" / "full" / key / "resume" / "step-00000012").mkdir(parents=True)
-    assert because("stages.full.seed=5")["net/full"] == ["goes on from step 12"]
-    assert "net/full: goes on from step 12" in aliprod("plan", shop.plan, "--set", "stages.full.seed=5").stdout
+    assert because("stages.full.seed=5")["net/full"] == ["goes on from epoch 13, step 12"], "18 images are a batch"
+    shown = aliprod("plan", shop.plan, "--set", "stages.full.seed=5").stdout
+    assert "net/full: goes on from epoch 13, step 12" in shown
 
 
 def test_plan_for_people_says_which_jobs_run_or_have_failed(shop: Shop) -> None:

@@ -66,6 +66,7 @@ def test_a_name_that_is_no_text_is_told_so_that_the_file_is_found_again(weights_
         ("plan.toml", "has no ensemble in this storage path yet"),
         ("models:/nothing", "is no address of a model"),
         ("none.toml", "none.toml"),
+        ("phots", "Did you mean photos?"),
     ],
 )
 def test_a_model_that_is_none_is_refused(shop: Shop, model: str, what: str) -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from pyarrow import csv
 
+from aliprod.catalogue.annotations import UNREAD
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed
 from aliprod.errors import Refused
 from aliprod.inference.answers import Answered, write
 from aliprod.inference.classify import CHUNK, Recogniser, classify
-from aliprod.inference.pictures import Picture, listed
+from aliprod.inference.pictures import Picture, listed, read
 from aliprod.inference.predict import Ready
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
@@ -50,7 +51,8 @@ def many(packages: Catalogue, tmp_path: Path) -> list[Picture]:
         (folder / f"{number:03d}.jfif").symlink_to(files[number % len(files)])
     (folder / "040.jfif").unlink()
     (folder / "040.jfif").write_text("this is no picture")
-    (folder / "notes.txt").write_text("nor is this")
+    for name in ("notes.txt", "._000.jfif"):
+        (folder / name).write_text("nor is this")
     return listed([str(folder)])
 
 
@@ -162,3 +164,8 @@ def test_home_folders_and_uris_of_this_machine_are_found(
     home, uri = listed(["~/photos"]), listed([(tmp_path / "photos").as_uri()])
     assert [picture.source() for picture in home] == [picture.source() for picture in uri]
     assert len(home) == len(packages.test)
+
+
+def test_a_photograph_that_no_decoder_opens_is_a_row_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    assert read({(32, "bicubic")}, listed([str(tmp_path)])) == [UNREAD]

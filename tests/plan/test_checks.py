@@ -115,6 +115,11 @@ def test_what_does_not_is_said_with_line_key_and_nearest_name(
         assert words in message
 
 
+def test_a_soup_ignores_the_epochs_of_the_defaults(load_text: Load, small: str) -> None:
+    plan = load_text(with_stage(small, 'soup = { of = ["full", "dcl"] }'), ["defaults.epochs=7"])
+    assert [plan.stage("resnet", name).epochs for name in ("full", "more")] == [2, 1]
+
+
 def test_a_soup_of_a_stage_that_the_backbone_has_not_is_told_where_to_add_it(load_text: Load, small: str) -> None:
     text = with_stage(small, 'soup = { of = ["full", "other"] }').replace(
         "[stages.dcl]", "[stages.other]\nepochs = 3\n\n[stages.dcl]"

@@ -28,7 +28,7 @@ def test_a_duration_is_said_in_its_two_largest_units(seconds: float, text: str) 
 def test_the_total_is_told_beside_what_no_schedule_goes_below() -> None:
     [total] = lines(ESTIMATE, True, "")
     assert "8 GPUs: 10 h 00 min, 70.00 GPU-hours" in total
-    assert "8 h 45 min at least" in total
+    assert "less than 8 h 45 min" in total
 
 
 def test_a_job_whose_ranks_change_tells_the_first_and_the_last() -> None:

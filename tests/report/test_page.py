@@ -1,5 +1,7 @@
 """The report: one file that needs nothing else, runs no script, and tells what the storage path holds."""
 
+import base64
+import io
 import json
 import shutil
 from html.parser import HTMLParser
@@ -137,9 +139,11 @@ def test_a_finished_plan_tells_its_errors_gains_and_confusions_with_pictures(req
     assert labels is not None
     for label in (0, 2, 3):
         wrong = np.count_nonzero(labels == label) - (label == 0)
-        assert f"{wrong} of {np.count_nonzero(labels == label)}: {catalogue.classes[label]} " in found.words
+        assert f"{wrong} of {np.count_nonzero(labels == label)}: {catalogue.names[label]} taken for" in found.words
     pictures = [attributes["src"] or "" for tag, attributes in found.tags if tag == "img"]
-    assert all(picture.startswith("data:image/jpeg") for picture in pictures)
+    for picture in pictures:
+        whole = base64.b64decode(picture.removeprefix("data:image/jpeg;base64,"), validate=True)
+        assert 0 < max(Image.open(io.BytesIO(whole)).size) <= 120
     shown = 3 * 3 + min(12, len(labels) - 1 - np.count_nonzero(labels == 1))  # the wrong one, both classes; mistakes
     assert len(pictures) == shown
     assert "misjudged: " in found.words
@@ -264,6 +268,6 @@ def test_a_report_on_50_030_classes_stays_below_5_mb_and_reads_no_more_than_it_s
     ensemble = {"members": {}, "top1_error": 1.0, "split": "test", "submission": None, "probabilities": ""}
     commit.write_file(folder / "result.json", json.dumps({"ensemble": ensemble}))
     words = seen(request).words
-    assert "1 of 1: 0 product 00000 taken for 1 product 00001" in words
+    assert "1 of 1: product 00000 taken for product 00001" in words
     assert "too many to be hashed" in words
     assert (folder / "report.html").stat().st_size < 5e6

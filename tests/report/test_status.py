@@ -165,9 +165,12 @@ def test_a_driver_that_is_gone_runs_nothing(shop: Shop, gone: int) -> None:
 
 def test_why_jobs_failed_is_known_when_their_driver_is_gone(shop: Shop, gone: int) -> None:
     shop.told(gone, full="failed", accuracy="not_run")
-    rows = shop.states().values()
+    rows = list(shop.states().values())
     assert [(row["state"], row["reason"]) for row in rows] == [("failed", "why failed"), ("not_run", "why not_run")]
-    assert "why not_run" in status.states_table(list(rows))
+    assert "why not_run" in status.states_table(rows)
+    rows = [row | {"reason": "It broke.\n  Mend it."} for row in rows]
+    text = status.text({"jobs": rows, "tasks": [], "eta_seconds": None})
+    assert text.endswith("\nnet/full failed: It broke.\n  Mend it.")
 
 
 def test_what_a_job_waits_for_is_what_its_driver_says(shop: Shop) -> None:
@@ -328,7 +331,9 @@ def test_the_headline_compares_with_the_best_member_and_says_how_it_was_chosen()
 def test_the_headline_says_what_weights_gain_on_the_sum_and_which_members_are_not_needed() -> None:
     _, plain, fewer = status.headline({"comparison": compared("greedy", ("net/b",))})
     assert plain.endswith("Gain of greedy, fitted on val: +1.00 points (-1.00 to +12.00).")
-    assert fewer.startswith("Without net/a: 5.50% (1.00 to 25.00), within one standard error (0.60 points)")
+    assert fewer.startswith(
+        "Without net/a: 5.50% (1.00 to 25.00) cross-fitted, within one standard error (0.60 points)"
+    )
     assert fewer.endswith("1 of 2 predictions fewer.")
 
 
