@@ -65,7 +65,7 @@ def _plan(context: click.Context) -> dict[str, Any]:
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
-    """Print what makes a shell complete commands, plans, jobs and settings.
+    """Make a shell complete commands, plans, jobs and settings.
 
     \b
     Example: aliprod completion bash >> ~/.bashrc
