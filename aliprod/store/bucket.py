@@ -26,7 +26,7 @@ THREADS = 4  # requests at a time
 _SILENT_SECONDS = 20, 120  # without an answer, of reading and of writing: more than an object takes to send
 _NAMES = ("e_tag", "version")
 _BREAKS = 5  # of an answer, in a row
-_RETRIES = 8, 16  # of reading, and of writing, which has read before: a server is away for 25 s, for two minutes
+_RETRIES = 8, 16  # of reading, leases and manifests, and of files: a server is away for 25 s, for two minutes
 _ADVICE = "Are its name, the credentials and the endpoint right (AWS_..., GOOGLE_..., AZURE_... in the environment)?"
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 _BROKEN = re.compile(r"body error|retries: 0,.*kind: Timeout", re.DOTALL)  # what obstore does not ask for again
@@ -66,7 +66,7 @@ class Bucket:
 
     uri: str
     store: "ObjectStore" = field(repr=False)  # obstore cannot show one of Azure whose account is in the environment
-    patient: "ObjectStore" = field(repr=False)  # the same, to write
+    patient: "ObjectStore" = field(repr=False)  # the same, for what took hours to make
 
     def get(self, key: str, known: str = "") -> tuple[bytes, str] | None:
         """The bytes of an object and its version; None where that is the one that is known.
@@ -106,7 +106,7 @@ class Bucket:
         with self.given(key):
             try:
                 mode: Any = "create" if version is None else dict(zip(_NAMES, version.split(), strict=False))
-                return _version(_whole(lambda: obstore.put(self.patient, key, content, mode=mode)))
+                return _version(_whole(lambda: obstore.put(self.store, key, content, mode=mode)))
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 there = self.find(key)  # ours, where the answer was lost on the way and it was sent again
                 return there[1] if there is not None and there[0] == content else None
