@@ -99,9 +99,9 @@ def check_room(targets: Mapping[str, Target], nodes: Iterable[Node]) -> None:
             + (beside if rank.gpus and free else "")
             + ".",
             "[cluster]",
-            "Lower cpus_per_worker"
-            + ("" if free or not rank.gpus else ", or say use_gpu = false")
-            + "; or, where the cluster grows on demand, set max_cpus and max_gpus.",
+            ("Lower cpus_per_worker. " if rank.cpus > 1 else "")
+            + ("" if free or not rank.gpus else "Without GPUs say use_gpu = false. ")
+            + "Where the cluster grows on demand, set max_cpus and max_gpus.",
         )
 
 

@@ -30,6 +30,7 @@ _ASK_AGAIN_SECONDS = 5.0
 _PATIENCE_SECONDS = 10.0  # a rank's process starts in as many
 _LOST_SECONDS = 20.0  # in which Ray Train notices that a node is gone, if it ever does
 _LEASE_SECONDS = _HELD_SECONDS = 1.0
+_PROBES, _PROBE_SECONDS = 60, 60.0  # of a node that cannot be used, and between two
 _PAUSED = Outcome("paused")
 
 
@@ -219,12 +220,18 @@ class RayRunner:
             yield change
 
     def _probe(self, node: str) -> None:
-        try:
-            session.probe(self.site.storage, node)
-        except (AliprodError, ray.exceptions.RayError) as error:
-            self.refused.append(f"A node is not used: {error}")
-        else:
-            self.sharing[node] = True
+        """Ask a node until it shares the storage path, which may be mounted later than Ray is started."""
+        for number in range(_PROBES):
+            if number:
+                time.sleep(_PROBE_SECONDS)
+            try:
+                if ray.is_initialized():
+                    session.probe(self.site.storage, node)
+                    self.sharing[node] = True
+                return
+            except (AliprodError, ray.exceptions.RayError) as error:
+                if not number:
+                    self.refused.append(f"A node is not used until it answers otherwise: {error}")
 
     def _talk(self, handles: Sequence[Pending]) -> None:
         """Tell the launcher what is to stop, and hear from it what has begun."""

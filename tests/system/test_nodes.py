@@ -24,7 +24,7 @@ from aliprod.build.graph import targets
 from aliprod.build.room import uses_gpu, with_cpus
 from aliprod.build.schedule import Change, Outcome
 from aliprod.build.target import Resources, Site, lacking
-from aliprod.cluster import session
+from aliprod.cluster import session, tasks
 from aliprod.cluster.launch import Start, start_launcher
 from aliprod.cluster.tasks import Pending, RayRunner
 from aliprod.plan.load import load
@@ -184,16 +184,22 @@ def test_what_another_driver_of_the_cluster_holds_is_no_room(driver: Driver) -> 
     driver.until(lambda: list(runner.nodes()) == before)
 
 
-def test_a_node_that_comes_later_and_has_another_storage_path_is_not_used_and_told(driver: Driver) -> None:
+def test_a_node_that_comes_later_with_another_storage_path_is_told_and_used_once_it_has_ours(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
         pytest.skip("needs the right to make a mount namespace (unshare --mount, as root)")
-    before = driver.runner.nodes()
-    with driver.cluster.node("--num-cpus=1", mount=f"mount -t tmpfs tmpfs {driver.site.storage}"):
+    monkeypatch.setattr(tasks, "_PROBE_SECONDS", 0.5)
+    before, storage = driver.runner.nodes(), driver.site.storage
+    with driver.cluster.node("--num-cpus=1", mount=f"mount -t tmpfs tmpfs {storage}") as node:
         assert len(session.nodes()) == len(before) + 1
         assert driver.runner.nodes() == before
         driver.until(lambda: bool(driver.runner.refused))
         assert "does not share this storage path" in driver.runner.refused.pop()
         assert driver.runner.nodes() == before
+        subprocess.run(["nsenter", f"--mount=/proc/{node.pid}/ns/mnt", "umount", storage], check=True)
+        driver.until(lambda: len(driver.runner.nodes()) == len(before) + 1)
+        assert driver.runner.refused == []
 
 
 def test_a_training_that_another_driver_has_taken_since_it_was_asked_for_waits_for_that_one(driver: Driver) -> None:
