@@ -20,6 +20,7 @@ Losses = dict[str, Tensor]  # scalar parts by name
 T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.14
 
+_NOTHING = -0.0  # the one number that, added to any other, leaves all of its bits: 0.0 makes 0.0 of -0.0
 _BUCKET = 8 * 2**20 // 4  # float32 values that are sent together; two such are received into beside the gradients
 _FIRST_BUCKET = 2**20 // 4  # of the gradients that are ready first, as DDP does
 
@@ -55,8 +56,8 @@ class ShareMean:
             largest = max((bucket.sums[0] for bucket in self.buckets), key=len)
             self._received = [torch.empty_like(largest) for _ in range(2)]
         for bucket in self.buckets if world_size > 1 else ():
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket))
+            for place, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket, place))
 
     def of(self, step: Iterable[T], backward: Callable[[T], Losses]) -> tuple[Losses, list[Losses]]:
         """Work through this rank's shares of a step; gradients and norm statistics are then the means of all shares.
@@ -69,14 +70,15 @@ class ShareMean:
         if self.shares == 1:
             losses = [backward(share) for share in step]
             return losses[0], losses
-        before, count = [buffer.clone() for buffer in self.buffers], self.shares // self.world_size
+        count = self.shares // self.world_size
+        before = [buffer.clone() for buffer in self.buffers] if count > 1 else []
         leaves, losses, self._done = list[Tensor](), list[Losses](), 0
         for number, share in enumerate(step):
             if number and before:
                 torch._foreach_copy_(self.buffers, before)
             self._number, self._last = number, number == count - 1
             for bucket in self.buckets:
-                bucket.open(number)
+                bucket.open(number, fresh=self.world_size > 1)
             losses.append(backward(share))
             _push(leaves, self._leaf(losses[-1]), number)
             if not self._last or self.world_size == 1:
@@ -88,8 +90,10 @@ class ShareMean:
         """Norm statistics and loss parts in a row."""
         return torch.cat([part.flatten() for part in (*self.statistics, *losses.values())])
 
-    def _ready(self, bucket: "_Bucket", _: Tensor) -> None:
-        """Count a gradient of the last share; buckets are sent in order, since all ranks must send in the same."""
+    def _ready(self, bucket: "_Bucket", place: int, _: Tensor) -> None:
+        """Take a gradient, and count those of the last share; buckets are sent in order, since all ranks must send in
+        the same."""
+        bucket.take(place, self._number)
         if self._last:
             bucket.awaited -= 1
             while self._done < len(self.buckets) and not self.buckets[self._done].awaited:
@@ -118,8 +122,13 @@ class ShareMean:
     def _spread(self, bucket: "_Bucket", number: int) -> None:
         """Add up this rank's slices of all ranks' sums, and give the others the result."""
         bucket.work.wait()
-        added = _added(self._slices(bucket, number).view(self.world_size, -1))
-        bucket.work = _all_gather(bucket.sums[0], added, async_op=True)
+        rows = self._slices(bucket, number).view(self.world_size, -1)
+        added = _added(rows)
+        if dist.get_backend() == "gloo":  # whose all-gather receives into memory of its own, and copies from there
+            rows[1:] = added
+            bucket.work = dist.all_to_all_single(bucket.sums[0], rows.view(-1), async_op=True)
+        else:
+            bucket.work = _all_gather(bucket.sums[0], added, async_op=True)
 
     def _end(self, bucket: "_Bucket") -> None:
         bucket.work.wait()
@@ -138,8 +147,10 @@ class ShareMean:
             leaf = self._added_up(leaf)
         sizes = [buffer.numel() for buffer in self.statistics]
         *means, losses = (leaf / self.shares).split([*sizes, len(names)])
-        for buffer, mean in zip(self.statistics, means, strict=True):
-            buffer.copy_(mean.view_as(buffer))
+        if self.statistics:
+            torch._foreach_copy_(
+                self.statistics, [mean.view_as(b) for mean, b in zip(means, self.statistics, strict=True)]
+            )
         return dict(zip(names, losses.unbind(), strict=True))
 
     def _added_up(self, leaf: Tensor) -> Tensor:
@@ -170,17 +181,36 @@ class _Bucket:
         self.sent = self.sums[0]
         self.work: Any = None
 
-    def open(self, number: int) -> None:
-        """Have the gradients of share ``number`` of this rank added to its node: each second one begins one."""
+    def open(self, number: int, fresh: bool) -> None:
+        """Have the gradients of share ``number`` of this rank added to its node: each second one begins one.
+
+        Args:
+            fresh: whether `take` is called for those that begin one, which are moved there then, and not added.
+        """
         place = (number >> 1).bit_count()
         self.awaited = len(self.parameters)
+        if number % 2 == 0 and fresh:
+            for parameter in self.parameters:
+                parameter.grad = None
+            return
         if number % 2 == 0:
-            self.sums[place].zero_()
+            self.sums[place].fill_(_NOTHING)
         self._point(place)
+
+    @torch.no_grad()
+    def take(self, place: int, number: int) -> None:
+        """Move a gradient of share ``number`` to its node, where it begins one."""
+        parameter, view = self.parameters[place], self.views[(number >> 1).bit_count()][place]
+        if parameter.grad is not None and parameter.grad is not view:
+            view.copy_(parameter.grad)
+            parameter.grad = view
 
     def close(self, number: int) -> None:
         """Add up the nodes that are complete with share ``number``; of the last one, the gradients are the sum."""
         place = (number >> 1).bit_count()
+        for parameter, view in zip(self.parameters, self.views[place], strict=True):
+            if parameter.grad is None:  # the loss does not depend on it
+                view.fill_(_NOTHING)
         for _ in range(_levels(number) - 1):
             self.sums[place - 1].add_(self.sums[place])
             place -= 1

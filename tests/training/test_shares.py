@@ -27,7 +27,7 @@ from aliprod.recipe import Inputs, Machine, Stage, TrainingJob
 from aliprod.store.layout import newest_step
 from aliprod.store.resumable import ResumableRows
 from aliprod.training import checkpoint
-from aliprod.training.shares import ShareMean, _all_gather
+from aliprod.training.shares import ShareMean, _all_gather, _Bucket
 
 WITHOUT_BATCH_NORM = "test_efficientnet_gn"
 SHARES = 4
@@ -177,6 +177,23 @@ def test_gradients_statistics_and_losses_are_added_pair_by_pair(power: int, size
     assert torch.equal(losses["loss"], totals[0] / len(leaves))
     assert [float(one["loss"]) for one in each] == [float(leaf.sum()) for leaf in leaves]
     assert int(toy.count) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["added", "moved"])
+def test_a_gradient_that_is_added_or_moved_to_its_node_keeps_every_bit(fresh: bool) -> None:
+    """Of one rank they are added, of several moved: -0.0 is where the two could differ."""
+    odd = torch.tensor([-0.0, 0.0, 1.5, -(2.0**-149), torch.inf])
+    parameter, unused = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))
+    bucket = _Bucket([parameter, unused], depth=1, world_size=1)
+    bucket.sums[0].fill_(7.0)  # of the step before
+    bucket.open(0, fresh)
+    (parameter * odd).sum().backward()
+    bucket.take(0, 0)
+    bucket.close(0)
+    assert parameter.grad is not None
+    assert parameter.grad.view(torch.int32).equal(odd.view(torch.int32))
+    assert unused.grad is not None
+    assert unused.grad.view(torch.int32).equal(torch.full((3,), -0.0).view(torch.int32))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
