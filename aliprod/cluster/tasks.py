@@ -176,14 +176,17 @@ class RayRunner:
 
     def _displaced(self, handles: Sequence[Pending]) -> Iterator[Pending]:
         """Trainings that have not begun, and whose room another driver has taken meanwhile."""
+        waiting = [handle for handle in handles if not self.has_begun(handle)]
+        if not waiting:
+            return
         room = Room(self.nodes())
-        begun = {handle: not handle.trains or self.has_begun(handle) for handle in handles}
-        for handle in (one for one in handles if begun[one]):
-            room.take(handle.start.target.resources, handle.start.nodes)
-        for handle in (one for one in handles if not begun[one] and not one.stopped):
+        for handle in handles:
+            if handle not in waiting:
+                room.take(handle.start.target.resources, handle.start.nodes)
+        for handle in waiting:
             rank = handle.start.target.resources
             ranks = Counter(name for name in handle.start.nodes if name in self.held)
-            if any(slots(room.free.get(name, NOTHING), rank) < count for name, count in ranks.items()):
+            if not handle.stopped and any(slots(room.free.get(name, NOTHING), rank) < n for name, n in ranks.items()):
                 yield handle
 
     def elsewhere(self, target: Target) -> str:

@@ -78,7 +78,7 @@ class ShareMean:
                 torch._foreach_copy_(self.buffers, before)
             self._number, self._last = number, number == count - 1
             for bucket in self.buckets:
-                bucket.open(number, fresh=self.world_size > 1)
+                bucket.open(number)
             losses.append(backward(share))
             _push(leaves, self._leaf(losses[-1]), number)
             if not self._last or self.world_size == 1:
@@ -170,10 +170,12 @@ class _Bucket:
         sums: (size,) each: the nodes of the tree that are open at a time, the leftmost first.
         sent: what is added up by all-reduce. work: what it is on its way with.
         awaited: gradients of the last share that are not there yet.
+        moved: gradients that begin a node are moved there by `take`, of several ranks, whose hooks call it; of one rank
+            they are added to what leaves their bits.
     """
 
     def __init__(self, parameters: list[nn.Parameter], depth: int, world_size: int) -> None:
-        self.parameters, self.awaited = parameters, len(parameters)
+        self.parameters, self.awaited, self.moved = parameters, len(parameters), world_size > 1
         size = sum(parameter.numel() for parameter in parameters)
         size += -size % world_size
         self.sums = [parameters[0].new_zeros(size, requires_grad=False) for _ in range(depth)]
@@ -181,15 +183,11 @@ class _Bucket:
         self.sent = self.sums[0]
         self.work: Any = None
 
-    def open(self, number: int, fresh: bool) -> None:
-        """Have the gradients of share ``number`` of this rank added to its node: each second one begins one.
-
-        Args:
-            fresh: whether `take` is called for those that begin one, which are moved there then, and not added.
-        """
+    def open(self, number: int) -> None:
+        """Have the gradients of share ``number`` of this rank added to its node: each second one begins one."""
         place = (number >> 1).bit_count()
         self.awaited = len(self.parameters)
-        if number % 2 == 0 and fresh:
+        if number % 2 == 0 and self.moved:
             for parameter in self.parameters:
                 parameter.grad = None
             return
@@ -208,7 +206,7 @@ class _Bucket:
     def close(self, number: int) -> None:
         """Add up the nodes that are complete with share ``number``; of the last one, the gradients are the sum."""
         place = (number >> 1).bit_count()
-        for parameter, view in zip(self.parameters, self.views[place], strict=True):
+        for parameter, view in zip(self.parameters, self.views[place], strict=True) if self.moved else ():
             if parameter.grad is None:  # the loss does not depend on it
                 view.fill_(_NOTHING)
         for _ in range(_levels(number) - 1):
