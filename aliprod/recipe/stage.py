@@ -1,16 +1,19 @@
-"""What a stage says, as frozen types.
+"""A stage as frozen types, and what its settings must agree on."""
 
-The plan fills them (checked once, there); training and inference read them. Defaults are the seed's or the
-choices of its field, stated beside each.
-"""
-
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from aliprod.recipe.settings import (
+    Frozen,
+    LearningRate,
+    ObjectiveRecipe,
+    OptimizerRecipe,
+    PerClass,
+    PseudoLabels,
+    Soup,
+)
 
 RECIPE_VERSION = 2  # part of every key: raise it when the same settings would give other results
 ADDED = (  # since version 1: part of a key only where they say other than their default
@@ -32,122 +35,6 @@ Part = Literal["loader", "step", "train"]  # of a training, that is measured
 
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class PerClass(Frozen):
-    """The balanced view: at most this many images of each class, chosen by seed."""
-
-    per_class: int = Field(ge=1, description="at most this many images of each class, the same every epoch")
-
-
-class LearningRate(Frozen):
-    """Learning rates are used as written, never rescaled with the batch."""
-
-    backbone: float = Field(0.01, gt=0, le=100, description="of the backbone's weights")
-    heads: float = Field(0.1, gt=0, le=100, description="of the classifier and the objective's own layers")
-    schedule: Literal["steps", "cosine", "one_cycle"] = Field(
-        "steps",
-        description="after the warm-up: drops at milestones, or half a cosine down to zero at the last step; one_cycle "
-        "warms up along half a cosine, too, usually for three tenths of the epochs",
-    )
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of warm-up, linear; may be a fraction")
-    warmup_steps: int | None = Field(None, ge=1, description="the same in steps, in place of warmup_epochs")
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), strict=False, description="epochs (from 0) at whose start lr is multiplied by gamma; steps only"
-    )
-    gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
-
-
-class OptimizerRecipe(Frozen):
-    """How the weights move; weight decay on weights only, not on norm parameters, biases and position embeddings."""
-
-    name: Literal["sgd", "adamw", "lamb", "lion", "muon"] = Field(
-        "sgd",
-        description="SGD without Nesterov, or AdamW, LAMB, Lion, Muon (AdamW for the heads and what is no matrix)",
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and muon")
-    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=2, max_length=2)] | None = Field(
-        None, strict=False, description="of all but sgd; without it the optimizer's own"
-    )
-    weight_decay: float = Field(
-        1e-4,
-        ge=0,
-        description="on weights; none on norm parameters and biases; of all but sgd 0.05 where it is not said",
-    )
-    layer_decay: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="factor of the learning rate from layer to layer, from the heads down; without it 1",
-    )
-    clip_norm: float | None = Field(5.0, gt=0, description="largest norm of the gradient")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _decay_of_its_own(cls, said: Any) -> Any:
-        table = said if isinstance(said, dict) else {}
-        return {"weight_decay": 0.05} | table if table.get("name", "sgd") != "sgd" else said
-
-
-class ObjectiveRecipe(BaseModel):
-    """A file of objectives/ (or a module of the user's) and its options, checked against its signature."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    name: str = Field(description="a file of objectives/, or a module of your own: package.module")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.__pydantic_extra__ or {})
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the loader, the network and the scoring of an epoch must give an objective (`aliprod.objectives`).
-
-    Args:
-        group: images of one class that stand together in a batch.
-        second: a second batch beside the first, from the reversed sampler (the rare classes often): ``Batch.second``.
-        teacher: the teachers' probabilities of each image: ``Batch.teacher``. The plan names the teachers.
-        tree: the product tree, which then is part of the job's key.
-        branches: copies of the backbone's last block, side by side, whose features the classifier sees in a row.
-        unit_weights, scale: lengths 1 and so many of the classifier's rows and of features, at inference too; 0: own.
-        maps: a square map of features, or patch tokens that make one.
-        distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
-    """
-
-    group: int = 1
-    second: bool = False
-    teacher: bool = False
-    tree: bool = False
-    branches: int = 1
-    unit_weights: bool = False
-    scale: float = 0.0
-    maps: bool = False
-    distorts: bool = False
-
-
-class PseudoLabels(Frozen):
-    """Test images that a stage also trains on, as what other jobs together take them for (methods.md, 6.1)."""
-
-    by: tuple[str, ...] = Field(
-        strict=False, min_length=1, description="jobs, each BACKBONE/STAGE, whose ten-crop probabilities are averaged"
-    )
-    threshold: float = Field(0.9, gt=0, le=1, description="least probability of the predicted class")
-    per_class: int = Field(30, ge=1, description="at most this many images of a class, the surest")
-    weight: float = Field(0.5, gt=0, le=1, description="of such an image in the loss; a labelled one has 1")
-
-
-class Soup(Frozen):
-    """Weights that are a mean of other stages' (model soup, Wortsman et al. 2022): nothing is trained."""
-
-    of: tuple[str, ...] = Field(strict=False, min_length=2, description="stages of the same backbone")
-    greedy: bool = Field(
-        False, description="add them from the best on, and keep one only if the error on val does not rise"
-    )
 
 
 class Stage(Frozen):
@@ -301,100 +188,3 @@ _CHECKS = (
     _inconsistent_shares,
     _inconsistent_sources,
 )
-
-
-class Machine(Frozen):
-    """How a rank of a job works, whatever it trains. None of it is part of a key."""
-
-    cpus_per_worker: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="CPUs of a rank; also its number of threads. Without it what the nodes have for each GPU; 1 where "
-        "there are none",
-    )
-    loader_processes: int = Field(
-        0, ge=0, le=1024, description="processes of a rank that read images; 0: the rank reads them itself"
-    )
-    save_every_steps: int | None = Field(
-        None, ge=1, description="steps between resume checkpoints; without it one an epoch"
-    )
-    save_seconds: float = Field(
-        0.0, ge=0, description="an epoch that ends sooner than this after the last checkpoint goes without one"
-    )
-    exact: bool = Field(True, description="kernels that give the same bytes each time; false may be faster on GPUs")
-    compile: bool = Field(
-        False, description="compile the backbone (torch.compile): minutes at a job's start, then faster steps"
-    )
-    checkpointing: bool = Field(
-        False,
-        description="compute activations again on the way back: less memory, a third more time, the same bytes",
-    )
-    watchdog_seconds: float = Field(
-        1800.0,
-        ge=1,
-        le=86_400,
-        description="a step that takes longer is ended with all stacks in the log, and the job resumed; "
-        "a start or a validation may take five times as long",
-    )
-
-    @property
-    def threads(self) -> int:
-        """CPUs of a rank; 1 where nobody has said or found out how many."""
-        return self.cpus_per_worker or 1
-
-
-PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of plans, stages and backbones: they become paths
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a job reads beside the catalogue.
-
-    Attributes:
-        start: weights folder of the parent job.
-        pretrained: safetensors file of the backbone, in a stage without parent.
-        soup: weights folders of the stages that it is a mean of.
-        teachers: soft labels of its images, a folder a teacher.
-        pseudo_labels: folder of labels of test images.
-        kept: folder of the rows that are left where duplicates are filtered.
-    """
-
-    start: Path | None = None
-    pretrained: Path | None = None
-    soup: tuple[Path, ...] = ()
-    teachers: tuple[Path, ...] = ()
-    pseudo_labels: Path | None = None
-    kept: Path | None = None
-
-
-NO_INPUTS = Inputs()
-DEFAULT_MACHINE = Machine()
-
-
-def never() -> bool:
-    """No: nobody tells this job to stop."""
-    return False
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """A stage of a network, with its inputs and the machine that it is trained on.
-
-    Attributes:
-        network: timm's name.
-        folder: the job's, in the storage path.
-    """
-
-    name: str
-    key: str
-    network: str
-    stage: Stage
-    folder: Path
-    inputs: Inputs = NO_INPUTS
-    machine: Machine = DEFAULT_MACHINE
-
-
-def without_training(machine: Machine) -> Machine:
-    """The machine for work that trains nothing: exact kernels, nothing compiled."""
-    return machine.model_copy(update={"exact": True, "compile": False})
