@@ -18,8 +18,7 @@ from torch import ones, tensor
 
 from aliprod import objectives
 from aliprod.cli import app
-from aliprod.plan import options
-from aliprod.recipe import Stage
+from aliprod.recipe import Stage, options
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -9,11 +9,11 @@ from pathlib import Path
 from aliprod.build.inputs import check_labellers
 from aliprod.build.target import Site, Target, render
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.errors import Refused, StorageFull, Unreachable
+from aliprod.errors import Refused, StorageFull, Unreachable, listing
 from aliprod.plan.open import Opened, Request, open_plan
-from aliprod.plan.options import needs
 from aliprod.plan.places import catalogue_path
 from aliprod.plan.schema import Plan
+from aliprod.recipe.options import needs
 from aliprod.store import commit, lineage, mirror
 from aliprod.store.keys import key_of
 from aliprod.store.layout import cache
@@ -81,7 +81,7 @@ def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
 def _question(plan: Plan) -> str:
     """A key of all that `check_backbones` depends on."""
     jobs = [plan.stage(backbone, name) for backbone, stages in plan.jobs.items() for name in stages]
-    asked = [stage.model_dump(mode="json", include={"crop", "objective"}) for stage in jobs]
+    asked = [stage.model_dump(mode="json", include={"crop", "crops", "test_crop", "objective"}) for stage in jobs]
     software = [lineage.software(), *map(version, ("timm", "torch", "torchvision"))]
     return key_of({"backbones": plan.backbones, "jobs": plan.jobs, "asked": asked, "software": software})
 
@@ -102,7 +102,11 @@ def check_backbones(plan: Plan) -> None:
     for backbone, stages in plan.jobs.items():
         for name in stages:
             stage, where = plan.stage(backbone, name), f"{backbone}/{name}"
-            made, objective = check_network(plan.backbones[backbone], where, stage.crop), stage.objective
+            network, objective = plan.backbones[backbone], stage.objective
+            made = check_network(network, where, stage.crop)
+            if any(check_network(network, where, crop).options != made.options for crop in stage.sizes):
+                what = f"{network} is built for images of one size, not {listing(map(str, stage.sizes))}."
+                raise Refused(what, where, "Leave crops and test_crop out.")
             if needs(objective.name, objective.options).maps:
                 try:
                     with torch.device("meta"):

@@ -9,10 +9,9 @@ from aliprod.build.inputs import images_of
 from aliprod.build.target import Cost, Metrics, Resources, Site, Target, powers_of_two
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.epoch_size import epoch_size
-from aliprod.plan import options
 from aliprod.plan.jobs import Job
 from aliprod.plan.schema import Cluster
-from aliprod.recipe import STATISTICS_BATCHES, Inputs, Stage
+from aliprod.recipe import STATISTICS_BATCHES, Inputs, Stage, options
 from aliprod.store.layout import WEIGHTS, job_place, newest_step
 
 

@@ -107,8 +107,8 @@ def _checked_plan(file: Path, storage: Path | None) -> "Report":
     request = Asked(file, (), storage).request()
     from aliprod.ingest.check import check
     from aliprod.plan.open import open_plan
-    from aliprod.plan.options import needs
     from aliprod.plan.places import catalogue_reading
+    from aliprod.recipe.options import needs
     from aliprod.report.error_analysis import doubted
 
     opened = open_plan(request)

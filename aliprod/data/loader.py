@@ -221,6 +221,7 @@ class _Steps(Sampler[list[View]]):
 def _train_view(images: Images, stage: Stage, interpolation: str, view: View) -> tuple[Tensor, int, Tensor, int]:
     """Pixels, label, erased box, and row of a view."""
     row, epoch, repeat = view
+    stage = stage.at(epoch)
     seed = seed_of(stage.seed, epoch, images.ids[row].as_py(), repeat)
     pixels, erased = augment.train_view(_picture(images, row, stage.crop), stage, seed, interpolation)
     return pixels, int(images.labels[row]), erased, row

@@ -132,7 +132,7 @@ def _in_timm(member: Ready, temperature: float) -> nn.Module:
     missing, unexpected = model.load_state_dict(member.model.backbone.state_dict(), strict=False)
     head = model.get_classifier()  # type: ignore[operator]
     fits = isinstance(head, nn.Linear) and head.weight.shape == rows.shape
-    if not fits or unexpected or len(missing) != len(head.state_dict()) or config.scale:
+    if not fits or unexpected or len(missing) != len(head.state_dict()) or config.scale or config.centres > 1:
         what = f"timm's {config.network} has another classifier than one linear layer."
         raise Refused(what, "--to", "Take the format onnx or torch.")
     with torch.no_grad():

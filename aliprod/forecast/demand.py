@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from aliprod.build.graph import targets
 from aliprod.build.target import Target, lacking
 from aliprod.catalogue import shards
-from aliprod.forecast.rates import branches
 from aliprod.forecast.seconds import UNKNOWN, Estimates
 from aliprod.forecast.simulate import STARTING_SECONDS
 from aliprod.plan import networks
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
+from aliprod.recipe.options import needs
 
 _MOMENTS = {"sgd": 1, "adamw": 2, "lamb": 2, "lion": 1, "muon": 1}  # that an optimizer keeps of each weight
 _NOBODY_KNOWS = networks.Network(UNKNOWN, UNKNOWN, ())
@@ -95,7 +95,7 @@ def _bytes(target: Target, opened: Opened) -> float:
 def _state(job: Job, classes: int) -> float:
     """A resume checkpoint: the weights, the best so far, their average, and what the optimizer keeps."""
     backbone, head = _weights(job, classes)
-    trained = head if job.stage.trains == "classifier" else backbone + head
+    trained = backbone + head if job.stage.trains == "all" else head
     weights = (2 + (job.stage.ema is not None)) * (backbone + head)
     return 0 if job.stage.soup else weights + _MOMENTS[job.stage.optimizer.name] * trained
 
@@ -103,4 +103,5 @@ def _state(job: Job, classes: int) -> float:
 def _weights(job: Job, classes: int) -> tuple[float, float]:
     """Bytes of a job's backbone, and of its classifier."""
     found = networks.facts(job.network) or _NOBODY_KNOWS
-    return 1000 * found.kilobytes, 4 * found.features * branches(job) * classes
+    asked = needs(job.stage.objective.name, job.stage.objective.options)
+    return 1000 * found.kilobytes, 4 * found.features * asked.branches * classes * asked.centres

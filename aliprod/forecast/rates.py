@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
-from aliprod.plan.options import needs
 from aliprod.recipe import NO_COST, LearningRate, Part, Stage, Views
+from aliprod.recipe.options import needs
 from aliprod.store import commit, epochs
 from aliprod.store.keys import key_of
 
@@ -139,7 +139,7 @@ def _digest(opened: Opened, part: Part | Views, job: Job) -> str:
         "loader_processes": cluster.loader_processes,
     }
     if part in get_args(Views):
-        facts |= {"resize": job.stage.resize, "crop": job.stage.crop, "branches": branches(job)}
+        facts |= {"resize": job.stage.test_view[0], "crop": job.stage.test_view[1], "branches": branches(job)}
     else:
         stage = bare(job.stage).model_dump(mode="json")
         facts |= {"stage": stage, "compile": cluster.compile, "exact": cluster.exact}

@@ -11,8 +11,8 @@ from aliprod.build.target import Target
 from aliprod.forecast.rates import FORWARD, Rate, Rates
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
-from aliprod.plan.options import needs
 from aliprod.recipe import Views
+from aliprod.recipe.options import needs
 
 UNKNOWN = math.nan  # seconds of what nobody has measured; whatever depends on it is unknown too
 LOSS = 0.02
@@ -89,7 +89,7 @@ class Estimates:
             return known
         if cost.job is None:
             return 0.0
-        looks = cost.seen * _CROPS[cost.views] / FORWARD * cost.job.stage.crop**2
+        looks = cost.seen * _CROPS[cost.views] / FORWARD * cost.job.stage.test_view[1] ** 2
         return (cost.trained * _pixels(cost.job) + looks) / self._pace(cost.job) / speed_up(world_size)
 
     def _pace(self, job: Job) -> float:

@@ -120,7 +120,7 @@ def top1_errors(
     model.eval()
     labels = torch.from_numpy(catalogue.val.labels)
     scores = torch.zeros(3, len(labels), dtype=torch.float64)  # class, classes above the label, loss
-    blocks = predict(model, catalogue.val, stage.resize, stage.crop, "center", feed)
+    blocks = predict(model, catalogue.val, *stage.test_view, "center", feed)
     for _ in range(0, len(catalogue.val), BATCH["center"] * feed.world_size):
         between()
         for rows, probabilities in islice(blocks, 1):  # the last may be another rank's

@@ -35,6 +35,7 @@ class Classifier(nn.Module):
         branches: copies of the last block side by side (BBN); the classifier sees their features in a row.
         unit_weights: the classifier's rows count as scaled to unit length (A-softmax).
         scale: length that pooled features count as scaled to (ArcFace); 0: their own.
+        centres: rows of the classifier that each class has, of which the largest logit counts (sub-centre ArcFace).
         crop: side of the images in pixels, which position embeddings are made for; None: the network's own.
     Raises:
         Refused: timm has no such network, or it takes no images of that size, or it has no stochastic depth or block
@@ -52,6 +53,7 @@ class Classifier(nn.Module):
         unit_weights: bool = False,
         crop: int | None = None,
         scale: float = 0.0,
+        centres: int = 1,
     ) -> None:
         super().__init__()
         made = check_network(network, network, crop)
@@ -69,18 +71,18 @@ class Classifier(nn.Module):
             if isinstance(last, nn.BatchNorm2d) and residual:  # a block without a way around it would be silenced
                 nn.init.zeros_(last.weight)
         self.num_features, self.side = made.channels, made.side
-        self.unit_weights, self.scale = unit_weights, scale
+        self.unit_weights, self.scale, self.centres = unit_weights, scale, centres
         self.branches = nn.ModuleList()
         if branches > 1:
             last = _cut_last(network, self.backbone)
             self.branches.extend(copy.deepcopy(last) for _ in range(branches))
         self.dropout = nn.Dropout(drop_rate)
-        self.classifier = nn.Linear(made.pooled * branches, num_classes, bias=False)
+        self.classifier = nn.Linear(made.pooled * branches, num_classes * centres, bias=False)
         self.reset_classifier()
 
     @property
     def num_classes(self) -> int:
-        return self.classifier.out_features
+        return self.classifier.out_features // self.centres
 
     def reset_classifier(self) -> None:
         """Draw the classifier anew from torch's global generator."""
@@ -127,7 +129,8 @@ class Classifier(nn.Module):
         if self.scale:
             pooled = self.scale * functional.normalize(pooled)
         with torch.autocast(pooled.device.type, enabled=False):
-            return functional.linear(pooled, functional.normalize(weight, dim=1) if self.unit_weights else weight)
+            logits = functional.linear(pooled, functional.normalize(weight, dim=1) if self.unit_weights else weight)
+        return logits.unflatten(1, (-1, self.centres)).amax(dim=2) if self.centres > 1 else logits
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.features(images))

@@ -44,6 +44,7 @@ class Config:
     branches: int = 1
     unit_weights: bool = False
     scale: float = 0.0
+    centres: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: C
 def load(folder: Path) -> tuple[Classifier, Config, Classes]:
     """The classifier of a weights folder, in eval mode. Refused: it is no weights folder, or one that is damaged."""
     config, classes = describe(folder)
-    kind: dict[str, Any] = {name: getattr(config, name) for name in ("branches", "unit_weights", "scale", "crop")}
+    kind: dict[str, Any] = {
+        name: getattr(config, name) for name in ("branches", "unit_weights", "scale", "centres", "crop")
+    }
     model = Classifier(config.network, len(classes.ids), **kind)
     _fill(model, model.state_dict(), read(folder), folder / MODEL)
     return model.eval(), config, classes
@@ -102,6 +105,10 @@ def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> No
     tensors = read(folder)
     if config.unit_weights and not model.unit_weights:
         tensors["classifier.weight"] = functional.normalize(tensors["classifier.weight"], dim=1)
+    if config.centres == 1 < model.centres:  # the others of each class are drawn: alike they would stay alike
+        centres = model.classifier.weight.detach().clone().unflatten(0, (-1, model.centres))
+        centres[:, 0] = tensors["classifier.weight"]
+        tensors["classifier.weight"] = centres.flatten(0, 1)
     tensors = _resized(tensors, model)
     if config.branches == 1 < len(model.branches):
         tensors = branched(tensors, model)
@@ -182,6 +189,6 @@ def _fill(model: Classifier, own: Mapping[str, Tensor], found: Mapping[str, Tens
             f"is not of {model.network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
             f"the first {wrong[0]}.",
             file,
-            "Give weights of this network, with as many classes and branches; of some, also of the same crop.",
+            "Give weights of this network, with as many classes, centres and branches; of some, also of the same crop.",
         )
     model.load_state_dict({name: found[name] for name in own}, strict=False)

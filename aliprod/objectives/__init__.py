@@ -136,12 +136,6 @@ def require_map(context: Context, name: str) -> None:
     require(context.num_features > 0, f"{name} looks at places, and this network makes no map of them.", advice)
 
 
-def needs_of(name: str) -> Needs:
-    """What an objective needs, whatever its options; refused as by `find`."""
-    needs: Needs = getattr(find(name), "needs", Needs())
-    return needs
-
-
 def find(name: str) -> type[nn.Module]:
     """The class of an objective: a file of this package ("dcl"), or a user's importable module ("my_package.margin").
     Refused: there is none."""

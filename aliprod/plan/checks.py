@@ -8,14 +8,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from aliprod.errors import did_you_mean, listing, nearest
+from aliprod.errors import Refused, did_you_mean, listing, nearest
 from aliprod.models.sizes import misfit, stride
 from aliprod.plan import networks
-from aliprod.plan.options import needs, refusals
 from aliprod.plan.problems import MOST_NAMES, Problem, unknown
 from aliprod.plan.schema import Edge, Plan, Settings, effective, merged
 from aliprod.plan.source import Key, dotted, shown
-from aliprod.recipe import Stage
+from aliprod.recipe import Needs, ObjectiveRecipe, Stage
+from aliprod.recipe.options import needs, refusals
 
 _MOST_MENDED = 20  # misspelt names, so that a hostile plan takes no minutes
 
@@ -165,7 +165,9 @@ def _clashes(plan: Plan, job: str, tables: list[Settings]) -> list[str]:
     refused = refusals(stage.objective.name, stage.objective.options)
     found = [
         _undealt(stage, *plan.cluster.ranks_of(job)),
-        misfit(network, stage.crop) or _off_grid(stage, stride(network) if network else 32),
+        next(filter(None, (misfit(network, crop) for crop in stage.sizes)), "")
+        or _off_grid(stage, stride(network) if network else 32),
+        _placed(stage),
         _untaught(stage),
         *(f"{what}: {advice}".rstrip(" .:") for what, advice in refused),
         _unweighted(stage, network) if network else "",
@@ -208,6 +210,13 @@ def _untaught(stage: Stage) -> str:
     if taught and not stage.teachers:
         return f'objective {name} learns from other jobs: say which, teachers = ["BACKBONE/STAGE"]'
     return f"objective {name} learns from no teachers: leave them out" if stage.teachers and not taught else ""
+
+
+def _placed(stage: Stage) -> str:
+    name = stage.objective.name
+    if not stage.crops or not needs(name, stage.objective.options).maps:
+        return ""
+    return f"crops change what {name} looks at, places of one size: leave them out"
 
 
 def _off_grid(stage: Stage, stride: int | None) -> str:
@@ -254,21 +263,26 @@ def _missing(plan: Plan, job: str, edge: Edge, target: str, jobs: Iterable[str])
 
 
 def _misshapen(plan: Plan, job: str, edge: Edge, targets: Iterable[str]) -> Iterator[Problem]:
-    """Weights that do not fit: of a network with more branches (BBN) than the job's."""
-    own = _branches(plan, job)
+    """Weights that do not fit: of a network with more branches (BBN), or centres of a class, than the job's."""
+    own = _shape(plan, job)
     known = [to for to in targets if to.partition("/")[2] in plan.stages]
     for target in known if edge[0] in ("start", "soup") else ():
-        theirs = _branches(plan, target)
-        if theirs not in ({own} if edge[0] == "soup" else {1, own}):
-            key = _origin(plan, job, *edge)
-            sentence = f"{dotted(key)}: the network of {shown(target)} has {theirs} branches, not {own}."
-            yield Problem(key, sentence, "Start from another job, or give both the same objective.", quoted=None)
+        for what, theirs in _shape(plan, target).items():
+            if theirs not in ({own[what]} if edge[0] == "soup" else {1, own[what]}):
+                key = _origin(plan, job, *edge)
+                sentence = f"{dotted(key)}: the network of {shown(target)} has {theirs} {what}, not {own[what]}."
+                yield Problem(key, sentence, "Start from another job, or give both the same objective.", quoted=None)
 
 
-def _branches(plan: Plan, job: str) -> int:
-    objective = merged(plan.defaults, *plan.layers(*job.split("/", 1))).get("objective")
-    called = objective.get("name") if isinstance(objective, dict) else objective
-    return needs(called).branches if isinstance(called, str) else 1
+def _shape(plan: Plan, job: str) -> dict[str, int]:
+    """Branches of a job's network, and centres of a class; 1 where what its objective is called is wrong."""
+    said = merged(plan.defaults, *plan.layers(*job.split("/", 1))).get("objective")
+    try:
+        objective = ObjectiveRecipe.model_validate({"name": said} if isinstance(said, str) else said or {"name": ""})
+        asked = needs(objective.name, objective.options)
+    except (ValidationError, Refused):
+        asked = Needs()
+    return {"branches": asked.branches, "centres of a class": asked.centres}
 
 
 def _origin(plan: Plan, job: str, setting: str, *below: str) -> Key:

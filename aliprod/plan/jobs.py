@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from aliprod.errors import Refused
-from aliprod.plan.options import needs
 from aliprod.plan.schema import Edge, Plan
 from aliprod.recipe import ADDED, ADDED_BELOW, RECIPE_VERSION, PerClass, Stage
+from aliprod.recipe.options import needs
 from aliprod.store.commit import sha256
 from aliprod.store.keys import key_of
 

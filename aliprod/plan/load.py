@@ -12,11 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from aliprod.errors import Refused
-from aliprod.plan import checks, options
+from aliprod.plan import checks
 from aliprod.plan.problems import Problem, shape, unknown
 from aliprod.plan.schema import Plan, Settings
 from aliprod.plan.source import MOST_DEPTH, Key, Source, absolute, dotted, odd_values, read, shown
-from aliprod.recipe import Stage
+from aliprod.recipe import Stage, options
 
 MOST_PROBLEMS = 20
 _PATHS = (("catalogue", "path"), ("catalogue", "links"), ("cluster", "storage"))

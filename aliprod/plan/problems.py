@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from aliprod.errors import did_you_mean, listing
-from aliprod.plan.options import Options
 from aliprod.plan.source import Key, dotted, shown
+from aliprod.recipe.options import Options
 
 MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
 _MOST_ERRORS = 200

@@ -8,9 +8,8 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from aliprod.plan import options
 from aliprod.plan.schema import Plan
-from aliprod.recipe import Stage
+from aliprod.recipe import Stage, options
 
 Schema = dict[str, Any]
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from aliprod.plan.options import complete
 from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
+from aliprod.recipe.options import complete
 from aliprod.store.keys import key_of
 from aliprod.store.layout import OWN
 

@@ -50,8 +50,6 @@ class Machine(Frozen):
         return self.cpus_per_worker or 1
 
 
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What a job reads beside the catalogue.

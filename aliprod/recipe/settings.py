@@ -60,6 +60,12 @@ class OptimizerRecipe(Frozen):
         description="factor of the learning rate from layer to layer, from the heads down; without it 1",
     )
     clip_norm: float | None = Field(5.0, gt=0, description="largest norm of the gradient")
+    sharpness: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="radius of SAM: the gradient is that of weights moved so far uphill; two passes a step",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +96,7 @@ class Needs:
         tree: the product tree, which then is part of the job's key.
         branches: copies of the backbone's last block, side by side, whose features the classifier sees in a row.
         unit_weights, scale: lengths 1 and so many of the classifier's rows and of features, at inference too; 0: own.
+        centres: rows of the classifier that each class has; the one nearest to an image counts.
         maps: a square map of features, or patch tokens that make one.
         distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
     """
@@ -101,6 +108,7 @@ class Needs:
     branches: int = 1
     unit_weights: bool = False
     scale: float = 0.0
+    centres: int = 1
     maps: bool = False
     distorts: bool = False
 

@@ -17,12 +17,24 @@ from aliprod.recipe.settings import (
 
 RECIPE_VERSION = 2  # part of every key: raise it when the same settings would give other results
 ADDED = (  # since version 1: part of a key only where they say other than their default
-    "shares", "gradients", "duplicates", "pseudo_labels", "sampler", "trains", "teachers", "soup", "resizing",
+    "shares", "gradients", "duplicates", "pseudo_labels", "sampler", "trains", "teachers", "soup", "resizing", "crops",
+    "test_crop",
 )  # fmt: skip
-ADDED_BELOW = {"optimizer": ("betas", "layer_decay"), "lr": ("warmup_steps",)}  # the same, of its tables
+ADDED_BELOW = {"optimizer": ("betas", "layer_decay", "sharpness"), "lr": ("warmup_steps",)}  # the same, of its tables
 
 STATISTICS_BATCHES = 200  # that norm statistics are taken anew from, where an objective distorts images
-NO_COST = ("start", "pretrained", "images", "duplicates", "pseudo_labels", "sampler", "epochs", "seed")  # of a step
+NO_COST = (
+    "start",
+    "pretrained",
+    "images",
+    "duplicates",
+    "pseudo_labels",
+    "sampler",
+    "epochs",
+    "seed",
+    "crops",
+    "test_crop",
+)  # of a step
 CROPS = ("random_resized_crop", "random_crop", "resize")
 Augmentation = Literal[
     "random_resized_crop", "random_crop", "resize", "rotation", "flip", "color_jitter", "auto_augment", "rand_augment",
@@ -60,9 +72,10 @@ class Stage(Frozen):
     sampler: Literal["shuffled", "class_balanced"] = Field(
         "shuffled", description="each image once an epoch, or every class equally often, with replacement"
     )
-    trains: Literal["all", "classifier"] = Field(
+    trains: Literal["all", "classifier", "norms"] = Field(
         "all",
-        description="all weights, or the classifier alone, drawn anew: cRT, or a linear probe of pretrained weights",
+        description="all weights; the classifier alone, drawn anew: cRT, or a linear probe of pretrained weights; the "
+        "classifier as it is and the norm layers: FixRes, for images of another size",
     )
     teachers: tuple[str, ...] = Field(
         (),
@@ -72,6 +85,18 @@ class Stage(Frozen):
     soup: Soup | None = Field(None, description='no training: a mean of weights, { of = ["balanced", "dcl"] }')
     resize: int = Field(256, ge=8, le=4096, description="pixels: side of the square that is cropped from")
     crop: int = Field(224, ge=8, le=4096, description="pixels: side of what the network sees")
+    crops: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
+        (),
+        strict=False,
+        description="sides of the crop as training goes on, as many epochs each, the last one crop: progressive sizes, "
+        "of objectives that look at no places",
+    )
+    test_crop: int | None = Field(
+        None,
+        ge=8,
+        le=4096,
+        description="pixels: crop of what is scored and predicted, resize in proportion; without it crop",
+    )
     augmentation: tuple[Augmentation, ...] = Field(
         ("random_resized_crop", "flip"),
         strict=False,
@@ -115,6 +140,24 @@ class Stage(Frozen):
     )
     seed: int = Field(0, ge=0, description="of all randomness of the job; without it the plan's seed")
 
+    @property
+    def test_view(self) -> tuple[int, int]:
+        """Resize and crop of what is scored and predicted."""
+        crop = self.test_crop or self.crop
+        return round(self.resize * crop / self.crop), crop
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every side of what the network sees, in training and in tests."""
+        return tuple(dict.fromkeys([self.crop, *self.crops, self.test_view[1]]))
+
+    def at(self, epoch: int) -> "Stage":
+        """The stage as an epoch, from 0, sees it: with that epoch's crop, and resize in proportion."""
+        if not self.crops:
+            return self
+        crop = self.crops[min(epoch, self.epochs - 1) * len(self.crops) // self.epochs]
+        return self.model_copy(update={"crop": crop, "resize": round(self.resize * crop / self.crop)})
+
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
         if wrong := [what for check in _CHECKS for what in check(self)]:
@@ -125,6 +168,10 @@ class Stage(Frozen):
 def _inconsistent_views(stage: Stage) -> Iterator[str]:
     if stage.crop > stage.resize:
         yield f"crop = {stage.crop} is larger than resize = {stage.resize}: raise resize, or lower crop"
+    if stage.crops and (stage.crops[-1] != stage.crop or len(stage.crops) > stage.epochs):
+        yield f"crops = {list(stage.crops)}: the last is crop = {stage.crop}, and there is an epoch for each"
+    if round(stage.resize * max(stage.crops, default=0) / stage.crop) > 4096 or stage.test_view[0] > 4096:
+        yield f"resize = {stage.resize} grows in proportion with crops and test_crop to more than 4096"
     shapes = [a for a in stage.augmentation if a in CROPS]
     if len(shapes) != 1:
         yield f"augmentation needs exactly one of {', '.join(CROPS)}, not {', '.join(shapes) or 'none'}"
@@ -173,6 +220,8 @@ def _inconsistent_sources(stage: Stage) -> Iterator[str]:
         yield "a stage with start takes its parent's weights: leave pretrained out"
     if stage.start is None and not stage.pretrained and stage.trains == "classifier":
         yield 'trains = "classifier" needs a backbone that has learned something: a start, or pretrained = true'
+    if stage.start is None and stage.trains == "norms":
+        yield 'trains = "norms" needs a classifier that has learned something: a start'
     if stage.start is None and stage.duplicates == "teacher":
         yield 'duplicates = "teacher" needs a start: it is the teacher'
     if stage.soup is not None and (stage.start is not None or stage.epochs != 1 or stage.teachers):

@@ -25,8 +25,8 @@ from aliprod.data.training_set import training_set
 from aliprod.errors import StorageFull
 from aliprod.models import weights
 from aliprod.models.classifier import normalisation
-from aliprod.objectives import needs_of
 from aliprod.recipe import TrainingJob, never, without_training
+from aliprod.recipe.options import needs
 from aliprod.store import commit, epochs
 from aliprod.store.layout import LAST, METRICS, PACE, RESUME, WEIGHTS, step_of
 from aliprod.training import checkpoint, soup
@@ -152,20 +152,22 @@ class _Results:
         commit.remove(job.folder / RESUME)
 
     def _commit_weights(self, candidate: Candidate, name: str, record: dict[str, Any]) -> None:
-        job, needs = self.job, needs_of(self.job.stage.objective.name)
+        job, objective = self.job, self.job.stage.objective
+        asked, (resize, crop) = needs(objective.name, objective.options), job.stage.test_view
         config = weights.Config(
             job.network,
             *normalisation(job.network),
-            resize=job.stage.resize,
-            crop=job.stage.crop,
+            resize=resize,
+            crop=crop,
             job=job.name,
             key=job.key,
             epoch=candidate.epoch,
             top1_error=candidate.top1_error,
             kind=candidate.kind,
-            branches=needs.branches,
-            unit_weights=needs.unit_weights,
-            scale=needs.scale,
+            branches=asked.branches,
+            unit_weights=asked.unit_weights,
+            scale=asked.scale,
+            centres=asked.centres,
         )
         classes = weights.Classes(tuple(self.catalogue.classes.tolist()), self.catalogue.names)
         fill = partial(weights.save, tensors=candidate.tensors, config=config, classes=classes)

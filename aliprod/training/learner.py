@@ -17,9 +17,10 @@ from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
 from aliprod.inference.predict import autocast, nothing, precision, top1_errors
 from aliprod.models.classifier import Classifier, normalisation
-from aliprod.objectives import Batch, Context, Needs, build, needs_of
+from aliprod.objectives import Batch, Context, Needs, build
 from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Stage
+from aliprod.recipe.options import needs
 from aliprod.store import lineage
 from aliprod.training.graphs import replay_passes
 from aliprod.training.shares import ShareMean
@@ -82,7 +83,7 @@ class Learner(nn.Module):
         torch.manual_seed(seed_of(stage.seed, "init", network))
         self.stage, self.place = stage, place
         self.dtype = precision(place.device, stage.precision)
-        asked = needs_of(stage.objective.name)
+        asked = needs(stage.objective.name, stage.objective.options)
         self.model = Classifier(
             network,
             catalogue.num_classes,
@@ -93,10 +94,10 @@ class Learner(nn.Module):
             asked.unit_weights,
             stage.crop,
             asked.scale,
+            asked.centres,
         )
-        if stage.trains == "classifier":
-            for parameter in self.model.backbone_parameters():
-                parameter.requires_grad_(False)
+        if stage.trains != "all":
+            _freeze(self.model, but_norms=stage.trains == "norms")
         if place.machine.checkpointing:
             _checkpoint_blocks(self.model)
         self.objective = build(
@@ -173,6 +174,14 @@ def set_up(
     feed = Feed(where.device, *normalisation(network), *ranks, processes, learner.dtype)
     batches = TrainBatches(data, stage, feed, learner.needs.group, learner.needs.second)
     return Setup(learner, catalogue, feed, batches)
+
+
+def _freeze(model: Classifier, but_norms: bool) -> None:
+    """Have the gradient move the classifier alone, or the norm layers too."""
+    norms = [module for module in model.modules() if but_norms and "Norm" in type(module).__name__]
+    kept = {parameter for module in norms for parameter in module.parameters(recurse=False)}
+    for parameter in model.backbone_parameters():
+        parameter.requires_grad_(parameter in kept)
 
 
 def _checkpoint_blocks(model: Classifier) -> None:

@@ -152,7 +152,10 @@ def _load(setup: Setup, inputs: Inputs) -> None:
 def gradients(
     learner: Learner, optimizer: Optimizer, mean: ShareMean, step: Iterable[TrainBatch]
 ) -> tuple[Losses, list[Losses]]:
-    """Forward and backward of this rank's shares of a step; returns what `ShareMean.of` does."""
+    """Forward and backward of this rank's shares of a step; returns what `ShareMean.of` does.
+
+    With SAM the gradients are those uphill of the weights; losses and norm statistics are of the weights as they are.
+    """
 
     def backward(share: TrainBatch) -> Losses:
         parts: Losses = learner(share)
@@ -162,7 +165,17 @@ def gradients(
             torch._foreach_copy_(mean.buffers, kept)
         return {name: part.detach() for name, part in parts.items()}
 
-    return mean.of(step, backward)
+    radius = learner.stage.optimizer.sharpness
+    if radius is None:
+        return mean.of(step, backward)
+    step = list(step)
+    found, statistics = mean.of(step, backward), [buffer.clone() for buffer in mean.buffers]
+    before = optimizer.climb(radius)
+    mean.of(step, backward)
+    optimizer.descend(before)
+    if statistics:
+        torch._foreach_copy_(mean.buffers, statistics)
+    return found
 
 
 class _Meter:

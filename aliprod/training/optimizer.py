@@ -90,6 +90,29 @@ class Optimizer:
         else:
             self._scaler.scale(loss).backward(one)
 
+    @torch.no_grad()
+    def climb(self, radius: float) -> list[Tensor]:
+        """Move the weights ``radius`` along the gradient, where its loss is about the largest (SAM, Foret et al. 2021,
+        equation 2), and free the gradients; not at all where their norm is not finite, which `update` notices.
+
+        Returns:
+            The weights from before, for `descend`.
+        """
+        moved = [p for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in moved if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        share = torch.where(torch.isfinite(norm), radius / (norm + 1e-12), 0.0)
+        before = [p.detach().clone() for p in self.parameters]
+        for parameter, gradient in zip(moved, gradients, strict=True):
+            parameter.add_(torch.where(share > 0, gradient * share, 0.0))
+        self.kernel.zero_grad(set_to_none=True)
+        return before
+
+    @torch.no_grad()
+    def descend(self, before: list[Tensor]) -> None:
+        """Put the weights back to where `climb` found them."""
+        torch._foreach_copy_(self.parameters, before)
+
     def update(self, step: int) -> None:
         """Update the weights once with this step's learning rates, and free the gradients for the next forward pass."""
         for group in self.groups:

@@ -17,8 +17,8 @@ from aliprod.data.loader import Feed, TrainBatch
 from aliprod.data.training_set import LARGEST, SoftLabels, TrainingSet, training_set
 from aliprod.inference.predict import BATCH, precision, predict
 from aliprod.models.classifier import Classifier, normalisation
-from aliprod.objectives import needs_of
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Part, Stage, Views, without_training
+from aliprod.recipe.options import needs
 from aliprod.training import loop
 from aliprod.training.learner import Setup, place, set_up
 from aliprod.training.optimizer import Optimizer
@@ -103,13 +103,13 @@ def measure_prediction(
     """Measure the prediction of training images, over so many batches after those that fill the loader."""
     here, processes = place(without_training(machine)), machine.loader_processes
     _forget_peak_memory()
-    branches = needs_of(stage.objective.name).branches
-    model = Classifier(network, catalogue.num_classes, branches=branches, crop=stage.crop).eval()
+    asked, (resize, crop) = needs(stage.objective.name, stage.objective.options), stage.test_view
+    model = Classifier(network, catalogue.num_classes, branches=asked.branches, crop=crop).eval()
     model = model.to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     feed = Feed(here.device, *normalisation(network), processes=processes, dtype=precision(here.device))
     before = 1 + 2 * processes  # a process reads two batches ahead
     images = catalogue.train.take(np.resize(np.arange(len(catalogue.train)), (before + batches) * BATCH[views]))
-    blocks = predict(model, images, stage.resize, stage.crop, views, feed)
+    blocks = predict(model, images, resize, crop, views, feed)
     for _ in islice(blocks, before):
         pass
     began = time.perf_counter()
@@ -131,7 +131,7 @@ def _forget_peak_memory() -> None:
 
 def _taught(data: TrainingSet, stage: Stage, num_classes: int) -> TrainingSet:
     """With soft labels of as many teachers as the stage has, where its objective learns from them."""
-    if not needs_of(stage.objective.name).teacher:
+    if not needs(stage.objective.name).teacher:
         return data
     places = np.arange(len(data.images))
     classes = np.tile(np.arange(min(LARGEST, num_classes), dtype=np.int32), (len(places), 1))

@@ -56,6 +56,12 @@ def test_what_has_passed_is_not_asked_again_and_what_is_new_or_was_refused_is(
             check(other)
 
 
+def test_a_network_of_one_size_takes_no_other_in_tests(check) -> None:
+    with pytest.raises(Refused, match="built for images of one size, not 160, 144") as refused:
+        check("stages.full.test_crop=144")
+    assert "Leave crops and test_crop out" in refused.value.advice
+
+
 def test_a_catalogue_of_one_class_is_refused_with_its_name(tmp_path: Path) -> None:
     for name in ("1.jpg", "2.jpg"):
         (tmp_path / "apple").mkdir(exist_ok=True)

@@ -55,6 +55,13 @@ def assert_same(a: TrainBatch, b: TrainBatch) -> None:
         assert_same(a.second, b.second)
 
 
+def test_progressive_sizes_grow_with_the_epochs(packages: Catalogue) -> None:
+    stage = STAGE.model_copy(update={"crops": (16, 24, 32), "epochs": 7})
+    sides = [next(batches(packages, stage=stage).epoch(epoch)).images.shape[-1] for epoch in range(7)]
+    assert sides == [16, 16, 16, 24, 24, 32, 32]
+    assert [stage.at(epoch).resize for epoch in (0, 3, 6)] == [20, 30, 40]
+
+
 def test_a_batch_holds_the_views_that_seed_epoch_and_image_id_name(packages: Catalogue) -> None:
     loader = batches(packages)
     for batch in loader.epoch(3):

@@ -54,3 +54,23 @@ def test_at_inference_logits_are_scaled_cosines(context):
 def test_a_margin_that_is_no_angle_is_refused(context):
     with pytest.raises(Refused, match="margin = 3"):
         build("arcface", {"margin": 3.0}, context)
+
+
+def test_of_several_centres_the_nearest_counts_in_training_and_at_inference(context):
+    torch.manual_seed(0)
+    needs = build("arcface", {"centres": 3}, context).needs
+    model = Classifier("test_resnet", 7, unit_weights=True, scale=needs.scale, centres=needs.centres).eval()
+    assert model.num_classes == 7
+    features, labels = torch.randn(5, model.num_features, 2, 2), torch.tensor([0, 1, 2, 6, 6])
+    cosines = cosine_similarity(features.mean(dim=(2, 3))[:, None], model.classifier.weight[None], dim=2)
+    nearest = torch.stack([cosines[:, 3 * k : 3 * k + 3].max(dim=1).values for k in range(7)], dim=1)
+    torch.testing.assert_close(model.classify(features), 30 * nearest)
+    found = logits(features.mean(dim=(2, 3)), model.classifier.weight.T, labels, 0.2, 30.0, 3)
+    margined = nearest.scatter(1, labels[:, None], (nearest.gather(1, labels[:, None]).acos() + 0.2).cos())
+    torch.testing.assert_close(found, 30 * margined, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("centres", [0, 17])
+def test_centres_that_no_class_has_are_refused(context, centres):
+    with pytest.raises(Refused, match=f"centres = {centres}"):
+        build("arcface", {"centres": centres}, context)

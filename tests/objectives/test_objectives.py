@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from aliprod.errors import Refused
-from aliprod.objectives import Context, build, needs_of, reduced
-from aliprod.plan import options
+from aliprod.objectives import Context, build, reduced
+from aliprod.recipe import options
 
 NAMES = [
     "accuracy",
@@ -65,15 +65,11 @@ def test_a_weight_counts_in_the_class_loss_alone(name, context, model_for, batch
         torch.testing.assert_close(parts[2][part], value if part in free else 2 * value)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_needs_of_an_objective_are_read_without_importing_it(name):
-    assert options.needs(name) == needs_of(name)
-
-
 @pytest.mark.parametrize(
-    ("name", "given"), [*((name, OPTIONS.get(name, {})) for name in NAMES), ("lio", {"positives": 5})]
+    ("name", "given"),
+    [*((name, OPTIONS.get(name, {})) for name in NAMES), ("lio", {"positives": 5}), ("arcface", {"centres": 3})],
 )
-def test_the_needs_that_options_change_are_read_as_they_are_set(name, given, context):
+def test_the_needs_of_an_objective_are_read_from_its_source_as_they_are_set(name, given, context):
     assert options.needs(name, given) == build(name, given, context).needs
 
 

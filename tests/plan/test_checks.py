@@ -44,6 +44,8 @@ DISTILLED = 'objective = "distillation"'
         ('start = "full"', 'objective = "bbn"'),
         ('start = "full"', 'trains = "classifier"', 'sampler = "class_balanced"'),
         ('trains = "classifier"',),
+        ('start = "full"', 'trains = "norms"', "test_crop = 64"),
+        ("crops = [16, 32]", "crop = 32", "epochs = 2"),
         ('start = "full"', 'duplicates = "teacher"'),
         ('duplicates = "drop"',),
         (DISTILLED, 'teachers = ["resnet/full"]', 'duplicates = "majority"'),
@@ -90,6 +92,19 @@ def test_what_goes_together_is_accepted(load_text: Load, small: str, settings: t
             ('trains = "classifier"', "pretrained = false"),
             "[stages.more]",
             'trains = "classifier" needs a backbone that has learned something: a start, or pretrained = true',
+        ),
+        (('trains = "norms"',), "[stages.more]", 'trains = "norms" needs a classifier that has learned something: a'),
+        (("crops = [16, 48]", "crop = 32", "epochs = 2"), "[stages.more]", "crops = [16, 48]: the last is crop = 32"),
+        (("crops = [16, 32]", "crop = 32", "epochs = 1"), "[stages.more]", "and there is an epoch for each"),
+        (
+            ("crops = [16, 32]", "crop = 32", "epochs = 2", 'objective = { name = "dcl", parts = 1 }'),
+            "[stages.more]",
+            "crops change what dcl looks at, places of one size: leave them out",
+        ),
+        (
+            ("test_crop = 4096", "crop = 32"),
+            "[stages.more]",
+            "with crops and test_crop to more than 4096",
         ),
         (('duplicates = "teacher"',), "[stages.more]", 'duplicates = "teacher" needs a start: it is the teacher'),
         (
@@ -159,13 +174,20 @@ def test_backbones_that_learn_from_each_other_in_a_circle_are_named(load_text: L
             "soup",
             'the network of "net-b3/full" has 1 branches, not 2',
         ),
+        (
+            ('start = "centres"',),
+            'start = "centres"',
+            'of "net-b3/centres" has 3 centres of a class, not 1',
+        ),
     ],
 )
 def test_weights_of_more_branches_than_the_jobs_are_refused(
     load_text: Load, small: str, settings: tuple[str, ...], at: str, says: str
 ) -> None:
-    bbn = '[stages.bbn]\nstart = "full"\nobjective = "bbn"\n\n[stages.more]'
-    text = with_stage(small, *settings).replace("[stages.more]", bbn).replace('"dcl", "more"]', '"dcl", "bbn", "more"]')
+    bbn = '[stages.bbn]\nstart = "full"\nobjective = "bbn"\n\n'
+    bbn += '[stages.centres]\nstart = "full"\nobjective = { name = "arcface", centres = 3 }\n\n[stages.more]'
+    text = with_stage(small, *settings).replace("[stages.more]", bbn)
+    text = text.replace('"dcl", "more"]', '"dcl", "bbn", "centres", "more"]')
     message = refusal(load_text, text)
     assert f"line {line(text, at)}" in message
     assert says in message

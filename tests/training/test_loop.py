@@ -265,6 +265,33 @@ def test_a_stage_that_trains_the_classifier_alone_moves_no_bit_of_the_backbone(
         assert moved == {"classifier.weight"}
 
 
+def test_a_stage_that_trains_the_norms_goes_on_with_the_classifier_it_is_given(
+    packages: Catalogue, stage: Stage, tmp_path: Path
+) -> None:
+    start = untrained(tmp_path / "parent", packages, 0)
+    before = weights.read(start)
+    still = changed(stage, start="full", trains="norms", ema=None, epochs=1, lr={"backbone": 1e-30, "heads": 1e-30})
+    *_, last = train(still, NETWORK, packages, Inputs(start=start))
+    assert torch.equal(last.last.tensors["classifier.weight"], before["classifier.weight"])
+    *_, last = train(changed(stage, start="full", trains="norms", ema=None), NETWORK, packages, Inputs(start=start))
+    moved = {name for name, tensor in last.last.tensors.items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name, tensor in before.items() if tensor.ndim != 4}  # all but the convolutions
+
+
+def test_a_stage_is_scored_and_predicts_at_its_own_size_of_tests(packages: Catalogue, stage: Stage) -> None:
+    stage = changed(stage, epochs=1, test_crop=48, ema=None)
+    assert stage.test_view == (60, 48)
+    setup = learner.set_up(stage, NETWORK, packages, Machine())
+    *_, last = steps(setup)
+    expected = setup.top1_errors()
+    setup.learner.model.load_state_dict(last.last.tensors)
+    labels, feed = torch.from_numpy(packages.val.labels), setup.feed
+    setup.learner.model.eval()
+    found = torch.cat([block for _, block in predict(setup.learner.model, packages.val, 60, 48, "center", feed)])
+    error = mean_class_error(labels, found.argmax(dim=1), packages.num_classes)
+    assert expected["val/top1_error"] == pytest.approx(float(error))
+
+
 def test_the_classifier_alone_is_drawn_anew_whatever_the_parents_is(
     packages: Catalogue, stage: Stage, tmp_path: Path
 ) -> None:

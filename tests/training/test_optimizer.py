@@ -137,6 +137,32 @@ def test_a_large_gradient_keeps_its_direction_and_is_cut_to_the_norm(
         torch.testing.assert_close(parameter.detach(), before[name] - rate_of(name) * each, rtol=1e-4, atol=1e-6)
 
 
+def test_sam_descends_by_the_gradient_of_weights_moved_uphill(packages: Catalogue) -> None:
+    """Of |w|^2: e = r 2w / |2w|, and the gradient there is 2 (w + e) (Foret et al. 2021, equations 2 and 3)."""
+    learner, optimizer = built(packages, momentum=0.0, weight_decay=0.0, clip_norm=None)
+    before = copied(learner)
+    norm = torch.cat([weight.flatten() for weight in before.values()]).norm()
+    optimizer.backward(sum(p.square().sum() for p in learner.parameters()))
+    kept = optimizer.climb(0.5)
+    for name, parameter in learner.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 + 0.5 / norm))
+    optimizer.backward(sum(p.square().sum() for p in learner.parameters()))
+    optimizer.descend(kept)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in learner.named_parameters())
+    optimizer.update(0)
+    for name, parameter in learner.named_parameters():
+        gradient = 2 * before[name] * (1 + 0.5 / norm)
+        torch.testing.assert_close(parameter.detach(), before[name] - rate_of(name) * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_sam_leaves_the_weights_where_a_gradient_is_not_finite(packages: Catalogue) -> None:
+    learner, optimizer = built(packages)
+    before = copied(learner)
+    optimizer.backward(sum(p.sum() for p in learner.parameters()) * math.inf)
+    optimizer.climb(0.5)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in learner.named_parameters())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("good_steps", [0, 2])
 def test_a_bad_step_and_all_after_it_leave_every_bit_of_the_weights(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, create_model
 
 from aliprod.errors import Refused
-from aliprod.recipe import Frozen, Needs
+from aliprod.recipe.settings import Frozen, Needs
 
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
 _ARITHMETIC = ast.Constant | ast.Name | ast.BinOp | ast.UnaryOp | ast.BoolOp | ast.Compare | ast.IfExp

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from aliprod.errors import Refused
-from aliprod.plan.options import complete, names, needs, options
 from aliprod.recipe import Needs
+from aliprod.recipe.options import complete, names, needs, options
 
 MARGIN = """
 import torch_that_is_not_there
