@@ -14,8 +14,9 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def main() -> None:
     catalogue = sources.read(asked.catalogue)
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(asked.seeds):
-        jobs = run(asked.catalogue, asked.storage, seed)
+        jobs = run(PLAN, asked.storage, settings(asked.catalogue, seed))
         errors = {
             name: test_error(asked.storage / "jobs" / name / job["key"] / "weights", catalogue)
             for name, job in jobs.items()
@@ -95,11 +96,11 @@ def main() -> None:
     show(found)
 
 
-def run(catalogue: Path, storage: Path, seed: int) -> dict[str, dict[str, object]]:
-    """Run the plan with one seed; its jobs by name, as `aliprod plan --json` lists them."""
-    sets = [word for setting in settings(catalogue, seed) for word in ("--set", setting)]
+def run(plan: Path, storage: Path, settings: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Run a plan with settings; its jobs by name, as `aliprod plan --json` lists them."""
+    sets = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "aliprod"]
-    where = [str(PLAN), "--storage", str(storage), *sets]
+    where = [str(plan), "--storage", str(storage), *sets]
     if subprocess.run([*command, "run", *where], check=False).returncode:
         sys.exit("the plan did not run to its end")
     listed = subprocess.check_output([*command, "plan", *where, "--json"], text=True)
