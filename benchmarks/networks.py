@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,12 +22,19 @@ from unittest.mock import patch
 
 import timm
 import torch
+from PIL import Image
 from timm.models import list_modules
 
-from aliprod.data.loader import TrainBatch
+from aliprod.data.loader import Feed, TrainBatch
 from aliprod.errors import Refused
-from aliprod.models.classifier import Classifier, _backbone, _made, check_network, own_size
+from aliprod.export import formats
+from aliprod.export.whole import WholeModel
+from aliprod.inference.classify import Recogniser
+from aliprod.inference.predict import Ready
+from aliprod.models.classifier import Classifier, _backbone, _made, check_network, normalisation, own_size
+from aliprod.models.weights import Classes, Config
 from aliprod.objectives import Context, build
+from aliprod.store.lineage import Voice
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ROOT / "aliprod/plan/networks.txt"
@@ -168,6 +176,25 @@ def works(network: str, size: int, name: str) -> str:
         return f"**{type(error).__name__}**: {str(error).splitlines()[0]}"
 
 
+def exports(network: str, size: int) -> bool:
+    """Whether `torch.export` makes a file of it that predicts as it does, two pictures and three."""
+    config = Config(network, *normalisation(network), resize=size, crop=size)
+    torch.manual_seed(0)
+    feed = Feed(torch.device("cpu"), config.mean, config.std, config.interpolation)
+    member = Ready(Classifier(network, 3, crop=size).eval(), config, Classes((0, 1, 2)), feed)
+    whole = WholeModel(Recogniser((Voice(Path()),), (member,), "center", 3))
+    pictures = [Image.effect_noise((size, size), sigma).convert("RGB") for sigma in (20, 60, 100)]
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            answers = formats.write(Path(folder), whole, "torch")
+            return all(
+                torch.allclose(answers(pictures[:count]), whole(*whole.squared(pictures[:count])), atol=1e-4)
+                for count in (2, 3)
+            )
+    except Exception:  # noqa: BLE001  a survey ends with no network
+        return False
+
+
 def survey(cache: Path) -> None:
     """Write the page; what the cache has is not tried again."""
     known = dict(map(json.loads, cache.read_text().splitlines())) if cache.exists() else {}
@@ -178,7 +205,7 @@ def survey(cache: Path) -> None:
                 fits = [size for size, why in sizes.items() if not why]
                 dcl, lio = ("" in (works(network, size, name) for size in fits) for name in ("dcl", "lio"))
                 known[network] = {"family": family, "millions": parameters(network) / 1e6, "own": own_size(network)}
-                known[network] |= {"sizes": sizes, "dcl": dcl, "lio": lio}
+                known[network] |= {"sizes": sizes, "dcl": dcl, "lio": lio, "export": exports(network, fits[0])}
                 file.write(json.dumps([network, known[network]]) + "\n")
                 file.flush()
     PAGE.write_text(page({name: json.loads(json.dumps(row)) for name, row in known.items()}), encoding="utf-8")
@@ -190,14 +217,15 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     for network, row in sorted(rows.items(), key=lambda named: named[1]["family"]):
         at = ", ".join(size for size, why in row["sizes"].items() if not why) or "none"
         reasons |= {f"{network}, {size}": why for size, why in row["sizes"].items() if why}
-        words = ["yes" if row[name] else "no" for name in ("dcl", "lio")]
+        words = ["yes" if row[name] else "no" for name in ("dcl", "lio", "export")]
         cells = (row["family"], f"`{network}`", f"{row['millions']:.1f}", str(row["own"]), at, *words)
         lines.append(f"| {' | '.join(cells)} |")
     whole = [row for row in rows.values() if any(not why for why in row["sizes"].values())]
     at_all = sum(not any(row["sizes"].values()) for row in rows.values())
     maps = sum(row["dcl"] and row["lio"] for row in whole)
     tried = f"{len(rows)} of {len(families())} families have one: {len(whole)} of {len(rows)} train and predict"
-    counts = f"{tried}, {at_all} of them at every size, {maps} also with DCL and LIO."
+    out = sum(row["export"] for row in whole)
+    counts = f"{tried}, {at_all} of them at every size, {maps} also with DCL and LIO; {out} are exported (torch)."
     body = "\n".join(lines)
     why = "\n".join(
         f"- `{name.partition(',')[0]}` at{name.partition(',')[2]}: {text}" for name, text in reasons.items()
@@ -209,13 +237,13 @@ _HEAD = """# Networks
 
 Made by `python benchmarks/networks.py survey` with timm {timm}: of each family (module of `timm.models`) the network
 with the fewest parameters, below 100 million, drawn anew, forward and backward on two images and a prediction, at 64,
-96, 224 pixels and its own size; DCL and LIO at the smallest that goes. {counts}
+96, 224 pixels and its own size; DCL, LIO and `export --to torch` at the smallest that goes. {counts}
 
 Any other name of `timm.list_models()` may be tried: before a GPU is held, `aliprod run` asks the network itself whether
 it takes the `crop` of each of its stages, and `aliprod plan` looks into `aliprod/models/networks.json`.
 
-| family | network | million parameters | own size | trains and predicts at | DCL | LIO |
-|---|---|---|---|---|---|---|
+| family | network | million parameters | own size | trains and predicts at | DCL | LIO | export |
+|---|---|---|---|---|---|---|---|
 """
 _REFUSED = """
 ## What is refused
