@@ -109,6 +109,7 @@ class Log:
     report: Callable[[Trial], None]
 
     def __post_init__(self) -> None:
+        commit.refresh(self.file.parent)
         try:
             read = TypeAdapter(list[Trial]).validate_json(self.file.read_bytes())
         except (OSError, ValueError):  # there is none, or it is no such file

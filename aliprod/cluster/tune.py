@@ -71,6 +71,7 @@ def search(request: Request, name: str, report: Callable[[Trial], None]) -> Foun
         Refused: no such job, one that cannot be searched for, settings that it cannot have, or no val images.
         Failed: its parent is not trained yet, or a trial that the answer needs came to no end.
         Unreachable: the cluster, or the storage path.
+        KeyboardInterrupt: it was told to stop.
     """
     opened = prepare(request)
     _check_searchable(opened, name)
@@ -158,6 +159,8 @@ class _Bench:
             halving: stop bad trials, and begin none once the hours are spent; else keep what is taken for what.
         Returns:
             A trial for each stage, ended or not, and what those said that came to no end.
+        Raises:
+            KeyboardInterrupt: it was told to stop.
         """
         cluster, machines = self.site.cluster, session.machines(self.site.cluster)
         wanted = [trial_of(stage, self.search) for stage in stages]
@@ -178,6 +181,8 @@ class _Bench:
                     run_config=tune.RunConfig(storage_path=folder, verbose=0),
                 ).fit()
             said = [str(error).strip().splitlines()[-1] for error in grid.errors]
+            if not listed.is_over() or listed.broken_off() > len(said):
+                raise KeyboardInterrupt  # Ray has taken it for its own
         return [self.log.trials.get(one.stage, one) for one in wanted], said
 
 
@@ -199,6 +204,11 @@ class _Listed(Searcher):
     def is_over(self) -> bool:
         """Whether no other trial begins: all have, or what is left of the hours is for the finalists."""
         return not self.left or is_spent([self.log.trials.get(one.stage, one) for one in self.wanted], self.recipe)
+
+    def broken_off(self) -> int:
+        """How many have begun and not ended."""
+        begun = [self.wanted[number] for number in self.numbers.values()]
+        return sum(not self.log.trials.get(trial.stage, trial).ended for trial in begun)
 
     def suggest(self, trial_id: str) -> Any:
         if self.is_over():
@@ -268,7 +278,7 @@ def _try(drawn: dict[str, Any], stages: Sequence[Stage], target: Target, site: S
         for event in steps(setup, inputs):
             if isinstance(event, Progress) and event.last is not None:
                 best = event.state.best or event.last
-                said["errors"].append(best.top1_error)
+                said["errors"] = [*said["errors"], best.top1_error]
                 said["last"] = event.state.epoch == stage.epochs
                 said["wrong"] = _wrong(setup, best) if looks and said["last"] else []
                 tune.report({"top1_error": best.top1_error, **said})

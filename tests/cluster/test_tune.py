@@ -1,5 +1,6 @@
 """What a search tries and how it judges, without a cluster: stages, stops, hours, the log, finalists, the answer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +127,14 @@ def test_what_an_interrupt_ends_begins_anew_and_its_seconds_count(tmp_path: Path
 def test_a_log_that_is_none_is_as_good_as_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "log.json").write_bytes(content)
     assert log(tmp_path).trials == {}
+
+
+def test_a_search_goes_on_on_another_machine_where_storage_is_a_bucket(machines: Callable[[str], Path]) -> None:
+    for name, number in (("a", 1), ("b", 2)):
+        listed = _Listed(trials(4), log(machines(name) / "tune"), Tune())
+        assert len(listed.left) == 5 - number
+        suggest(listed, name)
+        listed.on_trial_complete(name, result(0.5, 0.4, last=True))
 
 
 def test_a_trial_that_names_images_that_are_not_there_is_left_out(tmp_path: Path) -> None:
