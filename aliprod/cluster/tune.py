@@ -4,6 +4,7 @@ What has ended lies in STORAGE/tune as JSON. Ray's own state of an experiment is
 thrown away, and is never restored.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -83,6 +84,7 @@ def search(request: Request, name: str, report: Callable[[Trial], None]) -> Foun
     file = site.storage / TUNE / f"{name.replace('/', '.')}-{str(target.key)[:12]}.json"
     log = Log(file, len(labels), report)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # it prints tables whatever ``verbose`` says
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # told to stop, it says how to restore its own state
     try:
         session.join(opened.places.address)
         site = replace(site, cluster=with_cpus(site.cluster, session.machines(site.cluster)))
