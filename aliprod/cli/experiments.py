@@ -1,9 +1,10 @@
-"""The commands that try things out: how fast this machine is, which learning rates are best."""
+"""The commands that try things out: how fast this machine is, which settings are best."""
 
-import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,10 +12,13 @@ from click.core import ParameterSource
 
 from aliprod.cli.completion import jobs, plans
 from aliprod.cli.flags import Asked, answer, count, json_flag, path, say, sets_flag, storage_flag, takes, takes_plan
-from aliprod.errors import Refused
+from aliprod.errors import Refused, listing
+from aliprod.plan.source import toml_of
 
 if TYPE_CHECKING:
-    from aliprod.cluster.tune import Found, Trial
+    from aliprod.cluster.trials import Trial
+    from aliprod.cluster.tune import Found
+    from aliprod.ensemble.gains import Gain
     from aliprod.recipe import Part
 
 
@@ -70,28 +74,27 @@ def benchmark_command(
 @takes_plan
 @click.argument("job", shell_complete=jobs)
 def tune_command(asked: Asked, job: str) -> None:
-    """Search for the learning rates of a job, BACKBONE/STAGE.
+    """Search for settings of a job, BACKBONE/STAGE.
 
-    In short trainings on few images a class.
+    In short trainings on few images a class; the best are trained again with other seeds, and told with what they gain.
 
-    What it tries stands in the plan's table [tune]. Nothing of the plan changes: the answer is what to give to --set.
+    What it tries stands in the plan's table [tune]: by default learning rates. Nothing of the plan changes: the answer
+    is a line for it, or that nothing beat what you have.
 
     \b
     Example: aliprod tune jobs/aliproducts.toml resnet50/dcl --set tune.trials=16
     """
     request = asked.request()
     from aliprod.cluster.tune import search
-    from aliprod.report.status import table
 
     found = search(request, job, _say_trial)
-    best = found.trials[0]
-    override = f'overrides."{job}".lr={{ backbone = {best.backbone:.3g}, heads = {best.heads:.3g} }}'
-    rows = [[f"{trial.backbone:.3g}", f"{trial.heads:.3g}", _error(trial)] for trial in found.trials]
-    trials = [asdict(trial) for trial in found.trials]
-    answer(
-        {"job": job, "trials": trials, "own": asdict(found.own), "best": trials[0], "set": override},
-        f"{table(rows, ['backbone', 'heads', 'top-1 error on val'])}\n{_verdict(found, override)}",
-    )
+    finalists = [{"settings": trial.settings, **asdict(gain)} for trial, gain in found.finalists]
+    told = asdict(found) | {"finalists": finalists, "set": None, "toml": None}
+    if found.override is not None:
+        lines = [f"{name} = {toml_of(value)}" for name, value in found.override.items()]
+        told["set"] = f'overrides."{job}"={toml_of(found.override)}'
+        told["toml"] = "\n".join([f'[overrides."{job}"]', *lines])
+    answer(told, "\n\n".join(part for part in (_tables(found), _verdict(found, told["set"], told["toml"])) if part))
 
 
 def _benchmark_plan(part: "Part", asked: Asked, steps: int) -> None:
@@ -141,23 +144,49 @@ def _sentence(found: Mapping[str, Any]) -> str:
 
 
 def _say_trial(trial: "Trial") -> None:
-    say(f"lr.backbone {trial.backbone:.3g}, lr.heads {trial.heads:.3g}: {_error(trial)}")
+    settings = ", ".join(f"{name} {cell}" for name, cell in zip(trial.settings, _cells(trial), strict=True))
+    say(f"{settings}, seed {trial.seed}: {_error(trial)}")
+
+
+def _cells(trial: "Trial") -> list[str]:
+    return ["-" if value is None else toml_of(value) for value in trial.settings.values()]
 
 
 def _error(trial: "Trial") -> str:
-    return "diverged" if trial.top1_error is None else f"{trial.top1_error:.2%}"
+    epochs = f"{len(trial.errors)} epoch{'' if len(trial.errors) == 1 else 's'}"
+    return f"diverged after {epochs}" if trial.diverged else f"{trial.top1_error:.2%} after {epochs}"
 
 
-def _verdict(found: "Found", override: str) -> str:
-    """Whether the best is better than chance would have it."""
-    best, own = found.trials[0].top1_error, found.own.top1_error
+def _tables(found: "Found") -> str:
+    """All trials, and the finalists."""
+    from aliprod.report.status import table
+
+    names = list(found.own.settings)
+    trials = table([[*_cells(trial), _error(trial)] for trial in found.trials], [*names, "top-1 error on val"])
+    rows = [[*_cells(trial), f"{fmean(gain.errors):.2%}", _points(gain)] for trial, gain in found.finalists]
+    return trials + ("\n\n" + table(rows, [*names, "with other seeds", "gain"]) if rows else "")
+
+
+def _points(gain: "Gain") -> str:
+    low, high = gain.interval
+    return f"{100 * gain.gain:.1f} points (95 %: {100 * low:.1f} to {100 * high:.1f})"
+
+
+def _verdict(found: "Found", override: str | None, toml: str | None) -> str:
+    """What to do, and what was left out."""
+    gained = [gain for _, gain in found.finalists]
+    best = max(gained, key=lambda gain: (override is None or gain.interval[0] > 0, gain.gain), default=None)
+    others, own = len(found.trials) - 1, "diverged" if found.own.diverged else f"had {found.own.top1_error:.2%}"
     if best is None:
-        return "All of them diverged: lower the stage's lr, or raise tune.span."
-    if best == own:
-        return "None was better than the plan's own."
-    noise = math.sqrt(best * (1 - best) / found.images)
-    said = f"The plan's own {'diverged' if own is None else f'had {own:.2%}'}; one standard error on {found.images:,} "
-    said += f"images is {noise:.2%}. "
-    if own is not None and own - best <= noise:
-        return f"{said}None beat the plan's own by more than that: keep what you have."
-    return f"{said}To take the best: --set '{override}'"
+        said = f"Nothing beat what you have: the plan's own settings {own}, and none of {others} others had less."
+    elif override is None:
+        said = f"Nothing beat what you have: the best of {others} others gained {_points(best)} with other seeds."
+    else:
+        error = fmean(best.errors)
+        said = (
+            f"Gain {_points(best)}, with {len(best.errors)} other seeds: a top-1 error of {error:.2%} on val, not of "
+        )
+        said += f"{error + best.gain:.2%}. To take it: --set {shlex.quote(override)}\nor in the plan:\n\n{toml}\n"
+    left = f"{found.left} trials were not begun: tune.hours is spent." if found.left else ""
+    failed = f"{len(found.failed)} came to no end, and are tried by the same command again: {listing(found.failed, 1)}"
+    return "\n".join([said, *([left] if left else []), *([failed] if found.failed else [])])

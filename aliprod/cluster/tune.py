@@ -1,107 +1,132 @@
-"""The search for a job's learning rates: short trainings on few images, side by side on the cluster, by Ray Tune.
+"""The search for a job's settings: short trainings on few images, side by side on the cluster, by Ray Tune.
 
 What has ended lies in STORAGE/tune as JSON. Ray's own state of an experiment is pickles: it gets a folder that is
 thrown away, and is never restored.
 """
 
-import json
+import logging
 import os
-import random
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import ray
-from pydantic import TypeAdapter
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
 
 from aliprod.build.graph import targets
 from aliprod.build.preflight import make_first, prepare
-from aliprod.build.room import uses_gpu, with_cpus
-from aliprod.build.target import Site, Target
+from aliprod.build.room import slots, uses_gpu, with_cpus
+from aliprod.build.target import Resources, Site, Target
 from aliprod.build.trainings import inputs_of
+from aliprod.catalogue.catalogue import Integers
 from aliprod.cluster import session
+from aliprod.cluster.trials import Log, Trial, drawn_stages, finalists, is_spent, judged, search_of, short, trial_of
+from aliprod.ensemble.gains import Gain
 from aliprod.errors import Failed, NonFiniteLoss, Refused, did_you_mean
 from aliprod.plan.open import Opened, Request
-from aliprod.plan.schema import Tune
-from aliprod.recipe import PerClass, Stage
-from aliprod.store import commit
-from aliprod.store.epochs import TOP1
-from aliprod.store.keys import key_of
+from aliprod.plan.schema import Plan, Tune
+from aliprod.recipe import Stage
 from aliprod.store.layout import TUNE
 
-
-@dataclass(frozen=True)
-class Trial:
-    """Learning rates and the top-1 error on val that they led to, 0 to 1; ``top1_error`` None: the loss diverged."""
-
-    backbone: float
-    heads: float
-    top1_error: float | None
+if TYPE_CHECKING:
+    from aliprod.training.candidates import Candidate
+    from aliprod.training.learner import Setup
 
 
 @dataclass(frozen=True)
 class Found:
-    """The trials, the best first; of those with the same error the one nearest to the plan's own rates.
+    """What a search has found.
 
     Attributes:
-        own: with the plan's own rates.
-        images: of val, for the standard error of a trial's error.
+        own: with the plan's own settings.
+        trials: all that have ended, the best first; those that were stopped behind the others.
+        epochs: of a trial that was not stopped.
+        finalists: those that were better than the plan's own, and what each gained when it was trained again.
+        override: the job's table of overrides with the best settings; None: nothing beat the plan's own.
+        left: trials that were not begun, since the hours were spent.
+        failed: why others came to no end; the same command tries them again.
     """
 
     job: str
-    trials: tuple[Trial, ...]
     own: Trial
-    images: int
+    trials: tuple[Trial, ...]
+    epochs: int
+    finalists: tuple[tuple[Trial, Gain], ...]
+    override: dict[str, Any] | None
+    left: int
+    failed: tuple[str, ...]
+    hours: float
 
 
 def search(request: Request, name: str, report: Callable[[Trial], None]) -> Found:
-    """Try learning rates for one job of a plan; a search that was broken off goes on.
+    """Search for settings of one job of a plan; a search that was broken off goes on.
 
     Args:
         report: called with each trial that has ended.
     Raises:
-        Refused: no such job, one that cannot be searched for, or no val images.
-        Failed: its parent is not trained yet, or no trial came to its end.
+        Refused: no such job, one that cannot be searched for, settings that it cannot have, or no val images.
+        Failed: its parent is not trained yet, or a trial that the answer needs came to no end.
         Unreachable: the cluster, or the storage path.
+        KeyboardInterrupt: it was told to stop.
     """
     opened = prepare(request)
     _check_searchable(opened, name)
+    drawn = drawn_stages(opened.plan, name)
     target = targets(opened, gpu=False)[name]
     site = Site.of(opened)
     make_first(opened, [t for t in target.needed() if t.first and t.record(site.storage) is None], site)
+    labels = opened.read_catalogue().val.labels
+    file = site.storage / TUNE / f"{name.replace('/', '.')}-{str(target.key)[:12]}.json"
+    log = Log(file, len(labels), report)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # it prints tables whatever ``verbose`` says
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # told to stop, it says how to restore its own state
     try:
         session.join(opened.places.address)
         site = replace(site, cluster=with_cpus(site.cluster, session.machines(site.cluster)))
-        trials, first = _tried(target, site, opened.plan.tune, report)
+        bench = _Bench(target, site, opened.plan.tune, search_of(opened.plan, name), log)
+        return _found(opened.plan, bench, drawn, labels)
     finally:
         ray.shutdown()
-    rates = _rates(target.owner.stage)
-    own = next((trial for trial in trials if (trial.backbone, trial.heads) == rates), None)
-    if own is None:
-        raise Failed(f"its own learning rates could not be tried: {first}", name, "The same command goes on.")
-    ordered = sorted(trials, key=lambda trial: (2.0 if trial.top1_error is None else trial.top1_error, trial != own))
-    return Found(name, tuple(ordered), own, len(opened.read_catalogue().val))
 
 
-def short(stage: Stage, recipe: Tune) -> Stage:
-    """A stage of few epochs and few images, with its schedule drawn together in proportion."""
-    epochs = min(stage.epochs, recipe.epochs)
-    shrink = epochs / stage.epochs
-    milestones = {max(1, round(shrink * milestone)) for milestone in stage.lr.milestones}
-    lr = {
-        "warmup_epochs": shrink * stage.lr.warmup_epochs,
-        "warmup_steps": None if stage.lr.warmup_steps is None else max(1, round(shrink * stage.lr.warmup_steps)),
-        "milestones": tuple(sorted(milestone for milestone in milestones if milestone < epochs)),
-    }
-    most = min(recipe.per_class, stage.images.per_class) if isinstance(stage.images, PerClass) else recipe.per_class
-    return stage.model_copy(
-        update={"epochs": epochs, "images": PerClass(per_class=most), "lr": stage.lr.model_copy(update=lr)}
+def _found(plan: Plan, bench: "_Bench", drawn: dict[Stage, dict[str, Any]], labels: Integers) -> Found:
+    """Try stages, and the best of them again with other seeds."""
+    name, recipe, stages = bench.target.name, plan.tune, [short(stage, plan.tune) for stage in drawn]
+    trials, failed = bench.train(stages, halving=True)
+    if not trials[0].ended:
+        raise _no_end("the plan's own settings", name, failed)
+    best = finalists(trials, stages[0].epochs, recipe.finalists)
+    again = list[Trial]()
+    if best:
+        seeds = [stages[0].seed + number for number in range(1, recipe.seeds + 1)]
+        seeded = [stages[place].model_copy(update={"seed": seed}) for place in (0, *best) for seed in seeds]
+        again, said = bench.train(seeded, halving=False)
+        if not all(trial.ended for trial in again):
+            raise _no_end("a finalist", name, said)
+    found = judged(again, labels, recipe.seeds, stages[0].seed) if best else []
+    better = [(gain.gain, place) for place, gain in zip(best, found, strict=True) if gain.interval[0] > 0]
+    settings = list(drawn.values())[max(better)[1]] if better else None
+    ended = [trial for trial in trials if trial.ended]
+    return Found(
+        job=name,
+        own=trials[0],
+        trials=tuple(sorted(ended, key=lambda trial: (trial.diverged, -len(trial.errors), trial.top1_error))),
+        epochs=stages[0].epochs,
+        finalists=tuple((trials[place], gain) for place, gain in zip(best, found, strict=True)),
+        override=None if settings is None else plan.with_settings(name, settings).overrides[name],
+        left=len(trials) - len(ended) - len(failed),
+        failed=tuple(failed),
+        hours=sum(trial.seconds for trial in (*trials, *again)) / 3600,
     )
+
+
+def _no_end(what: str, job: str, said: Sequence[str]) -> Failed:
+    return Failed(f"{what} came to no end: {next(iter(said), 'it was interrupted')}", job, "The same command goes on.")
 
 
 def _check_searchable(opened: Opened, name: str) -> None:
@@ -110,81 +135,165 @@ def _check_searchable(opened: Opened, name: str) -> None:
         raise Refused(f'has no job "{name}".', where, did_you_mean(name, jobs) or f"It has {', '.join(jobs)}.")
     job = jobs[name]
     if job.soup or job.labellers or job.stage.teachers or job.stage.duplicates != "keep":
-        raise Refused("learns from other jobs, or trains nothing: its rates are not searched for.", name)
+        raise Refused("learns from other jobs, or trains nothing: its settings are not searched for.", name)
     catalogue = opened.read_catalogue()
     if not len(catalogue.val):
-        raise Refused("has no val images to tell learning rates apart.", catalogue.root, "Hold some back.")
+        raise Refused("has no val images to tell settings apart.", catalogue.root, "Hold some back.")
     if job.start and opened.record(job.start) is None:
         what = f"{job.start}, which it starts from, is not trained yet."
         raise Failed(what, name, "Run the plan, or search it first.")
 
 
-def _tried(target: Target, site: Site, recipe: Tune, report: Callable[[Trial], None]) -> tuple[list[Trial], str]:
-    """All trials that came to their end, now or before, and what the first of the others said, or ''."""
-    job, cluster = target.owner, site.cluster
-    digest = key_of([job.key, recipe.model_dump(mode="json")])
-    log = _Log(site.storage / TUNE / f"{job.name.replace('/', '.')}-{digest[:12]}.json", report)
-    wanted = pairs(_rates(job.stage), recipe, job.stage.seed)
-    log.trials += [trial for trial in log.read() if (trial.backbone, trial.heads) in wanted]
-    done = {(trial.backbone, trial.heads) for trial in log.trials}
-    if not (left := [pair for pair in wanted if pair not in done]):
-        return log.trials, ""
-    resources = {"CPU": float(cluster.threads), "GPU": 1.0 if uses_gpu(cluster, session.machines(cluster)) else 0.0}
-    work = partial(_try, target=target, site=site, stage=short(job.stage, recipe))
-    with tempfile.TemporaryDirectory(prefix="aliprod-tune-") as folder:
-        grid = tune.Tuner(
-            tune.with_resources(work, resources),
-            param_space={"rates": tune.grid_search(left)},
-            tune_config=tune.TuneConfig(max_concurrent_trials=cluster.max_parallel_jobs),
-            run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[log]),
-        ).fit()
-    return log.trials, next((str(error).strip().splitlines()[-1] for error in grid.errors), "")
+@dataclass(frozen=True)
+class _Bench:
+    """Where stages of a job are tried."""
+
+    target: Target
+    site: Site
+    recipe: Tune
+    search: dict[str, Any]
+    log: Log
+
+    def train(self, stages: Sequence[Stage], halving: bool) -> tuple[list[Trial], list[str]]:
+        """Train stages that no trial of the log has trained to its end.
+
+        Args:
+            halving: stop bad trials, and begin none once the hours are spent; else keep what is taken for what.
+        Returns:
+            A trial for each stage, ended or not, and what those said that came to no end.
+        Raises:
+            KeyboardInterrupt: it was told to stop.
+        """
+        cluster, machines = self.site.cluster, session.machines(self.site.cluster)
+        wanted = [trial_of(stage, self.search) for stage in stages]
+        listed = _Listed(wanted, self.log, self.recipe if halving else self.recipe.model_copy(update={"hours": None}))
+        rank, said = Resources(cluster.threads, int(uses_gpu(cluster, machines))), list[str]()
+        if not listed.is_over():
+            work = partial(_try, stages=list(stages), target=self.target, site=self.site, looks=not halving)
+            room = sum(slots(node.resources, rank) for node in machines)
+            with tempfile.TemporaryDirectory(prefix="aliprod-tune-") as folder:
+                grid = tune.Tuner(
+                    tune.with_resources(work, {"CPU": float(rank.cpus), "GPU": float(rank.gpus)}),
+                    tune_config=tune.TuneConfig(
+                        search_alg=listed,
+                        scheduler=_Halving(listed, stages[0].epochs) if halving else None,
+                        num_samples=len(stages),
+                        max_concurrent_trials=max(1, min(room, cluster.max_parallel_jobs or room)),
+                    ),
+                    run_config=tune.RunConfig(storage_path=folder, verbose=0),
+                ).fit()
+            said = [str(error).strip().splitlines()[-1] for error in grid.errors]
+            if not listed.is_over() or listed.broken_off() > len(said):
+                raise KeyboardInterrupt  # Ray has taken it for its own
+        return [self.log.trials.get(one.stage, one) for one in wanted], said
 
 
-def pairs(own: tuple[float, float], recipe: Tune, seed: int) -> list[tuple[float, float]]:
-    """The learning rates to be tried, of backbone and heads: the stage's own, then log-uniform ones around them."""
-    draw = random.Random(seed)
-    around = ([rate * recipe.span ** draw.uniform(-1, 1) for rate in own] for _ in range(recipe.trials - 1))
-    return [own, *((backbone, heads) for backbone, heads in around)]
+class _Listed(Searcher):
+    """Suggests trials in their order, and keeps what comes of them.
+
+    Args:
+        wanted: the first has the plan's own settings.
+    """
+
+    def __init__(self, wanted: Sequence[Trial], log: Log, recipe: Tune) -> None:
+        super().__init__(metric="top1_error", mode="min")
+        self.wanted, self.log, self.recipe = wanted, log, recipe
+        self.before = [log.trials.get(one.stage, one) for one in wanted]
+        self.left = [number for number, trial in enumerate(self.before) if not trial.ended]
+        self.numbers = dict[str, int]()
+        self.stopped = set[int]()
+
+    def is_over(self) -> bool:
+        """Whether no other trial begins: all have, or what is left of the hours is for the finalists."""
+        return not self.left or is_spent([self.log.trials.get(one.stage, one) for one in self.wanted], self.recipe)
+
+    def broken_off(self) -> int:
+        """How many have begun and not ended."""
+        begun = [self.wanted[number] for number in self.numbers.values()]
+        return sum(not self.log.trials.get(trial.stage, trial).ended for trial in begun)
+
+    def suggest(self, trial_id: str) -> Any:
+        if self.is_over():
+            return Searcher.FINISHED
+        self.numbers[trial_id] = self.left.pop(0)
+        return {"number": self.numbers[trial_id]}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: all that a search goes on from is in the log."""
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._keep(trial_id, result, ended=False)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if not error and result and "errors" in result:
+            last = result["diverged"] or result["last"] or self.numbers[trial_id] in self.stopped
+            self._keep(trial_id, result, ended=last)  # else it is an interrupt that ended it
+
+    def _keep(self, trial_id: str, result: dict[str, Any], ended: bool) -> None:
+        number = self.numbers[trial_id]
+        trial = replace(
+            self.wanted[number],
+            errors=tuple(result["errors"]),
+            seconds=self.before[number].seconds + result["time_total_s"],
+            ended=ended,
+            diverged=result["diverged"],
+            wrong=tuple(result["wrong"]),
+        )
+        self.log.keep(trial)
 
 
-@dataclass
-class _Log(tune.Callback):
-    """The trials that have ended, in a file that is written anew after each."""
+class _Halving(ASHAScheduler):
+    """ASHA (Li et al., MLSys 2020), which is told of the trials that ended before, and never stops the plan's own
+    settings, with which all are compared."""
 
-    file: Path
-    report: Callable[[Trial], None]
-    trials: list[Trial] = field(default_factory=list)
+    def __init__(self, listed: _Listed, epochs: int) -> None:
+        recipe = listed.recipe
+        grace, factor = min(epochs, recipe.grace_period), recipe.reduction_factor
+        super().__init__("training_iteration", "top1_error", "min", epochs, grace, factor)
+        self.listed = listed
+        nobody: Any = None
+        for trial in (one for one in listed.before if one.ended):
+            stand_in: Any = SimpleNamespace(trial_id=trial.stage)
+            self.on_trial_add(nobody, stand_in)
+            for epoch, error in enumerate([*trial.errors, *([1.0] if trial.diverged else [])], 1):
+                super().on_trial_result(nobody, stand_in, {"training_iteration": epoch, "top1_error": error})
 
-    def read(self) -> list[Trial]:
-        """What an earlier search has left; nothing where that is no such file."""
-        try:
-            return TypeAdapter(list[Trial]).validate_json(self.file.read_bytes())
-        except (OSError, ValueError):
-            return []
-
-    def on_trial_complete(self, *_: Any, **info: Any) -> None:
-        backbone, heads = info["trial"].config["rates"]
-        trial = Trial(backbone, heads, (info["trial"].last_result or {}).get("top1_error"))
-        self.trials.append(trial)
-        commit.write_file(self.file, json.dumps([asdict(one) for one in self.trials], indent=1))
-        self.report(trial)
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = str(super().on_trial_result(tune_controller, trial, result))
+        if trial.config["number"] == 0:
+            return self.CONTINUE
+        if decision == self.STOP:
+            self.listed.stopped.add(trial.config["number"])
+        return decision
 
 
-def _try(drawn: dict[str, Any], target: Target, site: Site, stage: Stage) -> None:
-    """Train with these rates; an error an epoch, and none where the loss diverged."""
-    from aliprod.training.loop import train
+def _try(drawn: dict[str, Any], stages: Sequence[Stage], target: Target, site: Site, looks: bool) -> None:
+    """Train a stage and report its errors behind each epoch, and where the loss diverged."""
+    from aliprod.data.training_set import training_set
+    from aliprod.training.learner import set_up
+    from aliprod.training.loop import Progress, steps
 
-    backbone, heads = drawn["rates"]
-    stage = stage.model_copy(update={"lr": stage.lr.model_copy(update={"backbone": backbone, "heads": heads})})
-    catalogue, inputs = site.read(), inputs_of(target, site)
+    stage, catalogue, inputs = stages[drawn["number"]], site.read(), inputs_of(target, site)
+    setup = set_up(stage, target.owner.network, catalogue, site.cluster, training_set(catalogue, stage, inputs))
+    said: dict[str, Any] = {"errors": [], "wrong": [], "diverged": False, "last": False}
     try:
-        for progress in train(stage, target.owner.network, catalogue, inputs, site.cluster):
-            if progress.last is not None:
-                tune.report({"top1_error": progress.metrics[TOP1]})
+        for event in steps(setup, inputs):
+            if isinstance(event, Progress) and event.last is not None:
+                best = event.state.best or event.last
+                said["errors"] = [*said["errors"], best.top1_error]
+                said["last"] = event.state.epoch == stage.epochs
+                said["wrong"] = _wrong(setup, best) if looks and said["last"] else []
+                tune.report({"top1_error": best.top1_error, **said})
     except NonFiniteLoss:
-        tune.report({"top1_error": None})
+        tune.report({"top1_error": 1.0, **said, "diverged": True})
 
 
-def _rates(stage: Stage) -> tuple[float, float]:
-    return stage.lr.backbone, stage.lr.heads
+def _wrong(setup: "Setup", best: "Candidate") -> list[int]:
+    """Rows of val that weights take for another class, by the centre crop as ever."""
+    from aliprod.inference.predict import predict
+
+    model, val, stage = setup.learner.model, setup.catalogue.val, setup.learner.stage
+    model.load_state_dict(best.tensors)
+    blocks = predict(model.eval(), val, *stage.test_view, "center", setup.feed)
+    looked = [(rows, probabilities.argmax(dim=1).numpy()) for rows, probabilities in blocks]
+    return [int(row) for rows, guesses in looked for row in rows[guesses != val.labels[rows]]]

@@ -111,13 +111,19 @@ def _predicted(ensemble: MatchedMembers, weightings: Floats, places: Places) -> 
 def _told(guesses: Places, truth: Places, seed: int) -> _Told:
     """Count the errors of guesses (P, n), and count them again in each draw of the images."""
     errors = [float((score(pa.array(truth), guess) or {"top1_error": np.nan})["top1_error"]) for guess in guesses]
-    wrong, (classes, rows) = (guesses != truth).astype(np.float64), np.unique(truth, return_inverse=True)
-    generator, drawn = np.random.Generator(np.random.PCG64(seed)), np.empty((DRAWS, len(guesses)))
+    return _Told(errors, drawn_errors((guesses != truth).astype(np.float64), truth, seed))
+
+
+def drawn_errors(wrong: Floats, truth: Places, seed: int) -> Floats:
+    """Errors (DRAWS, P), means over classes, of as many draws of the images, the same for each row of ``wrong`` (P, n):
+    1 where an image is taken for another class, 0 where it is not, or a mean of such."""
+    classes, rows = np.unique(truth, return_inverse=True)
+    generator, drawn = np.random.Generator(np.random.PCG64(seed)), np.empty((DRAWS, len(wrong)))
     for draw in drawn:
         times = np.bincount(generator.integers(len(truth), size=len(truth)), minlength=len(truth))
         images = np.bincount(rows, times, len(classes))
         draw[:] = wrong @ (times / images.clip(1)[rows]) / np.count_nonzero(images)
-    return _Told(errors, drawn)
+    return drawn
 
 
 def _interval(drawn: Floats) -> list[float]:

@@ -130,6 +130,18 @@ def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
             yield from _combined(plan, job, keys)
 
 
+def stage_with(plan: Plan, job: str, settings: Settings) -> Stage:
+    """A job's stage with other settings.
+
+    Raises:
+        ValueError: they are not for this stage; says why.
+    """
+    other, parts = plan.with_settings(job, settings), job.split("/", 1)
+    if found := _clashes(other, job, other.layers(*parts)):
+        raise ValueError("; ".join(found))
+    return other.stage(*parts)
+
+
 def remarks(plan: Plan) -> Iterator[str]:
     """What is allowed and does nothing."""
     used = {name for stages in plan.jobs.values() for name in stages}

@@ -10,6 +10,7 @@ import numpy as np
 
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import Unreadable, opened
+from aliprod.plan.source import toml_of
 
 _LOOKED_AT = 64  # pictures whose sizes are read
 _GB = 1e9
@@ -116,8 +117,8 @@ class _Draft:
         yield f"# {few:,} to {max(photographs.counts):,} of each, and a machine of {machine}. Every value is yours to"
         yield "# change: what it changes is trained anew, the rest is kept. docs/plan.md explains each."
         yield from ["format = 1", f"name = {json.dumps(name)}", "seed = 0", "", "[catalogue]"]
-        yield f"path = {_toml(path)}"
-        yield from (f"{key} = {_toml(value)}" for key, value in reading.items())
+        yield f"path = {toml_of(path)}"
+        yield from (f"{key} = {toml_of(value)}" for key, value in reading.items())
         yield from ["", "[backbones]  # our name = timm's name"]
         yield from (f"{ours} = {json.dumps(timm)}" for ours, timm in self.backbones.items())
         yield from self._defaults()
@@ -154,9 +155,3 @@ class _Draft:
             yield from ['start = "full"', f"images = {{ per_class = {self.median} }}"]
             yield f"epochs = {max(2, self.epochs // 2)}"
             yield f'lr = {{ backbone = {0.003 * fresh:g}, heads = 0.03, schedule = "cosine", warmup_epochs = 0.5 }}'
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml(key)} = {_toml(one)}" for key, one in value.items()) + " }"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")  # which JSON leaves bare, and TOML forbids

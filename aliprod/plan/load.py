@@ -3,7 +3,7 @@
 Whether the catalogue is there is asked by who needs it; timm itself by `run`, where it is not the version of the list.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from aliprod.plan.problems import Problem, shape, unknown
 from aliprod.plan.schema import Plan, Settings
 from aliprod.plan.source import MOST_DEPTH, Key, Source, absolute, dotted, odd_values, read, shown
 from aliprod.recipe import Stage, options
+from aliprod.recipe.search import MOST_CHOICES, UNSEARCHED, Range, Way, nested, searched
 
 MOST_PROBLEMS = 20
 _PATHS = (("catalogue", "path"), ("catalogue", "links"), ("cluster", "storage"))
@@ -75,6 +76,7 @@ def _problems(source: Source) -> Iterator[Problem]:
         yield from checks.edges(plan)
         yield from checks.together(plan, wrong)
         yield from checks.members(plan)
+        yield from _search(plan.tune.search, dict.fromkeys(_named_objectives(source.data, plan.tune.search)))
 
 
 def _structure(data: dict[str, Any]) -> tuple[Plan | None, list[Problem]]:
@@ -119,6 +121,48 @@ def _layer(at: Key, table: Settings) -> Iterator[Problem]:
         stage = Stage.model_validate({key: value for key, value in table.items() if key == "objective"})
     if "objective" in table:
         yield from _objective(stage.objective.name, stage.objective.options, (*at, "objective"))
+
+
+def _search(search: Settings, objectives: Iterable[str]) -> Iterator[Problem]:
+    """Settings that no stage has, or that are not searched for; ranges and choices that none can have.
+
+    Args:
+        objectives: those of the plan: an option is one of theirs.
+    """
+    at: Key = ("tune", "search")
+    for way, said in searched(search):
+        key, choices = (*at, *way), said
+        if way[0] in UNSEARCHED:
+            yield Problem(key, f"{dotted(key)} is not searched for: {UNSEARCHED[way[0]]}.")
+            continue
+        if isinstance(said, dict):
+            try:
+                choices = [Range.model_validate(said).low, said["high"]]
+            except ValidationError as error:
+                yield from shape(Range, said, error, key)
+                continue
+        if not isinstance(choices, list) or not 1 <= len(choices) <= MOST_CHOICES:
+            expected = f"a list of 1 to {MOST_CHOICES} choices, or a range {{ low = 1, high = 2 }}"
+            yield Problem(key, f"{dotted(key)} = {shown(said)} must be {expected}.")
+            continue
+        for choice in choices:
+            yield from _choice(at, way, choice, objectives)
+
+
+def _choice(at: Key, way: Way, choice: Any, objectives: Iterable[str]) -> Iterator[Problem]:
+    """What is wrong with a setting of a stage whose other settings are not known."""
+    option = way[0] == "objective" and len(way) > 1 and way != ("objective", "name")
+    tables = [nested({way: choice, ("objective", "name"): name}) for name in objectives] if option else []
+    found = [list(_layer(at, table)) for table in tables or [nested({way: choice})]]
+    yield from min(found, key=lambda problems: not problems[0].advice.startswith("Did")) if all(found) else ()
+
+
+def _named_objectives(data: dict[str, Any], search: Settings) -> Iterator[str]:
+    """Objectives that a plan says, among the choices of a search too."""
+    chosen = {way: said for way, said in searched(search) if isinstance(said, list)}
+    said = [table.get("objective") for _, table in _layers(data)]
+    said += [*chosen.get(("objective", "name"), []), Stage().objective.name]
+    yield from (name for one in said if isinstance(name := one.get("name") if isinstance(one, dict) else one, str))
 
 
 def _objective(name: str, given: Settings, at: Key) -> Iterator[Problem]:

@@ -115,7 +115,7 @@ def _expected(details: ErrorDetails) -> str:
 
 def _kind(at: Key, key: Key) -> str:
     table = (at + key)[:-1]
-    in_stage = table[:1] == ("defaults",) or (len(table) == 2 and table[0] in ("stages", "overrides"))
+    in_stage = table[:1] == ("defaults",) or (len(table) == 2 and table[0] in ("stages", "overrides", "tune"))
     return "A stage" if in_stage else dotted(table[-1:]) or "A plan"
 
 

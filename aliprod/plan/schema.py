@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
-from aliprod.recipe.options import complete
+from aliprod.recipe.options import complete, options
 from aliprod.store.keys import key_of
 from aliprod.store.layout import OWN
 
@@ -157,12 +157,33 @@ class Cluster(Machine):
 class Tune(Frozen):
     """What `aliprod tune` tries. None of it is part of a key."""
 
-    trials: int = Field(8, ge=1, le=10_000, description="pairs of learning rates; the first is the stage's own")
-    span: float = Field(
-        10.0, gt=1, le=1e6, description="rates are drawn from the stage's own over this to those times this"
+    search: Settings = Field(
+        {},
+        description="settings of a stage, in tables as it has them, each with a list of choices or a range: "
+        '`lr.backbone = { low = 1e-3, high = 0.1, log = true }`, `optimizer.name = ["sgd", "lamb"]`; whole numbers '
+        "where both ends are. Without it the two learning rates, evenly in the logarithm",
     )
+    span: float = Field(
+        10.0, gt=1, le=1e6, description="without search: from the stage's own rates over this to those times this"
+    )
+    trials: int = Field(8, ge=1, le=10_000, description="trainings; the first has the plan's own settings")
     epochs: int = Field(2, ge=1, le=1_000, description="of a trial, its schedule drawn together in proportion")
     per_class: int = Field(10, ge=1, description="training images a class of a trial, at most")
+    grace_period: int = Field(
+        1, ge=1, description="epochs before a trial may be stopped for being worse than others; tune.epochs: none is"
+    )
+    reduction_factor: int = Field(
+        3, ge=2, le=100, description="one trial in so many goes on at each rung, which are as many times apart"
+    )
+    finalists: int = Field(
+        3, ge=1, le=20, description="trials better than the plan's own settings that are trained again, beside these"
+    )
+    seeds: int = Field(
+        3, ge=2, le=100, description="how often, with other seeds: what they gain is told by these alone"
+    )
+    hours: float | None = Field(
+        None, gt=0, description="of GPUs (without them of ranks), finalists included, after which no trial begins"
+    )
 
 
 class Plan(Frozen):
@@ -185,7 +206,7 @@ class Plan(Frozen):
     )
     ensemble: Ensemble = Field(description="what is added up")
     cluster: Cluster = Field(Cluster(), description="where it runs; no part of any key")
-    tune: Tune = Field(Tune(), description="how learning rates are searched for; no part of any key")
+    tune: Tune = Field(Tune(), description="how settings of a stage are searched for; no part of any key")
 
     @model_validator(mode="after")
     def _of_bounded_size(self) -> "Plan":
@@ -213,6 +234,19 @@ class Plan(Frozen):
     def layers(self, backbone: str, name: str) -> list[Settings]:
         """The tables that say something about a job, the weakest first; defaults apart."""
         return [self.stages[name], self.overrides.get(backbone, {}), self.overrides.get(f"{backbone}/{name}", {})]
+
+    def with_settings(self, job: str, settings: Settings) -> "Plan":
+        """The same plan with other settings of one job. Options are of the objective that the job has, or is given:
+        those that it knows."""
+        layers = self.layers(*job.split("/", 1))
+        if isinstance(given := settings.get("objective"), dict):
+            said = merged({"objective": Stage().objective.name}, self.defaults, *layers)["objective"]
+            own = {"name": said} if isinstance(said, str) else said
+            whole = given if given.get("name", own["name"]) != own["name"] else own | given
+            known = options(whole["name"])
+            kept = {key: value for key, value in whole.items() if known is None or key in {"name", *known.model_fields}}
+            settings = settings | {"objective": kept}
+        return self.model_copy(update={"overrides": self.overrides | {job: merged(layers[-1], settings)}})
 
     def edges(self, backbone: str, name: str) -> dict[Edge, tuple[str, ...]]:
         """The jobs that must be finished before a job begins, by the setting that names them.

@@ -107,6 +107,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def toml_of(value: object) -> str:
+    """A value as TOML on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{dotted((key,))} = {toml_of(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_of, value))}]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")  # which JSON leaves bare, and TOML forbids
+
+
 def absolute(source: Source, key: Key, value: str) -> str:
     """A path of the plan made absolute: against the plan's folder, or the current one where --set gave it.
 

@@ -5,7 +5,7 @@ jobs/BACKBONE/STAGE/KEY/    metrics.jsonl, resume/, last/, weights/ (its commit 
 hashes/FINGERPRINT/         of a catalogue's training images
 held-out/KEY/               which images of a catalogue without val were held out as val
 pretrained/NETWORK/         ImageNet weights
-tune/JOB-KEY.json           learning rates that were tried
+tune/JOB-KEY.json           settings that were tried
 .leases/                    who is at work on which plan and job
 PLAN/                       submission.csv, result.json, ensemble/, ...: what people open
 """

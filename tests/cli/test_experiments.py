@@ -1,12 +1,16 @@
 """Measurements and the forecast that is made of them."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shop import Shop, aliprod, answer, refusal
 
-from aliprod.cli.experiments import _verdict
-from aliprod.cluster.tune import Found, Trial
+from aliprod.cli.experiments import _tables, _verdict
+from aliprod.cluster.trials import Trial
+from aliprod.cluster.tune import Found
+from aliprod.ensemble.gains import Gain
 from aliprod.forecast.simulate import STARTING_SECONDS
 
 
@@ -57,13 +61,46 @@ def test_benchmark_names_the_network_that_is_meant(photos: Path) -> None:
     assert "resnet50" in result.stderr
 
 
+def found(own: float, *gains: tuple[float, float, float], **said: Any) -> Found:
+    """What a search of seven others has found, whose finalists had these gains."""
+    trials = tuple(Trial("", {"lr.heads": 0.1 * number}, 0, (own,), ended=True) for number in range(8))
+    judged = [Gain((0.2, 0.3), gain, (low, high)) for gain, low, high in gains]
+    finalists = tuple(zip(trials[1:], judged, strict=False))
+    said = {"override": None, "left": 0, "failed": (), "hours": 0.1} | said
+    return Found(job="net/full", own=trials[0], trials=trials, epochs=1, finalists=finalists, **said)
+
+
+def test_a_gain_beyond_its_interval_is_told_with_what_to_paste() -> None:
+    shown = _verdict(found(0.3, (0.5, -0.1, 1.1), (0.013, 0.004, 0.022), override={}), "the line", "[the table]")
+    assert (
+        "Gain 1.3 points (95 %: 0.4 to 2.2), with 2 other seeds: a top-1 error of 25.00% on val, not of 26.30%" in shown
+    )
+    assert "--set 'the line'\nor in the plan:\n\n[the table]\n" in shown
+
+
 @pytest.mark.parametrize(
-    ("own", "best", "offered"),
-    [(0.30, 0.20, True), (0.23, 0.20, False), (0.20, 0.20, False), (None, 0.20, True), (None, None, False)],
+    ("said", "words"),
+    [
+        (found(0.3), "the plan's own settings had 30.00%, and none of 7 others had less"),
+        (found(0.3, (0.003, -0.005, 0.011)), "the best of 7 others gained 0.3 points (95 %: -0.5 to 1.1)"),
+        (found(0.3, left=3), "3 trials were not begun: tune.hours is spent."),
+        (
+            found(0.3, failed=("out of memory", "x")),
+            "2 came to no end, and are tried by the same command again: out of",
+        ),
+    ],
 )
-def test_rates_are_offered_where_they_gain_more_than_a_standard_error(
-    own: float | None, best: float | None, offered: bool
-) -> None:
-    theirs, plans = Trial(0.1, 1.0, best), Trial(0.01, 0.1, own)
-    said = _verdict(Found("net/full", (theirs, plans), plans, images=100), "rates")  # 100 images: 4 points
-    assert ("--set 'rates'" in said) == offered
+def test_where_nothing_is_beyond_it_nothing_is_offered_and_it_is_said_why(said: Found, words: str) -> None:
+    shown = _verdict(said, None, None)
+    assert shown.startswith("Nothing beat what you have: ")
+    assert "--set" not in shown
+    assert words in shown
+
+
+def test_trials_are_shown_with_what_varies_and_where_they_ended() -> None:
+    stopped = Trial("", {"lr.heads": 0.1, "objective.smoothing": None}, 0, (0.5,), ended=True)
+    diverged = Trial("", {"lr.heads": 9.0, "objective.smoothing": 0.2}, 0, (), ended=True, diverged=True)
+    shown = _tables(replace(found(0.3), own=stopped, trials=(stopped, diverged))).split("\n")
+    assert shown[0].split() == ["lr.heads", "objective.smoothing", "top-1", "error", "on", "val"]
+    assert shown[2].split() == ["0.1", "-", "50.00%", "after", "1", "epoch"]
+    assert shown[3].split() == ["9.0", "0.2", "diverged", "after", "0", "epochs"]

@@ -1,7 +1,9 @@
-"""Learning rates are searched for on a real Ray, and nothing of the plan changes by it."""
+"""Settings are searched for on a real Ray, killed and gone on with, and nothing of the plan changes by it."""
 
 import json
+import os
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,45 +11,72 @@ import pytest
 
 from aliprod.plan.load import load
 
-OWN = {"backbone": 0.02, "heads": 0.02}
+JOB = "efficientnet/full"
+SETS = [
+    f'overrides."{JOB}"={{ lr = {{ backbone = 1e-6, heads = 1e-6 }}, epochs = 4 }}',  # it learns nothing
+    "tune.search={ lr.heads = { low = 0.01, high = 0.1, log = true }, lr.backbone = [0.02, 0.05] }",
+    *("tune.trials=3", "tune.epochs=4", "tune.per_class=8", "tune.finalists=1", "tune.seeds=2", "tune.grace_period=4"),
+]
+Searched = tuple[Path, list[str], dict[str, Any], str]
+
+
+def flags(storage: Path) -> list[str]:
+    return ["--storage", str(storage), *(word for one in SETS for word in ("--set", one)), "--json"]
 
 
 @pytest.fixture(scope="module")
-def searched(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+def searched(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """A search that was killed when the first trial had ended: its storage, that trial, the answer, what was told."""
     storage = tmp_path_factory.mktemp("tune")
-    flags = ("--storage", storage, "--set", "tune.trials=3", "--set", "tune.epochs=1", "--set", "tune.per_class=2")
-    process = cluster.aliprod("tune", plan, "efficientnet/full", *flags, "--json")
+
+    def ended() -> list[str]:
+        logs = [json.loads(log.read_text()) for log in (storage / "tune").glob("*.json")]
+        return [one["stage"] for log in logs for one in log if one["ended"]]
+
+    process = cluster.start("tune", plan, JOB, *flags(storage))
+    cluster.until(ended, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = ended()
+    process = cluster.aliprod("tune", plan, JOB, *flags(storage))
     assert process.returncode == 0, process.stderr
-    return storage, json.loads(process.stdout.splitlines()[-1]), process.stderr
+    return storage, before, json.loads(process.stdout.splitlines()[-1]), process.stderr
 
 
-def test_the_plans_own_rates_and_others_within_the_span_are_tried(
-    searched: tuple[Path, dict[str, Any], str],
-) -> None:
-    _, found, told = searched
-    errors = [trial["top1_error"] for trial in found["trials"]]
-    assert len(errors) == 3
-    assert errors == sorted(errors)
-    assert found["best"] == found["trials"][0]
+def test_a_search_that_was_killed_goes_on_behind_what_had_ended(searched: Searched) -> None:
+    _, before, found, told = searched
+    seeds = 2 * (1 + len(found["finalists"])) if found["finalists"] else 0
+    assert len(before) < 3
+    assert told.count("lr.backbone") == 3 + seeds - len(before)
+
+
+def test_the_plans_own_settings_and_others_of_what_is_said_are_tried(searched: Searched) -> None:
+    _, _, found, _ = searched
+    assert len(found["trials"]) == 3
     assert found["own"] in found["trials"]
-    assert {name: found["own"][name] for name in OWN} == OWN
-    assert all(OWN[name] / 10 <= trial[name] <= OWN[name] * 10 for trial in found["trials"] for name in OWN)
-    assert told.count("lr.backbone") == 3
+    assert found["own"]["settings"] == {"lr.heads": 1e-6, "lr.backbone": 1e-6}
+    others = [trial["settings"] for trial in found["trials"] if trial != found["own"]]
+    assert all(0.01 <= one["lr.heads"] <= 0.1 and one["lr.backbone"] in (0.02, 0.05) for one in others)
+    errors = [trial["errors"][-1] for trial in found["trials"]]
+    assert errors == sorted(errors)
+    assert all(len(trial["errors"]) == 4 for trial in found["trials"])
+    assert found["hours"] > 0
 
 
-def test_what_it_says_to_set_gives_that_job_the_best_rates_and_no_other(
-    searched: tuple[Path, dict[str, Any], str], plan: Path
-) -> None:
-    _, found, _ = searched
-    before, after = load(plan), load(plan, [found["set"]])
-    for name in before.job_names():
-        job = tuple(name.split("/"))
-        if name == "efficientnet/full":
-            rates = after.stage(*job).lr
-            assert rates.backbone == pytest.approx(found["best"]["backbone"], rel=1e-2)
-            assert rates.heads == pytest.approx(found["best"]["heads"], rel=1e-2)
-        else:
-            assert after.stage(*job) == before.stage(*job)
+def test_the_best_is_trained_again_with_other_seeds_and_its_gain_decides(searched: Searched, plan: Path) -> None:
+    storage, _, found, _ = searched
+    [finalist] = found["finalists"]
+    assert finalist["settings"] == found["trials"][0]["settings"]
+    assert len(finalist["errors"]) == 2
+    [log] = (storage / "tune").iterdir()
+    again = [trial for trial in json.loads(log.read_text()) if trial["seed"]]
+    assert sorted(trial["seed"] for trial in again) == [1, 1, 2, 2]
+    low, high = finalist["interval"]
+    assert low <= finalist["gain"] <= high
+    assert (low > 0) == (found["set"] is not None)
+    if found["set"] is not None:
+        rates, stage = finalist["settings"], load(plan, [*SETS, found["set"]]).stage(*JOB.split("/"))
+        assert (stage.lr.heads, stage.lr.backbone) == (rates["lr.heads"], rates["lr.backbone"])
 
 
 class Trap:
@@ -60,28 +89,28 @@ class Trap:
         return open, (self.sprung, "w")
 
 
-def test_a_search_goes_on_behind_what_was_tried_and_reads_no_pickle_of_the_storage_path(
-    cluster: Any, searched: tuple[Path, dict[str, Any], str], plan: Path, tmp_path: Path
+def test_a_search_reads_no_pickle_of_the_storage_path_and_trains_what_is_lacking_with_the_same_result(
+    cluster: Any, searched: Searched, plan: Path, tmp_path: Path
 ) -> None:
-    storage, before, _ = searched
+    storage, _, before, _ = searched
     [log] = (storage / "tune").iterdir()
     kept, sprung = json.loads(log.read_text()), tmp_path / "sprung"
-    log.write_text(json.dumps(kept[:2]))
+    log.write_text(json.dumps(kept[:-1]))
     for place in (storage / "ray" / f"tune.{log.stem}", storage / "tune" / log.stem):  # where Ray's state could be
         place.mkdir(parents=True)
         for name in ("tuner.pkl", "trainable.pkl", "experiment_state-2026-01-01_00-00-00.json", "searcher-state.pkl"):
             (place / name).write_bytes(pickle.dumps(Trap(sprung)))
-    flags = ("--storage", storage, "--set", "tune.trials=3", "--set", "tune.epochs=1", "--set", "tune.per_class=2")
-    again = cluster.aliprod("tune", plan, "efficientnet/full", *flags, "--json")
+    again = cluster.aliprod("tune", plan, JOB, *flags(storage))
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("lr.backbone") == 1
-    assert json.loads(again.stdout.splitlines()[-1]) == before
-    assert json.loads(log.read_text()) == kept
+    assert {**json.loads(again.stdout.splitlines()[-1]), "hours": 0} == {**before, "hours": 0}
+    after = json.loads(log.read_text())
+    assert [{**one, "seconds": 0} for one in after] == [{**one, "seconds": 0} for one in kept]
     assert not sprung.exists()
 
 
-def test_a_search_leaves_no_job_behind(searched: tuple[Path, dict[str, Any], str]) -> None:
-    storage, _, _ = searched
+def test_a_search_leaves_no_job_behind(searched: Searched) -> None:
+    storage, *_ = searched
     assert not (storage / "jobs").exists()
 
 
