@@ -109,7 +109,7 @@ def _check_searchable(opened: Opened, name: str) -> None:
     if name not in jobs:
         raise Refused(f'has no job "{name}".', where, did_you_mean(name, jobs) or f"It has {', '.join(jobs)}.")
     job = jobs[name]
-    if job.soup or job.labellers or job.stage.teachers or job.stage.duplicates != "keep":
+    if not job.stage.is_trained or job.labellers or job.stage.teachers or job.stage.duplicates != "keep":
         raise Refused("learns from other jobs, or trains nothing: its rates are not searched for.", name)
     catalogue = opened.read_catalogue()
     if not len(catalogue.val):

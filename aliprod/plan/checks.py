@@ -167,6 +167,7 @@ def _clashes(plan: Plan, job: str, tables: list[Settings]) -> list[str]:
         _undealt(stage, *plan.cluster.ranks_of(job)),
         misfit(network, stage.crop) or _off_grid(stage, stride(network) if network else 32),
         _untaught(stage),
+        _unseen(stage),
         *(f"{what}: {advice}".rstrip(" .:") for what, advice in refused),
         _unweighted(stage, network) if network else "",
     ]
@@ -183,7 +184,7 @@ def _unweighted(stage: Stage, network: str) -> str:
 
 def _undealt(stage: Stage, fewest: int, most: int) -> str:
     """A step that cannot be dealt to its shares, or these to the ranks that are asked for."""
-    if stage.soup is not None:
+    if not stage.is_trained:
         return ""
     if stage.shares == "ranks" and fewest != most:
         return 'shares = "ranks" makes results depend on the ranks: say how many, [cluster] ranks = 2'
@@ -208,6 +209,14 @@ def _untaught(stage: Stage) -> str:
     if taught and not stage.teachers:
         return f'objective {name} learns from other jobs: say which, teachers = ["BACKBONE/STAGE"]'
     return f"objective {name} learns from no teachers: leave them out" if stage.teachers and not taught else ""
+
+
+def _unseen(stage: Stage) -> str:
+    """An objective that looks at more than pooled features, where these are cached."""
+    asked = needs(stage.objective.name, stage.objective.options)
+    if stage.features == "computed" or not (asked.maps or asked.pixels or asked.branches > 1):
+        return ""
+    return f'objective {stage.objective.name} looks at the images: say features = "computed", or another objective'
 
 
 def _off_grid(stage: Stage, stride: int | None) -> str:

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from aliprod.recipe.settings import (
     Frozen,
     LearningRate,
+    Neighbours,
     ObjectiveRecipe,
     OptimizerRecipe,
     PerClass,
@@ -18,6 +19,7 @@ from aliprod.recipe.settings import (
 RECIPE_VERSION = 2  # part of every key: raise it when the same settings would give other results
 ADDED = (  # since version 1: part of a key only where they say other than their default
     "shares", "gradients", "duplicates", "pseudo_labels", "sampler", "trains", "teachers", "soup", "resizing",
+    "features", "neighbours",
 )  # fmt: skip
 ADDED_BELOW = {"optimizer": ("betas", "layer_decay"), "lr": ("warmup_steps",)}  # the same, of its tables
 
@@ -63,6 +65,14 @@ class Stage(Frozen):
     trains: Literal["all", "classifier"] = Field(
         "all",
         description="all weights, or the classifier alone, drawn anew: cRT, or a linear probe of pretrained weights",
+    )
+    features: Literal["computed", "cached"] = Field(
+        "computed",
+        description="cached: the frozen backbone looks at each image once, as inference does (centre crop), for all "
+        'stages of the same weights, resize and crop; with trains = "classifier" or neighbours',
+    )
+    neighbours: Neighbours | None = Field(
+        None, description="no training: the most similar training images vote, { k = 20, temperature = 0.07 }"
     )
     teachers: tuple[str, ...] = Field(
         (),
@@ -114,6 +124,11 @@ class Stage(Frozen):
         description='what ranks send each other: bfloat16 halves the traffic, and rounds; with shares = "ranks" alone',
     )
     seed: int = Field(0, ge=0, description="of all randomness of the job; without it the plan's seed")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its weights are learned: not a mean of others', and not a bank of features."""
+        return self.soup is None and self.neighbours is None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
@@ -181,10 +196,30 @@ def _inconsistent_sources(stage: Stage) -> Iterator[str]:
         yield "teachers have seen the training images alone: leave pseudo_labels or teachers out"
 
 
+def _inconsistent_features(stage: Stage) -> Iterator[str]:
+    if stage.neighbours is not None and stage.features != "cached":
+        yield 'neighbours are sought among cached features: say features = "cached"'
+    if stage.neighbours is not None and (stage.soup is not None or stage.epochs != 1 or stage.teachers):
+        yield "neighbours train nothing: leave soup, teachers and epochs out"
+    if stage.features == "computed":
+        return
+    if stage.trains != "classifier" and stage.neighbours is None:
+        yield 'cached features are those of a frozen backbone: say trains = "classifier"'
+    if stage.start is None and not stage.pretrained and stage.trains != "classifier":
+        yield "cached features need a backbone that has learned something: a start, or pretrained = true"
+    if stage.soup is not None:
+        yield "a soup looks at no features: leave them out"
+    if "augmentation" in stage.model_fields_set:
+        yield "cached features are of one view of each image, that of inference: leave augmentation out"
+    if stage.pseudo_labels is not None:
+        yield "cached features are of training images alone: leave pseudo_labels out"
+
+
 _CHECKS = (
     _inconsistent_views,
     _inconsistent_rates,
     _inconsistent_optimizer,
     _inconsistent_shares,
     _inconsistent_sources,
+    _inconsistent_features,
 )

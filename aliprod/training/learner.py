@@ -83,6 +83,7 @@ class Learner(nn.Module):
         self.stage, self.place = stage, place
         self.dtype = precision(place.device, stage.precision)
         asked = needs_of(stage.objective.name)
+        counts = catalogue.class_counts if class_counts is None else class_counts
         self.model = Classifier(
             network,
             catalogue.num_classes,
@@ -93,6 +94,7 @@ class Learner(nn.Module):
             asked.unit_weights,
             stage.crop,
             asked.scale,
+            bank=int(counts.sum()) if stage.neighbours else 0,
         )
         if stage.trains == "classifier":
             for parameter in self.model.backbone_parameters():
@@ -100,7 +102,7 @@ class Learner(nn.Module):
         if place.machine.checkpointing:
             _checkpoint_blocks(self.model)
         self.objective = build(
-            stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue, class_counts)
+            stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue, counts)
         )
         self.needs: Needs = self.objective.needs  # type: ignore[assignment]
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -111,6 +113,8 @@ class Learner(nn.Module):
             self.model.backbone.forward_features = features  # type: ignore[assignment]
         elif place.device.type == "cuda" and stage.trains != "classifier" and not place.machine.checkpointing:
             replay_passes(self.model.backbone)
+        if stage.features == "cached":  # it is shown what its backbone would make
+            self.model.backbone.forward_features = self.model.backbone.forward_head = _as_they_are  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss parts of a batch, each a scalar."""
@@ -154,7 +158,8 @@ class Setup:
     def top1_errors(self, between: Callable[[], None] = nothing) -> dict[str, float]:
         """Errors on val of the learner's weights; empty without val."""
         learner = self.learner
-        return top1_errors(learner.model, self.catalogue, learner.stage, self.feed, between)
+        known = self.batches.data.val_features
+        return top1_errors(learner.model, self.catalogue, learner.stage, self.feed, between, known)
 
 
 def set_up(
@@ -186,6 +191,10 @@ def _checkpoint_blocks(model: Classifier) -> None:
         ) from error
 
 
+def _as_they_are(features: Tensor, pre_logits: bool = True) -> Tensor:  # noqa: ARG001
+    return features
+
+
 def _seed(device: torch.device, seed: int) -> None:
     """Seed one device; torch.manual_seed would visit every kind of device there could be."""
     torch.default_generator.manual_seed(seed)
@@ -193,14 +202,13 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts: Integers | None) -> Context:
-    counts = catalogue.class_counts if class_counts is None else class_counts
+def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts: Integers) -> Context:
     return Context(
         num_classes=catalogue.num_classes,
         num_features=model.num_features,
         crop=stage.crop,
         side=model.side,
         epochs=stage.epochs,
-        class_counts=torch.from_numpy(counts),
+        class_counts=torch.from_numpy(class_counts),
         ancestor=None if catalogue.ancestor is None else torch.from_numpy(catalogue.ancestor),
     )
