@@ -111,7 +111,9 @@ class _Graph:
         return self._add(outputs.ensemble(plan.name, split, members, split == which.main, fitted))
 
     def comparison(self, split: str) -> Target:
-        return self._add(outputs.comparison(self.opened.plan, self.ensemble(split)))
+        plan, jobs = self.opened.plan, self.opened.jobs.values()
+        floors = [self.prediction(job.name, split, plan.ensemble.views) for job in jobs if job.is_floor]
+        return self._add(outputs.comparison(plan, self.ensemble(split), floors))
 
     def _weights(self) -> Target:
         plan = self.opened.plan

@@ -65,7 +65,7 @@ def search(request: Request, name: str, report: Callable[[Trial], None]) -> Foun
         report: called with each trial that has ended.
     Raises:
         Refused: no such job, one that cannot be searched for, or no val images.
-        Failed: its parent is not trained yet, or no trial came to its end.
+        Failed: its parent is not trained yet, its features are not there, or no trial came to its end.
         Unreachable: the cluster, or the storage path.
     """
     opened = prepare(request)
@@ -73,6 +73,10 @@ def search(request: Request, name: str, report: Callable[[Trial], None]) -> Foun
     target = targets(opened, gpu=False)[name]
     site = Site.of(opened)
     make_first(opened, [t for t in target.needed() if t.first and t.record(site.storage) is None], site)
+    if any(need.record(site.storage) is None for need in target.needs.get("features", ())):
+        raise Failed(
+            "its cached features are not there yet.", name, 'Run the plan first, or say features = "computed".'
+        )
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # it prints tables whatever ``verbose`` says
     try:
         session.join(opened.places.address)

@@ -166,7 +166,8 @@ def _inconsistent_optimizer(stage: Stage) -> Iterator[str]:
     for setting, kinds in (("momentum", ("sgd", "muon")), ("betas", ("adamw", "lamb", "lion", "muon"))):
         if getattr(recipe, setting) != fields[setting].default and name not in kinds:
             yield f"{name} has no {setting}: {', '.join(kinds)} have"
-    if name != "sgd" and not {"backbone", "heads"} <= stage.lr.model_fields_set:
+    moved = {"heads"} if stage.trains == "classifier" else {"backbone", "heads"}
+    if name != "sgd" and not moved <= stage.lr.model_fields_set:
         what = f"the default rates are for sgd: with {name} say both"
         yield f"{what}, lr = {{ backbone = 1e-4, heads = 1e-3 }}"
 

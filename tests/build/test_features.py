@@ -1,6 +1,7 @@
 """Features are made once, and what is trained on them is what is trained on the images that they are of."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from aliprod.build.graph import targets
+from aliprod.build.outputs import compared
 from aliprod.build.target import Site, Target, lacking
 from aliprod.catalogue.decode import decode
 from aliprod.data.augment import eval_view, normalise
 from aliprod.data.features import open_features, write_features
+from aliprod.data.training_set import training_set
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import open_store
 from aliprod.models.classifier import normalisation
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import resolve
+from aliprod.recipe import Inputs
+from aliprod.store import commit
 from aliprod.synth.synth import synthesise
-from aliprod.training.loop import train
 
 NETWORK = "test_efficientnet.r160_in1k"
 pytestmark = pytest.mark.usefixtures("torch_as_before")
@@ -119,7 +123,8 @@ def test_stages_that_begin_with_the_same_weights_read_the_same_features(shop: Op
 
 def test_trying_other_settings_of_the_head_looks_at_no_image_again(folder: Path, shop: Opened, made: list[str]) -> None:
     other = opened_in(folder, "stages.probe.lr.heads=0.01", "stages.balanced.images.per_class=4")
-    assert list(lacking(targets(other, False), other.places.storage)) == ["net/probe", "net/balanced", "comparison"]
+    todo = lacking(targets(other, False), other.places.storage)
+    assert {target.kind for target in todo.values()} == {"training", "prediction", "comparison"}
     resized = opened_in(folder, "stages.probe.resize=44")
     assert features_of(resized, "net/probe")[0].key != features_of(shop, "net/probe")[0].key
 
@@ -168,12 +173,12 @@ def test_the_nearest_training_images_vote_as_the_paper_says(shop: Opened, made: 
     cosines, labels = normalize(val) @ normalize(train).T, torch.from_numpy(catalogue.train.labels)
     wrong = torch.zeros(catalogue.num_classes)
     for row, truth in enumerate(catalogue.val.labels.tolist()):
-        nearest = sorted(range(len(labels)), key=lambda other: -cosines[row, other])[:5]  # noqa: B023
+        nearest = sorted(range(len(labels)), key=lambda other: -cosines[row, other])[:5]
         shares = torch.zeros(catalogue.num_classes, dtype=torch.float64)
         for other in nearest:
             shares[labels[other]] += torch.exp(cosines[row, other] / 0.07)
         wrong[truth] += int(shares.argmax()) != truth
-    counts = np.bincount(catalogue.val.labels, minlength=catalogue.num_classes)
+    counts = torch.bincount(torch.from_numpy(catalogue.val.labels))
     record = shop.record("net/nearest") or {}
     assert record["top1_error"] == pytest.approx(float((wrong / counts).mean()))
     kept = tensors(shop, "net/nearest")
@@ -185,9 +190,6 @@ def test_the_nearest_training_images_vote_as_the_paper_says(shop: Opened, made: 
 
 def test_a_stage_on_few_images_of_a_class_reads_their_features_alone(shop: Opened, made: list[str]) -> None:
     stage, catalogue = shop.jobs["net/balanced"].stage, shop.read_catalogue()
-    from aliprod.data.training_set import training_set
-    from aliprod.recipe import Inputs
-
     folders = tuple(target.folder(shop.places.storage) for target in features_of(shop, "net/balanced"))
     data = training_set(catalogue, stage, Inputs(features=folders))
     assert data.features is not None
@@ -195,3 +197,86 @@ def test_a_stage_on_few_images_of_a_class_reads_their_features_alone(shop: Opene
     rows = [catalogue.train.ids.to_pylist().index(name) for name in data.images.ids.to_pylist()]
     assert len(rows) < len(catalogue.train)
     assert torch.equal(data.features.take(np.arange(len(rows))), whole.take(np.array(rows)))
+
+
+def test_the_ensemble_is_compared_with_its_floors(shop: Opened, made: list[str]) -> None:
+    """Stages on cached features of pretrained weights, that are no members."""
+    told = compared(shop.places.storage, targets(shop, False)) or {}
+    assert list(told["floors"]) == ["net/probe", "net/balanced"]
+    for name, floor in told["floors"].items():
+        store = open_store(next(shop.places.storage.glob(f"jobs/{name}/*/probabilities/*-val")))
+        predicted, labels = store.predicted(), store.labels.to_numpy()
+        errors = [(predicted[labels == one] != one).mean() for one in np.unique(labels)]
+        assert floor["top1_error"] == pytest.approx(np.mean(errors))
+        assert floor["gain"] == floor["top1_error"] - told["ensemble"]["top1_error"]
+        assert floor["interval"][0] <= floor["top1_error"] <= floor["interval"][1]
+
+
+class Killed(Exception):
+    """What a process is told by SIGKILL."""
+
+
+def test_features_that_were_broken_off_or_made_in_parts_are_the_same_bytes(
+    shop: Opened, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of eight rows in place of 8192: the images are few."""
+    monkeypatch.setattr("aliprod.data.features.SHARD_ROWS", 8)
+    images = shop.read_catalogue().train
+    whole = torch.randn(len(images), 5, generator=torch.Generator().manual_seed(0))
+
+    def blocks(missing: np.ndarray, until: int = len(images)) -> Iterator[torch.Tensor]:
+        for low in range(0, len(missing), 4):
+            if missing[low] >= until:
+                raise Killed
+            yield whole[missing[low : low + 4]]
+
+    write_features(tmp_path / "whole", images, blocks, {"kind": "features"})
+    with pytest.raises(Killed):
+        write_features(tmp_path / "killed", images, lambda missing: blocks(missing, 20), {"kind": "features"})
+    asked = list[int]()
+    write_features(
+        tmp_path / "killed", images, lambda missing: asked.extend(missing) or blocks(missing), {"kind": "features"}
+    )
+    assert asked == list(range(16, len(images))), "two shards were finished"
+    for part in (1, 0):
+        write_features(tmp_path / "parts", images, blocks, {"kind": "features"}, (part, 2))
+    files = sorted(file.name for file in (tmp_path / "whole").iterdir() if file.name != commit.MANIFEST)
+    assert len(files) == 5
+    for folder in ("killed", "parts"):
+        for file in files:
+            assert (tmp_path / folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    found = open_features(tmp_path / "parts", images)
+    rows = np.array([29, 0, 8, 7, 7])
+    assert torch.equal(found.of(rows).take(np.arange(5)), whole[rows].half())
+    with pytest.raises(Refused, match="features of other images"):
+        open_features(tmp_path / "parts", replace(images, ids=images.ids[::-1]))
+
+
+def test_features_beyond_float16_are_refused_and_name_the_image(shop: Opened, tmp_path: Path) -> None:
+    images = shop.read_catalogue().train
+    large = torch.ones(len(images), 3)
+    large[7, 1] = 70_000
+    with pytest.raises(Failed, match=f"features of train image {images.ids[7].as_py()} do not fit float16"):
+        write_features(tmp_path / "large", images, lambda missing: [large[missing]], {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ('stages.probe.trains="all"', 'cached features are those of a frozen backbone: say trains = "classifier"'),
+        ('stages.probe.augmentation=["resize"]', "cached features are of one view of each image, that of inference"),
+        ("stages.probe.pretrained=false", "needs a backbone that has learned something"),
+        ('stages.probe.objective="mixup"', 'objective mixup looks at the images: say features = "computed"'),
+        ('stages.probe.objective={ name = "dcl", parts = 1 }', "objective dcl looks at the images"),
+        ('stages.probe.objective="bbn"', "objective bbn looks at the images"),
+        ('stages.probe.pseudo_labels={ by = ["net/tuned"] }', "cached features are of training images alone"),
+        ('stages.nearest.features="computed"', 'neighbours are sought among cached features: say features = "cached"'),
+        ("stages.nearest.epochs=3", "neighbours train nothing: leave soup, teachers and epochs out"),
+        ("stages.nearest.neighbours.k=0", "stages.nearest.neighbours.k = 0 must be at least 1"),
+    ],
+)
+def test_what_cached_features_cannot_do_is_refused_with_what_to_say(folder: Path, said: str, sentence: str) -> None:
+    with pytest.raises(Refused) as refused:
+        load(folder / "plan.toml", [said])
+    assert sentence in str(refused.value)
