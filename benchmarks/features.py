@@ -12,7 +12,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ def main() -> None:
         print(f"features of train and val: {sum(made):.1f} s")
         cached = [_seconds(graph[f"net/cached{number}"], site) for number in range(asked.rates)]
         print(f"{asked.rates} rates on them: {sum(cached):.1f} s, {mean(cached):.2f} s each")
+        speeds = [line["speed/images_per_second"] for line in opened.metrics("net/cached0")]
+        print(f"an epoch on them: {median(speeds):,.0f} images/s")
         computed = [_seconds(graph[f"net/computed{number}"], site) for number in range(asked.computed)]
         print(f"{asked.computed} rates on the images: {sum(computed):.1f} s, {mean(computed):.1f} s each")
         print(
