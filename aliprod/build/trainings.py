@@ -72,11 +72,10 @@ def features(
     Args:
         needs: ``start`` or ``pretrained``, where the weights are made by this run.
     """
-    facts = dict(job.facts or {})
-    asked = facts["stage"]
-    shared = {name: asked[name] for name in ("pretrained", "resize", "crop", "precision")}
-    shared |= {"network": job.network, "start": facts["parents"].get("start"), "catalogue": facts["catalogue"]}
-    shared |= {"kind": "features"} | {name: facts[name] for name in ("pooling",) if name in facts}
+    known = dict(job.facts or {})
+    shared = {"kind": "features", "start": known["parents"].get("start"), "pooling": known.get("pooling")}
+    shared |= {name: known[name] for name in ("network", "catalogue")}
+    shared |= {name: known["stage"][name] for name in ("pretrained", "resize", "crop", "precision")}
     digest, count = key_of(shared)[:16], len(getattr(catalogue, split))
     return Target(
         "features",

@@ -149,10 +149,7 @@ class _Draft:
 
     def _stages(self) -> Iterator[str]:
         if self.computer.online:
-            yield from [
-                "",
-                "[stages.probe]  # the floor: a classifier on features of the pretrained weights, made once",
-            ]
+            yield from ["", "[stages.probe]  # the floor: a classifier on features of the pretrained weights alone"]
             yield from ['trains = "classifier"', 'features = "cached"', f"epochs = {_PROBE_EPOCHS}"]
             yield from ["shares = 1  # features take no GPU long"] if self.shares > 1 else []
             yield 'optimizer = { name = "adamw" }'

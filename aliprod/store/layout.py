@@ -20,18 +20,8 @@ from aliprod.errors import Refused
 METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
 HELD_OUT, TUNE, FEATURES = "held-out", "tune", "features"
 OWN = (
-    "jobs",
-    "hashes",
-    HELD_OUT,
-    FEATURES,
-    "pretrained",
-    TUNE,
-    "ray",
-    "models",
-    "catalogues",
-    "mlartifacts",
-    "mlflow.db",
-)
+    "jobs", "hashes", HELD_OUT, FEATURES, "pretrained", TUNE, "ray", "models", "catalogues", "mlartifacts", "mlflow.db",
+)  # fmt: skip
 PACE = "pace.json"  # beside the checkpoints: how far a job is, and how fast
 MODEL = "model.safetensors"  # in a folder of weights
 PREDICTIONS = "predictions.parquet"  # in an ensemble's folder

@@ -106,15 +106,15 @@ class Learner(nn.Module):
         )
         self.needs: Needs = self.objective.needs  # type: ignore[assignment]
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if place.machine.compile:
+        if stage.features == "cached":  # it is shown what its backbone would make
+            self.model.backbone.forward_features = self.model.backbone.forward_head = _as_they_are  # type: ignore[assignment]
+        elif place.machine.compile:
             # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them depends
             # on what was seen before, and a resumed job has seen less.
             features = torch.compile(self.model.backbone.forward_features, dynamic=False)  # type: ignore[arg-type]
             self.model.backbone.forward_features = features  # type: ignore[assignment]
         elif place.device.type == "cuda" and stage.trains != "classifier" and not place.machine.checkpointing:
             replay_passes(self.model.backbone)
-        if stage.features == "cached":  # it is shown what its backbone would make
-            self.model.backbone.forward_features = self.model.backbone.forward_head = _as_they_are  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss parts of a batch, each a scalar."""
