@@ -263,10 +263,14 @@ def _missing(plan: Plan, job: str, edge: Edge, target: str, jobs: Iterable[str])
 
 
 def _misshapen(plan: Plan, job: str, edge: Edge, targets: Iterable[str]) -> Iterator[Problem]:
-    """Weights that do not fit: of a network with more branches (BBN) than the job's."""
+    """Weights that do not fit: of a network with more branches (BBN) than the job's, or without a classifier."""
     own = _branches(plan, job)
     known = [to for to in targets if to.partition("/")[2] in plan.stages]
     for target in known if edge[0] in ("start", "soup") else ():
+        if _said(plan, target, "neighbours"):
+            key = _origin(plan, job, *edge)
+            sentence = f"{dotted(key)}: {shown(target)} has neighbours in place of a classifier."
+            yield Problem(key, sentence, "Start from another job, or from pretrained weights.", quoted=None)
         theirs = _branches(plan, target)
         if theirs not in ({own} if edge[0] == "soup" else {1, own}):
             key = _origin(plan, job, *edge)
@@ -274,8 +278,12 @@ def _misshapen(plan: Plan, job: str, edge: Edge, targets: Iterable[str]) -> Iter
             yield Problem(key, sentence, "Start from another job, or give both the same objective.", quoted=None)
 
 
+def _said(plan: Plan, job: str, setting: str) -> Any:
+    return merged(plan.defaults, *plan.layers(*job.split("/", 1))).get(setting)
+
+
 def _branches(plan: Plan, job: str) -> int:
-    objective = merged(plan.defaults, *plan.layers(*job.split("/", 1))).get("objective")
+    objective = _said(plan, job, "objective")
     called = objective.get("name") if isinstance(objective, dict) else objective
     return needs(called).branches if isinstance(called, str) else 1
 

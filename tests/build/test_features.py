@@ -272,6 +272,7 @@ def test_features_beyond_float16_are_refused_and_name_the_image(shop: Opened, tm
         ('stages.probe.objective="bbn"', "objective bbn looks at the images"),
         ('stages.probe.pseudo_labels={ by = ["net/tuned"] }', "cached features are of training images alone"),
         ('stages.nearest.features="computed"', 'neighbours are sought among cached features: say features = "cached"'),
+        ('stages.retrained.start="nearest"', '"net/nearest" has neighbours in place of a classifier'),
         ("stages.nearest.epochs=3", "neighbours train nothing: leave soup, teachers and epochs out"),
         ("stages.nearest.neighbours.k=0", "stages.nearest.neighbours.k = 0 must be at least 1"),
     ],
