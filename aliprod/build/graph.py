@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from aliprod.build import inputs, outputs
 from aliprod.build.target import Resources, Target
-from aliprod.build.trainings import cost_of, training
+from aliprod.build.trainings import cost_of, features, training
 from aliprod.plan.jobs import Job, order_by_remaining_work
 from aliprod.plan.open import Opened
 from aliprod.recipe import Views
@@ -76,12 +76,17 @@ class _Graph:
             "pseudo_labels": [self._labels_by(job)] if job.labellers else [],
             "kept": [],
             "pretrained": [],
+            "features": [],
         }
         if stage.duplicates != "keep":
             hashed = self._add(inputs.hashes(self.catalogue, self.one))
             needs["kept"] = [self._add(inputs.kept_rows(job, hashed, start[0] if start else None, self.one))]
         if stage.pretrained is True and not job.start and not job.soup:
             needs["pretrained"] = [self._add(inputs.pretrained(job.network))]
+        if stage.features == "cached":
+            begin = {role: needs[role] for role in ("start", "pretrained")}
+            known = ("train", "val") if len(self.catalogue.val) else ("train",)
+            needs["features"] = [self._add(features(job, split, begin, self.catalogue, self.one)) for split in known]
         cost = cost_of(job, self.catalogue, self.opened.job_folder(name))
         return self._add(training(job, needs, cost, self.cluster, self.gpu))
 
@@ -106,7 +111,9 @@ class _Graph:
         return self._add(outputs.ensemble(plan.name, split, members, split == which.main, fitted))
 
     def comparison(self, split: str) -> Target:
-        return self._add(outputs.comparison(self.opened.plan, self.ensemble(split)))
+        plan, jobs = self.opened.plan, self.opened.jobs.values()
+        floors = [self.prediction(job.name, split, plan.ensemble.views) for job in jobs if job.is_floor]
+        return self._add(outputs.comparison(plan, self.ensemble(split), floors))
 
     def _weights(self) -> Target:
         plan = self.opened.plan

@@ -13,7 +13,7 @@ from aliprod.plan.open import Opened
 from aliprod.recipe import PerClass, Stage
 from aliprod.store.keys import key_of
 from aliprod.store.layout import KEPT, job_place
-from aliprod.store.resumable import SOFT_LABELS_SHARD, ResumableRows
+from aliprod.store.resumable import SHARD_ROWS, ResumableRows
 
 UNKNOWN = Cost(known=False)
 
@@ -61,7 +61,7 @@ def soft_labels(job: Job, teacher: Target, catalogue: Catalogue, resources: Reso
         {"teacher": (teacher,)},
         Cost(teacher.job, seen=count),
         resources,
-        world_sizes=powers_of_two(-(-count // SOFT_LABELS_SHARD)),
+        world_sizes=powers_of_two(-(-count // SHARD_ROWS)),
         job=job,
     )
 
@@ -132,7 +132,7 @@ def _teach(target: Target, site: Site) -> Made:
         yield from predicted(model, images.take(missing), "center")
 
     record, classes = {"job": teacher.name, "key": teacher.key}, np.asarray(model.classes.ids)
-    rows = ResumableRows(target.folder(site.storage), images.ids, classes, record, SOFT_LABELS_SHARD)
+    rows = ResumableRows(target.folder(site.storage), images.ids, classes, record, SHARD_ROWS)
     write_soft_labels(rows, blocks, site.part)
     return ()
 

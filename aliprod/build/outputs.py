@@ -121,13 +121,18 @@ def ensemble(plan: str, split: str, predictions: Sequence[Target], main: bool, f
     )
 
 
-def comparison(plan: Plan, of: Target) -> Target:
-    """What an ensemble, of labelled images, is worth: `aliprod.ensemble.compare`, and its best member."""
+def comparison(plan: Plan, of: Target, floors: Sequence[Target]) -> Target:
+    """What an ensemble, of labelled images, is worth: `aliprod.ensemble.compare`, and its best member.
+
+    Args:
+        floors: predictions of the same images that it is to beat.
+    """
     asked = {"seed": plan.seed, "views": plan.ensemble.views, "combine": plan.ensemble.combine}
     facts: dict[str, Any] | None = None
     if of.facts is not None:
         facts = {"kind": "comparison", "ensemble": of.key, "split": of.facts["split"], **asked}
-    needs = {"ensemble": (of,)}
+        facts = _of_members(facts, floors, "floors") if floors else facts
+    needs = {"ensemble": (of,), "floors": tuple(floors)}
     return Target("comparison", "comparison", facts, f"{plan.name}/comparison", _compare, needs, goal=True, latest=True)
 
 
@@ -142,11 +147,11 @@ def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _of_members(facts: dict[str, Any], predictions: Sequence[Target]) -> dict[str, Any] | None:
+def _of_members(facts: dict[str, Any], predictions: Sequence[Target], role: str = "members") -> dict[str, Any] | None:
     """The facts with those of each member; None while one is not known."""
     if not all(prediction.facts for prediction in predictions):
         return None
-    return facts | {"members": {prediction.owner.name: dict(prediction.facts or {}) for prediction in predictions}}
+    return facts | {role: {prediction.owner.name: dict(prediction.facts or {}) for prediction in predictions}}
 
 
 def _brought(target: Target, _: Site) -> Made:
@@ -203,7 +208,7 @@ def _compare(target: Target, site: Site) -> Made:
     combinations = _combinations(summed, site)
     if facts["split"] != "val":
         combinations = combinations[-1:]
-    found = compare(_members(summed, site), combinations, facts["seed"])
+    found = compare(_members(summed, site), combinations, facts["seed"], _members(target, site, "floors"))
     errors, by = {name: one["top1_error"] for name, one in found["members"].items()}, (facts["split"], facts["views"])
     if facts["split"] != "val":  # what a training says of val, of the centre crop
         weights = {need.owner.name: need.needs["weights"][0] for need in summed.needs["members"]}
@@ -215,10 +220,10 @@ def _compare(target: Target, site: Site) -> Made:
     return ()
 
 
-def _members(target: Target, site: Site) -> "list[Probabilities]":
+def _members(target: Target, site: Site, role: str = "members") -> "list[Probabilities]":
     from aliprod.inference.probabilities import open_store
 
-    return [open_store(need.folder(site.storage)) for need in target.needs["members"]]
+    return [open_store(need.folder(site.storage)) for need in target.needs[role]]
 
 
 def _combinations(target: Target, site: Site) -> "list[Combination]":

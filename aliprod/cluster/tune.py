@@ -70,7 +70,8 @@ def search(request: Request, name: str, report: Callable[[Trial], None]) -> Foun
         report: called with each trial that has ended.
     Raises:
         Refused: no such job, one that cannot be searched for, settings that it cannot have, or no val images.
-        Failed: its parent is not trained yet, or a trial that the answer needs came to no end.
+        Failed: its parent is not trained yet, its features are not there, or a trial that the answer needs came to no
+            end.
         Unreachable: the cluster, or the storage path.
         KeyboardInterrupt: it was told to stop.
     """
@@ -80,6 +81,10 @@ def search(request: Request, name: str, report: Callable[[Trial], None]) -> Foun
     target = targets(opened, gpu=False)[name]
     site = Site.of(opened)
     make_first(opened, [t for t in target.needed() if t.first and t.record(site.storage) is None], site)
+    if any(need.record(site.storage) is None for need in target.needs.get("features", ())):
+        raise Failed(
+            "its cached features are not there yet.", name, 'Run the plan first, or say features = "computed".'
+        )
     labels = opened.read_catalogue().val.labels
     file = site.storage / TUNE / f"{name.replace('/', '.')}-{str(target.key)[:12]}.json"
     log = Log(file, len(labels), report)
@@ -134,7 +139,7 @@ def _check_searchable(opened: Opened, name: str) -> None:
     if name not in jobs:
         raise Refused(f'has no job "{name}".', where, did_you_mean(name, jobs) or f"It has {', '.join(jobs)}.")
     job = jobs[name]
-    if job.soup or job.labellers or job.stage.teachers or job.stage.duplicates != "keep":
+    if not job.stage.is_trained or job.labellers or job.stage.teachers or job.stage.duplicates != "keep":
         raise Refused("learns from other jobs, or trains nothing: its settings are not searched for.", name)
     catalogue = opened.read_catalogue()
     if not len(catalogue.val):

@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from aliprod.catalogue.catalogue import Images
+from aliprod.catalogue.catalogue import Images, Integers
 from aliprod.catalogue.decode import LEAST_SIDE, Unreadable, decode_anyway
 from aliprod.data import augment, selection
 from aliprod.data.augment import GREY, Picture, picture_of
 from aliprod.data.epoch_size import epoch_size
+from aliprod.data.features import Features
 from aliprod.data.training_set import TrainingSet, spread
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
@@ -41,7 +42,7 @@ class TrainBatch:
     """What a step sees at once: a share of its images, a micro-batch.
 
     Attributes:
-        images: (B, 3, crop, crop) float32, normalised, channels last.
+        images: (B, 3, crop, crop) float32, normalised, channels last; (B, F) where features are cached.
         labels: (B,) int64.
         rows: (B,) int64 rows of the split, on the CPU.
         epoch, step: since the job began.
@@ -112,7 +113,11 @@ class TrainBatches:
         self.groups_per_batch, self.steps_per_epoch = size.groups_per_batch, size.steps
         self._steps = _Steps()
         read = partial(_train_view, self.images, stage, feed.interpolation)
-        self._loader = data_loader(read, self._steps, feed.processes, feed.device)
+        self._loader: Iterable[Any] = (
+            data_loader(read, self._steps, feed.processes, feed.device)
+            if data.features is None
+            else _Cached(data.features, self.images.labels, self._steps)
+        )
 
     def epoch(self, epoch: int, skip: int = 0, shares: Sequence[int] | None = None) -> Iterator[TrainBatch]:
         """The shares of one epoch from step ``skip`` on, on the device, one after the other.
@@ -137,6 +142,8 @@ class TrainBatches:
         return tensor.to(self.feed.device, non_blocking=True)
 
     def _images(self, pixels: Tensor, erased: Tensor) -> Tensor:
+        if self.data.features is not None:
+            return self._sent(pixels).float()
         return augment.on_device(self._sent(pixels), self._sent(erased), self.feed.mean, self.feed.std)
 
     def _marks(self, rows: Tensor) -> dict[str, Any]:
@@ -216,6 +223,20 @@ class _Steps(Sampler[list[View]]):
 
     def __iter__(self) -> Iterator[list[View]]:
         return iter(self.batches)
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """The batches of a loader, of features in place of pixels: they are read at once."""
+
+    features: Features
+    labels: Integers
+    steps: _Steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        for views in self.steps:
+            rows = np.array([row for row, *_ in views])
+            yield self.features.take(rows), torch.from_numpy(self.labels[rows]), torch.empty(0), torch.from_numpy(rows)
 
 
 def _train_view(images: Images, stage: Stage, interpolation: str, view: View) -> tuple[Tensor, int, Tensor, int]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.data import selection
+from aliprod.data.features import Features, open_features
 from aliprod.errors import Refused
 from aliprod.recipe import NO_INPUTS, Inputs, PerClass, PseudoLabels, Stage
 from aliprod.store import commit
@@ -73,6 +74,8 @@ class TrainingSet:
     images: Images
     weights: NDArray[np.float32] | None = None  # (N,) of each image's loss; None: 1
     teacher: SoftLabels | None = None  # what the teachers make of the same images
+    features: Features | None = None  # of the same images; None: computed
+    val_features: Features | None = None  # of all of val
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,9 @@ def training_set(catalogue: Catalogue, stage: Stage, inputs: Inputs = NO_INPUTS)
     if inputs.pseudo_labels is not None and stage.pseudo_labels is not None:
         images, weights = _with_pseudo_labels(images, catalogue, stage.pseudo_labels, inputs.pseudo_labels)
     teacher = SoftLabels.open(inputs.teachers, images.ids, catalogue.classes) if inputs.teachers else None
-    return TrainingSet(images, weights, teacher)
+    features = open_features(inputs.features[0], catalogue.train).of(rows) if inputs.features else None
+    val = open_features(inputs.features[1], catalogue.val) if len(inputs.features) > 1 else None
+    return TrainingSet(images, weights, teacher, features, val)
 
 
 def _kept(folder: Path) -> Integers:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from aliprod.ensemble.add import MatchedMembers, Places, match
@@ -23,16 +24,22 @@ DRAWS = 1000
 _ENTRIES = 2**19  # probabilities of a member at a time: 4 MB in float64, 150 MB with all that is made of eleven
 
 
-def compare(members: Sequence[Probabilities], combinations: Sequence[Combination], seed: int) -> dict[str, Any]:
+def compare(
+    members: Sequence[Probabilities],
+    combinations: Sequence[Combination],
+    seed: int,
+    floors: Sequence[Probabilities] = (),
+) -> dict[str, Any]:
     """Compare an ensemble with its members, its parts and the plain sum, on the images that have a label.
 
     Args:
         combinations: one, or, where they were fitted on these very images, those of `combine.fit`: each image is then
             predicted by what was fitted without it.
+        floors: of the same images, that the ensemble is to beat.
     Returns:
-        Plain JSON: ``images``, ``ensemble``, ``members`` by name, ``sum``, ``smallest``; errors are means over classes,
-        a ``gain`` is another's error less the ensemble's: above 0, the ensemble is better. ``disagreement``: of each
-        two members in their order, the share of images that they predict differently.
+        Plain JSON: ``images``, ``ensemble``, ``members`` and ``floors`` by name, ``sum``, ``smallest``; errors are
+        means over classes, a ``gain`` is another's error less the ensemble's: above 0, the ensemble is better.
+        ``disagreement``: of each two members in their order, the share of images that they predict differently.
     Raises:
         Failed: members that do not match, a row that is no distribution.
     """
@@ -46,7 +53,8 @@ def compare(members: Sequence[Probabilities], combinations: Sequence[Combination
         combined[:, rows] = _predicted(replace(ensemble, temperatures=chosen.temperatures), weightings, known[rows])
     last = combinations[-1]
     plain = _predicted(ensemble, np.concatenate([np.ones((1, count)), np.eye(count)]), known)
-    told = _told(np.concatenate([combined, plain]), columns, seed)
+    below = [_guesses(floor, ensemble.ids.take(pa.array(known)), ensemble.classes)[None] for floor in floors]
+    told = _told(np.concatenate([combined, plain, *below]), columns, seed)
     whole, without, first, plainly, alone = 0, 1, 1 + count, 1 + 2 * count, 2 + 2 * count  # where each kind begins
     order, error, spread = forward(own, last.weights), told.errors, told.drawn[:, whole].std()
     fewest = next(n for n in range(len(order)) if error[first + n] <= error[whole] + spread or n == len(order) - 1)
@@ -62,6 +70,7 @@ def compare(members: Sequence[Probabilities], combinations: Sequence[Combination
             }
             for number, member in enumerate(members)
         },
+        "floors": {floor.name: told.of(alone + count + number) for number, floor in enumerate(floors)},
         "sum": told.of(plainly),
         "smallest": {
             **told.of(first + fewest),
@@ -86,6 +95,12 @@ class _Told:
             return found
         gains = _interval(self.drawn[:, number] - self.drawn[:, 0])
         return {**found, "gain": self.errors[number] - self.errors[0], "gain_interval": gains}
+
+
+def _guesses(store: Probabilities, ids: pa.StringArray, classes: Places) -> Places:
+    """The columns (n,) of ``classes`` that a store predicts for these images."""
+    found: Places = np.searchsorted(classes, store.predicted()[pc.index_in(ids, value_set=store.ids).to_numpy()])
+    return found
 
 
 def _weightings(weights: Sequence[int], order: Sequence[int]) -> Floats:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from aliprod.errors import Refused
 from aliprod.export.whole import WholeModel
 from aliprod.inference.predict import Ready
+from aliprod.models.bank import Bank
 from aliprod.models.classifier import check_network
 
 Format: TypeAlias = Literal["onnx", "torch", "timm"]
@@ -28,6 +29,9 @@ _EXTRA = ("onnx", "onnxscript", "onnxruntime")
 
 def check(whole: WholeModel, form: Format) -> None:
     """Refused: what the format takes is not installed, or it cannot hold this."""
+    if any(isinstance(member.model.classifier, Bank) for member in whole.members):
+        what = "a member looks its answers up among training images (neighbours), which no format holds."
+        raise Refused(what, "--to", "Take it out of the ensemble, or distil it into a network (docs/export.md).")
     if form == "onnx" and (missing := [name for name in _EXTRA if find_spec(name) is None]):
         what = f"the format onnx takes {', '.join(missing)}, which is not installed."
         raise Refused(what, "--to", "pip install 'aliprod[export]', or take the format torch.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from aliprod.build.graph import targets
 from aliprod.build.target import Target, lacking
 from aliprod.catalogue import shards
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.forecast.seconds import UNKNOWN, Estimates
 from aliprod.forecast.simulate import STARTING_SECONDS
 from aliprod.plan import networks
@@ -66,7 +67,7 @@ def demand(opened: Opened) -> Demand:
     for target in todo.values():
         name, seconds = target.job.name if target.job else "", estimates.known(target, target.floor)
         if target.kind == "training":
-            resume[name], seconds = 2 * _state(target.owner, catalogue.num_classes), seconds + STARTING_SECONDS
+            resume[name], seconds = 2 * _state(target.owner, catalogue), seconds + STARTING_SECONDS
         kept[name] += _bytes(target, opened)
         hours[name] += seconds * target.floor * target.resources.gpus / 3600
     splits = shards.manifest(catalogue.root).record.shards.values() if catalogue.prepared else ()
@@ -80,28 +81,32 @@ def _bytes(target: Target, opened: Opened) -> float:
     match target.kind:
         case "training":
             both = target.owner.stage.epochs > 1 and len(catalogue.val) > 0  # the best and the last
-            return (1 + both) * (2 if opened.places.artifacts else 1) * sum(_weights(target.owner, classes))
+            return (1 + both) * (2 if opened.places.artifacts else 1) * sum(_weights(target.owner, catalogue))
         case "pretrained":
             return 1000 * (networks.facts(str((target.facts or {})["network"])) or _NOBODY_KNOWS).kilobytes
         case "prediction":
             return 2 * seen * classes
         case "soft_labels":  # an int32 and a float16 of 64 classes: aliprod.data.training_set
             return 6 * seen * min(64, classes)
+        case "features":
+            return 2 * seen * (networks.facts(target.owner.network) or _NOBODY_KNOWS).features
         case "ensemble":
             return 4 * target.needs["members"][0].cost.seen * classes
     return 0
 
 
-def _state(job: Job, classes: int) -> float:
+def _state(job: Job, catalogue: Catalogue) -> float:
     """A resume checkpoint: the weights, the best so far, their average, and what the optimizer keeps."""
-    backbone, head = _weights(job, classes)
+    backbone, head = _weights(job, catalogue)
     trained = backbone + head if job.stage.trains == "all" else head
     weights = (2 + (job.stage.ema is not None)) * (backbone + head)
-    return 0 if job.stage.soup else weights + _MOMENTS[job.stage.optimizer.name] * trained
+    return weights + _MOMENTS[job.stage.optimizer.name] * trained if job.stage.is_trained else 0
 
 
-def _weights(job: Job, classes: int) -> tuple[float, float]:
+def _weights(job: Job, catalogue: Catalogue) -> tuple[float, float]:
     """Bytes of a job's backbone, and of its classifier."""
     found = networks.facts(job.network) or _NOBODY_KNOWS
     asked = needs(job.stage.objective.name, job.stage.objective.options)
-    return 1000 * found.kilobytes, 4 * found.features * asked.branches * classes * asked.centres
+    head = 4 * asked.branches * asked.centres * catalogue.num_classes
+    head = 2 * len(catalogue.train) if job.stage.neighbours else head
+    return 1000 * found.kilobytes, found.features * head

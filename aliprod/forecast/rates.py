@@ -62,7 +62,7 @@ def bare(stage: Stage) -> Stage:
 
 def pieces(opened: Opened, part: Part) -> Iterator[Piece]:
     """The distinct work of a plan's jobs, finished or not; the predictions too, where whole trainings are asked for."""
-    trained = [job for job in opened.jobs.values() if not job.soup]
+    trained = [job for job in opened.jobs.values() if job.stage.is_trained]
     yield from _distinct(opened, part, trained)
     if part == "train":
         yield from _distinct(opened, "center", opened.jobs.values())
@@ -73,9 +73,10 @@ def pieces(opened: Opened, part: Part) -> Iterator[Piece]:
 
 
 def predictors(opened: Opened) -> set[str]:
-    """Names of the jobs that predict whole splits: members, and those who label test images."""
+    """Names of the jobs that predict whole splits: members, those who label test images, and floors."""
     labellers = (name for job in opened.jobs.values() for name in job.labellers)
-    return {*opened.plan.ensemble.members, *labellers}
+    floors = (job.name for job in opened.jobs.values() if job.is_floor)
+    return {*opened.plan.ensemble.members, *labellers, *floors}
 
 
 def branches(job: Job) -> int:
@@ -110,7 +111,8 @@ class Rates:
 
     def predicting(self, job: Job, views: Views) -> Rate | None:
         """The benchmark; of the centre view, else, what training says, whose steps go forward and back."""
-        rate, trained = self._measured(job, views), None if job.soup else self.training(job)
+        looks = job.stage.is_trained and job.stage.features == "computed"
+        rate, trained = self._measured(job, views), self.training(job) if looks else None
         if rate is None and views == "center" and trained is not None:
             return replace(trained, images_per_second=FORWARD * trained.images_per_second)
         return rate

@@ -61,7 +61,8 @@ class Estimates:
         rates, jobs, self.read = Rates(self.opened), self.opened.jobs, time.monotonic()
         self._training = cache(lambda name: self._slowed(rates.training(jobs[name])))
         self._predicting = cache(lambda name, views: self._slowed(rates.predicting(jobs[name], views)))
-        found = [(job, rate) for job in jobs.values() if not job.soup and (rate := self.training(job))]
+        looking = [job for job in jobs.values() if job.stage.is_trained and job.stage.features == "computed"]
+        found = [(job, rate) for job in looking if (rate := self.training(job))]
         self.paces = {job.name: _pixels(job) * rate.images_per_second / speed_up(rate.ranks) for job, rate in found}
 
     def _slowed(self, rate: Rate | None) -> Rate | None:
@@ -111,6 +112,8 @@ def _lasts(images: int, rate: Rate | None, ranks: int, faster: Callable[[int], f
 
 
 def _pixels(job: Job) -> float:
-    """What a step of a job looks at for each image."""
+    """What a step of a job looks at for each image; nothing where features are cached."""
+    if job.stage.features == "cached":
+        return 0.0
     asked = needs(job.stage.objective.name, job.stage.objective.options)
     return float(job.stage.crop**2 * (2 if asked.distorts or asked.second else 1))

@@ -1,7 +1,7 @@
 """What the unfinished rest of a plan will take: its graph, scheduled on a simulated clock with measured rates.
 
 Filters of duplicates and pseudo labels count as if they left and added all that they may. Adding up the ensemble, and
-what CPUs do beside the GPUs, count nothing.
+what CPUs do beside the GPUs, count nothing; nor does what a bank of features takes to be searched.
 """
 
 import math
@@ -139,7 +139,7 @@ def _taken(spans: Sequence[Span]) -> float:
 
 def _rate(estimates: Estimates, job: Job) -> Rate | None:
     """The rate of a job; a soup only predicts."""
-    return estimates.predicting(job, "center") if job.stage.soup else estimates.training(job)
+    return estimates.training(job) if job.stage.is_trained else estimates.predicting(job, "center")
 
 
 def _devices(opened: Opened, estimates: Estimates, todo: Mapping[str, Target]) -> list[str]:

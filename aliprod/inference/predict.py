@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.data.augment import normalise
+from aliprod.data.features import Features
 from aliprod.data.loader import Feed, squared_batches
 from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.ten_crop import crops, mean_probabilities
@@ -74,6 +75,24 @@ def predict(
         yield rows, look(model, pixels, crop, views, feed).cpu()
 
 
+@torch.inference_mode()
+def pooled(model: Classifier, images: Images, resize: int, crop: int, feed: Feed) -> Iterator[Tensor]:
+    """Features (n, F) of a split's centre crops in order, block after block, by a model in eval mode."""
+    for _, pixels in squared_batches(images, resize, feed, BATCH["center"]):
+        with autocast(feed.device, feed.dtype):
+            yield model.pool(model.features(_normalised(_cut(pixels, crop, "center"), feed)))
+
+
+@torch.inference_mode()
+def _of_features(model: Classifier, features: Features, feed: Feed) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """`predict` of what is known of each picture: by a model that takes features for images."""
+    size = BATCH["center"]
+    for low in range(feed.rank * size, len(features), feed.world_size * size):
+        rows = np.arange(low, min(low + size, len(features)))
+        logits: Tensor = model(features.take(rows).to(feed.device).float())
+        yield rows, mean_probabilities(logits.float()[:, None]).cpu()
+
+
 def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
     """The probabilities (n, K) alone of `predict`, block after block, at the device's precision."""
     config, feed = member.config, member.feed
@@ -90,14 +109,22 @@ def look(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed)
 
 def seen(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
     """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8."""
-    if views == "ten_crop":
-        cut = crops(pixels, crop)
-    else:
-        offset = round((pixels.shape[-1] - crop) / 2)
-        cut = pixels[:, None, :, offset : offset + crop, offset : offset + crop]
-    images = normalise(cut.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
-    logits: Tensor = model(images)
+    cut = _cut(pixels, crop, views)
+    logits: Tensor = model(_normalised(cut, feed))
     return mean_probabilities(logits.float().view(*cut.shape[:2], -1))
+
+
+def _cut(pixels: Tensor, crop: int, views: Views) -> Tensor:
+    """Views (n, V, 3, crop, crop) of squared pictures."""
+    if views == "ten_crop":
+        return crops(pixels, crop)
+    offset = round((pixels.shape[-1] - crop) / 2)
+    return pixels[:, None, :, offset : offset + crop, offset : offset + crop]
+
+
+def _normalised(cut: Tensor, feed: Feed) -> Tensor:
+    """Views as a network takes them, (n V, 3, crop, crop)."""
+    return normalise(cut.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
 
 
 def nothing() -> None:
@@ -105,12 +132,18 @@ def nothing() -> None:
 
 
 def top1_errors(
-    model: Classifier, catalogue: Catalogue, stage: Stage, feed: Feed, between: Callable[[], None] = nothing
+    model: Classifier,
+    catalogue: Catalogue,
+    stage: Stage,
+    feed: Feed,
+    between: Callable[[], None] = nothing,
+    known: Features | None = None,
 ) -> dict[str, float]:
     """How well a model knows val, by the centre crop; empty without validation images.
 
-    ``between`` is called as often on each rank, before each block of images.
-
+    Args:
+        between: called as often on each rank, before each block of images.
+        known: features of val, which the model takes for images.
     Returns:
         Top-1 and top-5 error, means over classes; top-1 error per image; the loss (cross entropy), a mean over images.
     """
@@ -120,7 +153,11 @@ def top1_errors(
     model.eval()
     labels = torch.from_numpy(catalogue.val.labels)
     scores = torch.zeros(3, len(labels), dtype=torch.float64)  # class, classes above the label, loss
-    blocks = predict(model, catalogue.val, *stage.test_view, "center", feed)
+    blocks = (
+        predict(model, catalogue.val, *stage.test_view, "center", feed)
+        if known is None
+        else _of_features(model, known, feed)
+    )
     for _ in range(0, len(catalogue.val), BATCH["center"] * feed.world_size):
         between()
         for rows, probabilities in islice(blocks, 1):  # the last may be another rank's

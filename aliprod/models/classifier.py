@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aliprod.errors import Refused, did_you_mean, listing
+from aliprod.models.bank import Bank
 
 
 class Classifier(nn.Module):
@@ -36,6 +37,7 @@ class Classifier(nn.Module):
         unit_weights: the classifier's rows count as scaled to unit length (A-softmax).
         scale: length that pooled features count as scaled to (ArcFace); 0: their own.
         centres: rows of the classifier that each class has, of which the largest logit counts (sub-centre ArcFace).
+        bank: so many training images vote in place of a linear classifier; 0: none.
         crop: side of the images in pixels, which position embeddings are made for; None: the network's own.
     Raises:
         Refused: timm has no such network, or it takes no images of that size, or it has no stochastic depth or block
@@ -54,6 +56,7 @@ class Classifier(nn.Module):
         crop: int | None = None,
         scale: float = 0.0,
         centres: int = 1,
+        bank: int = 0,
     ) -> None:
         super().__init__()
         made = check_network(network, network, crop)
@@ -77,12 +80,11 @@ class Classifier(nn.Module):
             last = _cut_last(network, self.backbone)
             self.branches.extend(copy.deepcopy(last) for _ in range(branches))
         self.dropout = nn.Dropout(drop_rate)
+        self.num_classes = num_classes
         self.classifier = nn.Linear(made.pooled * branches, num_classes * centres, bias=False)
         self.reset_classifier()
-
-    @property
-    def num_classes(self) -> int:
-        return self.classifier.out_features // self.centres
+        if bank:
+            self.classifier = Bank(made.pooled, bank, num_classes)
 
     def reset_classifier(self) -> None:
         """Draw the classifier anew from torch's global generator."""
@@ -129,6 +131,9 @@ class Classifier(nn.Module):
         if self.scale:
             pooled = self.scale * functional.normalize(pooled)
         with torch.autocast(pooled.device.type, enabled=False):
+            if isinstance(self.classifier, Bank):
+                logits: Tensor = self.classifier(pooled)
+                return logits
             logits = functional.linear(pooled, functional.normalize(weight, dim=1) if self.unit_weights else weight)
         return logits.unflatten(1, (-1, self.centres)).amax(dim=2) if self.centres > 1 else logits
 

@@ -19,9 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from aliprod.errors import Refused, did_you_mean
+from aliprod.models.bank import Bank
 from aliprod.models.classifier import Classifier, branched
+from aliprod.recipe import Inputs
 from aliprod.store import commit
 
+_OWNERS = "classifier.labels"  # of a bank
 MODEL, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.json"
 
 
@@ -71,11 +74,11 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: C
 def load(folder: Path) -> tuple[Classifier, Config, Classes]:
     """The classifier of a weights folder, in eval mode. Refused: it is no weights folder, or one that is damaged."""
     config, classes = describe(folder)
-    kind: dict[str, Any] = {
-        name: getattr(config, name) for name in ("branches", "unit_weights", "scale", "centres", "crop")
-    }
-    model = Classifier(config.network, len(classes.ids), **kind)
-    _fill(model, model.state_dict(), read(folder), folder / MODEL)
+    shape = ("branches", "unit_weights", "scale", "centres", "crop")
+    kind: dict[str, Any] = {name: getattr(config, name) for name in shape}
+    tensors = read(folder)
+    model = Classifier(config.network, len(classes.ids), **kind, bank=len(tensors.get(_OWNERS, ())))
+    _fill(model, model.state_dict(), tensors, folder / MODEL)
     return model.eval(), config, classes
 
 
@@ -95,6 +98,14 @@ def describe(folder: Path) -> tuple[Config, Classes]:
         raise Refused(f"is no weights folder ({type(error).__name__}: {error}).", folder, advice) from error
 
 
+def load_inputs(model: Classifier, inputs: Inputs, class_ids: Sequence[int]) -> None:
+    """Load the weights that a job begins with, where it has any. Refused: as `load_parent` and `load_pretrained`."""
+    if inputs.start is not None:
+        load_parent(model, inputs.start, class_ids)
+    elif inputs.pretrained is not None:
+        load_pretrained(model, inputs.pretrained)
+
+
 def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> None:
     """Load a parent's backbone and head into its child. Refused: the folder is damaged, or of another network or class
     list."""
@@ -112,7 +123,8 @@ def load_parent(model: Classifier, folder: Path, class_ids: Sequence[int]) -> No
     tensors = _resized(tensors, model)
     if config.branches == 1 < len(model.branches):
         tensors = branched(tensors, model)
-    _fill(model, model.state_dict(), tensors, folder / MODEL)
+    own = _but_classifier(model) if isinstance(model.classifier, Bank) else model.state_dict()
+    _fill(model, own, tensors, folder / MODEL)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -160,12 +172,16 @@ def load_pretrained(model: Classifier, file: Path) -> None:
     except (OSError, SafetensorError) as error:
         advice = 'Set pretrained = "PATH" to a safetensors file of this network, or to a folder of NETWORK.safetensors.'
         raise Refused(f"holds no pretrained weights for {model.network} ({error}).", file, advice) from error
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("classifier.")}
+    own = _but_classifier(model)
     counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
     tensors = _resized({f"backbone.{name}": tensor for name, tensor in tensors.items()}, model)
     if model.branches:
         tensors = branched(tensors, model)
     _fill(model, own, counters | tensors, file)  # weights from before PyTorch 0.4.1 have no counters
+
+
+def _but_classifier(model: Classifier) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("classifier.")}
 
 
 def _resized(tensors: dict[str, Tensor], model: Classifier) -> dict[str, Tensor]:

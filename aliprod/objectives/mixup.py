@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from aliprod.objectives import Batch, Context, Model, mean_over, precise, require
+from aliprod.objectives import Batch, Context, Model, Needs, mean_over, precise, require
 
 
 class Objective(nn.Module):
@@ -17,6 +17,8 @@ class Objective(nn.Module):
         alpha, cutmix: of the Beta distribution that a mixup's or a CutMix's share is drawn from; 0: none.
         plain: last epochs in which nothing is mixed.
     """
+
+    needs = Needs(pixels=True)
 
     def __init__(self, context: Context, *, alpha: float = 0.2, cutmix: float = 0.0, plain: int = 0) -> None:
         super().__init__()

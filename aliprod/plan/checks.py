@@ -181,6 +181,7 @@ def _clashes(plan: Plan, job: str, tables: list[Settings]) -> list[str]:
         or _off_grid(stage, stride(network) if network else 32),
         _placed(stage),
         _untaught(stage),
+        _unseen(stage),
         *(f"{what}: {advice}".rstrip(" .:") for what, advice in refused),
         _unweighted(stage, network) if network else "",
     ]
@@ -197,7 +198,7 @@ def _unweighted(stage: Stage, network: str) -> str:
 
 def _undealt(stage: Stage, fewest: int, most: int) -> str:
     """A step that cannot be dealt to its shares, or these to the ranks that are asked for."""
-    if stage.soup is not None:
+    if not stage.is_trained:
         return ""
     if stage.shares == "ranks" and fewest != most:
         return 'shares = "ranks" makes results depend on the ranks: say how many, [cluster] ranks = 2'
@@ -229,6 +230,14 @@ def _placed(stage: Stage) -> str:
     if not stage.crops or not needs(name, stage.objective.options).maps:
         return ""
     return f"crops change what {name} looks at, places of one size: leave them out"
+
+
+def _unseen(stage: Stage) -> str:
+    """An objective that looks at more than pooled features, where these are cached."""
+    asked = needs(stage.objective.name, stage.objective.options)
+    if stage.features == "computed" or not (asked.maps or asked.pixels or asked.branches > 1):
+        return ""
+    return f'objective {stage.objective.name} looks at the images: say features = "computed", or another objective'
 
 
 def _off_grid(stage: Stage, stride: int | None) -> str:
@@ -275,20 +284,28 @@ def _missing(plan: Plan, job: str, edge: Edge, target: str, jobs: Iterable[str])
 
 
 def _misshapen(plan: Plan, job: str, edge: Edge, targets: Iterable[str]) -> Iterator[Problem]:
-    """Weights that do not fit: of a network with more branches (BBN), or centres of a class, than the job's."""
+    """Weights that do not fit: of a network with more branches (BBN), or centres of a class, than the job's, or without
+    a classifier."""
     own = _shape(plan, job)
     known = [to for to in targets if to.partition("/")[2] in plan.stages]
     for target in known if edge[0] in ("start", "soup") else ():
+        key = _origin(plan, job, *edge)
+        if _said(plan, target, "neighbours"):
+            sentence = f"{dotted(key)}: {shown(target)} has neighbours in place of a classifier."
+            yield Problem(key, sentence, "Start from another job, or from pretrained weights.", quoted=None)
         for what, theirs in _shape(plan, target).items():
             if theirs not in ({own[what]} if edge[0] == "soup" else {1, own[what]}):
-                key = _origin(plan, job, *edge)
                 sentence = f"{dotted(key)}: the network of {shown(target)} has {theirs} {what}, not {own[what]}."
                 yield Problem(key, sentence, "Start from another job, or give both the same objective.", quoted=None)
 
 
+def _said(plan: Plan, job: str, setting: str) -> Any:
+    return merged(plan.defaults, *plan.layers(*job.split("/", 1))).get(setting)
+
+
 def _shape(plan: Plan, job: str) -> dict[str, int]:
     """Branches of a job's network, and centres of a class; 1 where what its objective is called is wrong."""
-    said = merged(plan.defaults, *plan.layers(*job.split("/", 1))).get("objective")
+    said = _said(plan, job, "objective")
     try:
         objective = ObjectiveRecipe.model_validate({"name": said} if isinstance(said, str) else said or {"name": ""})
         asked = needs(objective.name, objective.options)

@@ -14,6 +14,7 @@ from aliprod.plan.source import toml_of
 
 _LOOKED_AT = 64  # pictures whose sizes are read
 _GB = 1e9
+_PROBE_EPOCHS = 30  # seconds on thousands of images: benchmarks/RESULTS.md, features.py
 _LARGE = {  # our name = timm's name, of the seed's five
     "resnet50": "resnet50.tv_in1k",
     "seresnext50": "seresnext50_32x4d.racm_in1k",
@@ -124,7 +125,8 @@ class _Draft:
         yield from self._defaults()
         yield from self._stages()
         yield from ["", "[jobs]"]
-        yield from (f"{backbone} = {json.dumps(self.stages)}" for backbone in self.backbones)
+        stages = ["probe"] * computer.online + self.stages
+        yield from (f"{backbone} = {json.dumps(stages)}" for backbone in self.backbones)
         yield from ["", "[ensemble]  # the last stage of each; their probabilities are added"]
         members = [f"{backbone}/{self.stages[-1]}" for backbone in self.backbones]
         yield f"members = {json.dumps(members)}"
@@ -147,6 +149,12 @@ class _Draft:
         yield "ema = 0.99"
 
     def _stages(self) -> Iterator[str]:
+        if self.computer.online:
+            yield from ["", "[stages.probe]  # the floor: a classifier on features of the pretrained weights alone"]
+            yield from ['trains = "classifier"', 'features = "cached"', f"epochs = {_PROBE_EPOCHS}"]
+            yield from ["shares = 1  # features take no GPU long"] if self.shares > 1 else []
+            yield 'optimizer = { name = "adamw" }'
+            yield 'lr = { heads = 0.003, schedule = "cosine", warmup_epochs = 1 }'
         fresh = 1 if self.computer.online else 5  # weights that are learned from nothing take higher rates
         yield from ["", "[stages.full]  # all photographs", 'images = "all"', f"epochs = {self.epochs}"]
         yield f'lr = {{ backbone = {0.01 * fresh:g}, heads = 0.05, schedule = "cosine", warmup_epochs = 1 }}'

@@ -45,6 +45,11 @@ class Job:
         """sha256 of the facts, in hexadecimal."""
         return None if self.facts is None else key_of(self.facts)
 
+    @property
+    def is_floor(self) -> bool:
+        """Whether it shows what pretrained features are worth by themselves, which the ensemble is to beat."""
+        return self.stage.features == "cached" and self.start is None and not self.member
+
 
 def jobs_of(plan: Plan, fingerprint: str | None, tree: str = "") -> dict[str, Job]:
     """All jobs by name, parents before their children.
@@ -70,7 +75,8 @@ def order_by_remaining_work(jobs: Mapping[str, Job]) -> list[str]:
     remaining: dict[str, float] = {}
     for job in reversed(list(jobs.values())):
         children = (remaining[other.name] for other in jobs.values() if job.name in other.parents)
-        remaining[job.name] = job.stage.epochs * job.stage.crop**2 * _share(job.stage) + max(children, default=0)
+        looks = job.stage.epochs if job.stage.features == "computed" else 1
+        remaining[job.name] = looks * job.stage.crop**2 * _share(job.stage) + max(children, default=0)
     return sorted(jobs, key=lambda name: -remaining[name])
 
 

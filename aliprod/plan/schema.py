@@ -21,11 +21,13 @@ EDGES: tuple[Edge, ...] = (
     ("teachers",),
     ("pseudo_labels", "by"),
 )  # settings that name jobs
+_IDLE = {"start": "pretrained", "soup": "epochs", "neighbours": "epochs"}  # a default not meant for stages that say so
 MOST_JOBS = 1_000
 WHOLE = (
     "objective",
     "images",
     "soup",
+    "neighbours",
 )  # replaced as a whole where another table says them; other tables merge key by key
 
 
@@ -288,9 +290,10 @@ def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
         pydantic.ValidationError: the settings do not go together.
     """
     own = merged(*layers)
-    for ignoring, key in (("start", "pretrained"), ("soup", "epochs")):  # meant for those that start, or train
-        if ignoring in own:
-            defaults = {name: value for name, value in defaults.items() if name != key}
+    idle = {key for name, key in _IDLE.items() if name in own}
+    if own.get("features") == "cached":
+        idle.add("augmentation")
+    defaults = {name: value for name, value in defaults.items() if name not in idle}
     stage = Stage.model_validate(merged({"seed": seed}, defaults, own))
     objective = ObjectiveRecipe(name=stage.objective.name, **complete(stage.objective.name, stage.objective.options))
     return stage.model_copy(update={"objective": objective})

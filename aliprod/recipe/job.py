@@ -61,6 +61,7 @@ class Inputs:
         teachers: soft labels of its images, a folder a teacher.
         pseudo_labels: folder of labels of test images.
         kept: folder of the rows that are left where duplicates are filtered.
+        features: folders of all training images' features and, where there are any, of those of val; (): computed.
     """
 
     start: Path | None = None
@@ -69,6 +70,7 @@ class Inputs:
     teachers: tuple[Path, ...] = ()
     pseudo_labels: Path | None = None
     kept: Path | None = None
+    features: tuple[Path, ...] = ()
 
 
 NO_INPUTS = Inputs()

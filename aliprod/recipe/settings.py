@@ -98,6 +98,7 @@ class Needs:
         unit_weights, scale: lengths 1 and so many of the classifier's rows and of features, at inference too; 0: own.
         centres: rows of the classifier that each class has; the one nearest to an image counts.
         maps: a square map of features, or patch tokens that make one.
+        pixels: the images themselves, which cached features cannot stand for.
         distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
     """
 
@@ -110,6 +111,7 @@ class Needs:
     scale: float = 0.0
     centres: int = 1
     maps: bool = False
+    pixels: bool = False
     distorts: bool = False
 
 
@@ -122,6 +124,13 @@ class PseudoLabels(Frozen):
     threshold: float = Field(0.9, gt=0, le=1, description="least probability of the predicted class")
     per_class: int = Field(30, ge=1, description="at most this many images of a class, the surest")
     weight: float = Field(0.5, gt=0, le=1, description="of such an image in the loss; a labelled one has 1")
+
+
+class Neighbours(Frozen):
+    """Training images that vote on a picture's class, in place of a classifier (k-NN): nothing is trained."""
+
+    k: int = Field(20, ge=1, description="of them, those whose features are most like the picture's")
+    temperature: float = Field(0.07, gt=0, description="a vote counts exp(cosine / temperature)")
 
 
 class Soup(Frozen):

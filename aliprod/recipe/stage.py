@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from aliprod.recipe.settings import (
     Frozen,
     LearningRate,
+    Neighbours,
     ObjectiveRecipe,
     OptimizerRecipe,
     PerClass,
@@ -18,23 +19,14 @@ from aliprod.recipe.settings import (
 RECIPE_VERSION = 2  # part of every key: raise it when the same settings would give other results
 ADDED = (  # since version 1: part of a key only where they say other than their default
     "shares", "gradients", "duplicates", "pseudo_labels", "sampler", "trains", "teachers", "soup", "resizing", "crops",
-    "test_crop",
+    "test_crop", "features", "neighbours",
 )  # fmt: skip
 ADDED_BELOW = {"optimizer": ("betas", "layer_decay", "sharpness"), "lr": ("warmup_steps",)}  # the same, of its tables
 
 STATISTICS_BATCHES = 200  # that norm statistics are taken anew from, where an objective distorts images
-NO_COST = (
-    "start",
-    "pretrained",
-    "images",
-    "duplicates",
-    "pseudo_labels",
-    "sampler",
-    "epochs",
-    "seed",
-    "crops",
-    "test_crop",
-)  # of a step
+NO_COST = (  # of a step
+    "start", "pretrained", "images", "duplicates", "pseudo_labels", "sampler", "epochs", "seed", "crops", "test_crop",
+)  # fmt: skip
 CROPS = ("random_resized_crop", "random_crop", "resize")
 Augmentation = Literal[
     "random_resized_crop", "random_crop", "resize", "rotation", "flip", "color_jitter", "auto_augment", "rand_augment",
@@ -76,6 +68,14 @@ class Stage(Frozen):
         "all",
         description="all weights; the classifier alone, drawn anew: cRT, or a linear probe of pretrained weights; the "
         "classifier as it is and the norm layers: FixRes, for images of another size",
+    )
+    features: Literal["computed", "cached"] = Field(
+        "computed",
+        description="cached: the frozen backbone looks at each image once, as inference does (centre crop), for all "
+        'stages of the same weights, resize and crop; with trains = "classifier" or neighbours',
+    )
+    neighbours: Neighbours | None = Field(
+        None, description="no training: the most similar training images vote, { k = 20, temperature = 0.07 }"
     )
     teachers: tuple[str, ...] = Field(
         (),
@@ -158,6 +158,11 @@ class Stage(Frozen):
         crop = self.crops[min(epoch, self.epochs - 1) * len(self.crops) // self.epochs]
         return self.model_copy(update={"crop": crop, "resize": round(self.resize * crop / self.crop)})
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether its weights are learned: not a mean of others', and not a bank of features."""
+        return self.soup is None and self.neighbours is None
+
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
         if wrong := [what for check in _CHECKS for what in check(self)]:
@@ -198,7 +203,8 @@ def _inconsistent_optimizer(stage: Stage) -> Iterator[str]:
     for setting, kinds in (("momentum", ("sgd", "muon")), ("betas", ("adamw", "lamb", "lion", "muon"))):
         if getattr(recipe, setting) != fields[setting].default and name not in kinds:
             yield f"{name} has no {setting}: {', '.join(kinds)} have"
-    if name != "sgd" and not {"backbone", "heads"} <= stage.lr.model_fields_set:
+    moved = {"heads"} if stage.trains == "classifier" else {"backbone", "heads"}
+    if name != "sgd" and not moved <= stage.lr.model_fields_set:
         what = f"the default rates are for sgd: with {name} say both"
         yield f"{what}, lr = {{ backbone = 1e-4, heads = 1e-3 }}"
 
@@ -230,10 +236,32 @@ def _inconsistent_sources(stage: Stage) -> Iterator[str]:
         yield "teachers have seen the training images alone: leave pseudo_labels or teachers out"
 
 
+def _inconsistent_features(stage: Stage) -> Iterator[str]:
+    if stage.neighbours is not None and stage.features != "cached":
+        yield 'neighbours are sought among cached features: say features = "cached"'
+    if stage.neighbours is not None and (stage.soup is not None or stage.epochs != 1 or stage.teachers):
+        yield "neighbours train nothing: leave soup, teachers and epochs out"
+    if stage.features == "computed":
+        return
+    if stage.trains != "classifier" and stage.neighbours is None:
+        yield 'cached features are those of a frozen backbone: say trains = "classifier"'
+    if stage.crops or stage.test_crop:
+        yield "cached features are of one size: leave crops and test_crop out"
+    if stage.start is None and not stage.pretrained and stage.trains != "classifier":
+        yield "cached features need a backbone that has learned something: a start, or pretrained = true"
+    if stage.soup is not None:
+        yield "a soup looks at no features: leave them out"
+    if "augmentation" in stage.model_fields_set:
+        yield "cached features are of one view of each image, that of inference: leave augmentation out"
+    if stage.pseudo_labels is not None:
+        yield "cached features are of training images alone: leave pseudo_labels out"
+
+
 _CHECKS = (
     _inconsistent_views,
     _inconsistent_rates,
     _inconsistent_optimizer,
     _inconsistent_shares,
     _inconsistent_sources,
+    _inconsistent_features,
 )

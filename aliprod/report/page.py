@@ -125,12 +125,14 @@ def _compared(opened: Opened, rows: Iterable[Mapping[str, Any]], found: Mapping[
         if images and row["name"] in found["members"] and row["top1_error"] is not None
     }
     members = sorted(found["members"].items(), key=lambda one: one[1]["top1_error"])
-    shares = found.get("disagreement")  # older runs have not counted it
+    shares, floors = found.get("disagreement"), found.get("floors", {})  # older runs have not counted them
+    shown = [(n, m, on_val.get(n)) for n, m in members] + [(f"floor: {n}", one, None) for n, one in floors.items()]
     return {
         "compared": found,
         "members": members,
         "on_val": on_val,
-        "errors": figures.errors([("ensemble", found["ensemble"], None), *((n, m, on_val.get(n)) for n, m in members)]),
+        "floors": floors,
+        "errors": figures.errors([("ensemble", found["ensemble"], None), *shown]),
         "disagreement": figures.disagreement(list(found["members"]), shares) if shares and len(members) > 2 else "",
         "apart": shares[1][0] if shares and len(members) == 2 else None,
     }

@@ -89,11 +89,17 @@ def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
             "" if row["gain"] is None else f"{points(row['gain']):>6}",
             row["images_per_second"],
             duration(row["eta_seconds"]) if row["eta_seconds"] else "",
-            epochs.KINDS.get(row["kind"]) if row["state"] == "failed" or not row["reason"] else row["reason"],
+            _note(row),
         ]
         for row in rows
     ]
     return table(shown, header)
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    if row["reason"] and row["state"] != "failed":
+        return str(row["reason"])
+    return ", ".join(filter(None, [epochs.KINDS.get(row["kind"]), "the floor" if row["floor"] else ""]))
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -132,6 +138,9 @@ def headline(ensemble: Mapping[str, Any]) -> list[str]:
         which = f"Without {', '.join(left)}" if len(left) <= len(kept) else f"With {', '.join(kept)} alone"
         fewer = f"{which}: {interval(smallest)} cross-fitted, {near}; {len(left)} of {count} predictions fewer."
     lines = [f"{whole}; its best member, {best['member']} by {by}, {interval(own)}. Gain: {gain(own)}.", fewer]
+    if floors := found.get("floors"):
+        name, floor = min(floors.items(), key=lambda one: one[1]["top1_error"])
+        lines.insert(1, f"The floor, frozen features ({name}): {interval(floor)}. Gain: {gain(floor)}.")
     if combine != "sum":
         how = "each image by what was fitted without it" if found["split"] == "val" else "fitted on val"
         lines.insert(1, f"The plain sum: {interval(found['sum'])}. Gain of {combine}, {how}: {gain(found['sum'])}.")
@@ -161,6 +170,8 @@ def outcome_table(outcome: Mapping[str, Any]) -> str:
     on = ensemble["split"] or "nothing labelled"
     if compared := ensemble.get("comparison"):
         on += f", {VIEWS[compared['views']]}"
+        floors = compared.get("floors", {})
+        rows += [[f"{name} (floor)", _percent(one["top1_error"]), None] for name, one in floors.items()]
     return table(rows, ["member", f"top-1 error on {on}, %", "version"])
 
 
@@ -176,6 +187,7 @@ def _state(opened: Opened, name: str, standing: Standing) -> dict[str, Any]:
         "reason": standing.reasons.get(name),
         "epoch": len(lines),
         "epochs": job.stage.epochs,
+        "floor": job.is_floor,
         "top1_error": error,
         "kind": None if error is None else kind,
         "images_per_second": (pace or {}).get("images_per_second", last.get("speed/images_per_second")),

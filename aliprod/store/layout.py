@@ -5,6 +5,7 @@ jobs/BACKBONE/STAGE/KEY/    metrics.jsonl, resume/, last/, weights/ (its commit 
 hashes/FINGERPRINT/         of a catalogue's training images
 held-out/KEY/               which images of a catalogue without val were held out as val
 pretrained/NETWORK/         ImageNet weights
+features/KEY/SPLIT/         of a catalogue's images, by a frozen backbone
 tune/JOB-KEY.json           settings that were tried
 .leases/                    who is at work on which plan and job
 PLAN/                       submission.csv, result.json, ensemble/, ...: what people open
@@ -17,8 +18,10 @@ from pathlib import Path
 from aliprod.errors import Refused
 
 METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
-HELD_OUT, TUNE = "held-out", "tune"
-OWN = ("jobs", "hashes", HELD_OUT, "pretrained", TUNE, "ray", "models", "catalogues", "mlartifacts", "mlflow.db")
+HELD_OUT, TUNE, FEATURES = "held-out", "tune", "features"
+OWN = (
+    "jobs", "hashes", HELD_OUT, FEATURES, "pretrained", TUNE, "ray", "models", "catalogues", "mlartifacts", "mlflow.db",
+)  # fmt: skip
 PACE = "pace.json"  # beside the checkpoints: how far a job is, and how fast
 MODEL = "model.safetensors"  # in a folder of weights
 PREDICTIONS = "predictions.parquet"  # in an ensemble's folder

@@ -28,7 +28,7 @@ from aliprod.store import commit
 from aliprod.store.keys import canonical
 
 SHARD_STEP = 256  # a shard has a multiple of so many rows: whole batches, so that one predicted again sees the same
-SOFT_LABELS_SHARD = 32 * SHARD_STEP  # rows of soft labels that are kept together on the way: 3 MB
+SHARD_ROWS = 32 * SHARD_STEP  # of soft labels, 3 MB, and of features, 32 MB at 2048 of them
 SHARD_BYTES = 256 * 2**20  # of probabilities in float16
 
 Part = tuple[int, int]  # of the shards: every so many, counted from which

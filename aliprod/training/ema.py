@@ -21,17 +21,17 @@ def warmed_up(decay: float, step: int | None) -> float:
 
 
 class Average:
-    """The average of a model's weights. Buffers (norm statistics, counters) are copied, not averaged."""
+    """The average of the weights of a model that move. Buffers (norm statistics, counters) are copied, not averaged."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.parameters = [p.detach().clone() for p in model.parameters()]
-        self._names = [name for name, _ in model.named_parameters()]
+        self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.parameters = [model.get_parameter(name).detach().clone() for name in self._names]
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Add a step to the average, in one fused call; ``step`` from 1."""
-        current: list[Tensor] = list(model.parameters())
+        current: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         torch._foreach_lerp_(self.parameters, current, 1 - warmed_up(self.decay, step))
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

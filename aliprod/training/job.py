@@ -76,9 +76,9 @@ def _events(
     """The events of a training, whose steps are watched, or of a mean of weights."""
     inputs = job.inputs
     data = training_set(catalogue, job.stage, inputs)
-    if inputs.soup:
-        machine = without_training(job.machine)
-        yield from soup.blended(set_up(job.stage, job.network, catalogue, machine, data), inputs.soup)
+    if not job.stage.is_trained:
+        setup = set_up(job.stage, job.network, catalogue, without_training(job.machine), data)
+        yield from soup.blended(setup, inputs.soup) if inputs.soup else soup.remembered(setup, inputs)
         return
     watchdog.phase()
     for event in train(set_up(job.stage, job.network, catalogue, job.machine, data), inputs):

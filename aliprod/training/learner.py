@@ -84,6 +84,7 @@ class Learner(nn.Module):
         self.stage, self.place = stage, place
         self.dtype = precision(place.device, stage.precision)
         asked = needs(stage.objective.name, stage.objective.options)
+        counts = catalogue.class_counts if class_counts is None else class_counts
         self.model = Classifier(
             network,
             catalogue.num_classes,
@@ -95,17 +96,20 @@ class Learner(nn.Module):
             stage.crop,
             asked.scale,
             asked.centres,
+            bank=int(counts.sum()) if stage.neighbours else 0,
         )
         if stage.trains != "all":
             _freeze(self.model, but_norms=stage.trains == "norms")
         if place.machine.checkpointing:
             _checkpoint_blocks(self.model)
         self.objective = build(
-            stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue, class_counts)
+            stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue, counts)
         )
         self.needs: Needs = self.objective.needs  # type: ignore[assignment]
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if place.machine.compile:
+        if stage.features == "cached":  # it is shown what its backbone would make
+            self.model.backbone.forward_features = self.model.backbone.forward_head = _as_they_are  # type: ignore[assignment]
+        elif place.machine.compile:
             # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them depends
             # on what was seen before, and a resumed job has seen less.
             features = torch.compile(self.model.backbone.forward_features, dynamic=False)  # type: ignore[arg-type]
@@ -155,7 +159,8 @@ class Setup:
     def top1_errors(self, between: Callable[[], None] = nothing) -> dict[str, float]:
         """Errors on val of the learner's weights; empty without val."""
         learner = self.learner
-        return top1_errors(learner.model, self.catalogue, learner.stage, self.feed, between)
+        known = self.batches.data.val_features
+        return top1_errors(learner.model, self.catalogue, learner.stage, self.feed, between, known)
 
 
 def set_up(
@@ -195,6 +200,10 @@ def _checkpoint_blocks(model: Classifier) -> None:
         ) from error
 
 
+def _as_they_are(features: Tensor, pre_logits: bool = True) -> Tensor:  # noqa: ARG001
+    return features
+
+
 def _seed(device: torch.device, seed: int) -> None:
     """Seed one device; torch.manual_seed would visit every kind of device there could be."""
     torch.default_generator.manual_seed(seed)
@@ -202,14 +211,13 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts: Integers | None) -> Context:
-    counts = catalogue.class_counts if class_counts is None else class_counts
+def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts: Integers) -> Context:
     return Context(
         num_classes=catalogue.num_classes,
         num_features=model.num_features,
         crop=stage.crop,
         side=model.side,
         epochs=stage.epochs,
-        class_counts=torch.from_numpy(counts),
+        class_counts=torch.from_numpy(class_counts),
         ancestor=None if catalogue.ancestor is None else torch.from_numpy(catalogue.ancestor),
     )

@@ -140,10 +140,7 @@ def steps(
 def _load(setup: Setup, inputs: Inputs) -> None:
     """Load the weights that a job begins with."""
     stage, model = setup.learner.stage, setup.learner.model
-    if inputs.start is not None:
-        weights.load_parent(model, inputs.start, setup.catalogue.classes.tolist())
-    elif inputs.pretrained is not None:
-        weights.load_pretrained(model, inputs.pretrained)
+    weights.load_inputs(model, inputs, setup.catalogue.classes.tolist())
     if stage.trains == "classifier":
         torch.manual_seed(seed_of(stage.seed, "classifier", model.network))
         model.reset_classifier()

@@ -1,14 +1,19 @@
-"""Model soup (Wortsman et al., ICML 2022): weights that are a mean of others with one parent. Free at inference."""
+"""Weights that are not trained. Model soup (Wortsman et al., ICML 2022): a mean of others with one parent, free at
+inference. A bank: features of the training images, whose nearest vote."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aliprod.models import weights
+from aliprod.models.bank import Bank
+from aliprod.recipe import Inputs
 from aliprod.store.epochs import TOP1
-from aliprod.training.candidates import Candidate, restated
+from aliprod.store.resumable import SHARD_ROWS
+from aliprod.training.candidates import Candidate, copied, restated
 from aliprod.training.checkpoint import Snapshot, TrainingState
 from aliprod.training.learner import Setup
 from aliprod.training.loop import Progress
@@ -32,6 +37,22 @@ def blended(setup: Setup, ingredients: Sequence[Path]) -> Iterator[Progress]:
         best, errors = _mean(setup, kept)
     metrics = errors | {"soup/ingredients": float(len(kept))}
     yield Progress(TrainingState(epoch=stage.epochs, best=best), metrics, _nothing, setup.learner.place, best)
+
+
+def remembered(setup: Setup, inputs: Inputs) -> Iterator[Progress]:
+    """Yield one Progress: the features of the stage's images, as a bank in place of a classifier.
+
+    Refused: weights that do not fit.
+    """
+    model, stage, data = setup.learner.model, setup.learner.stage, setup.batches.data
+    bank, features, recipe = model.classifier, data.features, stage.neighbours
+    assert isinstance(bank, Bank) and features is not None and recipe is not None  # noqa: S101, PT018
+    weights.load_inputs(model, inputs, setup.catalogue.classes.tolist())
+    blocks = map(features.take, np.split(np.arange(len(features)), range(SHARD_ROWS, len(features), SHARD_ROWS)))
+    bank.fill(blocks, torch.from_numpy(data.images.labels), recipe.k, recipe.temperature)
+    errors = setup.top1_errors()
+    best = Candidate(0, "raw", errors.get(TOP1), copied(model.state_dict()))
+    yield Progress(TrainingState(epoch=stage.epochs, best=best), errors, _nothing, setup.learner.place, best)
 
 
 def _greedy(setup: Setup, ordered: Sequence[Path]) -> tuple[Candidate, dict[str, float], list[Path]]:

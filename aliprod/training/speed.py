@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from aliprod.catalogue.catalogue import Catalogue
+from aliprod.data.features import Features
 from aliprod.data.loader import Feed, TrainBatch
 from aliprod.data.training_set import LARGEST, SoftLabels, TrainingSet, training_set
 from aliprod.inference.predict import BATCH, precision, predict
-from aliprod.models.classifier import Classifier, normalisation
+from aliprod.models.classifier import Classifier, check_network, normalisation
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Part, Stage, Views, without_training
 from aliprod.recipe.options import needs
 from aliprod.training import loop
@@ -51,7 +52,7 @@ def measure(
     """Measure a part over ``steps`` steps; as many before them are not counted.
 
     A catalogue that has fewer images shows them again and again. Nothing is validated, nothing is kept. Teachers
-    are made up: their labels would cost the same.
+    and cached features are made up: real ones would cost the same.
 
     Args:
         stage: without a filter of duplicates and pseudo labels, whose images nobody knows yet.
@@ -62,6 +63,10 @@ def measure(
     catalogue = replace(catalogue, train=catalogue.train.take(rows), val=catalogue.val.take(rows[:0]))
     _forget_peak_memory()
     data = _taught(training_set(catalogue, stage), stage, catalogue.num_classes)
+    if stage.features == "cached":
+        places = np.zeros(len(data.images), np.int64)
+        shard = np.zeros((1, check_network(network, network, stage.crop).pooled), np.float16)
+        data = replace(data, features=Features((shard,), places))
     setup = set_up(stage, network, catalogue, machine.model_copy(update={"save_every_steps": steps}), data)
     if part == "train":
         due = (event for event in loop.steps(setup) if isinstance(event, loop.Progress))

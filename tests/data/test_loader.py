@@ -18,6 +18,7 @@ from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
 from aliprod.data import selection
 from aliprod.data.augment import normalise, on_device, picture_of, square, train_view
+from aliprod.data.features import Features
 from aliprod.data.loader import Feed, TrainBatch, TrainBatches, squared_batches
 from aliprod.data.training_set import TrainingSet, training_set, write_soft_labels
 from aliprod.errors import Refused
@@ -126,6 +127,25 @@ def test_the_shares_of_a_step_together_are_the_step(packages: Catalogue, group: 
         assert {image.numpy().tobytes() for part in parts for image in part.images} == seen
         assert Counter(torch.cat([part.rows for part in parts]).tolist()) == Counter(batch.rows.tolist())
         assert len({part.seed for part in parts}) == 2  # shares draw apart
+
+
+def test_the_ranks_have_the_shares_of_cached_features_that_one_has(packages: Catalogue) -> None:
+    """Rows stand where their pictures would, from any step on; their features are what is shown."""
+    stage = STAGE.model_copy(update={"shares": 2})
+    data = training_set(packages, stage)
+    pooled = np.arange(3 * len(data.images), dtype=np.float16).reshape(-1, 3)
+    cached = replace(data, features=Features((pooled,), np.arange(len(pooled))))
+    pictures, alone = (list(TrainBatches(one, stage, FEED).epoch(1, skip=2)) for one in (data, cached))
+    ranks = [TrainBatches(cached, stage, replace(FEED, rank=rank, world_size=2)).epoch(1, skip=2) for rank in (0, 1)]
+    dealt = [share for step in zip(*ranks, strict=True) for share in step]
+    for seen, one, other in zip(pictures, alone, dealt, strict=True):
+        assert torch.equal(seen.rows, one.rows)
+        assert torch.equal(one.rows, other.rows)
+        assert (seen.seed, seen.step) == (one.seed, one.step) == (other.seed, other.step)
+        assert torch.equal(one.labels, seen.labels)
+        expected = torch.from_numpy(pooled[one.rows]).float()
+        assert torch.equal(one.images, expected)
+        assert torch.equal(other.images, expected)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

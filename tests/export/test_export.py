@@ -285,3 +285,14 @@ def test_without_the_extra_it_is_said_what_to_install(
     with pytest.raises(Refused, match="takes onnxscript, which is not installed") as raised:
         export(two, tmp_path / "out", "onnx", "center")
     assert "pip install 'aliprod[export]'" in raised.value.advice
+
+
+def test_a_bank_of_neighbours_is_refused_by_every_format(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Classifier("test_resnet", len(CLASSES.ids), crop=32, bank=9)
+    model.classifier.fill(iter(torch.randn(9, model.classifier.in_features).split(4)), torch.arange(9) % 5, 3, 0.07)
+    config = replace(CONFIG, network="test_resnet")
+    commit.write(tmp_path / "bank", lambda new: weights.save(new, model.state_dict(), config, CLASSES))
+    for form in ("onnx", "torch", "timm"):
+        with pytest.raises(Refused, match="looks its answers up among training images"):
+            export([Voice(tmp_path / "bank")], tmp_path / form, form, "center")

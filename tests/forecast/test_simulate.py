@@ -170,6 +170,30 @@ def test_what_is_made_for_a_job_is_counted_where_it_can_be_and_named_where_not(t
     assert found.seconds == pytest.approx(alone + 20 / 40), "soft labels of 20 images"
 
 
+def test_cached_features_are_looked_at_once_and_an_epoch_on_them_takes_what_was_measured(
+    tmp_path: Path, photos: Path
+) -> None:
+    (tmp_path / "photos").symlink_to(photos)
+    sets = [f'stages.{name}.{said}' for name in ("balanced", "accuracy") for said in (
+        'trains="classifier"', 'features="cached"', "epochs=50"
+    )]  # fmt: skip
+    prepared = prepare(tmp_path, *sets)
+    measured(prepared, {"center": 40.0, "ten_crop": 4.0})
+    for piece in rates.pieces(prepared, "train"):
+        if piece.part == "train":
+            speed = 10.0 if piece.job.stage.features == "computed" else 10_000.0
+            rates.keep(prepared, piece, {"images_per_second": speed, "device": "NVIDIA H100"})
+    found, val = forecast(prepared, 1), len(prepared.catalogue.val)
+    full, test = 3 * (20 / 10 + val / 40), len(prepared.catalogue.test) / 4
+    heads = 50 * (4 + 20) / 10_000
+    looks = (20 + val) / 40  # shared by both stages
+    assert found.lower_bound_seconds == pytest.approx(full + looks + heads + test)
+    rate = Estimates(prepared).predicting(prepared.jobs["net/accuracy"], "center")
+    assert rate is not None
+    assert rate.images_per_second == 40, "never what a head alone has told"
+    assert demand(prepared).kept["net/balanced"] > 2 * (20 + val) * 256
+
+
 def test_a_job_that_is_wider_than_the_gpus_is_refused(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "photos").symlink_to(photos)
     with pytest.raises(Refused, match="2 is less than the 4"):

@@ -44,6 +44,12 @@ def test_any_draft_is_a_plan_that_fits_what_it_was_drafted_from(  # type: ignore
         assert stage.batch_size // stage.shares >= min(32, stage.batch_size)
     uneven = max(seen.counts) > 3 * sorted(seen.counts)[len(seen.counts) // 2]
     assert {member.split("/")[1] for member in plan.ensemble.members} == {"balanced" if uneven else "full"}
+    probes = {job for job in plan.job_names() if job.endswith("/probe")}
+    assert probes == ({f"{one}/probe" for one in plan.backbones} if computer.online else set())
+    assert not probes & {*plan.ensemble.members}
+    for job in probes:
+        stage = plan.stage(*job.split("/"))
+        assert (stage.trains, stage.features, stage.images, stage.shares) == ("classifier", "cached", "all", 1)
     assert (plan.cluster.use_gpu is False) == (computer.gpus == 0)
 
 

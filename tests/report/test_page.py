@@ -163,6 +163,7 @@ def test_the_leaderboard_is_sorted_and_begins_with_the_gain_on_the_best_member(r
         "split": "val", "views": "ten_crop", "combine": "greedy", "images": 1234, "ensemble": told, "sum": told,
         "best": {"member": "net/accuracy", "split": "val", "views": "ten_crop"}, "members": members,
         "smallest": told | {"members": ["net/accuracy"], "standard_error": 0.01},
+        "floors": {"net/probe": told | {"top1_error": 0.6}},
     }  # fmt: skip
     result["ensemble"]["comparison"] = comparison
     commit.write_file(folder / "result.json", json.dumps(result))
@@ -171,6 +172,7 @@ def test_the_leaderboard_is_sorted_and_begins_with_the_gain_on_the_best_member(r
     board = words[words.index("what leaving it out costs") :]
     assert board.index("25.00% (20.00 to 30.00)") < board.index("net/accuracy") < board.index("net/full")
     assert "+3.75 points (-1.00 to +20.00) 3 1.50" in board
+    assert board.index("net/full") < board.index("floor: net/probe 60.00% (20.00 to 30.00) +10.00 points")
     assert "each image by what was fitted without it" in words
     for told in ("top-1 error on val, ten crops", "on val, centre crop", "Hollow: on val, centre crop, the best epoch"):
         assert told in words

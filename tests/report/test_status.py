@@ -94,6 +94,7 @@ def test_nothing_is_known_of_jobs_that_have_not_begun(shop: Shop) -> None:
         "world_size": None,
         "epoch": 0,
         "epochs": 4,
+        "floor": False,
         "top1_error": None,
         "kind": None,
         "images_per_second": None,
@@ -326,6 +327,16 @@ def test_the_headline_compares_with_the_best_member_and_says_how_it_was_chosen()
     assert first.endswith("Gain: +5.00 points (-1.00 to +12.00).")
     assert fewer == "No fewer members come within one standard error of the whole."
     assert status.headline({"comparison": None}) == status.headline({}) == []
+
+
+def test_the_headline_and_the_table_name_the_floor() -> None:
+    found = compared()
+    floors = {"net/probe": found["members"]["net/b"] | {"top1_error": 0.35}, "other/probe": found["members"]["net/b"]}
+    ensemble = {"members": {}, "top1_error": 0.05, "split": "test", "comparison": found | {"floors": floors}}
+    _, floor, _ = status.headline(ensemble)
+    assert floor.startswith("The floor, frozen features (other/probe): 20.00% (1.00 to 25.00). Gain: +15.00 points")
+    lines = [line.split() for line in status.outcome_table({"ensemble": ensemble}).splitlines()]
+    assert lines[-3:] == [["ensemble", "5.00"], ["net/probe", "(floor)", "35.00"], ["other/probe", "(floor)", "20.00"]]
 
 
 def test_the_headline_says_what_weights_gain_on_the_sum_and_which_members_are_not_needed() -> None:

@@ -43,6 +43,7 @@ def test_a_loader_alone_waits_for_nothing_else_and_a_step_alone_for_no_loader(pa
         ({"name": "lio", "positives": 3}, {}),  # groups of a class
         ({"name": "bbn"}, {}),  # a second batch
         ({"name": "dcl", "parts": 2}, {"shares": 2}),
+        ({"name": "arcface"}, {"trains": "classifier", "features": "cached", "pretrained": True}),  # none are there
         ({"name": "distillation", "temperature": 2.0}, {"teachers": ("net/a", "net/b")}),  # of which there are none yet
     ],
 )
