@@ -32,7 +32,8 @@ from aliprod.training.shares import ShareMean, _all_gather, _Bucket
 WITHOUT_BATCH_NORM = "test_efficientnet_gn"
 SHARES = 4
 OPTIONS: dict[str, dict[str, Any]] = {"dcl": {"parts": 2}, "lio": {"positives": 1}}
-KINDS = [module.name for module in pkgutil.iter_modules(objectives.__path__)] + ["classifier", "bfloat16", "float16"]
+KINDS = [module.name for module in pkgutil.iter_modules(objectives.__path__)]
+KINDS += ["classifier", "bfloat16", "float16", "device"]
 
 
 def stage_of(kind: str) -> Stage:
@@ -41,6 +42,8 @@ def stage_of(kind: str) -> Stage:
     said |= {"drop_rate": 0.2, "drop_path_rate": 0.1, "lr": {"backbone": 0.02, "heads": 0.1}, "precision": "float32"}
     if kind == "classifier":
         said |= {"trains": "classifier", "start": "full"}
+    elif kind == "device":
+        said |= {"augment": "device", "augmentation": ["random_resized_crop", "flip", "auto_augment", "cutout"]}
     elif kind in ("bfloat16", "float16"):
         said |= {"precision": kind, "resize": 32, "crop": 32}  # CPUs take their time
     else:
