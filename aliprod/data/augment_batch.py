@@ -40,20 +40,20 @@ class Cut(NamedTuple):
 Kernel = Callable[[Tensor, Tensor], Tensor]  # images (n, H, H, 3) uint8, and numbers for each (n, p) float64
 
 
-class Operation(NamedTuple):
-    """A kernel on some images of a batch, and their rows (n,) int64."""
-
-    kernel: Kernel
-    rows: Tensor
-    numbers: Tensor
-
-
 class Packed(NamedTuple):
-    """A batch before it is on the device: all pixels (N, 3) uint8, sizes (B, 2) int64, and operations in order."""
+    """A batch before it is on the device, in few tensors: a loader process spends an open file on each.
+
+    Attributes:
+        pixels, sizes: (N, 3) uint8 of all pictures one after the other; (B, 2) int64 heights and widths.
+        kernels: in order, each with n images and p numbers for each.
+        rows, numbers: of all kernels one after the other, which images and what for them: int64 and float64.
+    """
 
     pixels: Tensor
     sizes: Tensor
-    operations: list[Operation]
+    kernels: list[tuple[Kernel, int, int]]
+    rows: Tensor
+    numbers: Tensor
 
 
 def cut(picture: Picture, stage: Stage, seed: int, interpolation: str) -> tuple[Cut, Tensor]:
@@ -76,11 +76,14 @@ def pack(cuts: Sequence[Cut], stage: Stage) -> Packed:
     for row, (_, _, steps) in enumerate(cuts):
         for key, numbers in _kernels(steps, stage):
             grouped.setdefault(key, {})[row] = numbers
-    operations = [
-        Operation(kernel, torch.tensor([*rows]), torch.tensor([*rows.values()], dtype=torch.float64))
-        for (*_, kernel), rows in sorted(grouped.items(), key=lambda item: item[0][:2])
-    ]
-    return Packed(torch.cat([c.pixels for c in cuts]), torch.tensor([c.size for c in cuts]), operations)
+    in_order = sorted(grouped.items(), key=lambda item: item[0][:2])
+    return Packed(
+        torch.cat([pixels for pixels, *_ in cuts]),
+        torch.tensor([size for _, size, _ in cuts]),
+        [(kernel, len(rows), len(next(iter(rows.values())))) for (*_, kernel), rows in in_order],
+        torch.tensor([row for _, rows in in_order for row in rows], dtype=torch.int64),
+        torch.tensor([n for _, rows in in_order for numbers in rows.values() for n in numbers], dtype=torch.float64),
+    )
 
 
 def views(packed: Packed, stage: Stage, interpolation: str, device: torch.device) -> Tensor:
@@ -92,9 +95,11 @@ def views(packed: Packed, stage: Stage, interpolation: str, device: torch.device
     taps = 2 * math.ceil(_SUPPORT[interpolation] * max(1.0, int(packed.sizes.max()) / side)) + 1
     filtered = partial(_filtered, side=side, taps=taps, interpolation=interpolation)
     seen = _resized(sent(packed.pixels), sent(packed.sizes), side, count, filtered)
-    for kernel, rows, numbers in packed.operations:
-        changed = kernel(seen[sent(rows)], sent(numbers))
-        seen = changed if len(rows) == len(seen) else seen.index_copy(0, sent(rows), changed)
+    rows = sent(packed.rows).split([n for _, n, _ in packed.kernels])
+    numbers = sent(packed.numbers).split([n * p for _, n, p in packed.kernels])
+    for (kernel, n, p), its_rows, its_numbers in zip(packed.kernels, rows, numbers, strict=True):
+        changed = kernel(seen[its_rows], its_numbers.view(n, p))
+        seen = changed if n == len(seen) else seen.index_copy(0, its_rows, changed)
     return seen
 
 
