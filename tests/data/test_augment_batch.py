@@ -42,6 +42,12 @@ SPACES = {
 OPERATIONS = sorted({(name, operation) for name, space in SPACES.items() for operation in space})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(torch_as_before: None) -> None:
+    """As a training has where nothing else is said: several wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
 def seen(pictures: list[Picture], stage: Stage, seeds: list[int], interpolation: str = "bicubic") -> Tensor:
     cuts = [cut(picture, stage, seed, interpolation)[0] for picture, seed in zip(pictures, seeds, strict=True)]
     return views(pack(cuts, stage), stage, interpolation, CPU)
@@ -68,6 +74,7 @@ def test_a_picture_is_squared_as_the_golden_one(shared: Path, interpolation: str
 SIZES = st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150)), min_size=1, max_size=6)
 
 
+@settings(max_examples=40)
 @given(SIZES, st.sampled_from(["bicubic", "bilinear"]), st.integers(0, 2**32 - 1))
 def test_the_hardest_edges_of_any_sizes_are_resized_as_pillow_does(
     sizes: list[tuple[int, int]], interpolation: str, seed: int
