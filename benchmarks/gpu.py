@@ -1,4 +1,6 @@
-"""What a CUDA GPU makes of it: training, shares, ten-crop, equal bytes, starvation. Refuses where there is none.
+"""What a CUDA GPU makes of it: training, shares, ten-crop, augmentation, equal bytes, starvation.
+
+Refuses where there is none.
 
 - Training images/s of the five backbones at 224 and 448 pixels on one synthetic batch on the device, against the loop
   of timm's benchmark script (huggingface/pytorch-image-models, benchmark.py, `--bench train --amp --channels-last`)
@@ -9,6 +11,8 @@
 - What settings bring: the same step with `compile`, in float32 (TF32), and with weights not channels-last.
 - Shares: a batch of twice the size in 2, 4 and 8 shares against the same in one, exact.
 - Ten-crop: images/s x 10 against views/s of single views.
+- Augmentation: images/s of what augment = "device" leaves to the device, of pictures of 320 x 427, against the step
+  that follows it; and whether its bytes are the CPU's.
 - Equal bytes: an epoch and its validation in 4 shares by 1, 1, 2 and 4 ranks, each time in new processes; in bfloat16
   and float16. Ranks of one GPU cannot meet by NCCL: these meet by gloo.
 - Starvation, with `--catalogue`: the real loop against the step on one batch.
@@ -18,7 +22,7 @@ the sides alternate, and each sets the modes of PyTorch that it needs. `head_mem
 classes.
 
     python benchmarks/gpu.py [--networks resnet50 ...] [--crops 224 448] [--batch 128] [--rounds 3] [--counted 50]
-                             [--sections training settings shares ten_crop equal_bytes starvation]
+                             [--sections training settings shares ten_crop augmentation equal_bytes starvation]
                              [--catalogue PATH --loader-processes 16]
     python benchmarks/gpu.py --on-cpu   (tiny, on a machine without a GPU: that every line runs, no figure)
 """
@@ -45,6 +49,8 @@ from torch import Tensor, nn
 
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue, Images
+from aliprod.data.augment import on_device
+from aliprod.data.augment_batch import cut, pack, views
 from aliprod.data.loader import Feed, TrainBatch
 from aliprod.inference.predict import look
 from aliprod.models.classifier import Classifier, normalisation
@@ -300,6 +306,29 @@ def ten_crop(network: str, extent: Extent) -> None:
     show("ten-crop images/s x 10 / single views/s (bar >= 0.95)", ours, theirs)
 
 
+def augmentation(network: str, extent: Extent) -> None:
+    """The device's part of the train view beside a step."""
+    said = {"augment": "device", "augmentation": ("random_resized_crop", "flip", "auto_augment", "cutout")}
+    here, stage = place(Machine()), stage_of(extent.crops[0], extent).model_copy(update=said)
+    mean, std, interpolation = normalisation(network)
+    pictures = torch.randint(256, (stage.batch_size, 320, 427, 3), dtype=torch.uint8)
+    cuts, boxes = zip(*(cut(picture, stage, seed, interpolation) for seed, picture in enumerate(pictures)), strict=True)
+    packed, erased = pack(cuts), torch.stack(boxes)
+    seen = views(packed, interpolation, here.device).cpu()
+    if not torch.equal(seen, views(packed, interpolation, torch.device("cpu"))):
+        sys.exit(f"{network}: views of the device have OTHER BYTES than the CPU's")
+
+    def augmented(_: int) -> Tensor:
+        return on_device(views(packed, interpolation, here.device), erased.to(here.device), mean, std)
+
+    step = our_step(Learner(stage, network, nothing(), here), synthetic(stage.batch_size, stage.crop, here))
+    loops = {"augmentation": Loop(augmented, True, extent), "step": Loop(step, True, extent)}
+    ours, steps = in_turn(loops, extent)
+    speed = extent.counted * stage.batch_size / ours.median
+    print(f"{network} at {stage.crop}, batch {stage.batch_size}, the CPU's bytes: {speed:,.0f} images/s are augmented")
+    show(f"step / augmentation ({loops['augmentation'].peak / 1e9:.2f} GB)", ours, steps)
+
+
 def equal_bytes(network: str, extent: Extent) -> None:
     """Processes of their own for each number of ranks, one after the other."""
     with tempfile.TemporaryDirectory(prefix="bytes-") as folder:
@@ -359,7 +388,8 @@ def nothing() -> Catalogue:
 
 
 SECTIONS: dict[str, Callable[..., None]] = {
-    section.__name__: section for section in (training, settings, shares, ten_crop, equal_bytes, starvation)
+    section.__name__: section
+    for section in (training, settings, shares, ten_crop, augmentation, equal_bytes, starvation)
 }
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ at 8 bits, as it is sent to the device, where it is normalised and cut out; that
 
 Sets of pictures: those below FOLDER as they are, and leaves of 580 x 800 put together from six of them each (the size
 and, at quality 92, the detail of a product photograph); of each, two sets that have no picture in common. Then the
-second bar: ours from a store of short side 320 against theirs from the leaves, which are not the same pixels.
+second bar: ours from a store of short side 320 against theirs from the leaves, which are not the same pixels. And what
+a loader is left with where augment = "device", against all of it, both to a batch that can be sent.
 
     python benchmarks/transform.py FOLDER [--pictures 20] [--rounds 40] [--interpolation bicubic]
+                                          [--sections views store device]
 """
 
 import argparse
@@ -30,6 +32,7 @@ from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy, _
 from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data import augment
 from aliprod.data.augment import on_device, train_view
+from aliprod.data.augment_batch import Packed, cut, pack
 from aliprod.ingest.prepare import Settings, stored
 from aliprod.recipe import Stage
 
@@ -37,6 +40,7 @@ STAGE = Stage(augmentation=("random_resized_crop", "flip", "auto_augment", "cuto
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY = [128, 128, 128]
 LEAF = (580, 800)
+SECTIONS = ("views", "store", "device")
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -45,6 +49,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--pictures", type=int, default=20, help="of each set")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--interpolation", choices=["bicubic", "bilinear"], default="bicubic")
     return parser.parse_args()
 
@@ -57,15 +62,19 @@ def main() -> None:
     ours, theirs = our_view(asked.interpolation), older_view(asked.interpolation)
     with tempfile.TemporaryDirectory(prefix="transform-") as folder:
         sets = picture_sets(asked.folder, Path(folder), asked.pictures)
-        found: list[float] = []
+        if "views" in asked.sections:
+            found: list[float] = []
+            for name, paths in sets.items():
+                print(f"{name}: {len(paths)} pictures, {describe(paths)}")
+                print(f"  {check_equal(ours, theirs, paths)}")
+                found += measure(name, ours, theirs, paths, asked.rounds)
+            print(f"mean of {len(sets)} sets: {statistics.mean(found):.3f} (bar: >= 1.5, stretch 1.8)")
         for name, paths in sets.items():
-            print(f"{name}: {len(paths)} pictures, {describe(paths)}")
-            print(f"  {check_equal(ours, theirs, paths)}")
-            found += measure(name, ours, theirs, paths, asked.rounds)
-        print(f"mean of {len(sets)} sets: {statistics.mean(found):.3f} (bar: >= 1.5, stretch 1.8)")
-        for name, paths in sets.items():
-            if name.startswith("leaves"):
-                measure_store(name, ours, theirs, paths, asked.rounds, Path(folder))
+            small = {path: prepared(path, Path(folder)) for path in paths}
+            if name.startswith("leaves") and "store" in asked.sections:
+                measure_store(name, ours, theirs, small, asked.rounds)
+            if "device" in asked.sections:
+                measure_device(f"{name}, store of 320", ours, [*small.values()], asked.rounds, asked.interpolation)
 
 
 View = Callable[[Path, int], Tensor]
@@ -180,14 +189,36 @@ def measure(
     return [interval(sides[0], sides[1])[0]]
 
 
+def prepared(path: Path, folder: Path) -> Path:
+    """The picture as a store of short side 320 has it."""
+    content, to = path.read_bytes(), folder / f"320-{path.parent.name}-{path.name}"
+    to.write_bytes(stored(content, decode(content), Settings(short_side=320)))
+    return to
+
+
+def measure_device(name: str, ours: View, paths: list[Path], rounds: int, interpolation: str) -> None:
+    """A loader's part with augment = "device" against the whole view, batch by batch."""
+
+    def loaders(batch: list[Path], number: int) -> Packed:
+        pictures = ((augment.picture_of(path), 1000 * place + number) for place, path in enumerate(batch))
+        return pack([cut(picture, STAGE, seed, interpolation)[0] for picture, seed in pictures])
+
+    def whole(batch: list[Path], number: int) -> Tensor:
+        return torch.stack([ours(path, 1000 * place + number) for place, path in enumerate(batch)])
+
+    sent = loaders(paths, 0).pixels.numel() / len(paths)
+    print(f"{name}: {len(paths)} pictures, {describe(paths)}, {sent:,.0f} bytes of each are sent")
+    device, cpu = interleave({'augment = "device"': loaders, 'augment = "cpu"': whole}, [paths], rounds)
+    show(f"{name}, CPU of a loader", device, cpu, "us a picture", 1e6 / len(paths))
+    for side in (device, cpu):
+        print(f"  four such cores feed {4 * len(paths) / side.median:,.0f} images/s with {side.name}")
+
+
 def measure_store(
-    name: str, ours: View, theirs: Callable[[Path, int], object], paths: list[Path], rounds: int, folder: Path
+    name: str, ours: View, theirs: Callable[[Path, int], object], small: dict[Path, Path], rounds: int
 ) -> None:
     """Ours from a prepared picture of short side 320, theirs from the leaf."""
-    small = {path: folder / f"320-{path.name}" for path in paths}
-    for path, to in small.items():
-        content = path.read_bytes()
-        to.write_bytes(stored(content, decode(content), Settings(short_side=320)))
+    paths = [*small]
     places = {path: 1000 * number for number, path in enumerate(paths)}
     sides: list[Side] = interleave(
         {

@@ -6,7 +6,8 @@ on the device, where they are normalised and cut out. To turn a Pillow image int
 its decoding, so it is done to a crop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ except ImportError:
     simplejpeg = None
 
 Picture = Tensor | Image.Image  # (H, W, 3) uint8, or RGB: the same pixels
+Step = tuple[str, Any]  # what is done to a picture, and what was drawn for it
 
 GREY = (128, 128, 128)  # fills what is uncovered (JDAI-CV/DCL, ImageNetPolicy)
 _POLICY = AutoAugment(AutoAugmentPolicy.IMAGENET)
@@ -48,12 +50,10 @@ _EVEN = {"Invert", "Rotate", "ShearX"}  # pictures that differ by a grey level d
 _RATIO = (3 / 4, 4 / 3)
 _ROTATION_DEGREES = 15.0  # JDAI-CV/DCL, config
 _CUTOUT_SHARE = 4  # side of the crop over side of the square: 56 at 224
-_WHOLE = {  # torchvision's, at their defaults; the jitter as Chen et al. 2020 and many since
-    "rand_augment": RandAugment(fill=list(GREY)),
-    "trivial_augment": TrivialAugmentWide(fill=list(GREY)),
-    "aug_mix": AugMix(fill=list(GREY)),
-    "color_jitter": ColorJitter(0.4, 0.4, 0.4),
-}
+_RAND_AUGMENT, _TRIVIAL_AUGMENT = RandAugment(), TrivialAugmentWide()  # torchvision's, at their defaults
+_AUG_MIX = AugMix(fill=list(GREY))
+_JITTER = ColorJitter(0.4, 0.4, 0.4)  # as Chen et al. 2020 and many since
+_SEEDED = ("rand_augment", "trivial_augment", "color_jitter", "aug_mix")  # each draws from a seed of its own
 _ERASING = {"scale": (0.02, 0.33), "ratio": (0.3, 3.3), "value": [0.0]}  # Zhong et al. 2020, table 1
 
 
@@ -80,36 +80,44 @@ def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) ->
         Pixels (crop, crop, 3) uint8, and the box that is erased (top, left, height, width), (4,) int64: of no size
         where nothing is, and over the border where cutout's square is.
     """
-    torch.default_generator.manual_seed(seed)
-    height, width = picture.shape[:2] if isinstance(picture, Tensor) else picture.size[::-1]
-    steps = list(_drawn(stage, height, width))
+    steps, erased = drawn(picture, stage, seed)
     # how exactly a picture must be resized depends on what is done to it afterwards
-    stretched = any(name in _WHOLE or (name == "auto_augment" and drawn[0] not in _EVEN) for name, drawn in steps)
+    stretched = any(name in _SEEDED or (name == "auto_augment" and what[0] not in _EVEN) for name, what in steps)
     by_torch = stage.resizing == "torch" or not stretched
-    resized = _resized_by_torch if by_torch else _resized_by_pillow
-    erased = torch.zeros(4, dtype=torch.int64)
+    resized = partial(_resized_by_torch if by_torch else resized_by_pillow, interpolation=interpolation)
+    return as_pixels(stepped(picture, steps, resized)).contiguous(), erased
+
+
+def drawn(picture: Picture, stage: Stage, seed: int) -> tuple[list[Step], Tensor]:
+    """What makes a view of a picture, step by step, and the box that is erased, as `train_view`."""
+    torch.default_generator.manual_seed(seed)
+    steps = list(_drawn(stage, *size_of(picture)))
+    boxes = [what for name, what in steps if name == "erase"]  # on the device, after normalising
+    return [step for step in steps if step[0] != "erase"], torch.tensor(boxes[0] if boxes else (0, 0, 0, 0))
+
+
+def stepped(picture: Picture, steps: list[Step], resized: Callable[[Picture, int], Picture]) -> Picture:
+    """A picture after steps of `drawn`; ``resized`` squares it to a side."""
     seen = picture
-    for name, drawn in steps:
+    for name, what in steps:
         match name:
             case "crop":
-                seen = _cropped(seen, *drawn)
+                seen = _cropped(seen, *what)
             case "resize":
-                seen = resized(seen, drawn, interpolation)
+                seen = resized(seen, what)
             case "rotation":
-                seen = F.rotate(_as_image(seen), drawn, InterpolationMode.BILINEAR, fill=GREY)
+                seen = F.rotate(_as_image(seen), what, InterpolationMode.BILINEAR, fill=GREY)
             case "flip":
                 seen = F.horizontal_flip(seen) if isinstance(seen, Image.Image) else seen.flip(1)
-            case "auto_augment":
-                seen = _apply_op(_as_image(seen), *drawn, InterpolationMode.NEAREST, GREY)
-            case "erase":  # on the device after normalising
-                erased = torch.tensor(drawn)
+            case "aug_mix":
+                torch.default_generator.manual_seed(what)
+                seen = _AUG_MIX(_as_image(seen))
             case _:
-                torch.default_generator.manual_seed(drawn)
-                seen = _WHOLE[name](_as_image(seen))
-    return as_pixels(seen).contiguous(), erased
+                seen = _apply_op(_as_image(seen), *what, InterpolationMode.NEAREST, GREY)
+    return seen
 
 
-def _drawn(stage: Stage, height: int, width: int) -> Iterator[tuple[str, Any]]:
+def _drawn(stage: Stage, height: int, width: int) -> Iterator[Step]:
     """What is done to a picture of this size, step by step, from torch's default generator."""
     if "random_crop" in stage.augmentation:
         yield "resize", stage.resize
@@ -130,8 +138,8 @@ def _drawn(stage: Stage, height: int, width: int) -> Iterator[tuple[str, Any]]:
             yield from ((name, operation) for operation in _drawn_operations())
         elif name in ("cutout", "random_erasing"):
             yield from (("erase", box) for box in _drawn_boxes(name, stage.crop))
-        elif name in _WHOLE:
-            yield name, int(torch.randint(2**31, ()))
+        elif name in _SEEDED:
+            yield from ((name, what) for what in _drawn_apart(name, int(torch.randint(2**31, ())), height, width))
 
 
 def _drawn_boxes(name: str, size: int) -> Iterator[tuple[int, ...]]:
@@ -155,9 +163,41 @@ def _drawn_operations() -> Iterator[tuple[str, float]]:
             yield name, -magnitude if signed and torch.rand(()) <= 0.5 else magnitude
 
 
+def _drawn_apart(name: str, seed: int, height: int, width: int) -> Iterator[Any]:
+    """Operations and how strongly, by torchvision's own draws from a seed; of AugMix, which mixes many, the seed."""
+    draws = torch.Generator().manual_seed(seed)
+    if name == "aug_mix":
+        yield seed
+    elif name == "color_jitter":
+        order = torch.randperm(4, generator=draws).tolist()
+        ranges = (_JITTER.brightness, _JITTER.contrast, _JITTER.saturation)
+        factors = [float(torch.empty(1).uniform_(*between, generator=draws)) for between in ranges]
+        yield from ((("Brightness", "Contrast", "Color")[which], factors[which] - 1) for which in order if which < 3)
+    else:
+        space = _space(name, height, width)
+        for _ in range(_RAND_AUGMENT.num_ops if name == "rand_augment" else 1):
+            operation = list(space)[int(torch.randint(len(space), (1,), generator=draws))]
+            magnitudes, signed = space[operation]
+            if len(magnitudes) > 1 and name == "trivial_augment":
+                magnitude = magnitudes[int(torch.randint(len(magnitudes), (1,), generator=draws))]
+            else:
+                magnitude = magnitudes[_RAND_AUGMENT.magnitude % len(magnitudes)]
+            yield operation, -magnitude if signed and torch.randint(2, (1,), generator=draws) else magnitude
+
+
+@cache
+def _space(name: str, height: int, width: int) -> dict[str, tuple[list[float], bool]]:
+    """The magnitudes of each operation, and whether they have a sign; one where there is no choice."""
+    if name == "rand_augment":
+        space = _RAND_AUGMENT._augmentation_space(_RAND_AUGMENT.num_magnitude_bins, (height, width))
+    else:
+        space = _TRIVIAL_AUGMENT._augmentation_space(_TRIVIAL_AUGMENT.num_magnitude_bins)
+    return {name: (magnitudes.double().reshape(-1).tolist(), signed) for name, (magnitudes, signed) in space.items()}
+
+
 def square(image: Image.Image, side: int, interpolation: str) -> Tensor:
     """A picture squared to ``side``, its ratio not kept (the report): (3, side, side) uint8."""
-    return _channels_first(as_pixels(_resized_by_pillow(image, side, interpolation)))
+    return _channels_first(as_pixels(resized_by_pillow(image, side, interpolation)))
 
 
 def eval_view(image: Tensor, resize: int, crop: int, interpolation: str = "bicubic") -> Tensor:
@@ -210,7 +250,8 @@ def _resized_by_torch(picture: Picture, side: int, interpolation: str) -> Tensor
     return interpolate(batch, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
 
 
-def _resized_by_pillow(picture: Picture, side: int, interpolation: str) -> Image.Image:
+def resized_by_pillow(picture: Picture, side: int, interpolation: str) -> Image.Image:
+    """A picture squared to ``side``, antialiased, as Pillow does it."""
     return _as_image(picture).resize((side, side), Image.Resampling[interpolation.upper()])
 
 
@@ -224,6 +265,11 @@ def _cropped(picture: Picture, top: int, left: int, height: int, width: int) -> 
     if isinstance(picture, Image.Image):
         return picture.crop((left, top, left + width, top + height))
     return picture[top : top + height, left : left + width]
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Height and width."""
+    return (picture.height, picture.width) if isinstance(picture, Image.Image) else (picture.shape[0], picture.shape[1])
 
 
 def as_pixels(picture: Picture) -> Tensor:

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from aliprod.catalogue.catalogue import Images, Integers
 from aliprod.catalogue.decode import LEAST_SIDE, Unreadable, decode_anyway
-from aliprod.data import augment, selection
+from aliprod.data import augment, augment_batch, selection
 from aliprod.data.augment import GREY, Picture, picture_of
+from aliprod.data.augment_batch import Cut, Packed
 from aliprod.data.epoch_size import epoch_size
 from aliprod.data.features import Features
 from aliprod.data.training_set import TrainingSet, spread
@@ -113,8 +114,9 @@ class TrainBatches:
         self.groups_per_batch, self.steps_per_epoch = size.groups_per_batch, size.steps
         self._steps = _Steps()
         read = partial(_train_view, self.images, stage, feed.interpolation)
+        collate = _packed if stage.augment == "device" else None
         self._loader: Iterable[Any] = (
-            data_loader(read, self._steps, feed.processes, feed.device)
+            data_loader(read, self._steps, feed.processes, feed.device, collate)
             if data.features is None
             else _Cached(data.features, self.images.labels, self._steps)
         )
@@ -141,8 +143,10 @@ class TrainBatches:
     def _sent(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.feed.device, non_blocking=True)
 
-    def _images(self, pixels: Tensor, erased: Tensor) -> Tensor:
-        if self.data.features is not None:
+    def _images(self, pixels: Tensor | Packed, erased: Tensor) -> Tensor:
+        if isinstance(pixels, Packed):
+            pixels = augment_batch.views(pixels, self.feed.interpolation, self.feed.device)
+        elif self.data.features is not None:
             return self._sent(pixels).float()
         return augment.on_device(self._sent(pixels), self._sent(erased), self.feed.mean, self.feed.std)
 
@@ -239,13 +243,20 @@ class _Cached:
             yield self.features.take(rows), torch.from_numpy(self.labels[rows]), torch.empty(0), torch.from_numpy(rows)
 
 
-def _train_view(images: Images, stage: Stage, interpolation: str, view: View) -> tuple[Tensor, int, Tensor, int]:
-    """Pixels, label, erased box, and row of a view."""
+def _train_view(images: Images, stage: Stage, interpolation: str, view: View) -> tuple[Tensor | Cut, int, Tensor, int]:
+    """Pixels (or what the device makes them from), label, erased box, and row of a view."""
     row, epoch, repeat = view
     stage = stage.at(epoch)
     seed = seed_of(stage.seed, epoch, images.ids[row].as_py(), repeat)
-    pixels, erased = augment.train_view(_picture(images, row, stage.crop), stage, seed, interpolation)
-    return pixels, int(images.labels[row]), erased, row
+    see = augment_batch.cut if stage.augment == "device" else augment.train_view
+    seen, erased = see(_picture(images, row, stage.crop), stage, seed, interpolation)
+    return seen, int(images.labels[row]), erased, row
+
+
+def _packed(seen: list[tuple[Cut, int, Tensor, int]]) -> tuple[Any, ...]:
+    """What the device needs for a batch, with labels, boxes and rows."""
+    cuts, *others = zip(*seen, strict=True)
+    return augment_batch.pack(cuts), *(default_collate(list(other)) for other in others)
 
 
 def _picture(images: Images, row: int, side: int) -> Picture:
@@ -298,7 +309,11 @@ class _Mapped(Dataset[Any]):
 
 
 def data_loader(
-    read: Callable[[Any], Any], batches: Sampler[Any] | Sequence[Any], processes: int, device: torch.device = _CPU
+    read: Callable[[Any], Any],
+    batches: Sampler[Any] | Sequence[Any],
+    processes: int,
+    device: torch.device = _CPU,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
     """A PyTorch loader of what ``read`` makes of each entry of a batch, for a device.
 
@@ -313,6 +328,7 @@ def data_loader(
         _Mapped(read),
         batch_sampler=batches,
         num_workers=processes,
+        collate_fn=collate,
         timeout=_PATIENCE_SECONDS if processes else 0,
         pin_memory=device.type == "cuda",
         **workers,

@@ -3,15 +3,6 @@
 The plan fills them (checked once, there); training and inference read them.
 """
 
-from aliprod.recipe.job import (
-    DEFAULT_MACHINE,
-    NO_INPUTS,
-    Inputs,
-    Machine,
-    TrainingJob,
-    never,
-    without_training,
-)
 from aliprod.recipe.settings import (
     PLAIN_NAME,
     Frozen,
@@ -36,6 +27,15 @@ from aliprod.recipe.stage import (
     Part,
     Stage,
     Views,
+)
+from aliprod.recipe.work import (
+    DEFAULT_MACHINE,
+    NO_INPUTS,
+    Inputs,
+    Machine,
+    TrainingJob,
+    never,
+    without_training,
 )
 
 __all__ = [

@@ -19,7 +19,7 @@ from aliprod.recipe.settings import (
 RECIPE_VERSION = 2  # part of every key: raise it when the same settings would give other results
 ADDED = (  # since version 1: part of a key only where they say other than their default
     "shares", "gradients", "duplicates", "pseudo_labels", "sampler", "trains", "teachers", "soup", "resizing", "crops",
-    "test_crop", "features", "neighbours",
+    "test_crop", "features", "neighbours", "augment",
 )  # fmt: skip
 ADDED_BELOW = {"optimizer": ("betas", "layer_decay", "sharpness"), "lr": ("warmup_steps",)}  # the same, of its tables
 
@@ -107,6 +107,11 @@ class Stage(Frozen):
         description="torch resizes in a quarter of the time, two grey levels apart at most; pillow leaves it the views "
         "in which AutoAugment makes no more of a level (posterize, solarize and equalize do, of single pixels)",
     )
+    augment: Literal["cpu", "device"] = Field(
+        "cpu",
+        description="device: loaders decode and cut out, and a job's device does the rest, a batch at once; Pillow's "
+        "bytes on any device; not with aug_mix",
+    )
     scale: tuple[float, float] = Field(
         (0.08, 1.0), strict=False, description="least and largest share of the area, random_resized_crop only"
     )
@@ -182,6 +187,11 @@ def _inconsistent_views(stage: Stage) -> Iterator[str]:
         yield f"augmentation needs exactly one of {', '.join(CROPS)}, not {', '.join(shapes) or 'none'}"
     if {"cutout", "random_erasing"} <= set(stage.augmentation):
         yield "augmentation erases with cutout or with random_erasing, not with both"
+    if stage.augment == "device" and "aug_mix" in stage.augmentation:
+        fit = "auto_augment, rand_augment and trivial_augment fit"
+        yield f'aug_mix is made by loaders alone: leave augment = "device" out, or aug_mix; {fit}'
+    if stage.augment == "device" and stage.resizing != "pillow":
+        yield f'augment = "device" gives Pillow\'s pixels: leave resizing = "{stage.resizing}" out'
     if not 0 < stage.scale[0] <= stage.scale[1] <= 1:
         yield f"scale = {list(stage.scale)}: shares of the area, 0 < smallest <= largest <= 1"
 

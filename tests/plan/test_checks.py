@@ -108,6 +108,16 @@ def test_what_goes_together_is_accepted(load_text: Load, small: str, settings: t
         ),
         (('duplicates = "teacher"',), "[stages.more]", 'duplicates = "teacher" needs a start: it is the teacher'),
         (
+            ('augmentation = ["resize", "aug_mix"]', 'augment = "device"'),
+            "[stages.more]",
+            'aug_mix is made by loaders alone: leave augment = "device" out, or aug_mix; auto_augment, rand_augment',
+        ),
+        (
+            ('augment = "device"', 'resizing = "torch"'),
+            "[stages.more]",
+            'augment = "device" gives Pillow\'s pixels: leave resizing = "torch" out',
+        ),
+        (
             ("pseudo_labels = { by = [] }",),
             "pseudo_labels",
             "stages.more.pseudo_labels.by = [] must be a list of at least 1",

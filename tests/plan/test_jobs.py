@@ -145,10 +145,11 @@ def test_the_longest_remaining_path_comes_first() -> None:
 
 
 def test_a_setting_that_came_later_changes_a_key_only_where_it_says_something() -> None:
-    assert not changed("defaults.gradients='float32'")
+    assert not changed("defaults.gradients='float32'") | changed("defaults.augment='cpu'")
     facts = jobs_of(load(SEED, ["defaults.shares=1"]), PRINT)["resnet50/full"].facts or {}
     assert "shares" not in facts["stage"], "nor in the keys of plans that are older than it"
     assert changed("defaults.shares=2") == changed("defaults.shares='ranks'", "cluster.ranks=2") == set(keys())
+    assert changed("defaults.augment='device'") == set(keys())
 
 
 # Edges beside start

@@ -32,12 +32,8 @@ from aliprod.training.shares import ShareMean, _all_gather, _Bucket
 WITHOUT_BATCH_NORM = "test_efficientnet_gn"
 SHARES = 4
 OPTIONS: dict[str, dict[str, Any]] = {"dcl": {"parts": 2}, "lio": {"positives": 1}}
-KINDS = [module.name for module in pkgutil.iter_modules(objectives.__path__)] + [
-    "classifier",
-    "bfloat16",
-    "float16",
-    "sam",
-]
+KINDS = [module.name for module in pkgutil.iter_modules(objectives.__path__)]
+KINDS += ["classifier", "bfloat16", "float16", "sam", "device"]
 
 
 def stage_of(kind: str) -> Stage:
@@ -47,7 +43,10 @@ def stage_of(kind: str) -> Stage:
     if kind == "classifier":
         said |= {"trains": "classifier", "start": "full"}
     elif kind == "sam":
-        said |= {"optimizer": {"sharpness": 0.05}, "crops": (32, 64), "resize": 64}
+        said |= {"optimizer": {"sharpness": 0.05}}
+    elif kind == "device":
+        said |= {"augment": "device", "augmentation": ["random_resized_crop", "flip", "auto_augment", "cutout"]}
+        said |= {"crops": (32, 64)}
     elif kind in ("bfloat16", "float16"):
         said |= {"precision": kind, "resize": 32, "crop": 32}  # CPUs take their time
     else:
