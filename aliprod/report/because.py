@@ -16,8 +16,9 @@ def because(opened: Opened, name: str) -> list[str]:
     if job.key is None:
         return []
     if (step := newest_step(opened.job_folder(name))) is not None:
-        steps = epoch_of(job.stage, opened.read_catalogue()).steps
-        return [f"goes on from epoch {step // max(1, steps) + 1}, step {step:,}"]
+        epoch = step // max(1, epoch_of(job.stage, opened.read_catalogue()).steps) + 1
+        where = f"from epoch {epoch}" if epoch <= job.stage.epochs else "with the scoring of its last epoch"
+        return [f"goes on {where}, step {step:,}"]
     before = _trained_last(opened, name)
     if before is None:
         return ["new"]

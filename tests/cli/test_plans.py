@@ -58,11 +58,12 @@ def test_plan_says_why_each_job_would_run(shop: Shop) -> None:
     said = because("stages.full.epochs=3", "stages.full.lr.heads=0.5")
     assert said["net/full"] == ["stages.full.epochs 1 -> 3", "stages.full.lr.heads 0.1 -> 0.5"]
     assert said["net/accuracy"] == ["net/full is trained anew"]
-    key = next(job["key"] for job in answer("plan", shop.plan, "--set", "stages.full.seed=5")["jobs"])
-    (shop.storage / "jobs" / "net" / "full" / key / "resume" / "step-00000012").mkdir(parents=True)
-    assert because("stages.full.seed=5")["net/full"] == ["goes on from epoch 13, step 12"], "18 images are a batch"
-    shown = aliprod("plan", shop.plan, "--set", "stages.full.seed=5").stdout
-    assert "net/full: goes on from epoch 13, step 12" in shown
+    for epochs, says in ((20, "from epoch 13"), (12, "with the scoring of its last epoch")):  # 18 images are a batch
+        other = f"stages.full.epochs={epochs}"
+        key = next(job["key"] for job in answer("plan", shop.plan, "--set", other)["jobs"])
+        (shop.storage / "jobs" / "net" / "full" / key / "resume" / "step-00000012").mkdir(parents=True)
+        assert because(other)["net/full"] == [f"goes on {says}, step 12"]
+        assert f"net/full: goes on {says}, step 12" in aliprod("plan", shop.plan, "--set", other).stdout
 
 
 def test_plan_for_people_says_which_jobs_run_or_have_failed(shop: Shop) -> None:
