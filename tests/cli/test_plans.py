@@ -118,6 +118,7 @@ def test_status_tells_the_state_of_each_job(shop: Shop) -> None:
         "top1_error",
         "kind",
         "images_per_second",
+        "floor",
     }
     assert (set(told), set(full)) == ({"plan", "jobs", "tasks", "eta_seconds"}, columns | {"eta_seconds", "gain"})
     assert (told["tasks"], told["eta_seconds"]) == ([], None), "nothing runs"
