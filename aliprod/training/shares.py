@@ -8,7 +8,7 @@ Between ranks a sum is a reduce-scatter made of an all-to-all, whose slices are 
 all-gather: what a ring sends. `torch.distributed.all_reduce` adds in an order that depends on the ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -51,6 +51,7 @@ class ShareMean:
         depth = max(1, (shares // world_size - 1).bit_length())
         self.buckets = [_Bucket(some, depth, world_size) for some in _dealt(list(trained))] if shares > 1 else []
         self._number, self._last, self._done = 0, False, 0
+        self._directly = world_size > 1 and dist.get_backend() == "gloo"  # whose collectives copy more than they send
         self._received = list[Tensor]()
         if self.buckets and world_size > 1 and sent == "tree":
             largest = max((bucket.sums[0] for bucket in self.buckets), key=len)
@@ -113,25 +114,29 @@ class ShareMean:
 
     def _send(self, bucket: "_Bucket", number: int) -> None:
         bucket.close(self._number)
-        if self.sent == "tree":
-            bucket.work = dist.all_to_all_single(self._slices(bucket, number), bucket.sums[0], async_op=True)
-        else:
+        if self.sent != "tree":
             bucket.sent = bucket.sums[0].bfloat16() if self.sent == "bfloat16" else bucket.sums[0]
-            bucket.work = dist.all_reduce(bucket.sent, async_op=True)
+            bucket.works = [dist.all_reduce(bucket.sent, async_op=True)]
+        elif self._directly:
+            mine, theirs = (flat.chunk(self.world_size) for flat in (bucket.sums[0], self._slices(bucket, number)))
+            bucket.works = _exchange(mine, theirs, tag=2 * number)
+        else:
+            bucket.works = [dist.all_to_all_single(self._slices(bucket, number), bucket.sums[0], async_op=True)]
 
     def _spread(self, bucket: "_Bucket", number: int) -> None:
         """Add up this rank's slices of all ranks' sums, and give the others the result."""
-        bucket.work.wait()
-        rows = self._slices(bucket, number).view(self.world_size, -1)
-        added = _added(rows)
-        if dist.get_backend() == "gloo":  # whose all-gather receives into memory of its own, and copies from there
-            rows[1:] = added
-            bucket.work = dist.all_to_all_single(bucket.sums[0], rows.view(-1), async_op=True)
+        bucket.wait()
+        rows = list(self._slices(bucket, number).chunk(self.world_size))
+        if self._directly:
+            rank, slices = dist.get_rank(), bucket.sums[0].chunk(self.world_size)
+            rows[rank] = slices[rank]
+            _added(rows, into=rank)
+            bucket.works = _exchange([slices[rank]] * self.world_size, slices, tag=2 * number + 1)
         else:
-            bucket.work = _all_gather(bucket.sums[0], added, async_op=True)
+            bucket.works = [_all_gather(bucket.sums[0], _added(rows), async_op=True)]
 
     def _end(self, bucket: "_Bucket") -> None:
-        bucket.work.wait()
+        bucket.wait()
         if self.sent == "bfloat16":
             bucket.sums[0].copy_(bucket.sent)
 
@@ -160,7 +165,7 @@ class ShareMean:
             return leaf
         rows = leaf.new_empty(self.world_size, len(leaf))
         _all_gather(rows.flatten(), leaf)
-        return _added(rows)
+        return _added(list(rows))
 
 
 class _Bucket:
@@ -168,7 +173,7 @@ class _Bucket:
 
     Attributes:
         sums: (size,) each: the nodes of the tree that are open at a time, the leftmost first.
-        sent: what is added up by all-reduce. work: what it is on its way with.
+        sent: what is added up by all-reduce. works: what it is on its way with.
         awaited: gradients of the last share that are not there yet.
         moved: gradients that begin a node are moved there by `take`, of several ranks, whose hooks call it; of one rank
             they are added to what leaves their bits.
@@ -181,7 +186,12 @@ class _Bucket:
         self.sums = [parameters[0].new_zeros(size, requires_grad=False) for _ in range(depth)]
         self.views = [_views(flat, parameters) for flat in self.sums]
         self.sent = self.sums[0]
-        self.work: Any = None
+        self.works = list[Any]()
+
+    def wait(self) -> None:
+        """Wait until it is no longer on its way."""
+        for work in self.works:
+            work.wait()
 
     def open(self, number: int) -> None:
         """Have the gradients of share ``number`` of this rank added to its node: each second one begins one."""
@@ -232,11 +242,20 @@ def _push(leaves: list[Tensor], leaf: Tensor, number: int) -> None:
     leaves.append(leaf)
 
 
-def _added(rows: Tensor) -> Tensor:
-    """The sum of (n, size) rows by the tree; n a power of two. Writes into them."""
+def _added(rows: list[Tensor], into: int = 0) -> Tensor:
+    """The sum of rows by the tree, as many as a power of two; written into one of them, and the others are lost."""
     while len(rows) > 1:
-        rows = rows[0::2].add_(rows[1::2])
+        pairs = zip(rows[0::2], rows[1::2], strict=True)
+        rows = [b.add_(a) if into == 2 * place + 1 else a.add_(b) for place, (a, b) in enumerate(pairs)]
+        into //= 2
     return rows[0]
+
+
+def _exchange(mine: Sequence[Tensor], theirs: Sequence[Tensor], tag: int) -> list[Any]:
+    """Send each other rank what is its, and receive from each."""
+    others = [rank for rank in range(len(mine)) if rank != dist.get_rank()]
+    received = [dist.irecv(theirs[rank], rank, tag=tag) for rank in others]
+    return [*received, *(dist.isend(mine[rank], rank, tag=tag) for rank in others)]
 
 
 def _dealt(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
