@@ -5,7 +5,8 @@ the shares are the leaves, in order. A rank sums its block of leaves, whose root
 run over the ranks. The idea is EasyScale's (Li et al., SC'23): its "EasyScaleThreads" are the shares.
 
 Between ranks a sum is a reduce-scatter made of an all-to-all, whose slices are added in the order of the tree, and an
-all-gather: what a ring sends. On CPUs the ranks send each other the slices one by one, to the same effect. `torch.distributed.all_reduce` adds in an order that depends on the ranks.
+all-gather: what a ring sends. On CPUs the ranks send each other the slices one by one, to the same effect.
+`torch.distributed.all_reduce` adds in an order that depends on the ranks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
