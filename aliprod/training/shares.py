@@ -52,11 +52,12 @@ class ShareMean:
         depth = max(1, (shares // world_size - 1).bit_length())
         self.buckets = [_Bucket(some, depth, world_size) for some in _dealt(list(trained))] if shares > 1 else []
         self._number, self._last, self._done = 0, False, 0
-        self._directly = world_size > 1 and dist.get_backend() == "gloo"  # whose collectives copy more than they send
-        self._received = list[Tensor]()
+        self._received, self._directly = list[Tensor](), False
         if self.buckets and world_size > 1 and sent == "tree":
             largest = max((bucket.sums[0] for bucket in self.buckets), key=len)
             self._received = [torch.empty_like(largest) for _ in range(2)]
+            # gloo's collectives copy more than they send, and what it sends directly is on the CPU
+            self._directly = dist.get_backend() == "gloo" and largest.device.type == "cpu"
         for bucket in self.buckets if world_size > 1 else ():
             for place, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket, place))
