@@ -294,11 +294,11 @@ def _try(drawn: dict[str, Any], stages: Sequence[Stage], target: Target, site: S
 
 
 def _wrong(setup: "Setup", best: "Candidate") -> list[int]:
-    """Rows of val that weights take for another class, by the centre crop as ever."""
-    from aliprod.inference.predict import predict
+    """Rows of val that weights take for another class, as it is scored."""
+    from aliprod.inference.predict import of_val
 
-    model, val, stage = setup.learner.model, setup.catalogue.val, setup.learner.stage
+    model, catalogue, known = setup.learner.model, setup.catalogue, setup.batches.data.val_features
     model.load_state_dict(best.tensors)
-    blocks = predict(model.eval(), val, *stage.test_view, "center", setup.feed)
+    blocks = of_val(model.eval(), catalogue, setup.learner.stage, setup.feed, known)
     looked = [(rows, probabilities.argmax(dim=1).numpy()) for rows, probabilities in blocks]
-    return [int(row) for rows, guesses in looked for row in rows[guesses != val.labels[rows]]]
+    return [int(row) for rows, guesses in looked for row in rows[guesses != catalogue.val.labels[rows]]]

@@ -93,6 +93,15 @@ def _of_features(model: Classifier, features: Features, feed: Feed) -> Iterator[
         yield rows, mean_probabilities(logits.float()[:, None]).cpu()
 
 
+def of_val(
+    model: Classifier, catalogue: Catalogue, stage: Stage, feed: Feed, known: Features | None = None
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """`predict` of val as it is scored, by the centre crop; ``known``: features that the model takes for images."""
+    if known is not None:
+        return _of_features(model, known, feed)
+    return predict(model, catalogue.val, *stage.test_view, "center", feed)
+
+
 def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
     """The probabilities (n, K) alone of `predict`, block after block, at the device's precision."""
     config, feed = member.config, member.feed
@@ -153,11 +162,7 @@ def top1_errors(
     model.eval()
     labels = torch.from_numpy(catalogue.val.labels)
     scores = torch.zeros(3, len(labels), dtype=torch.float64)  # class, classes above the label, loss
-    blocks = (
-        predict(model, catalogue.val, *stage.test_view, "center", feed)
-        if known is None
-        else _of_features(model, known, feed)
-    )
+    blocks = of_val(model, catalogue, stage, feed, known)
     for _ in range(0, len(catalogue.val), BATCH["center"] * feed.world_size):
         between()
         for rows, probabilities in islice(blocks, 1):  # the last may be another rank's

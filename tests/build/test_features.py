@@ -15,7 +15,9 @@ from torch.nn.functional import normalize
 from aliprod.build.graph import targets
 from aliprod.build.outputs import compared
 from aliprod.build.target import Site, Target, lacking
+from aliprod.build.trainings import inputs_of
 from aliprod.catalogue.decode import decode
+from aliprod.cluster.tune import _wrong
 from aliprod.data.augment import eval_view, normalise
 from aliprod.data.features import open_features, write_features
 from aliprod.data.training_set import training_set
@@ -25,9 +27,11 @@ from aliprod.models.classifier import normalisation
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import resolve
-from aliprod.recipe import Inputs
+from aliprod.recipe import Inputs, Machine
 from aliprod.store import commit
 from aliprod.synth.synth import synthesise
+from aliprod.training.candidates import Candidate
+from aliprod.training.learner import set_up
 
 NETWORK = "test_efficientnet.r160_in1k"
 pytestmark = pytest.mark.usefixtures("torch_as_before")
@@ -161,6 +165,18 @@ def test_a_classifier_trained_on_cached_features_is_the_one_trained_on_the_image
             assert torch.equal(tensor, computed[name]), f"{name} is that of the backbone, untouched"
     apart = (cached["classifier.weight"] - computed["classifier.weight"]).norm()
     assert apart < 1e-3 * computed["classifier.weight"].norm()
+
+
+@pytest.mark.parametrize("job", ["net/probe", "net/computed"])
+def test_a_search_counts_the_rows_that_a_stage_has_wrong_as_it_is_scored(
+    shop: Opened, made: list[str], job: str
+) -> None:
+    target, catalogue = targets(shop, False)[job], shop.read_catalogue()
+    data = training_set(catalogue, target.owner.stage, inputs_of(target, Site.of(shop)))
+    setup = set_up(target.owner.stage, NETWORK, catalogue, Machine(), data)
+    wrong = _wrong(setup, Candidate(0, "raw", None, tensors(shop, job)))
+    errors = setup.top1_errors()["val/top1_error_per_image"]
+    assert len(wrong) == pytest.approx(errors * len(catalogue.val))
 
 
 def test_the_nearest_training_images_vote_as_the_paper_says(shop: Opened, made: list[str]) -> None:
