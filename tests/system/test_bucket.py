@@ -26,7 +26,7 @@ SETS = (
     'jobs={efficientnet=["full"], resnet=["full"]}',
     f"ensemble.members={json.dumps(JOBS)}",
     "cluster.cpus_per_worker=2",  # a node each
-    "stages.full.epochs=12",
+    "stages.full.epochs=6",
 )
 
 

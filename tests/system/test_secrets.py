@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 PASSWORD, CANARIES = (
     "canary-of-the-address",
     {
@@ -23,24 +21,30 @@ def holding(folder: Path, secret: str) -> Iterator[Path]:
     return (path for path in files if secret.encode() in path.read_bytes())
 
 
-@pytest.mark.parametrize("where", ["plan", "flag"])
-def test_no_secret_is_written_or_said(where: str, cluster: Any, plan: Path, server: Any, tmp_path: Path) -> None:
+def test_no_secret_is_written_or_said(cluster: Any, plan: Path, server: Any, tmp_path: Path) -> None:
     uri, storage = server.uri.replace("//", f"//user:{PASSWORD}@"), tmp_path / "storage"
     text = plan.read_text().replace('path = "catalogue"', f"path = {str(plan.parent / 'catalogue')!r}")
-    file = tmp_path / "tiny.toml"
-    file.write_text(f'{text}tracking_uri = "{uri}"\n' if where == "plan" else text)
     sets = ('jobs={efficientnet=["full"]}', 'ensemble.members=["efficientnet/full"]', "stages.full.epochs=1")
     flags = [word for one in sets for word in ("--set", one)] + ["--storage", str(storage)]
-    flags += ["--tracking-uri", uri] if where == "flag" else []
     said = ""
-    for command in (("run", "--address", cluster.address), ("plan",), ("status", "--json"), ("report",)):
-        words = [sys.executable, "-m", "aliprod", command[0], str(file), *flags, *command[1:]]
+
+    def say(*words: str | Path) -> None:
+        nonlocal said
+        command = [sys.executable, "-m", "aliprod", *map(str, words)]
         environment = cluster.environment | CANARIES
-        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         said += done.stdout + done.stderr
-    trace = [sys.executable, "-m", "aliprod", "trace", str(storage / "tiny" / "submission.csv"), "--json"]
-    said += subprocess.check_output([*trace, "--storage", str(storage)], text=True, cwd=tmp_path)
+
+    named, plain = tmp_path / "named.toml", tmp_path / "plain.toml"
+    named.write_text(f'{text}tracking_uri = "{uri}"\n')
+    plain.write_text(text)
+    for where in ((named,), (plain, "--tracking-uri", uri)):
+        say("run", *where, *flags, "--address", cluster.address)
+        for command in ("plan", "status", "report"):
+            say(command, *where, *flags)
+    say("status", named, *flags, "--json")
+    say("trace", storage / "tiny" / "submission.csv", "--json", "--storage", storage)
     assert "127.0.0.1" in said
     for secret in (PASSWORD, *CANARIES.values()):
         assert secret not in said
