@@ -4,21 +4,20 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aliprod.build.graph import targets
 from aliprod.build.preflight import prepare
-from aliprod.build.target import Site, Target
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import resolve
 from aliprod.store import commit, mirror
 from aliprod.store.layout import RESUME, WEIGHTS
+from tests.build.test_products import make_all
 from tests.conftest import s3_environment
 
 JOBS = ("efficientnet/full", "resnet/full")
@@ -30,20 +29,9 @@ SETS = (
 )
 
 
-def opened(plan: Path, storage: Path, sets: Sequence[str] = SETS) -> Opened:
-    found = load(plan, sets)
+def opened(plan: Path, storage: Path) -> Opened:
+    found = load(plan, SETS)
     return open_plan(Request(found, plan.read_text(), resolve(found, storage, None, None)))
-
-
-def made_here(plan: Path, storage: Path, sets: Sequence[str] = SETS) -> Opened:
-    """The plan with all that it makes, made in a folder by this process."""
-    found = prepare(opened(plan, storage, sets))
-    site, graph = Site.of(found), dict[str, Target]()
-    for name in targets(found, gpu=False):
-        graph = dict(targets(found, gpu=False))  # what is made by now gives others their keys
-        for _ in graph[name].make(graph[name], site):
-            pass
-    return found
 
 
 @pytest.fixture
@@ -68,7 +56,8 @@ def test_a_plan_in_a_bucket_is_killed_and_taken_up_by_another_machine_to_the_byt
 ) -> None:
     arguments: tuple[str | Path, ...] = ("run", plan, "--storage", "s3://team/killed", "--json")
     arguments += tuple(word for text in SETS for word in ("--set", text))
-    expected = made_here(plan, tmp_path / "folder")
+    expected = prepare(opened(plan, tmp_path / "folder"))
+    make_all(expected)
 
     first = two.start(*arguments)
     mirrored = mirror.place("s3://team/killed")
