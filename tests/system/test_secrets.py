@@ -39,8 +39,9 @@ def test_no_secret_is_written_or_said(cluster: Any, plan: Path, server: Any, tmp
     named, plain = tmp_path / "named.toml", tmp_path / "plain.toml"
     named.write_text(f'{text}tracking_uri = "{uri}"\n')
     plain.write_text(text)
-    say("run", plain, *flags, "--tracking-uri", uri, "--address", cluster.address)
-    for command in ("run", "plan", "report"):
+    say("run", named, *flags, "--address", cluster.address)
+    say("run", plain, *flags, "--tracking-uri", uri)
+    for command in ("plan", "report"):
         say(command, named, *flags)
     say("status", named, *flags, "--json")
     say("trace", storage / "tiny" / "submission.csv", "--json", "--storage", storage)
