@@ -3,9 +3,9 @@
 Eight jobs of about a second each (timm's test_resnet on a rendered catalogue), in chains, so that a job waits for its
 parent and for nothing else, run by `aliprod run` on a local Ray. Of each job: seconds from its parent's commit (of the
 first of a chain: from when the driver launched it) to its own, less those of its training steps; validation, the
-network's making and all imports count. Of the whole: processes and resident memory at their peak, driver and Ray
-included (pages that processes share count in each), and CPU seconds (user and system, of every process) from the first
-launch to the last commit, a job.
+network's making and all imports count. Of the whole: processes and memory at their peak, driver and Ray included, once
+with pages that processes share counted in each (resident) and once in equal parts (proportional: what the machine has
+to hold); and CPU seconds (user and system, of every process) from the first launch to the last commit, a job.
 
     python benchmarks/job_start.py [--chains 2] [--jobs 8] [--show]
 """
@@ -59,11 +59,13 @@ poll_seconds = 0.2
 
 @dataclass(frozen=True)
 class Sample:
-    """A process tree at one moment: its processes by title, their resident bytes, CPU seconds of it so far."""
+    """A process tree at one moment: its processes by title, their resident and proportional bytes, CPU seconds of it so
+    far."""
 
     time: float
     titles: tuple[str, ...]
     resident: int
+    proportional: int
     cpu: float
 
 
@@ -77,18 +79,18 @@ class Tree:
 
     def look(self) -> Sample:
         """Count what is there now."""
-        titles, resident = [], 0
+        titles, resident, proportional = [], 0, 0
         for process in [self.root, *self.root.children(recursive=True)]:
             try:
                 with process.oneshot():
-                    times, memory, words = process.cpu_times(), process.memory_info().rss, process.cmdline()
+                    times, memory, words = process.cpu_times(), process.memory_full_info(), process.cmdline()
                     self.cpu[process.pid, process.create_time()] = times.user + times.system
                     self.kinds[process.pid, process.create_time()] = title(words)
             except psutil.Error:
                 continue
-            resident += memory
-            titles.append(f"{title(words)} {memory >> 20} MB")
-        return Sample(time.time(), tuple(titles), resident, sum(self.cpu.values()))
+            resident, proportional = resident + memory.rss, proportional + int(memory.pss)
+            titles.append(f"{title(words)} {memory.rss >> 20} MB, {int(memory.pss) >> 20} proportional")
+        return Sample(time.time(), tuple(titles), resident, proportional, sum(self.cpu.values()))
 
     def by_kind(self) -> Counter[str]:
         """CPU seconds by title."""
@@ -138,7 +140,9 @@ def measure(folder: Path, chains: int, length: int, show: bool) -> None:
     inside = [sample for sample in samples if began <= sample.time <= ended]
     cpu = (inside[-1].cpu - inside[0].cpu) / len(rows)
     most = max(len(sample.titles) for sample in samples)
-    print(f"  {most} processes, {peak.resident / 1e9:.2f} GB resident, {cpu:.1f} CPU s a job")
+    proportional = max(sample.proportional for sample in samples)
+    memory = f"{peak.resident / 1e9:.2f} GB resident, {proportional / 1e9:.2f} GB proportional"
+    print(f"  {most} processes, {memory}, {cpu:.1f} CPU s a job")
     print(f"  whole run {samples[-1].time - samples[0].time:.1f} s, {samples[-1].cpu:.1f} CPU s")
     if show:
         print("\n".join(f"    {seconds:6.1f} CPU s {kind}" for kind, seconds in kinds.most_common()))
