@@ -88,8 +88,9 @@ class Tree:
                     self.kinds[process.pid, process.create_time()] = title(words)
             except psutil.Error:
                 continue
-            resident, proportional = resident + memory.rss, proportional + int(memory.pss)
-            titles.append(f"{title(words)} {memory.rss >> 20} MB, {int(memory.pss) >> 20} proportional")
+            resident += int(memory.rss)
+            proportional += int(memory.pss)
+            titles.append(f"{title(words)} {int(memory.rss) >> 20} MB, {int(memory.pss) >> 20} proportional")
         return Sample(time.time(), tuple(titles), resident, proportional, sum(self.cpu.values()))
 
     def by_kind(self) -> Counter[str]:
