@@ -61,5 +61,3 @@ def test_every_method_is_a_job_of_the_graph(cluster: Any, plan: Path, tmp_path: 
     assert outcome["ensemble"]["split"] == "val"
     made = {folder.name for folder in tmp_path.glob("storage/jobs/*/*/*/*") if commit.read(folder) is not None}
     assert made >= {"weights", "kept", "pseudo_labels"}
-    [soup] = tmp_path.glob("storage/jobs/net/soup/*")
-    assert (commit.read(soup / "weights") or {})["target"] == soup.name
