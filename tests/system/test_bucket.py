@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ SETS = (
     'jobs={efficientnet=["full"], resnet=["full"]}',
     f"ensemble.members={json.dumps(JOBS)}",
     "cluster.cpus_per_worker=2",  # a node each
-    "stages.full.epochs=6",
+    "stages.full.epochs=8",
 )
 
 
-def opened(plan: Path, storage: Path) -> Opened:
-    found = load(plan, SETS)
+def opened(plan: Path, storage: Path, sets: Sequence[str] = SETS) -> Opened:
+    found = load(plan, sets)
     return open_plan(Request(found, plan.read_text(), resolve(found, storage, None, None)))
 
 
@@ -65,6 +65,7 @@ def test_a_plan_in_a_bucket_is_killed_and_taken_up_by_another_machine_to_the_byt
     two.until(lambda: any(_resumes(mirrored, name) for name in JOBS), first)
     first.send_signal(signal.SIGKILL)
     first.communicate()
+    two.until(lambda: not two.workers())  # which still write
     shutil.rmtree(tmp_path / "cache" / mirrored.relative_to(tmp_path / "cache").parts[0])
 
     ended = two.aliprod(*arguments)
