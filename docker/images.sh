@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Both images by buildah, without a daemon, as root or not: their sizes, and what is in them (build/images).
 #   PYTHON_IMAGE=debian    a base made of Debian's own packages (mmdebstrap), where no registry can be reached
-#   BUILD_FLAGS="..."      more flags of `buildah build`, as --secret id=pip.conf,src=FILE and --volume
+# pip reads there what it reads here: its settings are a secret of the build, and what they name of this machine's
+# files is mounted below /mnt.
 set -euo pipefail
 export BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
 [ "$(id -u)" = 0 ] || [ -n "${_CONTAINERS_USERNS_CONFIGURED:-}" ] || exec buildah unshare bash "$0"
@@ -18,12 +19,22 @@ if [ "${PYTHON_IMAGE:-}" = debian ]; then
   buildah commit --quiet --rm "$base" "$PYTHON_IMAGE" > /dev/null
 fi
 
+settings=$out/pip.conf
+flags=(--secret "id=pip.conf,src=$settings")
+echo "[global]" > $settings
+.venv/bin/pip config list | sed -nE "s/^[^.]*\.([a-z-]+)='(.*)'\$/\1 = \2/p" | sort -u -t= -k1,1 >> $settings
+for word in $(grep -oE '(^|[ =])(file://)?/[^ ]+' $settings); do
+  path=${word#file://}
+  [ "$path" = "$word" ] || path=$(dirname "$path")  # an index names files beside it
+  [ ! -e "$path" ] || flags+=(--volume "$path:/mnt$path:ro")
+done
+sed -i -E 's#(^|[ =])(file://)?/#\1\2/mnt/#g' $settings
+
 for target in ray mlflow; do
   image=aliprod:$version
   [ $target = ray ] || image=aliprod-$target:$version
-  # shellcheck disable=SC2086
   buildah build --format docker --layers=false --file docker/Dockerfile --target $target --tag "$image" \
-    ${PYTHON_IMAGE:+--build-arg PYTHON_IMAGE="$PYTHON_IMAGE"} ${BUILD_FLAGS:-} .
+    ${PYTHON_IMAGE:+--build-arg PYTHON_IMAGE="$PYTHON_IMAGE"} "${flags[@]}" .
   container=$(buildah from "$image")
   root=$(buildah mount "$container")
   chroot "$root" dpkg-query --show > "$out/$target.debian.txt"
