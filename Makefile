@@ -34,8 +34,8 @@ audit: $(INSTALLED) build/tools  ## licences of what is installed; known CVEs of
 	build/tools/bin/pip-licenses --python $(BIN)/python --order license
 	build/tools/bin/pip-audit --requirement hashes.txt --require-hashes --disable-pip
 
-images: $(INSTALLED) build/tools  ## of docker/, by buildah: built, listed, and a job submitted in one (10 minutes, 30 GB)
-	bash docker/images.sh
+images: $(INSTALLED) build/tools  ## of docker/, by buildah: built, listed, and a job submitted in one (10 minutes, 20 GB)
+	PYTHON_IMAGE=$(PYTHON_IMAGE) bash docker/images.sh
 	ALIPROD_IMAGES=built $(BIN)/pytest tests/system/test_images.py
 
 build/tools:

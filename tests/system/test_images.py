@@ -28,7 +28,7 @@ from tests.system.test_bucket import opened
 if shutil.which("buildah") is None:
     pytest.skip("needs buildah, and the images that it builds", allow_module_level=True)
 if "ALIPROD_IMAGES" not in os.environ:
-    pytest.skip("needs the images: `make images` builds them, 30 GB, and runs this", allow_module_level=True)
+    pytest.skip("needs the images: `make images` builds them, 20 GB, and runs this", allow_module_level=True)
 
 SMALL = (
     *('backbones={n="test_resnet.r160_in1k"}', 'jobs={n=["full"]}', "overrides={}", 'ensemble.members=["n/full"]'),
