@@ -177,7 +177,7 @@ def doctor_command(file: Path | None, **where: Any) -> None:
 def _row(opened: "Opened", name: str, done: bool, takes: "Demand | None") -> dict[str, Any]:
     """What `plan --json` says of a job."""
     from aliprod.forecast.demand import known
-    from aliprod.report.because import because
+    from aliprod.report.estimate import because
 
     job = opened.jobs[name]
     return {

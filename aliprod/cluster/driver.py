@@ -1,7 +1,6 @@
 """The driver: what `aliprod run` and a submitted job do. It makes the targets of a plan that are missing."""
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
@@ -97,7 +96,7 @@ class _Run:
             self.state = RunState(self.opened, before)  # as the driver before has left it
             yield Said(f"Opening MLflow: {redacted(places.tracking_uri)}.")
             yield from self._alone("mlflow")  # the first one migrates its database
-            self.tracking = Tracking.connect(places.tracking_uri, plan.name, places.artifacts, self.said.append)
+            self.tracking = Tracking(places.tracking_uri, plan.name, places.artifacts, self.said.append)
             self.leases.release("mlflow")
             self.state.page = self.tracking.page
             yield Said(f"MLflow: {self.tracking.page}")
@@ -280,9 +279,9 @@ class _Run:
 
     def _show(self, status: Status = "RUNNING") -> None:
         """Have MLflow show the run as it is."""
-        state, opened, facts = self.state, self.opened, {"host": os.uname().nodename}
+        state, opened = self.state, self.opened
         jobs = tuple(
-            JobProgress(job, opened.job_folder(name), state.states[name], state.reasons.get(name, ""), facts)
+            JobProgress(job, opened.job_folder(name), state.states[name], state.reasons.get(name, ""))
             for name, job in opened.jobs.items()
         )
         plan = PlanProgress(
