@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from aliprod.cli.completion import jobs, plans
-from aliprod.cli.flags import Asked, answer, count, json_flag, path, say, sets_flag, storage_flag, takes, takes_plan
+from aliprod.cli import flags
+from aliprod.cli.flags import Asked, answer, say
 from aliprod.errors import Refused, listing
 from aliprod.plan.source import toml_of
 
@@ -34,18 +34,18 @@ class Work:
 
 @click.command("benchmark")
 @click.argument("part", type=click.Choice(["loader", "step", "train"]))
-@click.argument("file", metavar="PATH", type=path, shell_complete=plans)
-@takes(
+@click.argument("file", metavar="PATH", type=flags.path, shell_complete=flags.plans)
+@flags.takes(
     Work,
     click.option("--network", default="resnet50", show_default=True, help="timm's name."),
     click.option("--crop", default=224, show_default=True, type=click.IntRange(8, 4096), help="Pixels."),
     click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1, 65_536), help="Images a step."),
     click.option("--loader-processes", default=0, show_default=True, type=click.IntRange(0, 1024), help="That read."),
 )
-@sets_flag
-@storage_flag
-@click.option("--steps", default=20, show_default=True, type=count, help="Counted, after as many more.")
-@json_flag
+@flags.sets_flag
+@flags.storage_flag
+@click.option("--steps", default=20, show_default=True, type=flags.count, help="Counted, after as many more.")
+@flags.json_flag
 def benchmark_command(
     work: Work, part: "Part", file: Path, sets: tuple[str, ...], storage: Path | None, steps: int
 ) -> None:
@@ -71,8 +71,8 @@ def benchmark_command(
 
 
 @click.command("tune")
-@takes_plan
-@click.argument("job", shell_complete=jobs)
+@flags.takes_plan
+@click.argument("job", shell_complete=flags.jobs)
 def tune_command(asked: Asked, job: str) -> None:
     """Search for settings of a job, BACKBONE/STAGE.
 

@@ -10,20 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aliprod.build.events import DONE, LOST, Changed, Ended, Event
-from aliprod.cli.completion import plans
-from aliprod.cli.drafts import drafted
-from aliprod.cli.flags import (
-    Asked,
-    address_flag,
-    answer,
-    json_flag,
-    path,
-    say,
-    sets_flag,
-    storage_flag,
-    takes_plan,
-    tracking_flag,
-)
+from aliprod.cli import flags
+from aliprod.cli.data import drafted
+from aliprod.cli.flags import Asked, answer, say
 from aliprod.errors import AliprodError, Refused, Unreachable
 from aliprod.shown import escaped, lines
 
@@ -34,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.option("--gpus", type=click.IntRange(1, 100_000), help="Forecast what the rest takes on so many.")
-@takes_plan
+@flags.takes_plan
 def plan_command(asked: Asked, gpus: int | None) -> None:
     """Check a plan and show what would run, and why.
 
@@ -79,7 +68,7 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
 
 
 @click.command("run")
-@takes_plan
+@flags.takes_plan
 def run_command(asked: Asked) -> None:
     """Run what is not finished, then add up the ensemble. Run it again to go on after anything.
 
@@ -96,7 +85,7 @@ def run_command(asked: Asked) -> None:
 
 
 @click.command("ensemble")
-@takes_plan
+@flags.takes_plan
 def ensemble_command(asked: Asked) -> None:
     """Write the ensemble anew from the checkpoints chosen in MLflow.
 
@@ -112,7 +101,7 @@ def ensemble_command(asked: Asked) -> None:
 
 
 @click.command("status")
-@takes_plan
+@flags.takes_plan
 def status_command(asked: Asked) -> None:
     """Show the state of every job, now or at the end.
 
@@ -136,12 +125,8 @@ def status_command(asked: Asked) -> None:
 
 
 @click.command("doctor")
-@click.argument("file", type=path, required=False, shell_complete=plans)
-@sets_flag
-@storage_flag
-@tracking_flag
-@address_flag
-@json_flag
+@click.argument("file", type=flags.path, required=False, shell_complete=flags.plans)
+@flags.places_flags
 def doctor_command(file: Path | None, **where: Any) -> None:
     """Ask a cluster whether it can run plans.
 

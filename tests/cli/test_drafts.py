@@ -13,7 +13,7 @@ from aliprod.plan.load import load
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("aliprod.cli.drafts._HUB", ("127.0.0.1", 9))  # nobody answers: no test needs a network
+    monkeypatch.setattr("aliprod.cli.data._HUB", ("127.0.0.1", 9))  # nobody answers: no test needs a network
 
 
 def test_init_writes_a_plan_and_says_what_it_will_take(photos: Path, tmp_path: Path) -> None:
