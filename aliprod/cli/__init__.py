@@ -60,9 +60,9 @@ for _command in (plans.plan_command, plans.run_command, plans.ensemble_command, 
     app.add_command(_command)
 for _command in (results.report_command, results.trace_command, results.evaluate_command, results.predict_command):
     app.add_command(_command)
-for _command in (results.export_command, results.serve_command, experiments.benchmark_command, experiments.tune_command):
+for _command in (results.export_command, results.serve_command, plans.doctor_command, data.init_command):
     app.add_command(_command)
-for _command in (plans.doctor_command, data.init_command, data.data_group, clusters.cluster_group):
+for _command in (experiments.benchmark_command, experiments.tune_command, data.data_group, clusters.cluster_group):
     app.add_command(_command)
 
 

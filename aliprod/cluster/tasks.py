@@ -66,6 +66,7 @@ class RayRunner:
         estimate: seconds that a target takes at a world size.
         leases: of the driver, who holds one of each training that runs.
     Attributes:
+        there: the nodes, when they were last asked for.
         refused: why nodes that came later are not used, for people.
     """
 
@@ -82,7 +83,7 @@ class RayRunner:
         self.estimate, self.leases = estimate, leases
         self.numbers, self.begun, self.works = count(), frozenset[int](), dict[str, Pending]()
         self.sharing = {node.name: True for node in session.nodes()}  # the storage path; those of now are probed
-        self.refused = list[str]()
+        self.there, self.refused = list[Node](), list[str]()
         self.targets = dict[str, Target]()  # as they were when they were started, or have paused
         self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step or a shard
         self.others = dict[str, tuple[str, float]]()  # who trains what elsewhere, and until when that is believed
@@ -104,7 +105,8 @@ class RayRunner:
         if self.now() >= self.held_until:
             self.held, self.held_until = session.held_by_others(), self.now() + _HELD_SECONDS
         sharing = (node for node in found if self.sharing[node.name])
-        return [Node(node.name, node.resources - self.held.get(node.name, NOTHING)) for node in sharing]
+        self.there = [Node(node.name, node.resources - self.held.get(node.name, NOTHING)) for node in sharing]
+        return self.there
 
     def types(self) -> Sequence[Resources]:
         return session.types(self.site.cluster)
@@ -179,7 +181,7 @@ class RayRunner:
         waiting = [handle for handle in handles if not self.has_begun(handle)]
         if not waiting:
             return
-        room = Room(self.nodes())
+        room = Room(self.there)
         for handle in handles:
             if handle not in waiting:
                 room.take(handle.start.target.resources, handle.start.nodes)
