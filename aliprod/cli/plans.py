@@ -44,27 +44,21 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
     from aliprod.forecast.simulate import forecast
     from aliprod.report import estimate as shown
 
+    plan, states = opened.plan, told(opened).states
     takes = None if opened.catalogue is None else demand(opened)
     estimate = None if gpus is None or takes is None else asdict(forecast(opened, gpus, takes.todo))
-    states = told(opened).states
-    rows = [_row(opened, name, states[name] in DONE, takes) for name in opened.jobs]
-    members, missing = list(opened.plan.ensemble.members), takes.kinds if takes else {}
-    total = takes.total if takes else None
-    on_gpus = opened.plan.cluster.use_gpu is not False
-    text = _jobs_table(rows, estimate, states, on_gpus) + "\n"
-    text += "".join(
-        f"{row['name']}: {'; '.join(row['because'])}\n" for row in rows if row["because"] not in ([], ["new"])
-    )
-    text += f"{len(rows)} jobs, "
-    text += f"{sum(row['state'] == 'waiting' for row in rows)} to train, {len(members)} members."
-    if missing:
-        text += f" To make: {', '.join(f'{kind} {count}' for kind, count in missing.items())}."
-    if total and (line := shown.takes(total, on_gpus)):
-        text += f"\n{line}"
-    if gpus is not None:
-        text += "\n" + _forecast(estimate, opened, asked.benchmark())
-    found = {"plan": opened.plan.name, "jobs": rows, "members": members, "missing": missing}
-    answer(found | {"takes": total, "estimate": estimate}, text)
+    jobs = [_row(opened, name, states[name] in DONE, takes) for name in opened.jobs]
+    found = {"plan": plan.name, "jobs": jobs, "members": plan.ensemble.members, "missing": takes.kinds if takes else {}}
+    found |= {"takes": takes.total if takes else None, "estimate": estimate}
+    on_gpus = plan.cluster.use_gpu is not False
+    said = [_jobs_table(jobs, estimate, states, on_gpus)]
+    said += [f"{job['name']}: {'; '.join(job['because'])}" for job in jobs if job["because"] not in ([], ["new"])]
+    waiting = sum(job["state"] == "waiting" for job in jobs)
+    made = ", ".join(f"{kind} {count}" for kind, count in found["missing"].items())
+    counts = f"{len(jobs)} jobs, {waiting} to train, {len(plan.ensemble.members)} members."
+    said += [f"{counts} To make: {made}." if made else counts, shown.takes(found["takes"], on_gpus)]
+    said += [] if gpus is None else shown.lines(estimate, on_gpus, asked.benchmark())
+    answer(found, "\n".join(filter(None, said)))
 
 
 @click.command("run")
@@ -198,14 +192,6 @@ def _jobs_table(
         header += forecast.HEADER
         shown = [[*row, *forecast.cells(job)] for row, job in zip(shown, estimate["jobs"], strict=True)]
     return status.table(shown, header)
-
-
-def _forecast(estimate: dict[str, Any] | None, opened: "Opened", measure: str) -> str:
-    from aliprod.report import estimate as forecast
-
-    if estimate is None:
-        return f"No forecast without the catalogue. Then this measures what it needs: {measure}"
-    return "\n".join(forecast.lines(estimate, opened.plan.cluster.use_gpu is not False, measure))
 
 
 def _announced(asked: Asked) -> "Request":

@@ -108,7 +108,7 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
 class _Named:
     """What the commands that take a model are given."""
 
-    model: str
+    model: Path  # or models:/NAME@ALIAS
     storage: Path | None
     tracking_uri: str | None
 
@@ -116,10 +116,8 @@ class _Named:
         """The same for processes that have another working folder."""
         from aliprod.plan.places import default_storage, default_tracking_uri
 
-        model = self.model
-        if not model.startswith("models:/"):
-            model = str(self._path().absolute())
-        folder = self._request().places.storage if model.endswith(".toml") else default_storage(self.storage)
+        model = self.model if self._is_registered else self.model.absolute()
+        folder = self._request().places.storage if model.suffix == ".toml" else default_storage(self.storage)
         return _Named(model, folder, default_tracking_uri(folder, self.tracking_uri))
 
     def voices(self) -> "list[Voice]":
@@ -130,42 +128,43 @@ class _Named:
         """
         from aliprod.store.lineage import Voice, voices
 
-        if self.model.startswith("models:/"):
+        if self._is_registered:
             from aliprod.plan import places
             from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
 
             folder = places.default_storage(self.storage)
-            return [fetch(self.model, places.default_tracking_uri(folder, self.tracking_uri), folder / "models")]
-        named = self._path()
-        if self.model.endswith(".toml"):
+            return [fetch(str(self.model), places.default_tracking_uri(folder, self.tracking_uri), folder / "models")]
+        if self.model.suffix == ".toml":
             asked = self._request()
             if not (found := voices(asked.places.storage, asked.plan.name)):
                 what = "has no ensemble in this storage path yet."
                 raise Refused(what, f"plan {asked.plan.name}", "Run the plan first.")
             return found
-        if not named.is_dir():
+        if not self.model.is_dir():
             advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
-            raise Refused("is no weights folder: there is no such folder.", self.model, near_file(named) or advice)
-        return [Voice(named)]
+            raise Refused("is no weights folder: there is no such folder.", self.model, near_file(self.model) or advice)
+        return [Voice(self.model)]
 
     def worth(self) -> dict[str, Any] | None:
         """What the ensemble of a plan was found to be worth; None of others, and where that is not known."""
         from aliprod.store.lineage import comparison
 
-        if not self.model.endswith(".toml"):
+        if self.model.suffix != ".toml":
             return None
         asked = self._request()
         return comparison(asked.places.storage, asked.plan.name)
 
+    @property
+    def _is_registered(self) -> bool:
+        """In MLflow."""
+        return str(self.model).startswith("models:/")
+
     def _request(self) -> "Request":
         """Of MODEL, which is a plan."""
-        return Asked(self._path(), (), self.storage, self.tracking_uri).request()
-
-    def _path(self) -> Path:
-        return Path(flags.path.convert(self.model, None, None))
+        return Asked(self.model, (), self.storage, self.tracking_uri).request()
 
 
-_takes_model = flags.takes(_Named, click.argument("model"), flags.storage_flag, flags.tracking_flag)
+_takes_model = flags.takes(_Named, click.argument("model", type=flags.path), flags.storage_flag, flags.tracking_flag)
 
 
 @click.command("predict")
@@ -258,7 +257,7 @@ def serve_command(named: _Named, views: str, top: int, **where: Any) -> None:
     except ImportError as error:
         advice = "Install it: pip install -c constraints.txt -e '.[serve]'"
         raise Refused(f"the extra serve is not installed ({error}).", advice=advice) from error
-    run(Serving(named.model, find, _VIEWS[views], top), **where)
+    run(Serving(str(named.model), find, _VIEWS[views], top), **where)
 
 
 def _prediction(found: Mapping[str, Any]) -> str:

@@ -12,9 +12,9 @@ from aliprod.store.layout import WEIGHTS, newest_step
 HEADER = ["takes", "from", "to", "ranks", "images/s", "seen in"]
 
 
-def takes(found: Mapping[str, float | None], on_gpus: bool) -> str:
+def takes(found: Mapping[str, float | None] | None, on_gpus: bool) -> str:
     """What a plan takes, as far as it is known; '' where nothing is to be made."""
-    kept, resume, cache, hours = found.values()
+    kept, resume, cache, hours = found.values() if found else (None,) * 4
     if not kept:
         return ""
     more = f", and {size(resume)} more while a job trains" if resume else ""
@@ -39,13 +39,16 @@ def cells(job: Mapping[str, Any]) -> list[object]:
     return [*times, ranks, job["images_per_second"], job["source"] or "not measured"]
 
 
-def lines(estimate: Mapping[str, Any], on_gpus: bool, measure: str) -> Iterator[str]:
-    """What the plan takes.
+def lines(estimate: Mapping[str, Any] | None, on_gpus: bool, measure: str) -> Iterator[str]:
+    """How long the plan takes.
 
     Args:
-        on_gpus: whether its jobs may run on GPUs.
+        estimate: None without a catalogue. on_gpus: whether its jobs may run on GPUs.
         measure: the command that measures what is missing.
     """
+    if estimate is None:
+        yield f"No forecast without the catalogue. Then this measures what it needs: {measure}"
+        return
     if missing := estimate["missing"]:
         yield f"No forecast: nobody has measured {listing(missing, 4)}. This does: {measure}"
         if any(name.endswith(" hashes") for name in missing):
