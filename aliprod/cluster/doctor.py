@@ -97,7 +97,7 @@ def _nodes(places: Places, opened: Opened | None, takes: Demand | None) -> Itera
             host += f" ({key[:6]})" if hosts[host] > 1 else ""
             if not isinstance(found, Facts):
                 advice = "Have aliprod and the packages of constraints.txt there; `ray status` and its logs say more."
-                yield Check("answers", False, host, _last(found), advice)
+                yield Check("answers", False, host, session.last_line(found), advice)
                 continue
             commit.refresh(folder)
             back = (folder / key).exists() and (folder / key).read_text() == token == found.seen
@@ -173,7 +173,7 @@ def _skew(now: Callable[[], float], clock: Callable[[], float] = time.time) -> t
 def _now(node: str) -> float:
     [(_, said)] = session.ask([{"NodeID": node}], "clock", _time, Path())
     if isinstance(said, Exception):
-        raise Unreachable(f"the node has gone: {_last(said)}", node)
+        raise Unreachable(f"the node has gone: {session.last_line(said)}", node)
     return float(said)
 
 
@@ -229,11 +229,6 @@ def _disk(storage: Path, takes: Demand, side: int) -> Check:
     said = f"{_gigabytes(free)} are free, the plan takes {_gigabytes(kept)}, and its checkpoints {_gigabytes(resume)}"
     advice = "Make room, or take another --storage; `aliprod plan` says what each job takes."
     return _check("room", None, kept + resume <= free, said, advice)
-
-
-def _last(error: BaseException) -> str:
-    """The last line of what an error says, which is the cause."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _gigabytes(count: float) -> str:

@@ -7,6 +7,7 @@ Importing this module is cheap: neither the driver nor the launcher's first seco
 import os
 import threading
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Literal
 
 import ray
@@ -78,7 +79,7 @@ class Launcher:
         self.stops, self.begun = frozenset[int](), set[int]()
         os.environ |= environment(site.cluster) | os.environ  # what is set already stays
         _free_places("all")
-        threading.Thread(target=_import_trainer, daemon=True).start()
+        threading.Thread(target=import_module, args=("aliprod.cluster.trainer",), daemon=True).start()
 
     def fit(self, start: Start) -> Outcome:
         """Train a job."""
@@ -103,10 +104,6 @@ class Launcher:
     def free(self) -> None:
         """Let go of the room of ranks of which some can never begin, since their node is gone."""
         _free_places("lost")
-
-
-def _import_trainer() -> None:
-    import aliprod.cluster.trainer  # noqa: F401
 
 
 def _free_places(which: Literal["all", "lost"]) -> None:

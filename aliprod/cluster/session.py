@@ -190,7 +190,13 @@ def probe(storage: Path, only: str | None = None) -> None:
                 continue  # it went while it was asked
             if found != token or not answer.exists() or answer.read_text() != token:
                 said = "no answer" if isinstance(found, ray.exceptions.RayError) else found
-                _refuse(storage, node, "" if found == token else f" ({said})")
+                host, why = node["NodeManagerHostname"], "" if found == token else f" ({said})"
+                raise Unreachable(
+                    f"node {host} does not share this storage path, or may not write there{why}.",
+                    mirror.shown(storage),
+                    "Give --storage a folder that every node of the cluster reads and writes (NFS, EFS, Lustre, ...), "
+                    "or a bucket.",
+                )
     finally:
         commit.remove(folder)
 
@@ -229,9 +235,6 @@ def _probe(folder: Path, node: str) -> str:
     return token
 
 
-def _refuse(storage: Path, node: Mapping[str, Any], why: str) -> None:
-    raise Unreachable(
-        f"node {node['NodeManagerHostname']} does not share this storage path, or may not write there{why}.",
-        mirror.shown(storage),
-        "Give --storage a folder that every node of the cluster reads and writes (NFS, EFS, Lustre, ...), or a bucket.",
-    )
+def last_line(error: BaseException) -> str:
+    """The last line of what an error says, which is the cause."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -331,5 +331,5 @@ def _result(ref: Any) -> Outcome:
     try:
         outcome: Outcome = ray.get(ref)
     except ray.exceptions.RayError as error:
-        return Outcome("failed", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
+        return Outcome("failed", f"{type(error).__name__}: {session.last_line(error)}")
     return outcome

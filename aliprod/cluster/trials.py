@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +127,12 @@ class Log:
 
 def trial_of(stage: Stage, search: dict[str, Any]) -> Trial:
     """A trial of a stage that has not begun; an option that its objective has not is None."""
-    said, values = stage.model_dump(mode="json"), dict[str, Any]()
-    for way, _ in searched(search):
-        value: Any = said
-        for name in way:
-            value = value.get(name) if isinstance(value, dict) else None
-        values[".".join(way)] = value
-    return Trial(key_of(said), values, stage.seed)
+    said = stage.model_dump(mode="json")
+
+    def value(table: Any, name: str) -> Any:
+        return table.get(name) if isinstance(table, dict) else None
+
+    return Trial(key_of(said), {".".join(way): reduce(value, way, said) for way, _ in searched(search)}, stage.seed)
 
 
 def is_spent(trials: Sequence[Trial], recipe: Tune) -> bool:

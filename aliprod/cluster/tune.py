@@ -187,7 +187,7 @@ class _Bench:
                     ),
                     run_config=tune.RunConfig(storage_path=folder, verbose=0),
                 ).fit()
-            said = [str(error).strip().splitlines()[-1] for error in grid.errors]
+            said = [session.last_line(error) for error in grid.errors]
             if not listed.is_over() or listed.broken_off() > len(said):
                 raise KeyboardInterrupt  # Ray has taken it for its own
         return [self.log.trials.get(one.stage, one) for one in wanted], said
