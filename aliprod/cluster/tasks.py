@@ -253,11 +253,10 @@ class RayRunner:
         if handle.trains and self.stopping() and not self.has_begun(handle):
             return _PAUSED  # nothing is lost where it ends with its session of Ray
         done, handle.refs = ray.wait(handle.refs, num_returns=len(handle.refs), timeout=0)
-        found = [_result(ref) for ref in done]
-        if any(outcome.state != "done" for outcome in found):
+        if bad := next((found for found in map(_result, done) if found.state != "done"), None):
             for ref in handle.refs:
                 ray.cancel(ref, force=True)
-            return self._unfinished(handle, next(outcome for outcome in found if outcome.state != "done"))
+            return self._unfinished(handle, bad)
         if handle.trains and self.now() - handle.lost > _LOST_SECONDS:  # Ray Train waits for ranks that cannot begin
             self.launcher.free.remote()
             return self._unfinished(handle, _PAUSED)
