@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -171,14 +170,10 @@ def _skew(now: Callable[[], float], clock: Callable[[], float] = time.time) -> t
 
 
 def _now(node: str) -> float:
-    [(_, said)] = session.ask([{"NodeID": node}], "clock", _time, Path())
+    [(_, said)] = session.ask([{"NodeID": node}], "clock", lambda *_: time.time(), Path())
     if isinstance(said, Exception):
         raise Unreachable(f"the node has gone: {session.last_line(said)}", node)
     return float(said)
-
-
-def _time(*_: Any) -> float:
-    return time.time()
 
 
 def _fits(host: str, found: Facts, opened: Opened, takes: Demand) -> Iterator[Check]:

@@ -227,7 +227,7 @@ class Runs:
         MLflow writes tags after metrics: a tag says that the points sent with it are there. It stores infinity as
         1.8e308, so a value that is not finite becomes a tag.
         """
-        latest = _latest_steps(run)
+        latest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         new = [point for point in points if point.step > latest.get(point.key, -1)]
         finite = [point for point in new if math.isfinite(point.value)]
         odd = {f"aliprod.nonfinite.{p.key}": f"{p.value} in epoch {p.step}" for p in new if not math.isfinite(p.value)}
@@ -243,10 +243,6 @@ class Runs:
             self.server.client.update_run(run.info.run_id, status=status)
         else:
             self.server.client.set_terminated(run.info.run_id, status, end_ms)  # now, where it is not said
-
-
-def _latest_steps(run: Run) -> dict[str, int]:
-    return {metric.key: metric.step for metric in run.data.to_proto().metrics}
 
 
 def _metrics(record: Record) -> list[Metric]:

@@ -55,7 +55,8 @@ class Sender:
             self._changed.notify_all()
 
     def flush(self, seconds: float) -> list[str]:
-        """Wait until all is sent as it is now, at most this long; what was refused or still waits, each once."""
+        """Wait until all is sent as it is now, at most this long; what was refused, or is left to a later run, a
+        sentence each."""
         self.show(self._parts)
         self._hurry.set()
         with self._changed:
@@ -112,6 +113,7 @@ class Tracking:
         """Reach MLflow before anything starts, as `server.connect` does; ``say`` is told one line."""
         self._server = server = connect(uri, experiment, artifacts)
         self._sender = Sender(server.probe, say)
+        self.flush = self._sender.flush
         self._begun = set[str]()  # jobs that have a run, since they have run here
         self.registry = Registry(server)  # versions and aliases; its methods block and raise
         # where a person sees the jobs, and their charts
@@ -121,10 +123,6 @@ class Tracking:
         """Make MLflow show this, and a running job's metrics as they grow. Returns at once, never raises."""
         self._begun |= {progress.job.name for progress in plan.jobs if progress.state not in ("waiting", "not_run")}
         self._sender.show(partial(self._parts, plan))
-
-    def flush(self, seconds: float) -> list[str]:
-        """Wait until all is sent, at most this long; what was not, a sentence each: a later run sends it."""
-        return self._sender.flush(seconds)
 
     def _parts(self, plan: PlanProgress) -> Iterator[Part]:
         runs = Runs(self._server, self.registry, plan)
