@@ -198,9 +198,7 @@ class Asked:
         from aliprod.plan.open import open_plan
 
         opened = open_plan(request)
-        if opened.note:
-            click.echo(escaped(opened.note), err=True)
-        for remark in opened.catalogue.remarks if opened.catalogue else ():
+        for remark in opened.catalogue.remarks if opened.catalogue else [opened.note]:
             click.echo(escaped(remark), err=True)
         return opened
 

@@ -2,14 +2,14 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from aliprod.build.events import DONE, LOST, Changed, Ended, Event
+from aliprod.build.events import DONE, LOST, Changed, Ended
 from aliprod.cli import flags
 from aliprod.cli.data import drafted
 from aliprod.cli.flags import Asked, answer, say
@@ -72,10 +72,7 @@ def run_command(asked: Asked) -> None:
     Example: aliprod run photos
              aliprod run jobs/quickstart.toml --storage /shared/aliprod
     """
-    request = _announced(drafted(asked))
-    from aliprod.cluster import driver
-
-    _drive(request, driver.run(request), whole=True)
+    _drive(drafted(asked), whole=True)
 
 
 @click.command("ensemble")
@@ -88,10 +85,7 @@ def ensemble_command(asked: Asked) -> None:
     \b
     Example: aliprod ensemble jobs/aliproducts.toml --storage /shared/aliprod
     """
-    request = _announced(asked)
-    from aliprod.cluster import driver
-
-    _drive(request, driver.ensemble(request), whole=False)
+    _drive(asked, whole=False)
 
 
 @click.command("status")
@@ -194,19 +188,6 @@ def _jobs_table(
     return status.table(shown, header)
 
 
-def _announced(asked: Asked) -> "Request":
-    """The request; said at once, since what runs it takes seconds to import."""
-    request = asked.request()
-    from aliprod.report.status import stamped
-    from aliprod.store import mirror
-
-    plan, jobs = request.plan, sum(map(len, request.plan.jobs.values()))
-    what = f"Plan {plan.name}: {jobs} jobs, {len(plan.ensemble.members)} members. Loading Ray and MLflow."
-    say(stamped(f"{what} Storage path: {mirror.shown(request.places.storage)}."))
-    _remark(request)
-    return request
-
-
 def _remark(request: "Request") -> None:
     """Say what of a plan does nothing."""
     from aliprod.plan.checks import remarks
@@ -215,13 +196,21 @@ def _remark(request: "Request") -> None:
         click.echo(escaped(remark), err=True)
 
 
-def _drive(request: "Request", events: Iterator[Event], whole: bool) -> None:
+def _drive(asked: Asked, whole: bool) -> None:
     """Print what happens as it happens, and write the report; exit 1 where a job failed."""
-    from aliprod.cli.watch import watched
+    request = asked.request()
     from aliprod.report import status
+    from aliprod.store import mirror
+
+    plan, jobs = request.plan, sum(map(len, request.plan.jobs.values()))
+    what = f"Plan {plan.name}: {jobs} jobs, {len(plan.ensemble.members)} members. Loading Ray and MLflow."
+    say(status.stamped(f"{what} Storage path: {mirror.shown(request.places.storage)}."))
+    _remark(request)
+    from aliprod.cli.watch import watched
+    from aliprod.cluster import driver  # it takes seconds
 
     failures, outcome = list[Changed](), dict[str, Any]()
-    for event in watched(events):
+    for event in watched(driver.run(request, whole)):
         if isinstance(event, Changed) and event.state in LOST:
             failures.append(event)
         if isinstance(event, Ended):

@@ -40,29 +40,23 @@ _REFRESH_SECONDS = 2.0
 _LOOK_SECONDS, _REMIND_SECONDS = 0.5, 60.0  # of a run that waits for another driver
 
 
-def run(request: Request) -> Iterator[Event]:
+def run(request: Request, whole: bool) -> Iterator[Event]:
     """Make all of a plan that is missing: trainings, predictions, the ensemble.
 
+    Args:
+        whole: False trains nothing, and makes the ensemble anew from the chosen checkpoints.
     Yields:
         Events; the last is `Ended`.
     Raises:
         Refused: the input is wrong, nothing was started. Unreachable: cluster, storage or, at the start, MLflow.
-        Failed: the ensemble cannot be made, or another driver has taken over. KeyboardInterrupt: it was told to stop.
+        Failed: the ensemble cannot be made, as a member is not trained yet, or another driver has taken over.
+        KeyboardInterrupt: it was told to stop.
     """
     opened = yield from _opened(request)
-    yield from _Run(opened, whole=True).events()
-
-
-def ensemble(request: Request) -> Iterator[Event]:
-    """Make the ensemble anew from the chosen checkpoints; trains nothing.
-
-    Raises:
-        Failed: a member is not trained yet. Else as `run`.
-    """
-    opened = yield from _opened(request)
-    if missing := [name for name in request.plan.ensemble.members if opened.record(name) is None]:
+    missing = [name for name in request.plan.ensemble.members if opened.record(name) is None]
+    if missing and not whole:
         raise Failed(f"not trained yet: {', '.join(missing)}.", request.plan.name, "Run the plan first.")
-    yield from _Run(opened, whole=False).events()
+    yield from _Run(opened, whole).events()
 
 
 class _Run:

@@ -39,8 +39,8 @@ def test_run_takes_photographs_and_goes_on_with_their_plan(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
-    monkeypatch.setattr(driver, "run", lambda request: ran.append(request) or iter([Ended({"ensemble": None})]))
-    monkeypatch.setattr("aliprod.cli.plans._drive", lambda request, events, whole: list(events))
+    outcome = {"trained": [], "reused": [], "failed": [], "ensemble": None}
+    monkeypatch.setattr(driver, "run", lambda request, whole: ran.append(request) or iter([Ended(outcome)]))
     for _ in range(2):
         result = aliprod("run", photos)
         assert result.exit_code == 0, result.output
