@@ -114,13 +114,12 @@ def _nodes(places: Places, opened: Opened | None, takes: Demand | None) -> Itera
 
 
 def _storage(host: str, found: Facts, back: bool, storage: Path) -> Check:
-    if found.speed is None or not back:
+    if not back or not found.write:
         why = found.storage or "what one writes there the other does not see"
         advice = "Mount one folder on every node under this path, writable by the user of the jobs; or give --storage."
         return Check("storage", False, host, f"{mirror.shown(storage)} is not shared: {why}", advice)
-    speed = found.speed
-    moves = f"writes {speed.write / 1e6:,.0f} MB/s, reads {speed.read / 1e6:,.0f} MB/s"
-    return Check("storage", True, host, f"{moves}, 4 kB are safe after {1e3 * speed.sync:,.1f} ms")
+    moves = f"writes {found.write / 1e6:,.0f} MB/s, reads {found.read / 1e6:,.0f} MB/s"
+    return Check("storage", True, host, f"{moves}, 4 kB are safe after {1e3 * found.sync:,.1f} ms")
 
 
 def _software(host: str, found: Mapping[str, str], own: Mapping[str, str]) -> Check:
@@ -187,8 +186,8 @@ def _fits(host: str, found: Facts, opened: Opened, takes: Demand) -> Iterator[Ch
     if takes.cache:
         said = f"{_gigabytes(found.free_cache)} are free, the catalogue takes {_gigabytes(takes.cache)}"
         yield _check("own disk", host, takes.cache <= found.free_cache, said, "Set ALIPROD_CACHE to a larger disk.")
-    if found.speed and (largest := max(takes.resume.values(), default=0) / 2):
-        seconds = largest / found.speed.write
+    if found.write and (largest := max(takes.resume.values(), default=0) / 2):
+        seconds = largest / found.write
         said = f"a checkpoint of {_gigabytes(largest)} takes {seconds:,.0f} s"
         advice = "That counts as a hang: raise [cluster] watchdog_seconds, or take a faster storage."
         yield _check("checkpoints", host, not seconds > opened.plan.cluster.watchdog_seconds, said, advice)
