@@ -19,7 +19,7 @@ from aliprod.build.state import RunState, told
 from aliprod.build.target import Site, Target, lacking
 from aliprod.cluster import session
 from aliprod.cluster.launch import start_launcher
-from aliprod.cluster.signals import Signals
+from aliprod.cluster.session import Signals
 from aliprod.cluster.tasks import RayRunner
 from aliprod.errors import Failed, Unreachable, listing
 from aliprod.forecast import kept
