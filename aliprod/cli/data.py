@@ -1,9 +1,9 @@
 """The commands that make, check and prepare catalogues, and write a plan for one."""
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -47,28 +47,21 @@ def synth_command(out: Path, classes: int, images: int, seed: int) -> None:
     answer(counts, "{path}: {classes} classes, {train} train, {val} val, {test} test images".format(**counts))
 
 
-@dataclass(frozen=True)
-class AskedReading:
-    """What the commands that read a catalogue without a plan are told of it, as [catalogue] in a plan would."""
+def _reading(
+    column: tuple[str, ...] = (), val: float | None = None, seed: int = 0, links: Path | None = None
+) -> "Reading":
+    """How a catalogue is to be read, as [catalogue] in a plan would say. Refused: a column that is none."""
+    from aliprod.catalogue.sources import Reading
 
-    column: tuple[str, ...] = ()
-    val: float | None = None
-    seed: int = 0
-    links: Path | None = None
-
-    def reading(self) -> "Reading":
-        """How it is to be read. Refused: a column that is none."""
-        from aliprod.catalogue.sources import Reading
-
-        columns = dict(text.partition("=")[::2] for text in self.column)
-        if wrong := [role for role, name in columns.items() if role not in ("path", "class", "split") or not name]:
-            advice = "Say --column path=NAME, --column class=NAME or --column split=NAME."
-            raise Refused("names no column.", f"--column {wrong[0]}", advice)
-        return Reading(columns, self.val, self.seed, self.links)
+    columns = dict(text.partition("=")[::2] for text in column)
+    if wrong := [role for role, name in columns.items() if role not in ("path", "class", "split") or not name]:
+        advice = "Say --column path=NAME, --column class=NAME or --column split=NAME."
+        raise Refused("names no column.", f"--column {wrong[0]}", advice)
+    return Reading(columns, val, seed, links)
 
 
 takes_reading = flags.takes(
-    AskedReading,
+    _reading,
     click.option("--column", multiple=True, metavar="ROLE=NAME", help="Of a table: path, class or split."),
     click.option("--val", type=Share(0, 0.5), help="Share to hold out where there is no val."),
     click.option("--seed", default=0, show_default=True, type=flags.seed, help="Of what is held out."),
@@ -82,7 +75,7 @@ takes_reading = flags.takes(
 @click.option("--strict", is_flag=True, help="Exit with 1 where anything is wrong.")
 @flags.storage_flag
 @flags.json_flag
-def check_command(asked: AskedReading, catalogue: Path, strict: bool, storage: Path | None) -> None:
+def check_command(reading: "Reading", catalogue: Path, strict: bool, storage: Path | None) -> None:
     """Read every image of a catalogue and list what is wrong with it.
 
     Of a plan, it is the plan's catalogue, read as the plan says; labels that its ensemble doubts are listed too.
@@ -91,11 +84,11 @@ def check_command(asked: AskedReading, catalogue: Path, strict: bool, storage: P
     Example: aliprod data check photos
     """
     is_plan = catalogue.suffix == ".toml"
-    if is_plan and asked != AskedReading():
+    if is_plan and reading != _reading():
         raise Refused("is a plan, which says itself how to read.", catalogue, "Say it there, under [catalogue].")
     from aliprod.ingest.check import check
 
-    found = _checked_plan(catalogue, storage) if is_plan else check(catalogue, cores(), asked.reading())
+    found = _checked_plan(catalogue, storage) if is_plan else check(catalogue, cores(), reading)
     report = found.as_json()
     lines = [escaped(f"{problem['path']}: {problem['problem']}") for problem in report["problems"]]
     splits = ", ".join(f"{report[split]} {split}" for split in ("train", "val", "test"))
@@ -133,7 +126,7 @@ def _checked_plan(file: Path, storage: Path | None) -> "Report":
 @click.option("--max-skipped", default=0.5, show_default=True, type=Share(0, 1), help="Share that may be unreadable.")
 @flags.json_flag
 def prepare_command(
-    asked: AskedReading, catalogue: str, out: str, short_side: int, quality: int, max_skipped: float
+    reading: "Reading", catalogue: str, out: str, short_side: int, quality: int, max_skipped: float
 ) -> None:
     """Write a catalogue as Parquet shards to train from.
 
@@ -147,7 +140,7 @@ def prepare_command(
     """
     from aliprod.ingest.prepare import Settings, prepare
 
-    done = until_done(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores(), asked.reading()))
+    done = until_done(prepare(catalogue, out, Settings(short_side, quality), max_skipped, cores(), reading))
     answer(done.as_json(), done.text())
 
 
@@ -157,7 +150,7 @@ def prepare_command(
 @click.option("--out", type=flags.path, help="The plan's file. [the folder's name, here]")
 @flags.storage_flag
 @flags.json_flag
-def init_command(asked: AskedReading, photos: Path, out: Path | None, storage: Path | None) -> None:
+def init_command(reading: "Reading", photos: Path, out: Path | None, storage: Path | None) -> None:
     """Write a plan fit for photographs and this machine.
 
     PHOTOS is a folder in any layout that docs/catalogues.md names, or a table. Then a few steps of each training are
@@ -167,7 +160,7 @@ def init_command(asked: AskedReading, photos: Path, out: Path | None, storage: P
     Example: aliprod init photos --out photos.toml
     """
     plan = out or _file_of(photos)
-    photographs, computer = _write(asked, photos, plan)
+    photographs, computer = _write(reading, photos, plan)
     request = Asked(plan, (), storage).request()
     from aliprod.forecast.measure import measure_plan
     from aliprod.forecast.simulate import forecast
@@ -197,7 +190,7 @@ def drafted(asked: Asked) -> Asked:
     if plan.exists():
         say(f"The plan of {asked.file} is {plan}: it goes on.")
     else:
-        _write(AskedReading(), asked.file, plan)
+        _write(_reading(), asked.file, plan)
         say(f"{plan} is written: every value is yours to change.")
     return replace(asked, file=plan)
 
@@ -208,7 +201,7 @@ def _file_of(photos: Path) -> Path:
     return Path(f"{plain(photos.absolute().stem if photos.is_file() else photos.absolute().name)}.toml")
 
 
-def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Photographs, Computer]":
+def _write(reading: "Reading", photos: Path, out: Path) -> "tuple[Photographs, Computer]":
     """Write the plan, and return what it is fit for. Refused: the file is there, or no plan fits."""
     from aliprod.build.preflight import check_catalogue
     from aliprod.catalogue import sources
@@ -220,12 +213,14 @@ def _write(asked: AskedReading, photos: Path, out: Path) -> "tuple[Photographs, 
         raise Refused("is there already, and may hold your changes.", out, advice)
     if not out.parent.is_dir():
         raise Refused("cannot be written: there is no such folder.", out, "Make it, or say another --out.")
-    catalogue = sources.read(photos, asked.reading())  # first: what is no catalogue is refused at once
+    catalogue = sources.read(photos, reading)  # first: what is no catalogue is refused at once
     for remark in catalogue.remarks:
         say(remark)
     check_catalogue(catalogue, photos)
     photographs, computer = draft.look_at(catalogue), _computer()
-    text = draft.draft(draft.plain(out.stem), _as_said(photos, out), photographs, computer, _said(asked, out))
+    links = _as_said(reading.links, out) if reading.links else None
+    said = {key: value for key, value in (asdict(reading) | {"links": links}).items() if value}
+    text = draft.draft(draft.plain(out.stem), _as_said(photos, out), photographs, computer, said)
     try:
         commit.write_file(out, text)
     except StorageFull as error:
@@ -237,14 +232,6 @@ def _as_said(place: Path, out: Path) -> str:
     """A path as it stands in a plan: relative to its file where it lies beside or below it."""
     relative = os.path.relpath(place.expanduser().absolute(), out.absolute().parent)
     return str(place.expanduser().absolute()) if relative.startswith("..") else relative
-
-
-def _said(asked: AskedReading, out: Path) -> dict[str, Any]:
-    """What [catalogue] says besides the path."""
-    reading = asked.reading()
-    links = _as_said(reading.links, out) if reading.links else None
-    said = {"columns": dict(reading.columns), "val": reading.val, "seed": reading.seed, "links": links}
-    return {key: value for key, value in said.items() if value}
 
 
 def _computer() -> "Computer":

@@ -8,7 +8,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -156,13 +157,13 @@ def together(*parameters: Callable[[Command], Command]) -> Callable[[Command], C
     return lambda command: functools.reduce(lambda decorated, one: one(decorated), reversed(parameters), command)
 
 
-def takes(kind: type[Any], *parameters: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Give a command parameters that it takes as one dataclass, the first of its arguments."""
+def takes(make: Callable[..., Any], *parameters: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Give a command parameters that it takes as one, the first of its arguments: what is made of them."""
 
     def decorated(command: Command) -> Command:
         @functools.wraps(command)
         def taking(**given: Any) -> None:
-            command(kind(**{field.name: given.pop(field.name) for field in fields(kind)}), **given)
+            command(make(**{name: given.pop(name) for name in signature(make).parameters}), **given)
 
         return together(*parameters)(taking)
 

@@ -1,4 +1,4 @@
-"""The Ray cluster: joining it, what it has, whether all its nodes see the storage path; and what tells a run to stop."""
+"""The Ray cluster: joining it, what it has, whether its nodes see the storage path; and what tells a run to stop."""
 
 import json
 import logging
