@@ -54,11 +54,6 @@ class Start:
     nodes: tuple[str, ...]
 
 
-def launch(launcher: Any, start: Start) -> Any:
-    """Start a job, which the dashboard lists by its name; the reference resolves to its `Outcome`."""
-    return launcher.fit.options(name=start.target.name).remote(start)
-
-
 def environment(cluster: Cluster) -> dict[str, str]:
     """Variables that Ray Train reads where ``fit`` is called and in its workers."""
     return {

@@ -18,7 +18,7 @@ from aliprod.build.room import Node, Room, slots
 from aliprod.build.schedule import Change, Outcome
 from aliprod.build.target import NOTHING, Resources, Site, Target
 from aliprod.cluster import session
-from aliprod.cluster.launch import Start, launch
+from aliprod.cluster.launch import Start
 from aliprod.errors import AliprodError
 from aliprod.store import commit
 from aliprod.store.layout import newest_step
@@ -306,7 +306,7 @@ class RayRunner:
             return ray.put(_PAUSED)
         if start.target.record(self.site.storage) is not None:
             return ray.put(Outcome("done"))
-        return launch(self.launcher, start)
+        return self.launcher.fit.options(name=start.target.name).remote(start)  # by which the dashboard lists it
 
 
 @ray.remote(max_retries=3)

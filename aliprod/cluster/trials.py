@@ -116,6 +116,10 @@ class Log:
             read = []
         self.trials = {one.stage: one for one in read if all(0 <= row < self.images for row in one.wrong)}
 
+    def of(self, wanted: Trial) -> Trial:
+        """What is known of a trial."""
+        return self.trials.get(wanted.stage, wanted)
+
     def keep(self, trial: Trial) -> None:
         """Write a trial as it is now."""
         self.trials[trial.stage] = trial
