@@ -5,7 +5,6 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 from typing import Any
@@ -112,8 +111,7 @@ class Registry:
                     advice=f"Choose another version on {page}, or run the plan again: it sends the files anew while "
                     "they are in the storage path.",
                 )
-            files = partial(copytree, got, ignore=ignore_patterns(commit.MANIFEST), dirs_exist_ok=True)
-            commit.write(folder, files, record)
+            commit.write(folder, lambda staging: _copy(got, staging), record)
 
     def find(self, name: str, key: str, sha256: str) -> Choice | None:
         """The oldest version of these weights."""
@@ -298,3 +296,7 @@ def fetch(model: str, uri: str, folder: Path) -> lineage.Voice:
     if commit.read(there) is None:
         registry.download(choice, there)
     return lineage.Voice(there, version=choice.version)
+
+
+def _copy(source: Path, target: Path) -> None:
+    copytree(source, target, ignore=ignore_patterns(commit.MANIFEST), dirs_exist_ok=True)

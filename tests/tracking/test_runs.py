@@ -446,7 +446,8 @@ def test_a_file_that_is_no_database_is_told_in_a_sentence(tmp_path):
         Tracking(f"sqlite:///{tmp_path}/mlflow.db", "shop", tmp_path)
 
 
-def test_a_locked_database_is_told_in_seconds_with_what_to_do(tmp_path):
+def test_a_locked_database_is_told_in_seconds_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "_LOCK_SECONDS", 0.5)
     database = tmp_path / "mlflow.db"
     server.reach(f"sqlite:///{database}")
     with closing(sqlite3.connect(database, isolation_level=None)) as other:
