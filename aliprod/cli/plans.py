@@ -48,17 +48,17 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
     takes = None if opened.catalogue is None else demand(opened)
     estimate = None if gpus is None or takes is None else asdict(forecast(opened, gpus, takes.todo))
     jobs = [_row(opened, name, states[name] in DONE, takes) for name in opened.jobs]
-    found = {"plan": plan.name, "jobs": jobs, "members": plan.ensemble.members, "missing": takes.kinds if takes else {}}
-    found |= {"takes": takes.total if takes else None, "estimate": estimate}
+    missing, total = (takes.kinds, takes.total) if takes else ({}, None)
     on_gpus = plan.cluster.use_gpu is not False
     said = [_jobs_table(jobs, estimate, states, on_gpus)]
     said += [f"{job['name']}: {'; '.join(job['because'])}" for job in jobs if job["because"] not in ([], ["new"])]
     waiting = sum(job["state"] == "waiting" for job in jobs)
-    made = ", ".join(f"{kind} {count}" for kind, count in found["missing"].items())
+    made = ", ".join(f"{kind} {count}" for kind, count in missing.items())
     counts = f"{len(jobs)} jobs, {waiting} to train, {len(plan.ensemble.members)} members."
-    said += [f"{counts} To make: {made}." if made else counts, shown.takes(found["takes"], on_gpus)]
+    said += [f"{counts} To make: {made}." if made else counts, shown.takes(total, on_gpus)]
     said += [] if gpus is None else shown.lines(estimate, on_gpus, asked.benchmark())
-    answer(found, "\n".join(filter(None, said)))
+    found = {"plan": plan.name, "jobs": jobs, "members": plan.ensemble.members, "missing": missing}
+    answer(found | {"takes": total, "estimate": estimate}, "\n".join(filter(None, said)))
 
 
 @click.command("run")
