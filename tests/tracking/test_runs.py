@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from aliprod.errors import Refused, Unreachable
 from aliprod.store import commit
-from aliprod.tracking import runs, server
+from aliprod.tracking import runs, server, sync
 from aliprod.tracking.registry import Choice
 from aliprod.tracking.runs import EnsembleResult, JobProgress
 from aliprod.tracking.sync import Tracking
@@ -204,7 +204,8 @@ def test_a_run_that_was_made_long_after_nobody_waited_for_it_is_the_only_one_in_
     assert set(everything(client)["points"].values()) == {1}
 
 
-def test_epochs_of_a_running_job_arrive_as_its_training_writes_them(place, job):
+def test_epochs_of_a_running_job_arrive_as_its_training_writes_them(place, job, monkeypatch):
+    monkeypatch.setattr(sync, "LOOK_SECONDS", 0.2)
     full, tracking, client = job(), place.driver(), MlflowClient(place.uri)
     records = [{"epoch": epoch, "time_ms": 1000 + epoch, "train/class": 2.0 - epoch} for epoch in range(3)]
     place.show(tracking, JobProgress(full, place.metrics(*records[:1]), "running"))
