@@ -152,12 +152,9 @@ class RayRunner:
 
     def wait(self, handles: Sequence[Pending], patience: float) -> list[tuple[Pending, Outcome]]:
         """Wait a moment for any of the handles; those that ended."""
-        if self.stopping():
-            for handle in handles:
-                if not handle.stopped:
-                    self.stop(handle)
-        for handle in self._displaced(handles):
-            self.stop(handle)
+        for handle in handles if self.stopping() else self._displaced(handles):
+            if not handle.stopped:
+                self.stop(handle)
         self._talk(handles)
         if self.wanted and self.now() - self.asked_at > _ASK_AGAIN_SECONDS:
             done, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)
@@ -178,17 +175,13 @@ class RayRunner:
 
     def _displaced(self, handles: Sequence[Pending]) -> Iterator[Pending]:
         """Trainings that have not begun, and whose room another driver has taken meanwhile."""
-        waiting = [handle for handle in handles if not self.has_begun(handle)]
-        if not waiting:
-            return
-        room = Room(self.there)
-        for handle in handles:
-            if handle not in waiting:
-                room.take(handle.start.target.resources, handle.start.nodes)
+        room, waiting = Room(self.there), [handle for handle in handles if not self.has_begun(handle)]
+        for handle in (one for one in handles if one not in waiting):
+            room.take(handle.start.target.resources, handle.start.nodes)
         for handle in waiting:
             rank = handle.start.target.resources
             ranks = Counter(name for name in handle.start.nodes if name in self.held)
-            if not handle.stopped and any(slots(room.free.get(name, NOTHING), rank) < n for name, n in ranks.items()):
+            if any(slots(room.free.get(name, NOTHING), rank) < n for name, n in ranks.items()):
                 yield handle
 
     def elsewhere(self, target: Target) -> str:
