@@ -175,7 +175,8 @@ class RayRunner:
 
     def _displaced(self, handles: Sequence[Pending]) -> Iterator[Pending]:
         """Trainings that have not begun, and whose room another driver has taken meanwhile."""
-        room, waiting = Room(self.there), [handle for handle in handles if not self.has_begun(handle)]
+        waiting = [handle for handle in handles if not self.has_begun(handle)]
+        room = Room(self.nodes() if waiting else ())
         for handle in (one for one in handles if one not in waiting):
             room.take(handle.start.target.resources, handle.start.nodes)
         for handle in waiting:
