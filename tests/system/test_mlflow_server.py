@@ -91,7 +91,7 @@ DRIVER = """
 
     uri, folder = sys.argv[1:]
     job = Job("resnet50/dcl", "resnet50", "resnet50.tv_in1k", "dcl", Stage(), (), None, (), (), True, {"digit": "b"})
-    tracking = Tracking(uri, "shop", None)
+    tracking = Tracking(uri, "shop", None, sys.stderr.write)
     show = lambda state: tracking.show(
         PlanProgress("", "1" * 64, "RUNNING", "", (JobProgress(job, Path(folder), state),))
     )
