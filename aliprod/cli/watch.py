@@ -84,25 +84,20 @@ def doing(opened: Opened, standing: Standing, left: Left | None, now: float) -> 
     return found
 
 
-def headline(standing: Standing, rows: Sequence[Doing], left: Left | None) -> str:
-    """The run in short: ``3 of 16 jobs done, 2 running, 1 prediction; about 14 min 05 s left``."""
-    return counts(standing, rows) + _left(left)
-
-
-def minute(standing: Standing, rows: Sequence[Doing], left: Left | None) -> str:
-    """The same with what each of them is at: one line, for a log."""
-    jobs = "; ".join(row.in_short() for row in rows)
-    return counts(standing, rows) + (f" ({jobs})" if jobs else "") + _left(left)
-
-
-def counts(standing: Standing, rows: Sequence[Doing]) -> str:
-    """How many jobs and tasks are in which state."""
+def headline(standing: Standing, rows: Sequence[Doing], left: Left | None, each: str = "") -> str:
+    """The run in short: ``3 of 16 jobs done, 2 running, 1 x prediction; about 14 min 05 s left``; ``each`` stands behind
+    the counts."""
     states = Counter(standing.states.values())
     parts = [f"{sum(states[state] for state in DONE)} of {len(standing.states)} jobs done"]
     parts += [f"{states[name]} {name.replace('_', ' ')}" for name in ("running", "failed", "not_run") if states[name]]
     parts += [f"{count} x {kind}" for kind, count in Counter(row.what for row in rows if not row.job).items()]
     parts += [f"{count} waiting for {why}" for why, count in waiting(standing).items()]
-    return ", ".join(parts)
+    return ", ".join(parts) + each + ("" if left is None else f"; about {duration(left.seconds)} left")
+
+
+def minute(standing: Standing, rows: Sequence[Doing], left: Left | None) -> str:
+    """The same with what each of them is at: one line, for a log."""
+    return headline(standing, rows, left, f" ({'; '.join(row.in_short() for row in rows)})" if rows else "")
 
 
 def compared(forecasts: Mapping[float, float], took: float) -> str:
@@ -121,10 +116,6 @@ def waiting(standing: Standing) -> Counter[str]:
     """How many jobs wait for what, but for those that wait for another job, or for what is made of one."""
     found = (why for name, why in standing.reasons.items() if standing.states[name] == "waiting")
     return Counter(why for why in found if why.partition(" ")[0].removesuffix(",") not in standing.states)
-
-
-def _left(left: Left | None) -> str:
-    return "" if left is None else f"; about {duration(left.seconds)} left"
 
 
 def watched(events: Iterable[Event]) -> Iterator[Event]:
