@@ -85,8 +85,7 @@ def doing(opened: Opened, standing: Standing, left: Left | None, now: float) -> 
 
 
 def headline(standing: Standing, rows: Sequence[Doing], left: Left | None, each: str = "") -> str:
-    """The run in short: ``3 of 16 jobs done, 2 running, 1 x prediction; about 14 min 05 s left``; ``each`` stands behind
-    the counts."""
+    """The run in short, ``each`` behind the counts: ``3 of 16 jobs done, 2 running; about 14 min 05 s left``."""
     states = Counter(standing.states.values())
     parts = [f"{sum(states[state] for state in DONE)} of {len(standing.states)} jobs done"]
     parts += [f"{states[name]} {name.replace('_', ' ')}" for name in ("running", "failed", "not_run") if states[name]]
