@@ -2,16 +2,17 @@
 
 import re
 
+_QUOTE = r'"(?![\s,;:.)}>\]]|$)'  # inside of a secret; before these it ends a string of JSON, TOML or a sentence
 _SECRETS = re.compile(
-    r"""
-    (?<=://)[^\s/"]*@                                      # user and password of an address
-    | (?<=://)[^\s/":@]*:(?:(?!://|models:/)[^"\n])*@      # with / and blanks in the password
-    | (?<![\w/.%+-])[\w.%+-]+:(?![/\s])[^\s"@]+@           # the same without a scheme
-    | \A(?!\d\d:\d\d:\d\d\ )[^\s:/"]+:(?![/\s])[^"\n]*@   # and with blanks, where it is all of the text
+    rf"""
+    (?<=://)(?:[^\s/"]|{_QUOTE})*@                                      # user and password of an address
+    | (?<=://)[^\s/":@]*:(?:(?!://|models:/)(?:[^"\n]|{_QUOTE}))*@      # with / and blanks in the password
+    | (?<![\w/.%+-])[\w.%+-]+:(?![/\s])(?:[^\s"@]|{_QUOTE})+@          # the same without a scheme
+    | \A(?!\d\d:\d\d:\d\d\ )[^\s:/"]+:(?![/\s])(?:[^"\n]|{_QUOTE})*@  # and with blanks, where it is all of the text
     | (?<=[?&;])(?P<name>[^\s=&"]*(?:token|passw|pwd|secret|api_?key|access_?key|signature|credential)
-        [^\s=&"]*=)[^&"\n]*
+        [^\s=&"]*=)(?:[^&"\n]|{_QUOTE})*
     """,
-    re.VERBOSE | re.IGNORECASE,
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 # C0 and C1, marks that turn the direction of writing, separators of lines, halves of characters.
 UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

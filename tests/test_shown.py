@@ -19,6 +19,11 @@ CANARY = "hunter2"
         (f"http://user:a/{CANARY}@host", "http://host"),
         (f"http://user:a {CANARY} b@host", "http://host"),
         (f"http://user:{CANARY}@more@host", "http://host"),
+        (f'http://user:a"{CANARY}@host', "http://host"),
+        (f'http://user:{CANARY}"@host:5000/a', "http://host:5000/a"),
+        (f'http://user:a/"b {CANARY}@host', "http://host"),
+        (f'user:a"{CANARY}@host:5000', "host:5000"),
+        (f'http://host/?token=a"{CANARY}', "http://host/?token=..."),
         (f"http://{CANARY}@host", "http://host"),
         (f"postgresql+psycopg2://user:{CANARY}@host/db", "postgresql+psycopg2://host/db"),
         (f"user:{CANARY}@host:5000", "host:5000"),
@@ -47,6 +52,9 @@ def test_of_an_address_no_secret_is_shown_and_the_rest_is(address: str, left: st
         "http://host/#/experiments/1/runs?orderByKey=metrics.%60best%60&orderByAsc=true",
         "write to somebody@example.org",
         "s3://bucket/folder?endpoint_override=127.0.0.1:9000",
+        '{"uri": "http://host:5000", "by": "somebody@example.org"}',
+        '{"uri":"http://host:5000/a","by":"somebody@example.org"}',
+        'uri = "http://host:5000" # somebody@example.org',
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:

@@ -9,21 +9,9 @@ from io import TextIOWrapper
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import get_completion_class
 
-from aliprod.cli.clusters import cluster_group
-from aliprod.cli.completion import completion_command
-from aliprod.cli.data import data_group
-from aliprod.cli.drafts import init_command
-from aliprod.cli.experiments import benchmark_command, tune_command
-from aliprod.cli.plans import doctor_command, ensemble_command, plan_command, run_command, status_command
-from aliprod.cli.results import (
-    evaluate_command,
-    export_command,
-    predict_command,
-    report_command,
-    serve_command,
-    trace_command,
-)
+from aliprod.cli import clusters, data, experiments, plans, results
 from aliprod.errors import AliprodError
 
 INTERRUPTED = 130
@@ -54,11 +42,27 @@ def app() -> None:
     """
 
 
-for _command in (init_command, plan_command, run_command, ensemble_command, status_command):
+@app.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> None:
+    """Make a shell complete commands, plans, jobs and settings.
+
+    \b
+    Example: aliprod completion bash >> ~/.bashrc
+             aliprod completion zsh >> ~/.zshrc
+             aliprod completion fish > ~/.config/fish/completions/aliprod.fish
+    """
+    if (kind := get_completion_class(shell)) is not None:
+        click.echo(kind(app, {}, "aliprod", "_ALIPROD_COMPLETE").source())
+
+
+for _command in (plans.plan_command, plans.run_command, plans.ensemble_command, plans.status_command):
     app.add_command(_command)
-for _command in (report_command, trace_command, evaluate_command, predict_command, export_command, serve_command):
+for _command in (results.report_command, results.trace_command, results.evaluate_command, results.predict_command):
     app.add_command(_command)
-for _command in (cluster_group, doctor_command, benchmark_command, tune_command, data_group, completion_command):
+for _command in (results.export_command, results.serve_command, plans.doctor_command, data.init_command):
+    app.add_command(_command)
+for _command in (experiments.benchmark_command, experiments.tune_command, data.data_group, clusters.cluster_group):
     app.add_command(_command)
 
 

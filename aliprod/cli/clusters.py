@@ -1,13 +1,13 @@
 """The commands that fill cluster.yaml in, for `ray up`."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 
-from aliprod.cli.flags import path, say, takes
+from aliprod.cli.flags import path, say, together
 from aliprod.errors import Refused
 
 _TEMPLATE = Path("cluster.yaml")
@@ -41,24 +41,8 @@ def cluster_group() -> None:
     """Fill cluster.yaml in, for `ray up`. In a checkout."""
 
 
-@dataclass(frozen=True)
-class _Aws:
-    ami: str
-    nfs: str | None
-    bucket: str | None
-    role: str | None
-    region: str
-    machine: str
-    cpus: int
-    gpus: int
-    most: int
-    spot: bool
-    docker: str | None
-
-
 @cluster_group.command("aws")
-@takes(
-    _Aws,
+@together(
     click.option("--ami", required=True, type=_Word("machine image", "ami-[0-9a-f]+"), help="Its docker sees GPUs."),
     click.option("--nfs", type=_nfs, help="Storage, mounted everywhere: EFS, FSx."),
     click.option("--bucket", type=_bucket, help="Storage instead, s3://BUCKET/PREFIX; takes --role."),
@@ -72,13 +56,14 @@ class _Aws:
     _docker,
 )
 @click.argument("out", type=path)
-def aws_command(asked: _Aws, out: Path) -> None:
+def aws_command(out: Path, **given: Any) -> None:
     """Write the file of a cluster on AWS, which grows and shrinks.
 
     \b
     Example: aliprod cluster aws aws.yaml --ami ami-0123456789abcdef0 \\
                --bucket s3://ours/aliprod --role ours-aliprod
     """
+    asked = SimpleNamespace(**given)
     if bool(asked.nfs) == bool(asked.bucket) or bool(asked.bucket) != bool(asked.role):
         raise click.UsageError("Storage is --nfs, or --bucket with --role.")
     config = _template(asked.nfs, asked.docker)
@@ -99,19 +84,8 @@ def aws_command(asked: _Aws, out: Path) -> None:
     _write(out, config)
 
 
-@dataclass(frozen=True)
-class _Local:
-    head: str
-    workers: tuple[str, ...]
-    user: str
-    key: str
-    nfs: str | None
-    docker: str | None
-
-
 @cluster_group.command("local")
-@takes(
-    _Local,
+@together(
     click.option("--head", required=True, type=_host, help="The machine of the driver; it needs no GPU."),
     click.option("--worker", "workers", required=True, multiple=True, type=_host, help="Another; repeat it."),
     click.option("--user", required=True, type=_Word("user", r"[a-z_][a-z0-9_-]*"), help="May use sudo and docker."),
@@ -120,13 +94,14 @@ class _Local:
     _docker,
 )
 @click.argument("out", type=path)
-def local_command(asked: _Local, out: Path) -> None:
+def local_command(out: Path, **given: Any) -> None:
     """Write the file of a cluster of machines of your own.
 
     \b
     Example: aliprod cluster local cellar.yaml --user ann --head 192.0.2.10 \\
                --worker 192.0.2.11 --nfs 192.0.2.10:/srv/aliprod
     """
+    asked = SimpleNamespace(**given)
     config = {key: value for key, value in _template(asked.nfs, asked.docker).items() if key not in _OF_CLOUDS}
     config["provider"] = {"type": "local", "head_ip": asked.head, "worker_ips": list(asked.workers)}
     config["auth"] = {"ssh_user": asked.user, "ssh_private_key": asked.key}

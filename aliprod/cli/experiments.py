@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from aliprod.cli.completion import jobs, plans
-from aliprod.cli.flags import Asked, answer, count, json_flag, path, say, sets_flag, storage_flag, takes, takes_plan
+from aliprod.cli import flags
+from aliprod.cli.flags import Asked, answer, say
 from aliprod.errors import Refused, listing
 from aliprod.plan.source import toml_of
 
@@ -22,32 +22,19 @@ if TYPE_CHECKING:
     from aliprod.recipe import Part
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is measured on a catalogue."""
-
-    network: str
-    crop: int
-    batch_size: int
-    loader_processes: int
-
-
 @click.command("benchmark")
 @click.argument("part", type=click.Choice(["loader", "step", "train"]))
-@click.argument("file", metavar="PATH", type=path, shell_complete=plans)
-@takes(
-    Work,
-    click.option("--network", default="resnet50", show_default=True, help="timm's name."),
-    click.option("--crop", default=224, show_default=True, type=click.IntRange(8, 4096), help="Pixels."),
-    click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1, 65_536), help="Images a step."),
-    click.option("--loader-processes", default=0, show_default=True, type=click.IntRange(0, 1024), help="That read."),
-)
-@sets_flag
-@storage_flag
-@click.option("--steps", default=20, show_default=True, type=count, help="Counted, after as many more.")
-@json_flag
+@click.argument("file", metavar="PATH", type=flags.path, shell_complete=flags.plans)
+@click.option("--network", default="resnet50", show_default=True, help="timm's name.")
+@click.option("--crop", default=224, show_default=True, type=click.IntRange(8, 4096), help="Pixels.")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1, 65_536), help="Images a step.")
+@click.option("--loader-processes", default=0, show_default=True, type=click.IntRange(0, 1024), help="That read.")
+@flags.sets_flag
+@flags.storage_flag
+@click.option("--steps", default=20, show_default=True, type=flags.count, help="Counted, after as many more.")
+@flags.json_flag
 def benchmark_command(
-    work: Work, part: "Part", file: Path, sets: tuple[str, ...], storage: Path | None, steps: int
+    part: "Part", file: Path, sets: tuple[str, ...], storage: Path | None, steps: int, **work: Any
 ) -> None:
     """Measure what limits training on this machine.
 
@@ -61,18 +48,16 @@ def benchmark_command(
              aliprod benchmark train jobs/quickstart.toml
     """
     if file.suffix == ".toml":
-        _refuse_flags(
-            [one.name for one in fields(Work)], file, "is a plan, which says that itself", "Say --set instead."
-        )
+        _refuse_flags([*work], file, "is a plan, which says that itself", "Say --set instead.")
         _benchmark_plan(part, Asked(file, sets, storage), steps)
     else:
         _refuse_flags(["sets"], file, "is no plan (.toml)", "Give one, or leave it out.")
-        _benchmark_catalogue(part, file, work, steps)
+        _benchmark_catalogue(part, file, steps, work)
 
 
 @click.command("tune")
-@takes_plan
-@click.argument("job", shell_complete=jobs)
+@flags.takes_plan
+@click.argument("job", shell_complete=flags.jobs)
 def tune_command(asked: Asked, job: str) -> None:
     """Search for settings of a job, BACKBONE/STAGE.
 
@@ -107,7 +92,7 @@ def _benchmark_plan(part: "Part", asked: Asked, steps: int) -> None:
     answer({"plan": request.plan.name, "measured": measured}, "")
 
 
-def _benchmark_catalogue(part: "Part", file: Path, work: Work, steps: int) -> None:
+def _benchmark_catalogue(part: "Part", file: Path, steps: int, work: Mapping[str, Any]) -> None:
     from aliprod.catalogue import sources
 
     read = sources.read(file)  # first: what is no catalogue is refused at once
@@ -115,12 +100,11 @@ def _benchmark_catalogue(part: "Part", file: Path, work: Work, steps: int) -> No
     from aliprod.recipe import Machine, Stage
     from aliprod.training.speed import measure
 
-    check_network(work.network, "--network")
+    check_network(work["network"], "--network")
     augmentation = ("random_resized_crop", "flip", "auto_augment", "cutout")
-    resize = max(work.crop, 256)
-    stage = Stage(resize=resize, crop=work.crop, batch_size=work.batch_size, augmentation=augmentation)
-    machine = Machine(loader_processes=work.loader_processes)
-    found = asdict(measure(part, stage, work.network, read, steps, machine))
+    sizes = {"resize": max(work["crop"], 256), "crop": work["crop"], "batch_size": work["batch_size"]}
+    stage, machine = Stage(augmentation=augmentation, **sizes), Machine(loader_processes=work["loader_processes"])
+    found = asdict(measure(part, stage, work["network"], read, steps, machine))
     answer(found, f"{part}: {_sentence(found)}")
 
 

@@ -1,4 +1,4 @@
-"""Flags that commands share, and how commands answer."""
+"""Flags that commands share, what a shell completes them to, and how commands answer."""
 
 import functools
 import json
@@ -7,14 +7,16 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-from aliprod.cli.completion import ExpandedPath, plans, settings
+from aliprod.errors import AliprodError
 from aliprod.shown import escaped, lines
 
 if TYPE_CHECKING:
@@ -26,8 +28,55 @@ Command = Callable[..., None]
 _JSON = "aliprod.json"  # in click's context: whether --json is given
 
 
-def _keep_json(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.meta[_JSON] = value
+class ExpandedPath(click.Path):
+    """A path; ~ at its beginning is the home folder, which no shell says behind the = of --storage=~/runs."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111  Path's raises on ~nobody
+
+
+def plans(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Plans; where there are none folders, of plans or of photographs."""
+    folder, name = os.path.split(incomplete)
+    found = sorted(Path(os.path.expanduser(folder) or ".").glob("*.toml"))  # noqa: PTH111
+    names = [f"{incomplete.removesuffix(name)}{one.name}" for one in found if one.name.startswith(name)]
+    return [CompletionItem(incomplete, type="dir"), *map(CompletionItem, names)]
+
+
+def jobs(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """Names of the jobs of the plan that is on the line."""
+    try:
+        said = _plan(context)["jobs"]
+        names = [f"{backbone}/{stage}" for backbone, stages in said.items() for stage in stages]
+    except (LookupError, TypeError, AttributeError):  # half of a plan
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def settings(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """What the plan on the line says, to be overridden, such as ``stages.full.epochs=``."""
+    return [f"{key}=" for key in _keys(_plan(context)) if key.startswith(incomplete)]
+
+
+def _keys(table: dict[str, Any]) -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from (f"{key}.{below}" for below in _keys(value))
+        else:
+            yield key
+
+
+def _plan(context: click.Context) -> dict[str, Any]:
+    """The tables of the plan on the line; {} where there is none."""
+    from aliprod.plan import source
+
+    try:
+        return source.read(context.params.get("file") or Path(context.args[0])).data  # there behind an option
+    except (AliprodError, LookupError, TypeError):
+        return {}
 
 
 class Share(click.FloatRange):
@@ -45,12 +94,7 @@ seed = click.IntRange(0, 2**63 - 1)  # as in a plan, whose numbers have 64 bits
 plan_argument = click.argument("file", type=path, shell_complete=plans)
 storage_flag = click.option("--storage", type=path, help="Folder of all results, or s3://... [runs]")
 sets_flag = click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a value of the plan.",
-    shell_complete=settings,
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value of the plan.", shell_complete=settings
 )
 tracking_flag = click.option("--tracking-uri", help="MLflow. [SQLite in the storage folder]")
 address_flag = click.option("--address", help="Ray cluster. [a local one of our own]")
@@ -58,7 +102,7 @@ json_flag = click.option(
     "--json",
     is_flag=True,
     expose_value=False,
-    callback=_keep_json,
+    callback=lambda context, _, value: context.meta.update({_JSON: value}),
     help="Print the answer as JSON, as the last line.",
 )
 
@@ -108,18 +152,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def takes(kind: type[Any], *parameters: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Give a command parameters that it takes as one dataclass, the first of its arguments."""
+def together(*parameters: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Parameters as one decorator, in their order."""
+    return lambda command: functools.reduce(lambda decorated, one: one(decorated), reversed(parameters), command)
+
+
+def takes(make: Callable[..., Any], *parameters: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Give a command parameters that it takes as one, the first of its arguments: what is made of them."""
 
     def decorated(command: Command) -> Command:
         @functools.wraps(command)
         def taking(**given: Any) -> None:
-            command(kind(**{field.name: given.pop(field.name) for field in fields(kind)}), **given)
+            command(make(**{name: given.pop(name) for name in signature(make).parameters}), **given)
 
-        wrapped: Command = taking
-        for parameter in reversed(parameters):
-            wrapped = parameter(wrapped)
-        return wrapped
+        return together(*parameters)(taking)
 
     return decorated
 
@@ -153,9 +199,7 @@ class Asked:
         from aliprod.plan.open import open_plan
 
         opened = open_plan(request)
-        if opened.note:
-            click.echo(escaped(opened.note), err=True)
-        for remark in opened.catalogue.remarks if opened.catalogue else ():
+        for remark in opened.catalogue.remarks if opened.catalogue else [opened.note]:
             click.echo(escaped(remark), err=True)
         return opened
 
@@ -166,4 +210,5 @@ class Asked:
         return shlex.join(["aliprod", "benchmark", "train", str(self.file), *flags])
 
 
-takes_plan = takes(Asked, plan_argument, sets_flag, storage_flag, tracking_flag, address_flag, json_flag)
+places_flags = together(sets_flag, storage_flag, tracking_flag, address_flag, json_flag)
+takes_plan = takes(Asked, plan_argument, places_flags)

@@ -2,28 +2,17 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from aliprod.build.events import DONE, LOST, Changed, Ended, Event
-from aliprod.cli.completion import plans
-from aliprod.cli.drafts import drafted
-from aliprod.cli.flags import (
-    Asked,
-    address_flag,
-    answer,
-    json_flag,
-    path,
-    say,
-    sets_flag,
-    storage_flag,
-    takes_plan,
-    tracking_flag,
-)
+from aliprod.build.events import DONE, LOST, Changed, Ended
+from aliprod.cli import flags
+from aliprod.cli.data import drafted
+from aliprod.cli.flags import Asked, answer, say
 from aliprod.errors import AliprodError, Refused, Unreachable
 from aliprod.shown import escaped, lines
 
@@ -34,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.option("--gpus", type=click.IntRange(1, 100_000), help="Forecast what the rest takes on so many.")
-@takes_plan
+@flags.takes_plan
 def plan_command(asked: Asked, gpus: int | None) -> None:
     """Check a plan and show what would run, and why.
 
@@ -55,31 +44,25 @@ def plan_command(asked: Asked, gpus: int | None) -> None:
     from aliprod.forecast.simulate import forecast
     from aliprod.report import estimate as shown
 
+    plan, states = opened.plan, told(opened).states
     takes = None if opened.catalogue is None else demand(opened)
     estimate = None if gpus is None or takes is None else asdict(forecast(opened, gpus, takes.todo))
-    states = told(opened).states
-    rows = [_row(opened, name, states[name] in DONE, takes) for name in opened.jobs]
-    members, missing = list(opened.plan.ensemble.members), takes.kinds if takes else {}
-    total = takes.total if takes else None
-    on_gpus = opened.plan.cluster.use_gpu is not False
-    text = _jobs_table(rows, estimate, states, on_gpus) + "\n"
-    text += "".join(
-        f"{row['name']}: {'; '.join(row['because'])}\n" for row in rows if row["because"] not in ([], ["new"])
-    )
-    text += f"{len(rows)} jobs, "
-    text += f"{sum(row['state'] == 'waiting' for row in rows)} to train, {len(members)} members."
-    if missing:
-        text += f" To make: {', '.join(f'{kind} {count}' for kind, count in missing.items())}."
-    if total and (line := shown.takes(total, on_gpus)):
-        text += f"\n{line}"
-    if gpus is not None:
-        text += "\n" + _forecast(estimate, opened, asked.benchmark())
-    found = {"plan": opened.plan.name, "jobs": rows, "members": members, "missing": missing}
-    answer(found | {"takes": total, "estimate": estimate}, text)
+    jobs = [_row(opened, name, states[name] in DONE, takes) for name in opened.jobs]
+    missing, total = (takes.kinds, takes.total) if takes else ({}, None)
+    on_gpus = plan.cluster.use_gpu is not False
+    said = [_jobs_table(jobs, estimate, states, on_gpus)]
+    said += [f"{job['name']}: {'; '.join(job['because'])}" for job in jobs if job["because"] not in ([], ["new"])]
+    waiting = sum(job["state"] == "waiting" for job in jobs)
+    made = ", ".join(f"{kind} {count}" for kind, count in missing.items())
+    counts = f"{len(jobs)} jobs, {waiting} to train, {len(plan.ensemble.members)} members."
+    said += [f"{counts} To make: {made}." if made else counts, shown.takes(total, on_gpus)]
+    said += [] if gpus is None else shown.lines(estimate, on_gpus, asked.benchmark())
+    found = {"plan": plan.name, "jobs": jobs, "members": plan.ensemble.members, "missing": missing}
+    answer(found | {"takes": total, "estimate": estimate}, "\n".join(filter(None, said)))
 
 
 @click.command("run")
-@takes_plan
+@flags.takes_plan
 def run_command(asked: Asked) -> None:
     """Run what is not finished, then add up the ensemble. Run it again to go on after anything.
 
@@ -89,14 +72,11 @@ def run_command(asked: Asked) -> None:
     Example: aliprod run photos
              aliprod run jobs/quickstart.toml --storage /shared/aliprod
     """
-    request = _announced(drafted(asked))
-    from aliprod.cluster import driver
-
-    _drive(request, driver.run(request), whole=True)
+    _drive(drafted(asked), whole=True)
 
 
 @click.command("ensemble")
-@takes_plan
+@flags.takes_plan
 def ensemble_command(asked: Asked) -> None:
     """Write the ensemble anew from the checkpoints chosen in MLflow.
 
@@ -105,14 +85,11 @@ def ensemble_command(asked: Asked) -> None:
     \b
     Example: aliprod ensemble jobs/aliproducts.toml --storage /shared/aliprod
     """
-    request = _announced(asked)
-    from aliprod.cluster import driver
-
-    _drive(request, driver.ensemble(request), whole=False)
+    _drive(asked, whole=False)
 
 
 @click.command("status")
-@takes_plan
+@flags.takes_plan
 def status_command(asked: Asked) -> None:
     """Show the state of every job, now or at the end.
 
@@ -136,12 +113,8 @@ def status_command(asked: Asked) -> None:
 
 
 @click.command("doctor")
-@click.argument("file", type=path, required=False, shell_complete=plans)
-@sets_flag
-@storage_flag
-@tracking_flag
-@address_flag
-@json_flag
+@click.argument("file", type=flags.path, required=False, shell_complete=flags.plans)
+@flags.places_flags
 def doctor_command(file: Path | None, **where: Any) -> None:
     """Ask a cluster whether it can run plans.
 
@@ -177,7 +150,7 @@ def doctor_command(file: Path | None, **where: Any) -> None:
 def _row(opened: "Opened", name: str, done: bool, takes: "Demand | None") -> dict[str, Any]:
     """What `plan --json` says of a job."""
     from aliprod.forecast.demand import known
-    from aliprod.report.because import because
+    from aliprod.report.estimate import because
 
     job = opened.jobs[name]
     return {
@@ -215,27 +188,6 @@ def _jobs_table(
     return status.table(shown, header)
 
 
-def _forecast(estimate: dict[str, Any] | None, opened: "Opened", measure: str) -> str:
-    from aliprod.report import estimate as forecast
-
-    if estimate is None:
-        return f"No forecast without the catalogue. Then this measures what it needs: {measure}"
-    return "\n".join(forecast.lines(estimate, opened.plan.cluster.use_gpu is not False, measure))
-
-
-def _announced(asked: Asked) -> "Request":
-    """The request; said at once, since what runs it takes seconds to import."""
-    request = asked.request()
-    from aliprod.report.status import stamped
-    from aliprod.store import mirror
-
-    plan, jobs = request.plan, sum(map(len, request.plan.jobs.values()))
-    what = f"Plan {plan.name}: {jobs} jobs, {len(plan.ensemble.members)} members. Loading Ray and MLflow."
-    say(stamped(f"{what} Storage path: {mirror.shown(request.places.storage)}."))
-    _remark(request)
-    return request
-
-
 def _remark(request: "Request") -> None:
     """Say what of a plan does nothing."""
     from aliprod.plan.checks import remarks
@@ -244,13 +196,21 @@ def _remark(request: "Request") -> None:
         click.echo(escaped(remark), err=True)
 
 
-def _drive(request: "Request", events: Iterator[Event], whole: bool) -> None:
+def _drive(asked: Asked, whole: bool) -> None:
     """Print what happens as it happens, and write the report; exit 1 where a job failed."""
-    from aliprod.cli.watch import watched
+    request = asked.request()
     from aliprod.report import status
+    from aliprod.store import mirror
+
+    plan, jobs = request.plan, sum(map(len, request.plan.jobs.values()))
+    what = f"Plan {plan.name}: {jobs} jobs, {len(plan.ensemble.members)} members. Loading Ray and MLflow."
+    say(status.stamped(f"{what} Storage path: {mirror.shown(request.places.storage)}."))
+    _remark(request)
+    from aliprod.cli.watch import watched
+    from aliprod.cluster import driver  # it takes seconds
 
     failures, outcome = list[Changed](), dict[str, Any]()
-    for event in watched(events):
+    for event in watched(driver.run(request, whole)):
         if isinstance(event, Changed) and event.state in LOST:
             failures.append(event)
         if isinstance(event, Ended):

@@ -9,23 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aliprod.cli.flags import (
-    Asked,
-    address_flag,
-    answer,
-    as_json,
-    cores,
-    count,
-    dumped,
-    json_flag,
-    path,
-    say,
-    storage_flag,
-    takes,
-    takes_plan,
-    tracking_flag,
-    until_done,
-)
+from aliprod.cli import flags
+from aliprod.cli.flags import Asked, answer, as_json, cores, dumped, say, until_done
 from aliprod.errors import Refused, listing, near_file
 from aliprod.shown import escaped
 
@@ -40,11 +25,11 @@ _ENDINGS = (".csv", ".jsonl", ".parquet")
 _views_flag = click.option(
     "--views", type=click.Choice(list(_VIEWS)), default="ten", show_default=True, help="Crops of a picture."
 )
-_top_flag = click.option("--top", default=5, show_default=True, type=count, help="Classes to tell.")
+_top_flag = click.option("--top", default=5, show_default=True, type=flags.count, help="Classes to tell.")
 
 
 @click.command("report")
-@takes_plan
+@flags.takes_plan
 def report_command(asked: Asked) -> None:
     """Write the report of a plan in pictures, one HTML file.
 
@@ -63,9 +48,9 @@ def report_command(asked: Asked) -> None:
 
 
 @click.command("trace")
-@click.argument("submission", type=path)
-@storage_flag
-@json_flag
+@click.argument("submission", type=flags.path)
+@flags.storage_flag
+@flags.json_flag
 def trace_command(submission: Path, storage: Path | None) -> None:
     """Show what a submission was made of.
 
@@ -86,9 +71,9 @@ def trace_command(submission: Path, storage: Path | None) -> None:
 
 
 @click.command("evaluate")
-@click.argument("predictions", metavar="SUBMISSION", type=path)
-@click.argument("labels", type=path)
-@json_flag
+@click.argument("predictions", metavar="SUBMISSION", type=flags.path)
+@click.argument("labels", type=flags.path)
+@flags.json_flag
 def evaluate_command(predictions: Path, labels: Path) -> None:
     """Tell the top-1 error of a submission against labels.
 
@@ -123,7 +108,7 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
 class _Named:
     """What the commands that take a model are given."""
 
-    model: str
+    model: Path  # or models:/NAME@ALIAS
     storage: Path | None
     tracking_uri: str | None
 
@@ -131,10 +116,8 @@ class _Named:
         """The same for processes that have another working folder."""
         from aliprod.plan.places import default_storage, default_tracking_uri
 
-        model = self.model
-        if not model.startswith("models:/"):
-            model = str(self._path().absolute())
-        folder = self._request().places.storage if model.endswith(".toml") else default_storage(self.storage)
+        model = self.model if self._is_registered else self.model.absolute()
+        folder = self._request().places.storage if model.suffix == ".toml" else default_storage(self.storage)
         return _Named(model, folder, default_tracking_uri(folder, self.tracking_uri))
 
     def voices(self) -> "list[Voice]":
@@ -145,51 +128,52 @@ class _Named:
         """
         from aliprod.store.lineage import Voice, voices
 
-        if self.model.startswith("models:/"):
+        if self._is_registered:
             from aliprod.plan import places
             from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
 
             folder = places.default_storage(self.storage)
-            return [fetch(self.model, places.default_tracking_uri(folder, self.tracking_uri), folder / "models")]
-        named = self._path()
-        if self.model.endswith(".toml"):
+            return [fetch(str(self.model), places.default_tracking_uri(folder, self.tracking_uri), folder / "models")]
+        if self.model.suffix == ".toml":
             asked = self._request()
             if not (found := voices(asked.places.storage, asked.plan.name)):
                 what = "has no ensemble in this storage path yet."
                 raise Refused(what, f"plan {asked.plan.name}", "Run the plan first.")
             return found
-        if not named.is_dir():
+        if not self.model.is_dir():
             advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
-            raise Refused("is no weights folder: there is no such folder.", self.model, near_file(named) or advice)
-        return [Voice(named)]
+            raise Refused("is no weights folder: there is no such folder.", self.model, near_file(self.model) or advice)
+        return [Voice(self.model)]
 
     def worth(self) -> dict[str, Any] | None:
         """What the ensemble of a plan was found to be worth; None of others, and where that is not known."""
         from aliprod.store.lineage import comparison
 
-        if not self.model.endswith(".toml"):
+        if self.model.suffix != ".toml":
             return None
         asked = self._request()
         return comparison(asked.places.storage, asked.plan.name)
 
+    @property
+    def _is_registered(self) -> bool:
+        """In MLflow."""
+        return str(self.model).startswith("models:/")
+
     def _request(self) -> "Request":
         """Of MODEL, which is a plan."""
-        return Asked(self._path(), (), self.storage, self.tracking_uri).request()
-
-    def _path(self) -> Path:
-        return Path(path.convert(self.model, None, None))
+        return Asked(self.model, (), self.storage, self.tracking_uri).request()
 
 
-_takes_model = takes(_Named, click.argument("model"), storage_flag, tracking_flag)
+_takes_model = flags.takes(_Named, click.argument("model", type=flags.path), flags.storage_flag, flags.tracking_flag)
 
 
 @click.command("predict")
 @_takes_model
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
-@click.option("--out", type=path, metavar="FILE", help="Write .csv, .jsonl or .parquet; a killed call goes on.")
+@click.option("--out", type=flags.path, metavar="FILE", help="Write .csv, .jsonl or .parquet; a killed call goes on.")
 @_views_flag
 @_top_flag
-@json_flag
+@flags.json_flag
 def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, views: str, top: int) -> None:
     """Classify pictures. With --json, one object a line.
 
@@ -227,11 +211,11 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
 
 @click.command("export")
 @_takes_model
-@click.argument("out", type=path)
+@click.argument("out", type=flags.path)
 @click.option("--to", "form", type=click.Choice(["onnx", "torch", "timm"]), default="onnx", show_default=True)
 @click.option("--views", type=click.Choice(list(_VIEWS)), default="centre", show_default=True, help="Crops inside.")
 @click.option("--images", metavar="INPUT", help="Pictures to compare on. [random ones]")
-@json_flag
+@flags.json_flag
 def export_command(named: _Named, out: Path, form: "Format", views: str, images: str | None) -> None:
     """Write a model or an ensemble as ONNX, or for torch or timm.
 
@@ -257,7 +241,7 @@ def export_command(named: _Named, out: Path, form: "Format", views: str, images:
 @click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 1_000), help="A GPU or a core each.")
 @_views_flag
 @_top_flag
-@address_flag
+@flags.address_flag
 def serve_command(named: _Named, views: str, top: int, **where: Any) -> None:
     """Answer for pictures over HTTP, and on a page. Needs the extra `serve`.
 
@@ -273,7 +257,7 @@ def serve_command(named: _Named, views: str, top: int, **where: Any) -> None:
     except ImportError as error:
         advice = "Install it: pip install -c constraints.txt -e '.[serve]'"
         raise Refused(f"the extra serve is not installed ({error}).", advice=advice) from error
-    run(Serving(named.model, find, _VIEWS[views], top), **where)
+    run(Serving(str(named.model), find, _VIEWS[views], top), **where)
 
 
 def _prediction(found: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -97,7 +96,7 @@ def _nodes(places: Places, opened: Opened | None, takes: Demand | None) -> Itera
             host += f" ({key[:6]})" if hosts[host] > 1 else ""
             if not isinstance(found, Facts):
                 advice = "Have aliprod and the packages of constraints.txt there; `ray status` and its logs say more."
-                yield Check("answers", False, host, _last(found), advice)
+                yield Check("answers", False, host, session.last_line(found), advice)
                 continue
             commit.refresh(folder)
             back = (folder / key).exists() and (folder / key).read_text() == token == found.seen
@@ -115,13 +114,12 @@ def _nodes(places: Places, opened: Opened | None, takes: Demand | None) -> Itera
 
 
 def _storage(host: str, found: Facts, back: bool, storage: Path) -> Check:
-    if found.speed is None or not back:
+    if not back or not found.write:
         why = found.storage or "what one writes there the other does not see"
         advice = "Mount one folder on every node under this path, writable by the user of the jobs; or give --storage."
         return Check("storage", False, host, f"{mirror.shown(storage)} is not shared: {why}", advice)
-    speed = found.speed
-    moves = f"writes {speed.write / 1e6:,.0f} MB/s, reads {speed.read / 1e6:,.0f} MB/s"
-    return Check("storage", True, host, f"{moves}, 4 kB are safe after {1e3 * speed.sync:,.1f} ms")
+    moves = f"writes {found.write / 1e6:,.0f} MB/s, reads {found.read / 1e6:,.0f} MB/s"
+    return Check("storage", True, host, f"{moves}, 4 kB are safe after {1e3 * found.sync:,.1f} ms")
 
 
 def _software(host: str, found: Mapping[str, str], own: Mapping[str, str]) -> Check:
@@ -171,14 +169,10 @@ def _skew(now: Callable[[], float], clock: Callable[[], float] = time.time) -> t
 
 
 def _now(node: str) -> float:
-    [(_, said)] = session.ask([{"NodeID": node}], "clock", _time, Path())
+    [(_, said)] = session.ask([{"NodeID": node}], "clock", lambda *_: time.time(), Path())
     if isinstance(said, Exception):
-        raise Unreachable(f"the node has gone: {_last(said)}", node)
+        raise Unreachable(f"the node has gone: {session.last_line(said)}", node)
     return float(said)
-
-
-def _time(*_: Any) -> float:
-    return time.time()
 
 
 def _fits(host: str, found: Facts, opened: Opened, takes: Demand) -> Iterator[Check]:
@@ -192,8 +186,8 @@ def _fits(host: str, found: Facts, opened: Opened, takes: Demand) -> Iterator[Ch
     if takes.cache:
         said = f"{_gigabytes(found.free_cache)} are free, the catalogue takes {_gigabytes(takes.cache)}"
         yield _check("own disk", host, takes.cache <= found.free_cache, said, "Set ALIPROD_CACHE to a larger disk.")
-    if found.speed and (largest := max(takes.resume.values(), default=0) / 2):
-        seconds = largest / found.speed.write
+    if found.write and (largest := max(takes.resume.values(), default=0) / 2):
+        seconds = largest / found.write
         said = f"a checkpoint of {_gigabytes(largest)} takes {seconds:,.0f} s"
         advice = "That counts as a hang: raise [cluster] watchdog_seconds, or take a faster storage."
         yield _check("checkpoints", host, not seconds > opened.plan.cluster.watchdog_seconds, said, advice)
@@ -229,11 +223,6 @@ def _disk(storage: Path, takes: Demand, side: int) -> Check:
     said = f"{_gigabytes(free)} are free, the plan takes {_gigabytes(kept)}, and its checkpoints {_gigabytes(resume)}"
     advice = "Make room, or take another --storage; `aliprod plan` says what each job takes."
     return _check("room", None, kept + resume <= free, said, advice)
-
-
-def _last(error: BaseException) -> str:
-    """The last line of what an error says, which is the cause."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _gigabytes(count: float) -> str:

@@ -1,7 +1,6 @@
 """The driver: what `aliprod run` and a submitted job do. It makes the targets of a plan that are missing."""
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
@@ -20,7 +19,7 @@ from aliprod.build.state import RunState, told
 from aliprod.build.target import Site, Target, lacking
 from aliprod.cluster import session
 from aliprod.cluster.launch import start_launcher
-from aliprod.cluster.signals import Signals
+from aliprod.cluster.session import Signals
 from aliprod.cluster.tasks import RayRunner
 from aliprod.errors import Failed, Unreachable, listing
 from aliprod.forecast import kept
@@ -41,29 +40,23 @@ _REFRESH_SECONDS = 2.0
 _LOOK_SECONDS, _REMIND_SECONDS = 0.5, 60.0  # of a run that waits for another driver
 
 
-def run(request: Request) -> Iterator[Event]:
+def run(request: Request, whole: bool) -> Iterator[Event]:
     """Make all of a plan that is missing: trainings, predictions, the ensemble.
 
+    Args:
+        whole: False trains nothing, and makes the ensemble anew from the chosen checkpoints.
     Yields:
         Events; the last is `Ended`.
     Raises:
         Refused: the input is wrong, nothing was started. Unreachable: cluster, storage or, at the start, MLflow.
-        Failed: the ensemble cannot be made, or another driver has taken over. KeyboardInterrupt: it was told to stop.
+        Failed: the ensemble cannot be made, as a member is not trained yet, or another driver has taken over.
+        KeyboardInterrupt: it was told to stop.
     """
     opened = yield from _opened(request)
-    yield from _Run(opened, whole=True).events()
-
-
-def ensemble(request: Request) -> Iterator[Event]:
-    """Make the ensemble anew from the chosen checkpoints; trains nothing.
-
-    Raises:
-        Failed: a member is not trained yet. Else as `run`.
-    """
-    opened = yield from _opened(request)
-    if missing := [name for name in request.plan.ensemble.members if opened.record(name) is None]:
+    missing = [name for name in request.plan.ensemble.members if opened.record(name) is None]
+    if missing and not whole:
         raise Failed(f"not trained yet: {', '.join(missing)}.", request.plan.name, "Run the plan first.")
-    yield from _Run(opened, whole=False).events()
+    yield from _Run(opened, whole).events()
 
 
 class _Run:
@@ -97,13 +90,12 @@ class _Run:
             self.state = RunState(self.opened, before)  # as the driver before has left it
             yield Said(f"Opening MLflow: {redacted(places.tracking_uri)}.")
             yield from self._alone("mlflow")  # the first one migrates its database
-            self.tracking = Tracking.connect(places.tracking_uri, plan.name, places.artifacts, self.said.append)
+            self.tracking = Tracking(places.tracking_uri, plan.name, places.artifacts, self.said.append)
             self.leases.release("mlflow")
             self.state.page = self.tracking.page
-            yield Said(f"MLflow: {self.tracking.page}")
-            yield Said(f"MLflow, charts: {self.tracking.charts}")
+            yield from map(Said, (f"MLflow: {self.tracking.page}", f"MLflow, charts: {self.tracking.charts}"))
             try:
-                if self._untrained():
+                if any(target.kind == "training" for target in self._missing(gpu=False).values()):
                     here = "Starting Ray here, without its dashboard."
                     yield Said(f"Joining Ray at {places.address}." if places.address else here)
                     self._join()  # first: where there is no cluster, MLflow is shown nothing
@@ -127,7 +119,7 @@ class _Run:
             for event in self._rounds():
                 yield event
                 self._show()
-                yield from self._drained()
+                yield from _drained(self.said)
             if not self.state.jobs_in(*LOST):
                 status = "FINISHED"
         except KeyboardInterrupt:
@@ -139,9 +131,8 @@ class _Run:
             if not self.leases.lost:  # else another driver shows it
                 self._show(status)
                 unsent = self.tracking.flush(_HURRIED_SECONDS if status == "KILLED" else _FLUSH_SECONDS)
-        yield from self._drained()
-        yield from map(Said, unsent)
-        yield Said(f"MLflow: {self.tracking.page}")
+        yield from _drained(self.said)
+        yield from map(Said, [*unsent, f"MLflow: {self.tracking.page}"])
         yield Ended(json.loads((self.opened.folder / "result.json").read_text(encoding="utf-8")))
 
     def _rounds(self) -> Iterator[Event]:
@@ -152,13 +143,13 @@ class _Run:
         choices: dict[str, Choice] = {}
         while True:
             self.leases.check()
-            trained = all(self.opened.record(name) is not None for name in self.opened.plan.ensemble.members)
-            if trained:
+            if all(self.opened.record(name) is not None for name in self.opened.plan.ensemble.members):
                 yield from self.state.reuse_of_others()  # else MLflow would not be told of their weights
                 self._show()
                 choices, note = choose(self.opened, self.tracking.registry, not self.tracking.flush(_FLUSH_SECONDS))
                 self.chosen = {name: Chosen(choice.key, choice.sha256) for name, choice in choices.items()}
-                yield from _say(note)
+                if note:
+                    yield Said(note)
             before = set(self._missing(gpu=False))
             if not before:
                 break
@@ -166,9 +157,7 @@ class _Run:
             if self.state.failure:
                 raise Failed(self.state.failure)
             if before == set(self._missing(gpu=False)):
-                raise Failed(
-                    f"made, and not there: {', '.join(sorted(before))}.", mirror.shown(self.opened.places.storage)
-                )
+                raise Failed(f"made, and not there: {listing(sorted(before))}.", mirror.shown(self.site.storage))
         graph = self._graph(gpu=False)
         if choices and not lacking(graph, self.opened.places.storage, _goals(graph, trainings=False)):
             self._finish(choices)
@@ -211,10 +200,9 @@ class _Run:
         self.signals.gently = True
         for change in runner.as_begun(execute(todo, runner, settings.max_parallel_jobs)):
             self.leases.check()
-            self.state.nodes = tuple(runner.nodes())
+            self.state.nodes = tuple(runner.there)
             self._refresh()
-            while runner.refused:
-                yield Said(runner.refused.pop())
+            yield from _drained(runner.refused)
             yield from self.state.reports()
             if change is not None:
                 kept.keep(self.opened, self.state.nodes)
@@ -243,9 +231,6 @@ class _Run:
             if failed or unknown or any(need.name in out for need in target.needed()):
                 out.add(name)
         return {name: target for name, target in missing.items() if name not in out}
-
-    def _untrained(self) -> bool:
-        return any(target.kind == "training" for target in self._missing(gpu=False).values())
 
     def _finish(self, choices: Mapping[str, Choice]) -> None:
         """Note what the ensemble is, and what its submission was made of."""
@@ -280,9 +265,9 @@ class _Run:
 
     def _show(self, status: Status = "RUNNING") -> None:
         """Have MLflow show the run as it is."""
-        state, opened, facts = self.state, self.opened, {"host": os.uname().nodename}
+        state, opened = self.state, self.opened
         jobs = tuple(
-            JobProgress(job, opened.job_folder(name), state.states[name], state.reasons.get(name, ""), facts)
+            JobProgress(job, opened.job_folder(name), state.states[name], state.reasons.get(name, ""))
             for name, job in opened.jobs.items()
         )
         plan = PlanProgress(
@@ -290,9 +275,11 @@ class _Run:
         )
         self.tracking.show(plan)
 
-    def _drained(self) -> Iterator[Event]:
-        while self.said:
-            yield Said(self.said.pop(0))
+
+def _drained(said: list[str]) -> Iterator[Event]:
+    """What others have said meanwhile, each once."""
+    while said:
+        yield Said(said.pop(0))
 
 
 def _goals(graph: Mapping[str, Target], trainings: bool) -> list[Target]:
@@ -302,16 +289,11 @@ def _goals(graph: Mapping[str, Target], trainings: bool) -> list[Target]:
 def _opened(request: Request) -> Generator[Event, None, Opened]:
     """Say what is run and where, then read the catalogue; return the plan with its jobs."""
     plan, places = request.plan, request.places
-    yield from _say(places.note)
+    if places.note:
+        yield Said(places.note)
     path = catalogue_path(plan, places)
     yield Said(f"{'Reading' if path.exists() else 'Rendering'} the catalogue {mirror.shown(path)}.")
     opened = prepare(request)
-    for remark in opened.read_catalogue().remarks:
-        yield Said(remark)
+    yield from map(Said, opened.read_catalogue().remarks)
     yield Began(opened)
     return opened
-
-
-def _say(text: str) -> Iterator[Event]:
-    if text:
-        yield Said(text)

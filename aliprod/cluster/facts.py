@@ -28,15 +28,6 @@ _TORCH = "import json, torch; print(json.dumps([torch.version.cuda, torch.cuda.d
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Of a folder: bytes a second, and the seconds in which 4 kB are written and safe (median)."""
-
-    write: float
-    read: float
-    sync: float
-
-
-@dataclass(frozen=True)
 class Facts:
     """What a machine has.
 
@@ -47,7 +38,7 @@ class Facts:
         memory, free_memory, shared_memory, free_cache: bytes; the last, where prepared catalogues are laid out.
         open_files: that a process may have at a time. catalogue: whether the plan's is there.
         seen: what stood in the storage folder's file. storage: what kept it from being read or written; '' where all
-            went well.
+            went well. write, read: bytes a second there; sync: seconds in which 4 kB are written and safe (median).
     """
 
     software: dict[str, str]
@@ -60,9 +51,11 @@ class Facts:
     free_cache: int
     open_files: int
     catalogue: bool
-    speed: Speed | None
     seen: str = ""
     storage: str = ""
+    write: float = 0.0
+    read: float = 0.0
+    sync: float = 0.0
 
 
 def facts(folder: Path, name: str, size: int, catalogue: Path | None) -> Facts:
@@ -71,12 +64,12 @@ def facts(folder: Path, name: str, size: int, catalogue: Path | None) -> Facts:
     Args:
         size: bytes to write and read for the speed.
     """
-    seen, speed, why = "", None, ""
+    seen, why, (write, read, sync) = "", "", (0.0, 0.0, 0.0)
     try:
         commit.refresh(folder)
         seen = (folder / "driver").read_text()
         commit.write_file(folder / name, seen)
-        speed = _speed(folder / f"{name}.speed", size)
+        write, read, sync = _speed(folder / f"{name}.speed", size)
     except (OSError, AliprodError) as error:
         why = error.what if isinstance(error, AliprodError) else str(error.strerror)
     gpus = _lines(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
@@ -93,9 +86,11 @@ def facts(folder: Path, name: str, size: int, catalogue: Path | None) -> Facts:
         free_cache=shutil.disk_usage(nearest_folder(cache())).free,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         catalogue=catalogue is not None and mirror.here(catalogue).exists(),
-        speed=speed,
         seen=seen,
         storage=why,
+        write=write,
+        read=read,
+        sync=sync,
     )
 
 
@@ -118,8 +113,8 @@ def _code() -> str:
     return digest.hexdigest()[:12]
 
 
-def _speed(file: Path, size: int) -> Speed:
-    """Write a file, safely, and read it; then a few small ones."""
+def _speed(file: Path, size: int) -> tuple[float, float, float]:
+    """Write a file, safely, and read it; then a few small ones: bytes a second, and seconds."""
     block, syncs = os.urandom(1 << 20), list[float]()
     begin = time.perf_counter()
     with file.open("wb") as out:
@@ -142,7 +137,7 @@ def _speed(file: Path, size: int) -> Speed:
         begin = time.perf_counter()
         commit.write_file(file, block[:4096])
         syncs.append(time.perf_counter() - begin)
-    return Speed(size / written, size / read, median(syncs))
+    return size / written, size / read, median(syncs)
 
 
 def _torch() -> tuple[str | None, int]:

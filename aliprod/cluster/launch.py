@@ -1,22 +1,28 @@
-"""A target with ranks goes to the launcher: the one actor of a run, in which each TorchTrainer has its controller.
+"""A training goes to the launcher, the one actor of a run, in which each TorchTrainer has its controller; its ranks run
+`train_rank`.
 
 Importing this module is cheap: neither the driver nor the launcher's first second needs Ray Train.
 """
 
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Literal
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aliprod.build.schedule import Outcome
 from aliprod.build.target import Site, Target
 from aliprod.cluster import session
+from aliprod.errors import NonFiniteLoss, Refused
 from aliprod.plan.schema import Cluster
+from aliprod.store import lease
 
 _MOST_JOBS = 256  # side by side: threads of the launcher
+_ASK_SECONDS = 0.5
 
 
 def start_launcher(site: Site) -> Any:
@@ -48,11 +54,6 @@ class Start:
     nodes: tuple[str, ...]
 
 
-def launch(launcher: Any, start: Start) -> Any:
-    """Start a job, which the dashboard lists by its name; the reference resolves to its `Outcome`."""
-    return launcher.fit.options(name=start.target.name).remote(start)
-
-
 def environment(cluster: Cluster) -> dict[str, str]:
     """Variables that Ray Train reads where ``fit`` is called and in its workers."""
     return {
@@ -73,7 +74,7 @@ class Launcher:
         self.stops, self.begun = frozenset[int](), set[int]()
         os.environ |= environment(site.cluster) | os.environ  # what is set already stays
         _free_places("all")
-        threading.Thread(target=_import_trainer, daemon=True).start()
+        threading.Thread(target=import_module, args=("aliprod.cluster.trainer",), daemon=True).start()
 
     def fit(self, start: Start) -> Outcome:
         """Train a job."""
@@ -100,10 +101,6 @@ class Launcher:
         _free_places("lost")
 
 
-def _import_trainer() -> None:
-    import aliprod.cluster.trainer  # noqa: F401
-
-
 def _free_places(which: Literal["all", "lost"]) -> None:
     """Remove placement groups of this actor: all of a former life, whose workers ended with it but whose resources Ray
     would keep until the driver ends; or those that Ray would move from a node that is gone, to no other."""
@@ -114,3 +111,37 @@ def _free_places(which: Literal["all", "lost"]) -> None:
         lost, there = group.state == group.RESCHEDULING, group.state != group.REMOVED
         if group.creator_actor_id.hex() == me and (lost if which == "lost" else there):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def train_rank(config: dict[str, Any]) -> Outcome:
+    """Train on this rank.
+
+    A checkpoint is what the storage path has committed; Ray is given numbers only, once an epoch, since its
+    report is a barrier. What an exact replay would repeat is returned, not raised: Ray would try it again.
+    """
+    import ray.train  # here: it takes a second, and only the worker needs it
+
+    target: Target = config["target"]
+    stop = threading.Event()
+    site: Site = replace(config["site"], stop=stop.is_set)
+    if lease.is_lost(site.storage, str(target.key), site.driver):
+        return Outcome("failed", "another driver has taken it over.")
+    lease.follow(site.storage, str(target.key), site.driver)
+    if ray.train.get_context().get_world_rank() == 0:
+        threading.Thread(target=_listen, args=(config["launcher"], config["number"], stop), daemon=True).start()
+    try:
+        for metrics in target.make(target, site):
+            ray.train.report(dict(metrics))
+    except (NonFiniteLoss, Refused) as error:
+        return Outcome("failed", str(error))
+    return Outcome("paused" if stop.is_set() and target.record(site.storage) is None else "done")
+
+
+def _listen(launcher: Any, number: int, stop: threading.Event) -> None:
+    """Ask the launcher until it says that this job is to stop. The first question tells that it has begun."""
+    try:
+        while not ray.get(launcher.is_to_stop.remote(number)):
+            stop.wait(_ASK_SECONDS)
+    except ray.exceptions.RayError:
+        return  # the launcher is gone, and this process goes with it
+    stop.set()

@@ -33,8 +33,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from aliprod.catalogue.decode import Unreadable
-from aliprod.cluster.session import join
-from aliprod.cluster.signals import Signals
+from aliprod.cluster.session import Signals, join
 from aliprod.errors import AliprodError, Failed, Refused
 from aliprod.inference.classify import CHUNK, Answer, Recogniser
 from aliprod.inference.pictures import Squares, squares

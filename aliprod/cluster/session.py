@@ -1,13 +1,17 @@
-"""The Ray cluster: joining it, what it has, and whether all its nodes see the storage path."""
+"""The Ray cluster: joining it, what it has, whether its nodes see the storage path; and what tells a run to stop."""
 
 import json
 import logging
 import os
+import signal
 import socket
+import stat
+import threading
 import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from aliprod.store import commit, mirror
 
 _PROBE_SECONDS = 60
 _KNOCK_SECONDS = 10
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _HEAD = "node:__internal_head__"  # a resource of the head alone
 _CONFIG = "~/ray_bootstrap_config.yaml"  # on the head, by `ray up`
 
@@ -190,7 +195,13 @@ def probe(storage: Path, only: str | None = None) -> None:
                 continue  # it went while it was asked
             if found != token or not answer.exists() or answer.read_text() != token:
                 said = "no answer" if isinstance(found, ray.exceptions.RayError) else found
-                _refuse(storage, node, "" if found == token else f" ({said})")
+                host, why = node["NodeManagerHostname"], "" if found == token else f" ({said})"
+                raise Unreachable(
+                    f"node {host} does not share this storage path, or may not write there{why}.",
+                    mirror.shown(storage),
+                    "Give --storage a folder that every node of the cluster reads and writes (NFS, EFS, Lustre, ...), "
+                    "or a bucket.",
+                )
     finally:
         commit.remove(folder)
 
@@ -229,9 +240,53 @@ def _probe(folder: Path, node: str) -> str:
     return token
 
 
-def _refuse(storage: Path, node: Mapping[str, Any], why: str) -> None:
-    raise Unreachable(
-        f"node {node['NodeManagerHostname']} does not share this storage path, or may not write there{why}.",
-        mirror.shown(storage),
-        "Give --storage a folder that every node of the cluster reads and writes (NFS, EFS, Lustre, ...), or a bucket.",
-    )
+def last_line(error: BaseException) -> str:
+    """The last line of what an error says, which is the cause."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+class Signals:
+    """Whether a run was told to stop: by Ctrl-C, `ray job stop` (SIGTERM), or a terminal that is closed (SIGHUP).
+
+    Attributes:
+        told: it was.
+        gently: something runs that takes a checkpoint first: one signal sets ``told``, another raises
+            KeyboardInterrupt, as all do while nothing runs.
+    """
+
+    def __init__(self) -> None:
+        self.told, self.gently = False, False
+        main = threading.current_thread() is threading.main_thread()
+        self.heeded = [one for one in _SIGNALS if main and signal.getsignal(one) != signal.SIG_IGN]  # else: nohup
+
+    def listen(self) -> None:
+        """Heed the signals from now on."""
+        for number in self.heeded:
+            signal.signal(number, self._hear)
+
+    @contextmanager
+    def starting_others(self) -> Iterator[None]:
+        """Have processes that are started outlive a closed terminal until they are told to end; ray.init sets handlers
+        of its own besides."""
+        if signal.SIGHUP in self.heeded:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what they inherit
+        try:
+            yield
+        finally:
+            self.listen()
+
+    def _hear(self, number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        at_once = self.told or not self.gently
+        self.told = True
+        if at_once:
+            raise KeyboardInterrupt
+
+
+def _leave_terminal() -> None:
+    """Let go of a terminal that is gone: whatever is written to it fails."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # isatty() is false once it is gone
+            os.dup2(nowhere, descriptor)

@@ -18,7 +18,7 @@ from aliprod.build.room import Node, Room, slots
 from aliprod.build.schedule import Change, Outcome
 from aliprod.build.target import NOTHING, Resources, Site, Target
 from aliprod.cluster import session
-from aliprod.cluster.launch import Start, launch
+from aliprod.cluster.launch import Start
 from aliprod.errors import AliprodError
 from aliprod.store import commit
 from aliprod.store.layout import newest_step
@@ -66,6 +66,7 @@ class RayRunner:
         estimate: seconds that a target takes at a world size.
         leases: of the driver, who holds one of each training that runs.
     Attributes:
+        there: the nodes, when they were last asked for.
         refused: why nodes that came later are not used, for people.
     """
 
@@ -82,7 +83,7 @@ class RayRunner:
         self.estimate, self.leases = estimate, leases
         self.numbers, self.begun, self.works = count(), frozenset[int](), dict[str, Pending]()
         self.sharing = {node.name: True for node in session.nodes()}  # the storage path; those of now are probed
-        self.refused = list[str]()
+        self.there, self.refused = list[Node](), list[str]()
         self.targets = dict[str, Target]()  # as they were when they were started, or have paused
         self.losses = dict[str, tuple[int | None, int]]()  # of nodes, since a step or a shard
         self.others = dict[str, tuple[str, float]]()  # who trains what elsewhere, and until when that is believed
@@ -104,7 +105,8 @@ class RayRunner:
         if self.now() >= self.held_until:
             self.held, self.held_until = session.held_by_others(), self.now() + _HELD_SECONDS
         sharing = (node for node in found if self.sharing[node.name])
-        return [Node(node.name, node.resources - self.held.get(node.name, NOTHING)) for node in sharing]
+        self.there = [Node(node.name, node.resources - self.held.get(node.name, NOTHING)) for node in sharing]
+        return self.there
 
     def types(self) -> Sequence[Resources]:
         return session.types(self.site.cluster)
@@ -150,12 +152,9 @@ class RayRunner:
 
     def wait(self, handles: Sequence[Pending], patience: float) -> list[tuple[Pending, Outcome]]:
         """Wait a moment for any of the handles; those that ended."""
-        if self.stopping():
-            for handle in handles:
-                if not handle.stopped:
-                    self.stop(handle)
-        for handle in self._displaced(handles):
-            self.stop(handle)
+        for handle in handles if self.stopping() else self._displaced(handles):
+            if not handle.stopped:
+                self.stop(handle)
         self._talk(handles)
         if self.wanted and self.now() - self.asked_at > _ASK_AGAIN_SECONDS:
             done, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)
@@ -177,16 +176,13 @@ class RayRunner:
     def _displaced(self, handles: Sequence[Pending]) -> Iterator[Pending]:
         """Trainings that have not begun, and whose room another driver has taken meanwhile."""
         waiting = [handle for handle in handles if not self.has_begun(handle)]
-        if not waiting:
-            return
-        room = Room(self.nodes())
-        for handle in handles:
-            if handle not in waiting:
-                room.take(handle.start.target.resources, handle.start.nodes)
+        room = Room(self.nodes() if waiting else ())
+        for handle in (one for one in handles if one not in waiting):
+            room.take(handle.start.target.resources, handle.start.nodes)
         for handle in waiting:
             rank = handle.start.target.resources
             ranks = Counter(name for name in handle.start.nodes if name in self.held)
-            if not handle.stopped and any(slots(room.free.get(name, NOTHING), rank) < n for name, n in ranks.items()):
+            if any(slots(room.free.get(name, NOTHING), rank) < n for name, n in ranks.items()):
                 yield handle
 
     def elsewhere(self, target: Target) -> str:
@@ -251,11 +247,10 @@ class RayRunner:
         if handle.trains and self.stopping() and not self.has_begun(handle):
             return _PAUSED  # nothing is lost where it ends with its session of Ray
         done, handle.refs = ray.wait(handle.refs, num_returns=len(handle.refs), timeout=0)
-        found = [_result(ref) for ref in done]
-        if any(outcome.state != "done" for outcome in found):
+        if bad := next((found for found in map(_result, done) if found.state != "done"), None):
             for ref in handle.refs:
                 ray.cancel(ref, force=True)
-            return self._unfinished(handle, next(outcome for outcome in found if outcome.state != "done"))
+            return self._unfinished(handle, bad)
         if handle.trains and self.now() - handle.lost > _LOST_SECONDS:  # Ray Train waits for ranks that cannot begin
             self.launcher.free.remote()
             return self._unfinished(handle, _PAUSED)
@@ -305,7 +300,7 @@ class RayRunner:
             return ray.put(_PAUSED)
         if start.target.record(self.site.storage) is not None:
             return ray.put(Outcome("done"))
-        return launch(self.launcher, start)
+        return self.launcher.fit.options(name=start.target.name).remote(start)  # by which the dashboard lists it
 
 
 @ray.remote(max_retries=3)
@@ -329,5 +324,5 @@ def _result(ref: Any) -> Outcome:
     try:
         outcome: Outcome = ray.get(ref)
     except ray.exceptions.RayError as error:
-        return Outcome("failed", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
+        return Outcome("failed", f"{type(error).__name__}: {session.last_line(error)}")
     return outcome

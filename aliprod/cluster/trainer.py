@@ -25,8 +25,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from aliprod.build.schedule import Outcome
 from aliprod.build.target import Site
 from aliprod.cluster import session
-from aliprod.cluster.launch import Start
-from aliprod.cluster.worker import train_rank
+from aliprod.cluster.launch import Start, train_rank
 from aliprod.training.watchdog import longest
 
 _making = threading.Lock()

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,10 @@ class Log:
             read = []
         self.trials = {one.stage: one for one in read if all(0 <= row < self.images for row in one.wrong)}
 
+    def of(self, wanted: Trial) -> Trial:
+        """What is known of a trial."""
+        return self.trials.get(wanted.stage, wanted)
+
     def keep(self, trial: Trial) -> None:
         """Write a trial as it is now."""
         self.trials[trial.stage] = trial
@@ -127,13 +131,12 @@ class Log:
 
 def trial_of(stage: Stage, search: dict[str, Any]) -> Trial:
     """A trial of a stage that has not begun; an option that its objective has not is None."""
-    said, values = stage.model_dump(mode="json"), dict[str, Any]()
-    for way, _ in searched(search):
-        value: Any = said
-        for name in way:
-            value = value.get(name) if isinstance(value, dict) else None
-        values[".".join(way)] = value
-    return Trial(key_of(said), values, stage.seed)
+    said = stage.model_dump(mode="json")
+
+    def value(table: Any, name: str) -> Any:
+        return table.get(name) if isinstance(table, dict) else None
+
+    return Trial(key_of(said), {".".join(way): reduce(value, way, said) for way, _ in searched(search)}, stage.seed)
 
 
 def is_spent(trials: Sequence[Trial], recipe: Tune) -> bool:

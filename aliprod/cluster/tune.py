@@ -187,10 +187,10 @@ class _Bench:
                     ),
                     run_config=tune.RunConfig(storage_path=folder, verbose=0),
                 ).fit()
-            said = [str(error).strip().splitlines()[-1] for error in grid.errors]
+            said = [session.last_line(error) for error in grid.errors]
             if not listed.is_over() or listed.broken_off() > len(said):
                 raise KeyboardInterrupt  # Ray has taken it for its own
-        return [self.log.trials.get(one.stage, one) for one in wanted], said
+        return list(map(self.log.of, wanted)), said
 
 
 class _Listed(Searcher):
@@ -203,19 +203,18 @@ class _Listed(Searcher):
     def __init__(self, wanted: Sequence[Trial], log: Log, recipe: Tune) -> None:
         super().__init__(metric="top1_error", mode="min")
         self.wanted, self.log, self.recipe = wanted, log, recipe
-        self.before = [log.trials.get(one.stage, one) for one in wanted]
+        self.before = list(map(log.of, wanted))
         self.left = [number for number, trial in enumerate(self.before) if not trial.ended]
         self.numbers = dict[str, int]()
         self.stopped = set[int]()
 
     def is_over(self) -> bool:
         """Whether no other trial begins: all have, or what is left of the hours is for the finalists."""
-        return not self.left or is_spent([self.log.trials.get(one.stage, one) for one in self.wanted], self.recipe)
+        return not self.left or is_spent(list(map(self.log.of, self.wanted)), self.recipe)
 
     def broken_off(self) -> int:
         """How many have begun and not ended."""
-        begun = [self.wanted[number] for number in self.numbers.values()]
-        return sum(not self.log.trials.get(trial.stage, trial).ended for trial in begun)
+        return sum(not self.log.of(self.wanted[number]).ended for number in self.numbers.values())
 
     def suggest(self, trial_id: str) -> Any:
         if self.is_over():

@@ -1,16 +1,20 @@
-"""A forecast for a terminal, from what `aliprod plan --json` says of it."""
+"""What `aliprod plan` tells: why a job would be trained, and the forecast for a terminal."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from aliprod.build.trainings import epoch_of
 from aliprod.errors import listing
+from aliprod.plan.open import Opened
+from aliprod.store import commit
+from aliprod.store.layout import WEIGHTS, newest_step
 
 HEADER = ["takes", "from", "to", "ranks", "images/s", "seen in"]
 
 
-def takes(found: Mapping[str, float | None], on_gpus: bool) -> str:
+def takes(found: Mapping[str, float | None] | None, on_gpus: bool) -> str:
     """What a plan takes, as far as it is known; '' where nothing is to be made."""
-    kept, resume, cache, hours = found.values()
+    kept, resume, cache, hours = found.values() if found else (None,) * 4
     if not kept:
         return ""
     more = f", and {size(resume)} more while a job trains" if resume else ""
@@ -35,13 +39,16 @@ def cells(job: Mapping[str, Any]) -> list[object]:
     return [*times, ranks, job["images_per_second"], job["source"] or "not measured"]
 
 
-def lines(estimate: Mapping[str, Any], on_gpus: bool, measure: str) -> Iterator[str]:
-    """What the plan takes.
+def lines(estimate: Mapping[str, Any] | None, on_gpus: bool, measure: str) -> Iterator[str]:
+    """How long the plan takes.
 
     Args:
-        on_gpus: whether its jobs may run on GPUs.
+        estimate: None without a catalogue. on_gpus: whether its jobs may run on GPUs.
         measure: the command that measures what is missing.
     """
+    if estimate is None:
+        yield f"No forecast without the catalogue. Then this measures what it needs: {measure}"
+        return
     if missing := estimate["missing"]:
         yield f"No forecast: nobody has measured {listing(missing, 4)}. This does: {measure}"
         if any(name.endswith(" hashes") for name in missing):
@@ -68,3 +75,44 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def because(opened: Opened, name: str) -> list[str]:
+    """Reasons of a job that is not finished, the settings that differ first, old and new; none where it has no key."""
+    job = opened.jobs[name]
+    if job.key is None:
+        return []
+    if (step := newest_step(opened.job_folder(name))) is not None:
+        epoch = step // max(1, epoch_of(job.stage, opened.read_catalogue()).steps) + 1
+        where = f"from epoch {epoch}" if epoch <= job.stage.epochs else "with the scoring of its last epoch"
+        return [f"goes on {where}, step {step:,}"]
+    before = _trained_last(opened, name)
+    if before is None:
+        return ["new"]
+    network, stage = before.get("network", job.network), before.get("stage", {})
+    differing = sorted(_differing(stage, job.stage.model_dump(mode="json"), f"stages.{job.stage_name}"))
+    differing += _differing(network, job.network, f"backbones.{job.backbone}")
+    anew = [parent for parent in job.parents if opened.record(parent) is None]
+    if anew:
+        differing.append(f"{listing(anew)} {'are' if len(anew) > 1 else 'is'} trained anew")
+    return differing or ["other photographs, weights that it starts from, or a later version of aliprod"]
+
+
+def _trained_last(opened: Opened, name: str) -> dict[str, Any] | None:
+    """The record of the weights of this job that were committed last, under any key."""
+    folders = opened.job_folder(name).parent.glob(f"*/{WEIGHTS}")
+    dated = sorted((folder.stat().st_mtime, folder) for folder in folders)
+    return next((record for _, folder in reversed(dated) if (record := commit.read(folder)) is not None), None)
+
+
+def _differing(old: Any, new: Any, at: str = "") -> Iterator[str]:
+    """Settings that both have and that are not the same, each ``key old -> new``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in old.keys() & new.keys():
+            yield from _differing(old[key], new[key], f"{at}.{key}".strip("."))
+    elif old != new:
+        yield f"{at} {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)

@@ -1,14 +1,19 @@
-"""Figures as SVG, 360 units wide like a phone, so that text is read at its own size; the page has their colours."""
+"""Figures as SVG, 360 units wide like a phone, so that text is read at its own size; the page has their colours.
+
+And the course of a run, which one of them shows.
+"""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from aliprod.build.events import Standing, Task
+from aliprod.forecast.clock import Span
 from aliprod.plan.jobs import Job
-from aliprod.report.course import Course, end
 from aliprod.report.error_analysis import Bin, Size
 from aliprod.report.estimate import duration
 
@@ -18,6 +23,60 @@ _NAME = 24  # letters of a name that have room there
 _TICKS = 5
 _ROWS = 60  # of the course
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+class Course(NamedTuple):
+    """The spans of each target, in seconds of work: time in which nothing of the plan was made is left out.
+
+    Attributes:
+        fact: in the order in which they began. forecast: of the whole plan, as it was kept; {} where there was none.
+        now: where what runs stands; None while nothing runs.
+    """
+
+    fact: Mapping[str, Sequence[Span]]
+    forecast: Mapping[str, Sequence[Span]]
+    now: float | None
+
+
+def end(spans: Mapping[str, Sequence[Span]]) -> float:
+    """Of the last span."""
+    return max((span.end for one in spans.values() for span in one), default=0.0)
+
+
+def course(standing: Standing, forecast: Mapping[str, Sequence[Span]], now: float) -> Course:
+    """Lay out what a run, and the runs before it, have made; ``now`` in seconds since the epoch."""
+    tasks = sorted((*standing.past, *standing.tasks), key=lambda task: task.since)
+    busy = _busy(tasks, now)
+
+    def worked(time: float) -> float:
+        return sum(min(max(time - begin, 0.0), end - begin) for begin, end in busy)
+
+    fact = defaultdict(list)
+    for task in tasks:
+        fact[task.name].append(Span(worked(task.since), worked(task.until or now), task.world_size))
+    return Course(dict(fact), forecast, worked(now) if standing.running else None)
+
+
+def rank_hours(tasks: Iterable[Task], now: float) -> dict[str, float]:
+    """Hours of all ranks by target, of those on GPUs where there are such; every attempt counts."""
+    tasks = list(tasks)
+    on_gpus, hours = any(task.gpus for task in tasks), defaultdict[str, float](float)
+    for task in tasks:
+        ranks = task.world_size * (task.gpus if on_gpus else 1)
+        hours[task.name] += ranks * ((task.until or now) - task.since) / 3600
+    return dict(hours)
+
+
+def _busy(tasks: Iterable[Task], now: float) -> list[tuple[float, float]]:
+    """Stretches of time in which something was made."""
+    found: list[tuple[float, float]] = []
+    for task in tasks:
+        begin, end = task.since, task.until or now
+        if found and begin <= found[-1][1]:
+            begin, last = found.pop()
+            end = max(end, last)
+        found.append((begin, end))
+    return found
 
 
 @dataclass(frozen=True)
@@ -58,7 +117,7 @@ def plan_graph(jobs: Mapping[str, Job], rows: Mapping[str, tuple[str, str]]) -> 
         state, took = rows[name]
         words = ", ".join(filter(None, [state.replace("_", " "), took]))
         member = " ★" if jobs[name].member else ""
-        parts.append(_tag('<circle class="dot {}" cx="{}" cy="{}" r="5"/>', state, x, y))
+        parts.append(_circle(x, y, 5, f"dot {state}"))
         parts += [_text(x + 10, y + 4, _short(name, 30) + member), _text(_RIGHT, y + 4, words, "e " + state)]
     return _svg(22 * len(order) + 6, parts, "The jobs of the plan and their states")
 
@@ -103,8 +162,8 @@ def errors(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any] | None
             if one:
                 low, top = (axis(100 * end) for end in one["interval"])
                 parts.append(_line((low, at), (top, at), f"whisker{kind}"))
-                mark = '<circle class="mark{}" cx="{:.1f}" cy="{:.1f}" r="3.5"><title>{} {:.2%}</title></circle>'
-                parts.append(_tag(mark, kind, axis(100 * one["top1_error"]), at, name, one["top1_error"]))
+                error = one["top1_error"]
+                parts.append(_circle(axis(100 * error), at, 3.5, f"mark{kind}", f"{name} {error:.2%}"))
     return _svg(below + 20, parts, "Errors of the ensemble and its members, with intervals")
 
 
@@ -128,7 +187,7 @@ def by_epoch(jobs: Mapping[str, Job], found: Mapping[str, Sequence[float | None]
             series = f"s{number % 6}"
             points = [(across(begins[name] + epoch), up(value)) for epoch, value in enumerate(values, 1)]
             parts.append(_curve(points, series))
-            parts += [_tag('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>', series, *point) for point in points]
+            parts += [_circle(*point, 2.5, series) for point in points]
             place = (34 + 64 * (number % 5), 10 + 12 * (number // 5))
             parts.append(_text(*place, _short(jobs[name].stage_name, 9), f"small strong {series}"))
         yield backbone, _svg(120 + named, parts, f"Errors of {backbone} by epoch")
@@ -158,7 +217,7 @@ def reliability(bins: Sequence[Bin]) -> Markup:
     most = max(one.images for one in bins)
     for one, (x, y) in zip(bins, points, strict=True):
         words = f"{one.images:,} images, {one.sure:.1%} sure, {one.right:.1%} right"
-        parts.append(_tag('<circle class="s0" cx="{:.1f}" cy="{:.1f}" r="4"><title>{}</title></circle>', x, y, words))
+        parts.append(_circle(x, y, 4, "s0", words))
         height = max(1.0, 36 * one.images / most)
         parts.append(_rect((x - 9, 260 - height, 18, height), "forecast", words))
     return _svg(278, parts, "Share of right predictions by how sure they are")
@@ -223,6 +282,11 @@ def _text(x: float, y: float, words: str, kind: str = "") -> Markup:
 
 def _line(begin: tuple[float, float], end: tuple[float, float], kind: str) -> Markup:
     return _tag('<path class="{}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>', kind, *begin, *end)
+
+
+def _circle(x: float, y: float, radius: float, kind: str, title: str = "") -> Markup:
+    circle = '<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
+    return _tag(circle, kind, x, y, radius, title)
 
 
 def _curve(points: Sequence[tuple[float, float]], series: str) -> Markup:

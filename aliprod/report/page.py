@@ -25,10 +25,9 @@ from aliprod.forecast.seconds import Estimates, scaled
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.recipe import VIEWS
 from aliprod.report import error_analysis, figures, status
-from aliprod.report.course import course, end, rank_hours
-from aliprod.report.error_analysis import reliability
+from aliprod.report.error_analysis import look_alikes, reliability
 from aliprod.report.estimate import duration
-from aliprod.report.look_alikes import look_alikes
+from aliprod.report.figures import course, end, rank_hours
 from aliprod.shown import lines, redacted
 from aliprod.store import commit, epochs, lineage
 
@@ -52,7 +51,7 @@ def write(request: Request) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "duration": duration}
+    environment.filters |= {"percent": _percent, "points": status.points, "duration": duration}
     environment.filters |= {"interval": status.interval, "gain": status.gain}
     commit.write_file(path, environment.get_template("page.html").render(_facts(request)))
     return path
@@ -253,7 +252,3 @@ def _day(seconds: float) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"
-
-
-def _points(gain: float | None) -> str:
-    return "" if gain is None else status.points(gain)

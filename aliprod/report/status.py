@@ -13,34 +13,28 @@ from aliprod.shown import escaped
 from aliprod.store import epochs, mirror
 
 
-def line(event: Event, clock: float | None = None) -> str:
-    """One line for an event; '' for one that says nothing to a person.
-
-    Args:
-        clock: as `stamped` takes it.
-    """
+def line(event: Event) -> str:
+    """One line for an event; '' for one that says nothing to a person."""
     match event:
         case Began():
-            return stamped(_begun(event.opened), clock)
+            text = _begun(event.opened)
         case Said():
-            return stamped(event.text, clock)
+            text = event.text
         case Reported():
-            return stamped(f"{event.job:<26} epoch {event.line['epoch'] + 1}: {_numbers(event.line)}", clock)
+            text = f"{event.job:<26} epoch {event.line['epoch'] + 1}: {_numbers(event.line)}"
         case Changed():
-            return stamped(f"{event.job:<26} {event.state.replace('_', ' ')}{_after(event)}", clock)
+            text = f"{event.job:<26} {event.state.replace('_', ' ')}{_after(event)}"
         case Task():
             ended = "begins" if event.until is None else f"ended after {duration(event.until - event.since)}"
-            return stamped(f"{event.name:<26} {event.kind.replace('_', ' ')} {ended}", clock)
-    return ""
+            text = f"{event.name:<26} {event.kind.replace('_', ' ')} {ended}"
+        case _:
+            return ""
+    return stamped(text)
 
 
-def stamped(text: str, clock: float | None = None) -> str:
-    """A line behind the time of day.
-
-    Args:
-        clock: seconds since the epoch; None: now.
-    """
-    return f"{time.strftime('%H:%M:%S', time.localtime(clock))}  {text}"
+def stamped(text: str) -> str:
+    """A line behind the time of day."""
+    return f"{time.strftime('%H:%M:%S')}  {text}"
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
@@ -61,7 +55,7 @@ def states(opened: Opened, standing: Standing, left: Mapping[str, float]) -> lis
         standing: `aliprod.build.state.told`. left: seconds to a job's end, where that is known.
     """
     sizes = {task.name: task.world_size for task in standing.tasks}
-    found = {name: _state(opened, name, standing) | {"world_size": sizes.get(name)} for name in opened.jobs}
+    found = {name: state(opened, name, standing) | {"world_size": sizes.get(name)} for name in opened.jobs}
     for name, row in found.items():
         row |= {"eta_seconds": 0.0 if row["state"] in DONE else left.get(name), "gain": _gain(opened.jobs[name], found)}
     return list(found.values())
@@ -86,7 +80,7 @@ def states_table(rows: Sequence[Mapping[str, Any]]) -> str:
             row["world_size"] if row["state"] == "running" else None,
             f"{row['epoch']}/{row['epochs']}",
             _percent(row["top1_error"]),
-            "" if row["gain"] is None else f"{points(row['gain']):>6}",
+            points(row["gain"]).rjust(6),
             row["images_per_second"],
             duration(row["eta_seconds"]) if row["eta_seconds"] else "",
             _note(row),
@@ -175,7 +169,8 @@ def outcome_table(outcome: Mapping[str, Any]) -> str:
     return table(rows, ["member", f"top-1 error on {on}, %", "version"])
 
 
-def _state(opened: Opened, name: str, standing: Standing) -> dict[str, Any]:
+def state(opened: Opened, name: str, standing: Standing) -> dict[str, Any]:
+    """What `states` says of a job, but for what others of the run have to do with it."""
     job, record, lines = opened.jobs[name], opened.record(name), opened.metrics(name)
     last: Mapping[str, Any] = lines[-1] if lines else {}
     pace = None if record or job.key is None else epochs.pace(opened.job_folder(name))
@@ -237,9 +232,9 @@ def _of_kind(error: float, kind: str) -> str:
     return f"{error:.2%} ({words})" if words else f"{error:.2%}"
 
 
-def points(share: float) -> str:
-    """Per cent points with their sign, never -0.00."""
-    return f"{round(100 * share, 2) + 0.0:+.2f}"
+def points(share: float | None) -> str:
+    """Per cent points with their sign, never -0.00; '' where they are not known."""
+    return "" if share is None else f"{round(100 * share, 2) + 0.0:+.2f}"
 
 
 def _percent(error: float | None) -> float | None:

@@ -5,31 +5,37 @@ Points are sent in the order of their steps, which are epochs from 1, so a metri
 has, whoever sent them. A run with the tag ``aliprod.result`` is complete.
 """
 
+import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run, RunTag
+from numpy.typing import NDArray
+from PIL import Image
 
 from aliprod.build.events import DONE, JobState
 from aliprod.catalogue.catalogue import Catalogue
+from aliprod.ensemble.guesses import guesses, read_predictions
 from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
 from aliprod.shown import redacted
 from aliprod.store import commit, epochs, mirror
 from aliprod.store.layout import LAST, METRICS, WEIGHTS
 from aliprod.store.lineage import revision
-from aliprod.tracking import confusions, view
 from aliprod.tracking.registry import Choice, Registry, Weights
-from aliprod.tracking.server import Server
+from aliprod.tracking.server import BEST, EPOCH, STATE, Server, view_page
 
 TAG_LIMIT = 8000  # characters; MLflow cuts the rest off without a word
 PARAM_LIMIT = 6000
 RESULT, ERROR, NOTE = "aliprod.result", "aliprod.error", "mlflow.note.content"
+_CLASSES = 24  # that a picture of confusions has room for
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]  # of a run; KILLED: interrupted
 Record = Mapping[str, Any]  # an epoch of metrics.jsonl: epoch, time_ms and metrics under their names
@@ -43,7 +49,6 @@ class JobProgress:
     folder: Path
     state: JobState
     detail: str = ""  # why it failed
-    facts: Mapping[str, object] = field(default_factory=dict)  # that differ between attempts (host): tags aliprod.NAME
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,12 @@ class Runs:
         run, own = self._plan_run(), self.server.experiment_id
         if NOTE not in run.data.tags:  # it is sent after the file
             self.server.client.log_text(run.info.run_id, redacted(self.plan.text), "plan.toml")
-        links = f"[Jobs side by side](#/{view.page(own)}), [their charts](#/{view.page(own, charts=True)})"
+        links = f"[Jobs side by side](#/{view_page(own)}), [their charts](#/{view_page(own, charts=True)})"
         self._write(run, tags={NOTE: f"{self.plan.note}\n\n{links}"})
         self._set_status(run, self.plan.status)
 
     def show_job(self, progress: JobProgress) -> None:
-        """A job's run: settings, facts, epochs (the error on the plan's run too, whose charts it keeps alive).
+        """A job's run: settings, host, epochs (the error on the plan's run too, whose charts it keeps alive).
 
         A finished one gets its versions and aliases and, last, the tag of its result. Failed: it has no weights.
         """
@@ -105,8 +110,8 @@ class Runs:
         if weights is None and progress.state in DONE:
             raise Failed("has no committed weights.", folder)
         run = self._job_run(progress, records, commit.digest(folder / WEIGHTS) if weights else "")
-        tags = {f"aliprod.{name}": str(value) for name, value in progress.facts.items()}
-        tags |= {view.STATE: progress.state, view.EPOCH: f"{len(records)}/{progress.job.stage.epochs}"}
+        tags = {STATE: progress.state, EPOCH: f"{len(records)}/{progress.job.stage.epochs}"}
+        tags["aliprod.host"] = os.uname().nodename
         if progress.state == "failed":
             tags[ERROR] = progress.detail
         elif ERROR in run.data.tags:
@@ -151,7 +156,7 @@ class Runs:
     def _picture(self, run: Run, result: Mapping[str, Any]) -> None:
         """What the ensemble confuses, among the charts, where it is known."""
         if self.plan.catalogue and result["split"]:
-            found = confusions.picture(mirror.local(result["probabilities"]), self.plan.catalogue, result["split"])
+            found = confusions(mirror.local(result["probabilities"]), self.plan.catalogue, result["split"])
             if found is not None:
                 self.server.client.log_image(run.info.run_id, found, key="confusions/ensemble", step=0)
 
@@ -222,7 +227,7 @@ class Runs:
         MLflow writes tags after metrics: a tag says that the points sent with it are there. It stores infinity as
         1.8e308, so a value that is not finite becomes a tag.
         """
-        latest = _latest_steps(run)
+        latest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         new = [point for point in points if point.step > latest.get(point.key, -1)]
         finite = [point for point in new if math.isfinite(point.value)]
         odd = {f"aliprod.nonfinite.{p.key}": f"{p.value} in epoch {p.step}" for p in new if not math.isfinite(p.value)}
@@ -240,10 +245,6 @@ class Runs:
             self.server.client.set_terminated(run.info.run_id, status, end_ms)  # now, where it is not said
 
 
-def _latest_steps(run: Run) -> dict[str, int]:
-    return {metric.key: metric.step for metric in run.data.to_proto().metrics}
-
-
 def _metrics(record: Record) -> list[Metric]:
     """The numbers of an epoch as points at its epoch, from 1, and its time, those that are not finite too."""
     return [
@@ -257,7 +258,7 @@ def _best(records: Sequence[Record]) -> list[Metric]:
     """The lowest error so far at each epoch, of weights as trained, averaged or with other norm statistics."""
     known = [(record, error) for record in records if (error := epochs.error(record)[0]) is not None]
     lowest = accumulate((error for _, error in known), min)
-    return [Metric(view.BEST, e, r["time_ms"], r["epoch"] + 1) for e, (r, _) in zip(lowest, known, strict=True)]
+    return [Metric(BEST, e, r["time_ms"], r["epoch"] + 1) for e, (r, _) in zip(lowest, known, strict=True)]
 
 
 def _dataset(catalogue: Catalogue) -> DatasetInput:
@@ -287,3 +288,38 @@ def _cut(text: str) -> str:
     """At most what a tag holds, cut at the end of a line."""
     text = redacted(text)
     return text if len(text) <= TAG_LIMIT else text[: TAG_LIMIT - 4].rpartition("\n")[0] + "\n..."
+
+
+def confusions(folder: Path, catalogue: Catalogue, split: str) -> Image.Image | None:
+    """The confusion matrix of what a committed ensemble predicts for a split, of the classes with the most errors; None
+    where no predicted image has a label."""
+    known, _, truth, guess = guesses(*read_predictions(folder), catalogue, split)
+    if not len(known):
+        return None
+    wrong = truth != guess
+    errors = np.bincount(np.concatenate([truth[wrong], guess[wrong]]), minlength=catalogue.num_classes)
+    shown = np.sort(np.argsort(-errors, kind="stable")[:_CLASSES])
+    inside = np.isin(truth, shown) & np.isin(guess, shown)
+    counts = np.zeros((len(shown), len(shown)), np.int64)
+    np.add.at(counts, (np.searchsorted(shown, truth[inside]), np.searchsorted(shown, guess[inside])), 1)
+    names = [catalogue.name(row) for row in shown]
+    return _drawn(counts, names, f"{len(known):,} images of {split}; {len(shown)} of {catalogue.num_classes:,} classes")
+
+
+def _drawn(counts: NDArray[np.int64], names: list[str], title: str) -> Image.Image:
+    from matplotlib.figure import Figure  # most runs draw none until their end
+
+    figure = Figure(figsize=(7, 6.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(counts / counts.sum(axis=1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
+    for truth, guess in np.argwhere(counts):
+        share = counts[truth, guess] / counts[truth].sum()
+        colour = "white" if share > 0.5 else "black"
+        axes.text(guess, truth, counts[truth, guess], ha="center", va="center", color=colour, fontsize=8)
+    short = [name if len(name) <= 20 else f"{name[:19]}\N{HORIZONTAL ELLIPSIS}" for name in names]
+    axes.set_xticks(range(len(short)), short, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(short)), short, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="label", title=title)
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="png")
+    return Image.open(pixels)

@@ -1,5 +1,6 @@
-"""Reaching MLflow: the first call, the pre-flight, and what its errors mean."""
+"""Reaching MLflow: the first call, the pre-flight, what its errors mean, and how a plan's page looks."""
 
+import json
 import logging
 import os
 import sqlite3
@@ -8,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import urlencode, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
@@ -20,9 +22,19 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from aliprod.errors import Refused, Unreachable
 from aliprod.shown import redacted
-from aliprod.tracking import view
 
 PROBE = "aliprod wrote this to see whether artifacts can be written and read back.\n".ljust(1024, ".")
+
+BEST = "best/top1_error"  # of all epochs so far
+EPOCH, STATE = "aliprod.epoch", "aliprod.state"
+VIEW = "mlflow.sharedViewState.aliprod"
+_SHOWN = (BEST, "val/top1_error", "val/top5_error", "val/loss", "train/loss", "top1_error")
+_COLUMNS = [
+    *(f"tags.`{name}`" for name in (STATE, EPOCH)),
+    *(f"metrics.`{name}`" for name in _SHOWN),
+    *(f"attributes.`{name}`" for name in ("Dataset", "Version")),
+]
+_SECTIONS = ("best", "confusions", "val", "train", "lr", "speed")  # of charts, by the first word of a metric
 
 _LOCK_SECONDS = 5.0  # longer than other drivers write
 PLAIN = {  # of errors that come wrapped in three layers of libraries
@@ -49,7 +61,7 @@ class Server:
         """A small real call; raises what MLflow raises. One that writes, as a locked or full database still reads: how
         the plan's page looks."""
         if self.experiment_id:
-            self.client.set_experiment_tag(self.experiment_id, view.TAG, view.saved())
+            self.client.set_experiment_tag(self.experiment_id, VIEW, saved_view())
         else:
             self.client.search_experiments(max_results=1)
 
@@ -219,3 +231,23 @@ def _make_default(uri: str) -> None:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if before is not None:
         os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def saved_view() -> str:
+    """How a plan's page looks, a tag of the experiment: the runs of jobs and ensembles, the best first, and charts.
+
+    Without it MLflow folds the jobs' runs below the plan's, and draws only what is unfolded. The words are those of the
+    UI of MLflow 3.17; an older one shows its own columns.
+    """
+    state: dict[str, Any] = {"searchFilter": "tags.`aliprod.kind` != 'plan'", "runsHiddenMode": "FIRST_20_RUNS"}
+    state |= {"orderByKey": f"metrics.`{BEST}`", "orderByAsc": True}
+    state |= {"selectedColumns": _COLUMNS, "columnOrder": _COLUMNS}
+    sections = [{"uuid": name, "name": name, "display": True, "columns": 2} for name in _SECTIONS]
+    state |= {"compareRunSections": sections, "isAccordionReordered": True, "compareRunCharts": []}  # MLflow adds some
+    return json.dumps({"name": "jobs", "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
+
+
+def view_page(experiment_id: str, charts: bool = False) -> str:
+    """The view's place in the UI, below ``/#/``. Without the first word it opens a view of language models."""
+    words = {"workflowType": "machine_learning", "viewStateShareKey": VIEW.rpartition(".")[2]}
+    return f"experiments/{experiment_id}/runs?{urlencode(words | ({'compareRunsMode': 'CHART'} if charts else {}))}"

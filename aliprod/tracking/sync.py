@@ -4,7 +4,6 @@ There is no queue: the thread looks at the newest progress and at each running j
 So an outage costs time only, and what one driver could not send, a later one sends.
 """
 
-import sys
 import threading
 import time
 from collections import Counter
@@ -14,10 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from aliprod.store.layout import METRICS
-from aliprod.tracking import view
 from aliprod.tracking.registry import Registry
 from aliprod.tracking.runs import JobProgress, PlanProgress, Runs, status_of
-from aliprod.tracking.server import Server, connect, sentence
+from aliprod.tracking.server import connect, sentence, view_page
 
 LOOK_SECONDS = 2.0  # between two looks at what has changed
 TRIES = 3  # of one part, by a server that answers other calls
@@ -39,7 +37,7 @@ class Sender:
     ``probe`` is called after a failure, and raises while MLflow is away; ``say`` prints one line.
     """
 
-    def __init__(self, probe: Callable[[], None], say: Callable[[str], None]) -> None:
+    def __init__(self, probe: Callable[[], None], say: Callable[[str], object]) -> None:
         self._probe, self._say = probe, say
         self._parts: Callable[[], Iterable[Part]] = tuple
         self._wanted = self._reached = 0  # looks asked for; of them, those after which nothing was left to send
@@ -57,7 +55,8 @@ class Sender:
             self._changed.notify_all()
 
     def flush(self, seconds: float) -> list[str]:
-        """Wait until all is sent as it is now, at most this long; what was refused or still waits, each once."""
+        """Wait until all is sent as it is now, at most this long; what was refused, or is left to a later run, a
+        sentence each."""
         self.show(self._parts)
         self._hurry.set()
         with self._changed:
@@ -110,32 +109,20 @@ class Sender:
 class Tracking:
     """One plan in MLflow, for one driver."""
 
-    def __init__(self, server: Server, say: Callable[[str], None]) -> None:
-        self._server, self._sender = server, Sender(server.probe, say)
+    def __init__(self, uri: str, experiment: str, artifacts: Path | None, say: Callable[[str], object] = print) -> None:
+        """Reach MLflow before anything starts, as `server.connect` does; ``say`` is told one line."""
+        self._server = server = connect(uri, experiment, artifacts)
+        self._sender = Sender(server.probe, say)
+        self.flush = self._sender.flush
         self._begun = set[str]()  # jobs that have a run, since they have run here
         self.registry = Registry(server)  # versions and aliases; its methods block and raise
         # where a person sees the jobs, and their charts
-        self.page, self.charts = (server.page(view.page(server.experiment_id, charts)) for charts in (False, True))
-
-    @classmethod
-    def connect(
-        cls, uri: str, experiment: str, artifacts: Path | None, say: Callable[[str], None] | None = None
-    ) -> "Tracking":
-        """Reach MLflow before anything starts, as `server.connect` does.
-
-        Args:
-            say: prints one line; to stderr by default.
-        """
-        return cls(connect(uri, experiment, artifacts), say or partial(print, file=sys.stderr, flush=True))
+        self.page, self.charts = (server.page(view_page(server.experiment_id, charts)) for charts in (False, True))
 
     def show(self, plan: PlanProgress) -> None:
         """Make MLflow show this, and a running job's metrics as they grow. Returns at once, never raises."""
         self._begun |= {progress.job.name for progress in plan.jobs if progress.state not in ("waiting", "not_run")}
         self._sender.show(partial(self._parts, plan))
-
-    def flush(self, seconds: float) -> list[str]:
-        """Wait until all is sent, at most this long; what was not, a sentence each: a later run sends it."""
-        return self._sender.flush(seconds)
 
     def _parts(self, plan: PlanProgress) -> Iterator[Part]:
         runs = Runs(self._server, self.registry, plan)
@@ -166,4 +153,4 @@ def _state(plan: PlanProgress, progress: JobProgress) -> tuple[object, ...]:
         size = (progress.folder / METRICS).stat().st_size if progress.state == "running" else 0
     except OSError:
         size = 0
-    return status_of(plan, progress), progress.state, progress.detail, dict(progress.facts), size
+    return status_of(plan, progress), progress.state, progress.detail, size

@@ -11,11 +11,11 @@ from aliprod.build.schedule import Change
 from aliprod.build.state import RunState, told
 from aliprod.build.target import Resources, Target, lacking
 from aliprod.catalogue import sources
+from aliprod.cli.watch import doing
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
-from aliprod.report.live import doing
 from aliprod.store import commit
 from aliprod.store.resumable import shards
 from aliprod.synth.synth import synthesise
@@ -127,7 +127,7 @@ def test_whatever_is_made_is_shown_while_it_is_made(shop: Opened) -> None:
     for name, target in found.items():
         for _ in state.apply(target, Change(name, "started", nodes=("a",))):
             pass
-    shown = [(row.name, row.what) for row in doing(shop, told(shop), None, 0.0)]
+    shown = [(row.task.name, row.what) for row in doing(shop, told(shop), None, 0.0)]
     assert sorted(shown) == sorted((name, target.kind.replace("_", " ")) for name, target in found.items())
     assert {what for _, what in shown} >= {"hashes", "soft labels", "pseudo labels", "prediction", "ensemble"}
 

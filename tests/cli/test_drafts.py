@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from shop import aliprod, answer, refusal
 
 from aliprod.build.events import Ended
@@ -13,15 +14,21 @@ from aliprod.plan.load import load
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("aliprod.cli.drafts._HUB", ("127.0.0.1", 9))  # nobody answers: no test needs a network
+    monkeypatch.setattr("aliprod.cli.data._HUB", ("127.0.0.1", 9))  # nobody answers: no test needs a network
+    monkeypatch.setattr("aliprod.cli.data._STEPS", 1)
 
 
-def test_init_writes_a_plan_and_says_what_it_will_take(photos: Path, tmp_path: Path) -> None:
-    told = answer("init", photos, "--out", "mine.toml", "--storage", "runs")
+def test_init_writes_a_plan_and_says_what_it_will_take(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("val", 2), ("test", 2)):
+        for name in ("a", "b"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.effect_noise((32, 32), 20).save(tmp_path / "photos" / split / name / f"{number}.png")
+    told = answer("init", "photos", "--out", "mine.toml", "--storage", "runs")
     assert (told["plan"], told["path"]) == ("mine", "mine.toml")
-    assert told["classes"] > 1 < told["train"]
+    assert (told["classes"], told["train"]) == (2, 12)
     plan = load(tmp_path / "mine.toml")
-    assert plan.catalogue.path == str(photos)
+    assert plan.catalogue.path == str(tmp_path / "photos")
     assert {job["name"] for job in told["estimate"]["jobs"]} == set(plan.job_names())
     assert told["estimate"]["seconds"] > 0
 
@@ -39,8 +46,8 @@ def test_run_takes_photographs_and_goes_on_with_their_plan(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
-    monkeypatch.setattr(driver, "run", lambda request: ran.append(request) or iter([Ended({"ensemble": None})]))
-    monkeypatch.setattr("aliprod.cli.plans._drive", lambda request, events, whole: list(events))
+    outcome = {"trained": [], "reused": [], "failed": [], "ensemble": None}
+    monkeypatch.setattr(driver, "run", lambda request, whole: ran.append(request) or iter([Ended(outcome)]))
     for _ in range(2):
         result = aliprod("run", photos)
         assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from aliprod.cluster import doctor
 from aliprod.cluster.facts import Facts, facts, software
 from aliprod.forecast.demand import Demand
 
-FACTS = Facts(software(), (), None, 0, 64 << 30, 32 << 30, 8 << 30, 1 << 30, 65536, False, None)
+FACTS = Facts(software(), (), None, 0, 64 << 30, 32 << 30, 8 << 30, 1 << 30, 65536, False)
 A10 = "NVIDIA A10G, 580.65.06, 23028 MiB"
 
 
@@ -100,10 +100,9 @@ def test_facts_are_those_of_this_machine_without_ray(tmp_path: Path) -> None:
     (tmp_path / "driver").write_text("token")
     found = facts(tmp_path, "me", 1 << 20, tmp_path)
     assert (found.seen, found.storage, (tmp_path / "me").read_text()) == ("token", "", "token")
-    assert found.speed is not None
-    assert min(found.speed.write, found.speed.read, found.speed.sync) > 0
+    assert min(found.write, found.read, found.sync) > 0
     assert 0 < found.free_memory < found.memory
     assert found.catalogue
     assert found.software["aliprod"] == "0.1.0"
     gone = facts(tmp_path / "gone", "me", 1 << 20, None)
-    assert (gone.storage, gone.speed, gone.catalogue) == ("No such file or directory", None, False)
+    assert (gone.storage, gone.write, gone.catalogue) == ("No such file or directory", 0.0, False)

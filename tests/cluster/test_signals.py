@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from aliprod.cluster.signals import Signals
+from aliprod.cluster.session import Signals
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -1,7 +1,7 @@
 """When what was made: with arithmetic written out."""
 
 from aliprod.build.events import Standing, Task
-from aliprod.report.course import course, end, rank_hours
+from aliprod.report.figures import course, end, rank_hours
 
 TRAINING = Task("net/full", "training", "net/full", ("a", "a"), 100.0, 160.0)
 

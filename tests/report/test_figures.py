@@ -6,9 +6,8 @@ import pytest
 
 from aliprod.forecast.clock import Span
 from aliprod.report import figures
-from aliprod.report.course import Course
 from aliprod.report.error_analysis import Bin, Size
-from aliprod.report.figures import Scale
+from aliprod.report.figures import Course, Scale
 
 HOSTILE = "<script>&\"'"
 INTERVAL = {"top1_error": 0.1, "interval": [0.05, 0.2]}

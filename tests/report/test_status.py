@@ -214,15 +214,15 @@ def test_jobs_without_keys_wait(shop: Shop) -> None:
 
 def test_a_line_names_the_job_and_what_came_of_it() -> None:
     record = {"seconds": 61.4, "top1_error": 0.125, "best_epoch": 2}
-    finished = status.line(Changed("net/full", "finished", record=record, seconds=71.0), 0)
+    finished = status.line(Changed("net/full", "finished", record=record, seconds=71.0))
     told = f"{'net/full':<26} finished after 1 min 11 s, top-1 error 12.50% of epoch 3"
     assert finished.split(maxsplit=1)[1] == told, "from when it was said to run"
-    failed = status.line(Changed("net/full", "failed", "ValueError: no"), 0)
+    failed = status.line(Changed("net/full", "failed", "ValueError: no"))
     assert failed.endswith("failed: ValueError: no")
-    assert status.line(Changed("net/full", "not_run", "net/full failed"), 0).endswith("not run: net/full failed")
-    unscored = status.line(Changed("net/full", "finished", record=record | {"top1_error": None}, seconds=9.0), 0)
+    assert status.line(Changed("net/full", "not_run", "net/full failed")).endswith("not run: net/full failed")
+    unscored = status.line(Changed("net/full", "finished", record=record | {"top1_error": None}, seconds=9.0))
     assert unscored.endswith("finished after 9 s")
-    assert status.line(Changed("net/full", "running", world_size=4), 0).endswith(
+    assert status.line(Changed("net/full", "running", world_size=4)).endswith(
         "net/full                   running on 4 ranks"
     )
 
@@ -230,9 +230,9 @@ def test_a_line_names_the_job_and_what_came_of_it() -> None:
 def test_an_error_is_of_the_weights_that_are_picked_and_says_which(shop: Shop) -> None:
     line = {"epoch": 0, "train/loss": 1.0, "val/top1_error": 0.4792, "val/top1_error_raw_restated": 0.3958}
     named = "top-1 error 39.58% (norm statistics taken anew)"
-    assert f"epoch 1: loss 1.0000, {named}, " in status.line(Reported("net/full", line), 0)
+    assert f"epoch 1: loss 1.0000, {named}, " in status.line(Reported("net/full", line))
     record = {"seconds": 1.0, "top1_error": 0.3958, "best_epoch": 0, "kind": "raw_restated"}
-    assert status.line(Changed("net/full", "finished", record=record, seconds=9.0), 0).endswith(f"{named} of epoch 1")
+    assert status.line(Changed("net/full", "finished", record=record, seconds=9.0)).endswith(f"{named} of epoch 1")
     (shop.folder("net/full")).mkdir(parents=True)
     (shop.folder("net/full") / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     running = status.states(shop.opened, told(shop.opened), {})
@@ -247,15 +247,15 @@ def test_an_error_is_of_the_weights_that_are_picked_and_says_which(shop: Shop) -
 
 def test_a_line_tells_when_a_task_begins_and_ends() -> None:
     task = Task("net/full test", "soft_labels", "net/full", ("a",), 100.0)
-    assert status.line(task, 0).endswith("net/full test              soft labels begins")
-    assert status.line(replace(task, until=165.0), 0).endswith("soft labels ended after 1 min 05 s")
+    assert status.line(task).endswith("net/full test              soft labels begins")
+    assert status.line(replace(task, until=165.0)).endswith("soft labels ended after 1 min 05 s")
 
 
 def test_an_epoch_is_counted_from_one_for_people() -> None:
     line = {"epoch": 0, "train/loss": 1.25, "val/top1_error": 0.5, "speed/images_per_second": 99.6}
-    assert status.line(Reported("net/full", line), 0).endswith("epoch 1: loss 1.2500, top-1 error 50.00%, 100 images/s")
+    assert status.line(Reported("net/full", line)).endswith("epoch 1: loss 1.2500, top-1 error 50.00%, 100 images/s")
     unscored = {"epoch": 1, "train/loss": 1.25, "speed/images_per_second": 99.6}
-    assert status.line(Reported("net/full", unscored), 0).endswith("epoch 2: loss 1.2500, 100 images/s")
+    assert status.line(Reported("net/full", unscored)).endswith("epoch 2: loss 1.2500, 100 images/s")
 
 
 def test_nothing_is_less_than_nothing() -> None:
@@ -264,8 +264,8 @@ def test_nothing_is_less_than_nothing() -> None:
 
 
 def test_what_was_said_is_told_and_the_end_is_not_a_line() -> None:
-    assert status.line(Said("MLflow is away."), 0).endswith("MLflow is away.")
-    assert status.line(Ended({}), 0) == ""
+    assert status.line(Said("MLflow is away.")).endswith("MLflow is away.")
+    assert status.line(Ended({})) == ""
 
 
 # Tables

@@ -91,9 +91,9 @@ DRIVER = """
 
     uri, folder = sys.argv[1:]
     job = Job("resnet50/dcl", "resnet50", "resnet50.tv_in1k", "dcl", Stage(), (), None, (), (), True, {"digit": "b"})
-    tracking = Tracking.connect(uri, "shop", None)
+    tracking = Tracking(uri, "shop", None, sys.stderr.write)
     show = lambda state: tracking.show(
-        PlanProgress("", "1" * 64, "RUNNING", "", (JobProgress(job, Path(folder), state, facts={"attempt": 1}),))
+        PlanProgress("", "1" * 64, "RUNNING", "", (JobProgress(job, Path(folder), state),))
     )
     show("running")
     assert tracking.flush(60) == []
@@ -111,7 +111,7 @@ def story(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Story:
     story = Story(tmp_path_factory.mktemp("storage"), server.uri, jobs)
     full, dcl = jobs["resnet50/full"], jobs["resnet50/dcl"]
     others = story.write(dcl.name, 5)
-    tracking = Tracking.connect(server.uri, "shop", None, story.lines.append)
+    tracking = Tracking(server.uri, "shop", None, story.lines.append)
     dead = subprocess.Popen(
         [sys.executable, "-c", dedent(DRIVER), server.uri, str(others)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -123,7 +123,7 @@ def story(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Story:
     def show(state: JobState, until: int) -> None:
         folder = story.write(full.name, until)
         began = time.monotonic()
-        tracking.show(shown(JobProgress(full, folder, state, facts={"attempt": 1})))
+        tracking.show(shown(JobProgress(full, folder, state)))
         story.slowest_call = max(story.slowest_call, time.monotonic() - began)
 
     for epoch in range(EPOCHS // 2):
@@ -141,7 +141,7 @@ def story(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Story:
 
     server.start()
     story.unsent_after = tracking.flush(90)
-    later = Tracking.connect(server.uri, "shop", None, story.lines.append)
+    later = Tracking(server.uri, "shop", None, story.lines.append)
     later.show(shown(JobProgress(dcl, others, "reused")))
     story.unsent_after += later.flush(90)
     return story
@@ -172,14 +172,14 @@ def test_each_job_is_complete_with_one_version_that_comes_back_byte_for_byte(sto
     assert run.info.status == "FINISHED"
     versions = MlflowClient(story.uri).search_model_versions(f"name = 'shop.{name.replace('/', '.')}'")
     assert [(version.tags["checkpoint"], version.tags["epoch"]) for version in versions] == [("best, last", "60")]
-    tracking = Tracking.connect(story.uri, "shop", None)
+    tracking = Tracking(story.uri, "shop", None)
     choice = tracking.registry.members([name])[name]
     tracking.registry.download(choice, tmp_path / "got")
     assert commit.digest(tmp_path / "got") == commit.digest(folder / "weights")
 
 
 def test_a_frozen_server_is_told_within_its_time_limit(server, story, monkeypatch):
-    tracking = Tracking.connect(server.uri, "shop", None)
+    tracking = Tracking(server.uri, "shop", None)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     server.signal(signal.SIGSTOP)
     try:
@@ -187,7 +187,7 @@ def test_a_frozen_server_is_told_within_its_time_limit(server, story, monkeypatc
             tracking.registry.members(["resnet50/full"])
         began = time.monotonic()
         with pytest.raises(Unreachable, match="no answer in time") as told:
-            Tracking.connect(server.uri, "shop", None)
+            Tracking(server.uri, "shop", None)
         assert told.value.status == 3
         assert time.monotonic() - began < 6
     finally:

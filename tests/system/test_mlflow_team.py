@@ -70,7 +70,7 @@ class Training:
         if state == "finished":
             commit.write(folder / "weights", self._fill, {})
         began = time.monotonic()
-        shown = (JobProgress(job, folder, state, facts={"attempt": 1}),)
+        shown = (JobProgress(job, folder, state),)
         self.tracking.show(PlanProgress('name = "shop"\n', "0" * 64, "RUNNING", "| job |\n|---|\n", shown))
         self.slowest = max(self.slowest, time.monotonic() - began)
 
@@ -114,7 +114,7 @@ def stories(
         patch = ending.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         with pytest.raises(Unreachable, match="not authenticated") as stranger:
-            Tracking.connect(f"http://127.0.0.1:{ports[2]}", "shop", None)
+            Tracking(f"http://127.0.0.1:{ports[2]}", "shop", None)
         assert "MLFLOW_TRACKING_PASSWORD" in stranger.value.advice
         patch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         patch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
@@ -128,7 +128,7 @@ def stories(
 def suffered(storage: Path, server: Any, postgres: Postgres, proxy: Proxy) -> tuple[list[str], list[str], float]:
     """Train through every fault, each as long as it takes to be noticed, and finish in the last."""
     lines: list[str] = []
-    training = Training(storage, Tracking.connect(f"http://127.0.0.1:{proxy.server_port}", "shop", None, lines.append))
+    training = Training(storage, Tracking(f"http://127.0.0.1:{proxy.server_port}", "shop", None, lines.append))
     training.train(EACH)
     assert training.tracking.flush(60) == []
     well = partial(setattr, proxy, "fault", "")
@@ -155,7 +155,7 @@ def locked(storage: Path) -> Iterator[list[Story]]:
     lines: list[str] = []
     told: list[Story] = []
     training = Training(
-        storage, Tracking.connect(f"sqlite:///{storage}/mlflow.db", "shop", storage / "a", lines.append)
+        storage, Tracking(f"sqlite:///{storage}/mlflow.db", "shop", storage / "a", lines.append)
     )
     training.train(EACH)
     assert training.tracking.flush(60) == []

@@ -91,7 +91,7 @@ def served(attended_module: None, tmp_path_factory: pytest.TempPathFactory) -> I
     lines = [{"epoch": epoch, "time_ms": 1_700_000_000_000, "val/top1_error": 0.5} for epoch in range(2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     uri = f"sqlite:///{storage}/mlflow.db"
-    tracking = Tracking.connect(uri, "shop", storage / "mlartifacts", print)
+    tracking = Tracking(uri, "shop", storage / "mlartifacts", print)
     tracking.show(PlanProgress('name = "shop"\n', "0" * 64, "FINISHED", "", (JobProgress(job, folder, "finished"),)))
     assert tracking.flush(120) == []
     with socket.create_server(("127.0.0.1", 0)) as free:

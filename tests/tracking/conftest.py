@@ -27,7 +27,7 @@ class Place:
         return f"sqlite:///{self.storage}/mlflow.db"
 
     def driver(self) -> Tracking:
-        tracking = Tracking.connect(self.uri, "shop", self.storage / "mlartifacts", self.lines.append)
+        tracking = Tracking(self.uri, "shop", self.storage / "mlartifacts", self.lines.append)
         self.show(tracking)
         return tracking
 
@@ -46,7 +46,7 @@ class Place:
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database after its migrations, which take seconds: copied into each test."""
     folder = tmp_path_factory.mktemp("migrated")
-    Tracking.connect(f"sqlite:///{folder}/mlflow.db", "other", folder / "mlartifacts")
+    Tracking(f"sqlite:///{folder}/mlflow.db", "other", folder / "mlartifacts")
     return folder / "mlflow.db"
 
 

@@ -10,7 +10,7 @@ import torch
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.ensemble.add import write_ensemble
 from aliprod.inference import probabilities
-from aliprod.tracking import confusions
+from aliprod.tracking import runs
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def test_every_labelled_image_is_counted_at_its_label_and_what_it_is_taken_for(
     packages: Catalogue, ensemble: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    draw = confusions._drawn
-    monkeypatch.setattr(confusions, "_drawn", lambda *given: drawn.append(given) or draw(*given))
-    picture = confusions.picture(ensemble, packages, "test")
+    draw = runs._drawn
+    monkeypatch.setattr(runs, "_drawn", lambda *given: drawn.append(given) or draw(*given))
+    picture = runs.confusions(ensemble, packages, "test")
     [(counts, names, title)] = drawn
     assert packages.test_labels is not None
     expected = np.zeros((4, 4), np.int64)
@@ -41,5 +41,5 @@ def test_every_labelled_image_is_counted_at_its_label_and_what_it_is_taken_for(
 
 
 def test_without_labels_there_is_no_picture(packages: Catalogue, ensemble: Path) -> None:
-    assert confusions.picture(ensemble, replace(packages, test_labels=None), "test") is None
-    assert confusions.picture(ensemble, packages, "val") is None, "nothing of val is predicted"
+    assert runs.confusions(ensemble, replace(packages, test_labels=None), "test") is None
+    assert runs.confusions(ensemble, packages, "val") is None, "nothing of val is predicted"

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from aliprod.errors import Refused, Unreachable
 from aliprod.store import commit
-from aliprod.tracking import runs, server
+from aliprod.tracking import runs, server, sync
 from aliprod.tracking.registry import Choice
 from aliprod.tracking.runs import EnsembleResult, JobProgress
 from aliprod.tracking.sync import Tracking
@@ -54,14 +54,14 @@ def test_a_trained_job_is_a_run_below_the_plans_with_its_settings_and_every_poin
     folder = trained(full)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for state in ("running", "finished"):
-        place.show(tracking, JobProgress(full, folder, state, facts={"attempt": 1}))
+        place.show(tracking, JobProgress(full, folder, state))
         assert tracking.flush(60) == []
 
     client = MlflowClient(place.uri)
     run, plan = run_of(client, "job", key=full.key), run_of(client, "plan")
     assert run.data.tags["mlflow.parentRunId"] == plan.info.run_id
     assert run.data.tags["aliprod.job"] == "resnet50/full"
-    assert run.data.tags["aliprod.attempt"] == "1"
+    assert run.data.tags["aliprod.host"] == os.uname().nodename
     assert run.data.tags["aliprod.result"] == commit.digest(folder / "weights")
     assert run.info.status == "FINISHED"
     assert run.data.params["epochs"] == "3"
@@ -204,7 +204,8 @@ def test_a_run_that_was_made_long_after_nobody_waited_for_it_is_the_only_one_in_
     assert set(everything(client)["points"].values()) == {1}
 
 
-def test_epochs_of_a_running_job_arrive_as_its_training_writes_them(place, job):
+def test_epochs_of_a_running_job_arrive_as_its_training_writes_them(place, job, monkeypatch):
+    monkeypatch.setattr(sync, "LOOK_SECONDS", 0.2)
     full, tracking, client = job(), place.driver(), MlflowClient(place.uri)
     records = [{"epoch": epoch, "time_ms": 1000 + epoch, "train/class": 2.0 - epoch} for epoch in range(3)]
     place.show(tracking, JobProgress(full, place.metrics(*records[:1]), "running"))
@@ -340,7 +341,7 @@ def test_a_run_deleted_by_a_person_while_the_job_trains_is_made_anew(place, job,
 
 
 def test_what_the_plan_file_says_about_passwords_does_not_reach_mlflow(place):
-    tracking = Tracking.connect(place.uri, "shop", place.storage / "mlartifacts", place.lines.append)
+    tracking = Tracking(place.uri, "shop", place.storage / "mlartifacts", place.lines.append)
     place.show(tracking, text='tracking_uri = "http://ann:hunter2@mlflow:5000"\n', note="see http://ann:hunter2@mlflow")
     assert tracking.flush(60) == []
     stored = [path.read_bytes() for path in place.storage.rglob("*") if path.is_file()]
@@ -410,7 +411,7 @@ def test_a_port_where_nothing_listens_is_told_at_once_and_without_the_password()
     with pytest.raises(
         Unreachable, match=r"http://127\.0\.0\.1:9: MLflow does not answer: the connection is refused"
     ) as told:
-        Tracking.connect("http://ann:hunter2@127.0.0.1:9", "shop", None)
+        Tracking("http://ann:hunter2@127.0.0.1:9", "shop", None)
     assert told.value.status == 3
     assert "hunter2" not in str(told.value)
     assert time.monotonic() - began < 5
@@ -418,7 +419,7 @@ def test_a_port_where_nothing_listens_is_told_at_once_and_without_the_password()
 
 def test_a_folder_is_refused_as_an_address_of_mlflow(tmp_path):
     with pytest.raises(Refused, match="no longer keeps runs in a folder"):
-        Tracking.connect(str(tmp_path / "mlruns"), "shop", None)
+        Tracking(str(tmp_path / "mlruns"), "shop", None)
 
 
 def test_a_database_of_another_release_is_told_how_to_upgrade(place):
@@ -443,10 +444,11 @@ def test_a_driver_killed_while_it_makes_the_database_leaves_none_that_is_half_ma
 def test_a_file_that_is_no_database_is_told_in_a_sentence(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 1000)
     with pytest.raises(Unreachable, match="file is not a database"):
-        Tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "shop", tmp_path)
+        Tracking(f"sqlite:///{tmp_path}/mlflow.db", "shop", tmp_path)
 
 
-def test_a_locked_database_is_told_in_seconds_with_what_to_do(tmp_path):
+def test_a_locked_database_is_told_in_seconds_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "_LOCK_SECONDS", 0.5)
     database = tmp_path / "mlflow.db"
     server.reach(f"sqlite:///{database}")
     with closing(sqlite3.connect(database, isolation_level=None)) as other:

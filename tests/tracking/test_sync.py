@@ -3,10 +3,17 @@
 import threading
 import time
 
+import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
+from aliprod.tracking import sync
 from aliprod.tracking.sync import Part, Sender
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    monkeypatch.setattr(sync, "HURRIED_SECONDS", 0.02)
 
 
 class Post:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from aliprod.build.events import Standing, Task
+from aliprod.cli import watch
 from aliprod.forecast.left import Left
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
-from aliprod.report import live
 
 PLAN = """\
 format = 1
@@ -51,30 +51,30 @@ def told(opened: Opened, **pace: float) -> None:
 
 def test_a_line_says_what_is_done_what_runs_and_what_is_left(opened: Opened) -> None:
     left = Left(870.0, {"net/accuracy": 185.0})
-    rows = live.doing(opened, STANDING, left, now=1065.0)
-    assert live.minute(STANDING, rows, left) == (
+    rows = watch.doing(opened, STANDING, left, now=1065.0)
+    assert watch.minute(STANDING, rows, left) == (
         "1 of 3 jobs done, 1 running, 1 x prediction, 1 waiting for 2 GPUs (net/accuracy x2 epoch 0/2 starting, "
         "3 min 05 s left; net/full test prediction for 1 min 05 s); about 14 min 30 s left"
     )
     told(opened, step=7, images_per_second=1064.4)
-    training, prediction = live.doing(opened, STANDING, None, now=1065.0)
-    assert live.cells(training) == ["net/accuracy", "2", "1/2", "25.00%", "1,064", "1 min 05 s", ""]
-    assert live.cells(prediction) == ["net/full test (prediction)", "1", "", "", "", "1 min 05 s", ""]
-    assert "net/accuracy x2 epoch 1/2 1,064 images/s; net" in live.minute(STANDING, [training, prediction], None)
+    training, prediction = watch.doing(opened, STANDING, None, now=1065.0)
+    assert training.cells() == ["net/accuracy", "2", "1/2", "25.00%", "1,064", "1 min 05 s", ""]
+    assert prediction.cells() == ["net/full test (prediction)", "1", "", "", "", "1 min 05 s", ""]
+    assert "net/accuracy x2 epoch 1/2 1,064 images/s; net" in watch.minute(STANDING, [training, prediction], None)
 
 
 def test_a_job_that_waits_for_room_is_told_and_one_that_waits_for_another_is_not() -> None:
-    assert live.waiting(STANDING) == {"2 GPUs": 1}
+    assert watch.waiting(STANDING) == {"2 GPUs": 1}
     for of_a_job in ("net/full", "net/full, net/accuracy", "net/full soft labels of all images"):
-        assert live.waiting(Standing(STANDING.states, {"net/dcl": of_a_job})) == {}
+        assert watch.waiting(Standing(STANDING.states, {"net/dcl": of_a_job})) == {}
 
 
 def test_the_forecast_of_the_first_tenth_stands_beside_what_it_took() -> None:
     forecasts = {50.0: 700.0, 95.0: 640.0, 105.0: 610.0}
-    assert live.compared(forecasts, 600.0) == "Forecast after 50 s: 11 min 40 s in all. It took 10 min 00 s."
-    assert live.compared(forecasts, 1000.0) == "Forecast after 1 min 35 s: 10 min 40 s in all. It took 16 min 40 s."
-    assert live.compared({90.0: 700.0}, 600.0).startswith("Forecast after 1 min 30 s"), "there was none before"
-    assert live.compared({}, 12.0) == "It took 12 s."
+    assert watch.compared(forecasts, 600.0) == "Forecast after 50 s: 11 min 40 s in all. It took 10 min 00 s."
+    assert watch.compared(forecasts, 1000.0) == "Forecast after 1 min 35 s: 10 min 40 s in all. It took 16 min 40 s."
+    assert watch.compared({90.0: 700.0}, 600.0).startswith("Forecast after 1 min 30 s"), "there was none before"
+    assert watch.compared({}, 12.0) == "It took 12 s."
 
 
 def test_what_is_left_passes_with_the_time() -> None:
