@@ -6,7 +6,6 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from aliprod.build.inputs import check_labellers
 from aliprod.build.target import Site, Target, render
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Refused, StorageFull, Unreachable, listing
@@ -45,6 +44,23 @@ def check_catalogue(catalogue: Catalogue, path: Path) -> None:
         raise Refused(f"has one class, {catalogue.name(0)}: there is nothing to tell apart.", path, advice)
     if not len(catalogue.val) and not len(catalogue.test):
         raise Refused("has neither val nor test images: there is nothing to predict.", path, "Hold some images back.")
+
+
+def check_labellers(opened: Opened) -> None:
+    """Refuse what would score a model on the very images that it was given labels of.
+
+    Raises:
+        Refused: there are no test images, or the plan's errors would be those on test.
+    """
+    asked = [job.name for job in opened.jobs.values() if job.labellers]
+    if not asked:
+        return
+    catalogue, where = opened.read_catalogue(), f"plan {opened.plan.name}, {asked[0]}"
+    if not len(catalogue.test):
+        raise Refused("takes pseudo labels of test images, of which there are none.", where, "Leave pseudo_labels out.")
+    if catalogue.test_labels is not None and opened.plan.ensemble.score == "auto":
+        what = "trains on test images, by their pseudo labels, and the plan's errors would be those on test."
+        raise Refused(what, where, 'Say score = "val" in [ensemble].')
 
 
 def check_storage(storage: Path) -> None:

@@ -1,15 +1,20 @@
-"""How fast a plan's work goes: what its jobs have reported, else what `aliprod benchmark` has measured.
+"""How fast a plan's work goes: what its jobs have reported, else what `aliprod benchmark` has measured; and how long
+each target takes by that.
 
 Never a count of operations: measured training throughput of these backbones differs by five at equal GMACs
 (timm's published training benchmarks).
 """
 
 import json
+import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from statistics import median
+from functools import cache
+from statistics import fmean, median
 from typing import Any, get_args
 
+from aliprod.build.target import Target
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.recipe import NO_COST, LearningRate, Part, Stage, Views
@@ -19,6 +24,11 @@ from aliprod.store.keys import key_of
 
 FILE = "benchmark.json"
 FORWARD = 3  # times as fast as training, about, where nobody has measured it
+UNKNOWN = math.nan  # seconds of what nobody has measured; whatever depends on it is unknown too
+LOSS = 0.02
+_BESIDE = 0.71  # of its rate alone: what a job has beside another on two cores, benchmarks/RESULTS.md
+_GUESS = 500 * 224**2  # pixels a second that a network is guessed to train on where no rate is known at all
+_CROPS: dict[Views, int] = {"ten_crop": 10, "center": 1}
 
 # The cost of a step depends on none of these. What is not listed stays in a digest: a setting too many there costs a
 # second measurement, one too few a wrong forecast. Rates so low that no measurement diverges.
@@ -95,32 +105,95 @@ def keep(opened: Opened, piece: Piece, measured: Mapping[str, Any]) -> None:
     commit.write_file(opened.folder / FILE, json.dumps(known, indent=1))
 
 
-class Rates:
-    """The rates that are known of a plan's work."""
+def speed_up(ranks: int) -> float:
+    """How many times faster several ranks are than one: each more costs all of them 2 %.
 
-    def __init__(self, opened: Opened) -> None:
-        self._opened, self._known = opened, _known(opened)
-        self._reported = {name: rate for name, job in opened.jobs.items() if (rate := _reported(opened, job))}
-        self._alike = {_digest(opened, "train", opened.jobs[name]): rate for name, rate in self._reported.items()}
+    7.0 on eight. NVIDIA's DeepLearningExamples, eight A100 80GB against one, mixed precision, PyTorch: resnet50 6.7,
+    SE-ResNeXt101-32x4d 6.8, efficientnet-b4 7.8.
+    """
+    return ranks / (1 + LOSS * (ranks - 1))
+
+
+def scaled(rate: Rate, ranks: int) -> float:
+    """Images a second of so many ranks together."""
+    return rate.images_per_second * speed_up(ranks) / speed_up(rate.ranks)
+
+
+class Estimates:
+    """Rates of a plan's jobs, and seconds of its targets: of what their costs say is left to do.
+
+    Args:
+        fresh_seconds: after which rates are read anew: jobs that run tell theirs.
+        beside: whether ranks run side by side: on CPUs they slow each other, which no benchmark of one has seen.
+    Attributes:
+        paces: pixels a second in training of one rank, of the jobs whose rate is known.
+    """
+
+    def __init__(self, opened: Opened, fresh_seconds: float = math.inf, beside: bool = False) -> None:
+        self.opened, self.fresh_seconds, self.beside = opened, fresh_seconds, beside
+        self._renew()
+
+    def _renew(self) -> None:
+        jobs, self.read = self.opened.jobs, time.monotonic()
+        self._known = _known(self.opened)
+        self._reported = {name: rate for name, job in jobs.items() if (rate := _reported(self.opened, job))}
+        self._alike = {_digest(self.opened, "train", jobs[name]): rate for name, rate in self._reported.items()}
+        self._training = cache(lambda name: self._found(jobs[name]))
+        self._predicting = cache(lambda name, views: self._measured(jobs[name], views))
+        found = [(job, rate) for job in jobs.values() if _looks(job) and (rate := self.training(job))]
+        self.paces = {job.name: _pixels(job) * rate.images_per_second / speed_up(rate.ranks) for job, rate in found}
 
     def training(self, job: Job) -> Rate | None:
-        """Find what the job itself has reported, else one of the plan with the same digest, else the benchmark."""
-        if job.name in self._reported:
-            return self._reported[job.name]
-        return self._alike.get(_digest(self._opened, "train", job)) or self._measured(job, "train")
+        """What the job itself has reported, else one of the plan with the same digest, else the benchmark."""
+        return self._training(job.name)
 
     def predicting(self, job: Job, views: Views) -> Rate | None:
         """The benchmark; of the centre view, else, what training says, whose steps go forward and back."""
-        looks = job.stage.is_trained and job.stage.features == "computed"
-        rate, trained = self._measured(job, views), self.training(job) if looks else None
-        if rate is None and views == "center" and trained is not None:
-            return replace(trained, images_per_second=FORWARD * trained.images_per_second)
-        return rate
+        rate = self._predicting(job.name, views)
+        trained = self.training(job) if rate is None and views == "center" and _looks(job) else None
+        return rate if trained is None else replace(trained, images_per_second=FORWARD * trained.images_per_second)
+
+    def _found(self, job: Job) -> Rate | None:
+        digest = _digest(self.opened, "train", job)
+        return self._reported.get(job.name) or self._alike.get(digest) or self._measured(job, "train")
 
     def _measured(self, job: Job, part: Part | Views) -> Rate | None:
         """The benchmark alone."""
-        entry = self._known.get(_digest(self._opened, part, job))
-        return None if entry is None else Rate(entry["images_per_second"], 1, entry["device"], "benchmark")
+        entry = self._known.get(_digest(self.opened, part, job))
+        if entry is None:
+            return None
+        slower = _BESIDE if self.beside and entry["device"] == "cpu" else 1.0
+        return Rate(slower * entry["images_per_second"], 1, entry["device"], "benchmark")
+
+    def known(self, target: Target, world_size: int) -> float:
+        """By measured rates; `UNKNOWN` where one is missing."""
+        cost = target.cost
+        if not cost.known:
+            return UNKNOWN
+        if cost.job is None:
+            return 0.0
+        faster = speed_up(world_size)
+        apart = faster if target.kind == "training" else world_size  # parts of a prediction do not talk to each other
+        trained = _lasts(cost.trained, self.training(cost.job) if cost.trained else None) / faster
+        return trained + _lasts(cost.seen, self.predicting(cost.job, cost.views) if cost.seen else None) / apart
+
+    def seconds(self, target: Target, world_size: int) -> float:
+        """Always a number: where no rate is known, by images and pixels, at the pace of what is known of the plan."""
+        if time.monotonic() - self.read > self.fresh_seconds:
+            self._renew()
+        known, cost = self.known(target, world_size), target.cost
+        if not math.isnan(known):
+            return known
+        if cost.job is None:
+            return 0.0
+        looks = cost.seen * _CROPS[cost.views] / FORWARD * cost.job.stage.test_view[1] ** 2
+        return (cost.trained * _pixels(cost.job) + looks) / self._pace(cost.job) / speed_up(world_size)
+
+    def _pace(self, job: Job) -> float:
+        """Pixels a second in training, the mean of the plan's jobs of the same network, else of all."""
+        jobs = self.opened.jobs
+        alike = [pace for name, pace in self.paces.items() if jobs[name].network == job.network]
+        return fmean(alike or self.paces.values() or [_GUESS])
 
 
 def _distinct(opened: Opened, part: Part | Views, jobs: Iterable[Job]) -> Iterator[Piece]:
@@ -171,3 +244,23 @@ def _known(opened: Opened) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
+
+
+def _lasts(images: int, rate: Rate | None) -> float:
+    """Seconds of one rank."""
+    if images == 0:
+        return 0.0
+    return UNKNOWN if rate is None else images * speed_up(rate.ranks) / rate.images_per_second
+
+
+def _looks(job: Job) -> bool:
+    """Whether its training looks at images."""
+    return job.stage.is_trained and job.stage.features == "computed"
+
+
+def _pixels(job: Job) -> float:
+    """What a step of a job looks at for each image; nothing where features are cached."""
+    if job.stage.features == "cached":
+        return 0.0
+    asked = needs(job.stage.objective.name, job.stage.objective.options)
+    return float(job.stage.crop**2 * (2 if asked.distorts or asked.second else 1))

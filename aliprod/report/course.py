@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from aliprod.build.events import Standing, Task
-from aliprod.forecast.clock import Span
+from aliprod.forecast.simulate import Span
 
 
 class Course(NamedTuple):

@@ -18,9 +18,9 @@ from pathlib import Path
 from aliprod.errors import Refused
 
 METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
-HELD_OUT, TUNE, FEATURES = "held-out", "tune", "features"
+HASHES, HELD_OUT, TUNE, FEATURES = "hashes", "held-out", "tune", "features"
 OWN = (
-    "jobs", "hashes", HELD_OUT, FEATURES, "pretrained", TUNE, "ray", "models", "catalogues", "mlartifacts", "mlflow.db",
+    "jobs", HASHES, HELD_OUT, FEATURES, "pretrained", TUNE, "ray", "models", "catalogues", "mlartifacts", "mlflow.db",
 )  # fmt: skip
 PACE = "pace.json"  # beside the checkpoints: how far a job is, and how fast
 MODEL = "model.safetensors"  # in a folder of weights

@@ -19,6 +19,7 @@ from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
 from aliprod.version import VERSION
 
 _FOLDER = "submissions"
+COMPARISON = "comparison.json"
 MEMBERS = "members.json"  # in a plan's folder: the checkpoints that its ensemble was last made of
 
 
@@ -73,7 +74,7 @@ def comparison(storage: Path, plan: str) -> dict[str, Any] | None:
     """What a plan's ensemble was found to be worth, as `aliprod.ensemble.compare` tells it; None where that is not
     known."""
     try:
-        return dict(json.loads((storage / plan / "comparison" / "comparison.json").read_text("utf-8")))
+        return dict(json.loads((storage / plan / "comparison" / COMPARISON).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
