@@ -89,7 +89,9 @@ def decide(situation: Situation) -> Decision:
     blocked = dict(_blocked(situation))
     runnable = [*running, *(name for name in situation.targets if name not in blocked and name not in running)]
     line = situation.paths.in_order(runnable)  # as each began: what has been worked on does not lose its turn by that
-    leaving = set(_leaving(situation))
+    there = {node.name for node in situation.nodes}
+    stoppable = (name for name in running if situation.targets[name].world_sizes)
+    leaving = {name for name in stoppable if not there.issuperset(running[name].nodes)}  # a node is about to go
     keep = {name for name, one in running.items() if not one.stopping} - leaving
     held = {name for name in keep if not _may_change(situation, paths, name)}
     sizes = _divide(situation, paths, line, keep)
@@ -122,14 +124,6 @@ def _blocked(situation: Situation) -> Iterator[tuple[str, str]]:
             yield name, f"waiting for {words[0]}"
 
 
-def _leaving(situation: Situation) -> Iterator[str]:
-    """What can be stopped, and runs on a node that is about to go."""
-    there = {node.name for node in situation.nodes}
-    for name, one in situation.running.items():
-        if situation.targets[name].world_sizes and not there.issuperset(one.nodes):
-            yield name
-
-
 def _may_change(situation: Situation, paths: Paths, name: str) -> bool:
     """Whether a target has run for long enough, and has enough left, to be started again otherwise."""
     one = situation.running[name]
@@ -144,11 +138,8 @@ def _goes_back(situation: Situation, name: str, size: int) -> bool:
 
 
 def _divide(situation: Situation, paths: Paths, line: Sequence[str], held: Iterable[str]) -> dict[str, int]:
-    """The ranks of each target; 0: it has to wait.
-
-    Args:
-        line: what could run, the most urgent first. held: what runs, and stays as it is.
-    """
+    """The ranks of each target; 0: it has to wait. ``line``: what could run, the most urgent first. ``held``: what
+    runs, and stays as it is."""
     room, places = Room(situation.nodes), dict[str, tuple[str, ...]]()
     for name in held:
         places[name] = situation.running[name].nodes
@@ -211,11 +202,8 @@ def _makespan(situation: Situation, paths: Paths, sizes: Mapping[str, int]) -> f
 def _start(
     situation: Situation, line: Sequence[str], sizes: Mapping[str, int], stops: bool
 ) -> tuple[dict[str, tuple[str, ...]], Room]:
-    """Nodes for what is to begin and has room now, and the room that is left.
-
-    Args:
-        stops: something is about to give room: what does not fit as it should waits for that.
-    """
+    """Nodes for what is to begin and has room now, and the room that is left. ``stops``: something is about to give
+    room: what does not fit as it should waits for that."""
     room, start = Room(situation.nodes), dict[str, tuple[str, ...]]()
     for name, one in situation.running.items():
         room.take(situation.targets[name].resources, one.nodes)
@@ -253,10 +241,5 @@ def _wanted(situation: Situation, paths: Paths, line: Sequence[str], sizes: Mapp
     return [
         situation.targets[name].resources
         for name in line
-        for _ in range(_asked(situation.targets[name], paths.needed(name, deadline)) - sizes[name])
+        for _ in range(situation.targets[name].within(paths.needed(name, deadline)) - sizes[name])
     ]
-
-
-def _asked(target: Target, size: int) -> int:
-    """The most ranks that a target may have up to ``size``, or the fewest that it may have at all."""
-    return max((one for one in target.world_sizes if one <= size), default=target.floor)

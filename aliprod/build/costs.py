@@ -25,11 +25,7 @@ class Epoch:
 
 
 def epoch_of(stage: Stage, catalogue: Catalogue) -> Epoch:
-    """Count an epoch of a stage, as its training would.
-
-    Raises:
-        Refused: a batch cannot be dealt in groups of one class.
-    """
+    """Count an epoch of a stage, as its training would. Refused: a batch cannot be dealt in groups of one class."""
     needs, val = options.needs(stage.objective.name, stage.objective.options), len(catalogue.val)
     size = epoch_size(images_of(stage, catalogue), stage.batch_size, needs.group)
     restated = min(STATISTICS_BATCHES, size.steps) * size.groups_per_batch * needs.group

@@ -209,10 +209,7 @@ class _Graph:
 
     def features(self, job: Job, split: str, begin: Mapping[str, tuple[Target, ...]]) -> Target:
         """Features of a split, by the weights that a job begins with: shared by all jobs that begin with them.
-
-        Args:
-            begin: ``start`` or ``pretrained``, where the weights are made by this run.
-        """
+        ``begin``: ``start`` or ``pretrained``, where the weights are made by this run."""
         known = dict(job.facts or {})
         shared = {"kind": "features", "start": known["parents"].get("start"), "pooling": known.get("pooling")}
         shared |= {name: known[name] for name in ("network", "catalogue")}

@@ -30,11 +30,7 @@ class Paths:
 
     @classmethod
     def of(cls, targets: Mapping[str, Target], seconds: Callable[[Target, int], float]) -> "Paths":
-        """Measure the paths of targets, each behind what it needs.
-
-        Args:
-            seconds: that a target takes at a world size.
-        """
+        """Measure the paths of targets, each behind what it needs. ``seconds``: that a target takes at a world size."""
         sizes = sorted({1, *(size for target in targets.values() for size in target.world_sizes)})
         below, trains, alone = dict.fromkeys(targets, (0.0,) * len(sizes)), set[str](), dict[str, Seconds]()
         for name, target in reversed(list(targets.items())):
@@ -53,11 +49,7 @@ class Paths:
         return cls(targets, columns, alone, below, frozenset(trains), rank)
 
     def left(self, targets: Mapping[str, Target], shares: Mapping[str, float]) -> "Paths":
-        """The same of those targets that are not made yet.
-
-        Args:
-            shares: what is left of those that run.
-        """
+        """The same of those targets that are not made yet. ``shares``: what is left of those that run."""
         alone = {name: self.alone[name] for name in targets}
         for name, share in shares.items():
             alone[name] = tuple(share * seconds for seconds in alone[name])
@@ -112,6 +104,5 @@ class Paths:
 
 def _at_each(target: Target, sizes: Iterable[int], seconds: Callable[[Target, int], float]) -> Seconds:
     """Its seconds at each size, or at the nearest below that it may be made with."""
-    can = target.world_sizes or (1,)
-    found = {size: seconds(target, size) for size in can}
-    return tuple(found[max((one for one in can if one <= size), default=can[0])] for size in sizes)
+    found = {size: seconds(target, size) for size in target.world_sizes or (1,)}
+    return tuple(found[target.within(size)] for size in sizes)

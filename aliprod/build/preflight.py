@@ -19,11 +19,8 @@ from aliprod.store.layout import cache
 
 
 def prepare(request: Request) -> Opened:
-    """Read the catalogue, rendered first where the plan says so, and find the jobs.
-
-    Raises:
-        Refused: there is no catalogue. Unreachable: the storage path cannot be written.
-    """
+    """Read the catalogue, rendered first where the plan says so, and find the jobs. Refused: there is no catalogue.
+    Unreachable: the storage path cannot be written."""
     check_storage(request.places.storage)
     path, source = catalogue_path(request.plan, request.places), request.plan.catalogue
     if source.path is None and source.synth is not None:
@@ -47,11 +44,8 @@ def check_catalogue(catalogue: Catalogue, path: Path) -> None:
 
 
 def check_labellers(opened: Opened) -> None:
-    """Refuse what would score a model on the very images that it was given labels of.
-
-    Raises:
-        Refused: there are no test images, or the plan's errors would be those on test.
-    """
+    """Refuse what would score a model on the very images that it was given labels of. Refused: there are no test
+    images, or the plan's errors would be those on test."""
     asked = [job.name for job in opened.jobs.values() if job.labellers]
     if not asked:
         return
@@ -64,11 +58,7 @@ def check_labellers(opened: Opened) -> None:
 
 
 def check_storage(storage: Path) -> None:
-    """Write a file and take it away again.
-
-    Raises:
-        Unreachable: that failed.
-    """
+    """Write a file and take it away again. Unreachable: that failed."""
     try:
         commit.write_file(storage / ".writable", "")
         commit.remove(storage / ".writable")
@@ -80,11 +70,8 @@ def check_storage(storage: Path) -> None:
 
 def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
     """Check the backbones with timm and make the first of the targets, in a process of its own: timm and torch take a
-    gigabyte that the driver need not hold. What has passed once on this machine is not checked again.
-
-    Raises:
-        Refused: a backbone that timm does not know, pretrained weights that cannot be had.
-    """
+    gigabyte that the driver need not hold. What has passed once on this machine is not checked again. Refused: a
+    backbone that timm does not know, pretrained weights that cannot be had."""
     passed = cache() / "checked" / _question(opened.plan)
     if passed.exists() and not wanted:
         return
@@ -104,10 +91,7 @@ def _question(plan: Plan) -> str:
 
 def check_backbones(plan: Plan) -> None:
     """Ask timm about each backbone, and whether it takes the images of its stages and has what their objectives need.
-
-    Raises:
-        Refused: naming the first that cannot be one.
-    """
+    Refused: naming the first that cannot be one."""
     import torch
 
     from aliprod.models.classifier import check_network

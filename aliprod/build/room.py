@@ -70,11 +70,8 @@ class Room:
 
 
 def check_room(targets: Mapping[str, Target], nodes: Iterable[Node]) -> None:
-    """Refuse what the nodes can never hold, since it would wait for ever.
-
-    Raises:
-        Unreachable: naming the target and the largest node.
-    """
+    """Refuse what the nodes can never hold, since it would wait for ever. Unreachable: naming the target and the
+    largest node."""
     machines = [node.resources for node in nodes]
     for target in targets.values():
         rank, floor = target.resources, target.floor
@@ -111,22 +108,13 @@ def uses_gpu(cluster: Cluster, nodes: Sequence[Node]) -> bool:
 
 
 def with_cpus(cluster: Cluster, nodes: Sequence[Node]) -> Cluster:
-    """The same, with the CPUs of a rank where the plan does not say how many."""
-    cpus = cpus_of_a_rank(cluster, nodes, uses_gpu(cluster, nodes))
-    return cluster.model_copy(update={"cpus_per_worker": cpus})
-
-
-def cpus_of_a_rank(cluster: Cluster, nodes: Sequence[Node], gpu: bool) -> int:
-    """CPUs of a rank where the plan does not say: what the nodes have for each GPU; without GPUs one, since the number
-    of threads is part of a CPU's arithmetic.
-
-    Args:
-        gpu: whether a rank takes one.
-    """
+    """The same, with the CPUs of a rank where the plan does not say how many: what the nodes have for each GPU; without
+    GPUs one, since the number of threads is part of a CPU's arithmetic."""
     if cluster.cpus_per_worker is not None:
-        return cluster.cpus_per_worker
+        return cluster
+    gpu = uses_gpu(cluster, nodes)
     shares = [node.resources.cpus // node.resources.gpus for node in nodes if gpu and node.resources.gpus]
-    return max(1, min(shares, default=1))
+    return cluster.model_copy(update={"cpus_per_worker": max(1, min(shares, default=1))})
 
 
 def _said(resources: Resources) -> str:

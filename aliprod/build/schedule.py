@@ -21,11 +21,8 @@ _SURPRISE = 0.2  # by which a rate must differ from what was known for the room 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How something ended: as it should, for good, or with a checkpoint since it was asked to.
-
-    Attributes:
-        detail: why it failed.
-    """
+    """How something ended: as it should, for good, or with a checkpoint since it was asked to. ``detail``: why it
+    failed."""
 
     state: Literal["done", "failed", "paused"]
     detail: str = ""

@@ -39,11 +39,7 @@ _SAME_COST: dict[str, Any] = {name: Stage.model_fields[name].default for name in
 
 @dataclass(frozen=True)
 class Rate:
-    """Images a second, of all ranks together, and where that was seen.
-
-    Attributes:
-        source: a job's name, or "benchmark".
-    """
+    """Images a second, of all ranks together, and where that was seen. ``source``: a job's name, or "benchmark"."""
 
     images_per_second: float
     ranks: int
@@ -53,11 +49,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Piece:
-    """Work that several jobs share: measured once.
-
-    Attributes:
-        jobs: their names; ``job`` is the first of them.
-    """
+    """Work that several jobs share: measured once. ``jobs``: their names; ``job`` is the first of them."""
 
     part: Part | Views
     digest: str
@@ -95,12 +87,9 @@ def branches(job: Job) -> int:
 
 
 def keep(opened: Opened, piece: Piece, measured: Mapping[str, Any]) -> None:
-    """Keep what a piece was measured at, in place of what was known of it.
-
-    Args:
-        measured: JSON: ``images_per_second`` of one rank, ``device``, and whatever else a person may want to know.
-    """
-    known = _known(opened)
+    """Keep what a piece was measured at, in place of what was known of it. ``measured``: JSON: ``images_per_second`` of
+    one rank, ``device``, and whatever else a person may want to know."""
+    known = commit.read_json(opened.folder / FILE)
     known[piece.digest] = {"part": piece.part, "jobs": piece.jobs, **measured}
     commit.write_file(opened.folder / FILE, json.dumps(known, indent=1))
 
@@ -135,7 +124,7 @@ class Estimates:
 
     def _renew(self) -> None:
         jobs, self.read = self.opened.jobs, time.monotonic()
-        self._known = _known(self.opened)
+        self._known = commit.read_json(self.opened.folder / FILE)
         self._reported = {name: rate for name, job in jobs.items() if (rate := _reported(self.opened, job))}
         self._alike = {_digest(self.opened, "train", jobs[name]): rate for name, rate in self._reported.items()}
         self._training = cache(lambda name: self._found(jobs[name]))
@@ -236,14 +225,6 @@ def _reported(opened: Opened, job: Job) -> Rate | None:
         device=lines[-1].get("device", "an unknown device"),
         source=job.name,
     )
-
-
-def _known(opened: Opened) -> dict[str, Any]:
-    try:
-        known = json.loads((opened.folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _lasts(images: int, rate: Rate | None) -> float:

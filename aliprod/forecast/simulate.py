@@ -172,11 +172,8 @@ class Kept(NamedTuple):
 
 
 def forecast(opened: Opened, gpus: int, todo: Mapping[str, Target] | None = None) -> Forecast:
-    """Simulate what `aliprod run` would do; ``todo``: what it would make, where that is known already.
-
-    Raises:
-        Refused: a job takes more than ``gpus``; there is no catalogue.
-    """
+    """Simulate what `aliprod run` would do; ``todo``: what it would make, where that is known already. Refused: a job
+    takes more than ``gpus``; there is no catalogue."""
     todo = lacking(targets(opened, gpu=True), opened.places.storage) if todo is None else todo
     if (most := max((target.floor for target in todo.values()), default=0)) > gpus:
         what = f"{gpus} is less than the {most} that a job takes ([cluster] ranks)."
@@ -206,11 +203,8 @@ def simulate(
     nodes: Sequence[Node],
     most: int | None = None,
 ) -> dict[str, list[Span]]:
-    """When each target would be made, by how many ranks.
-
-    Args:
-        todo: each behind what it needs. seconds: that one takes at a world size. most: targets side by side.
-    """
+    """When each target would be made, by how many ranks. ``todo``: each behind what it needs. ``seconds``: that one
+    takes at a world size. ``most``: targets side by side."""
     clock = Clock(nodes, seconds, STARTING_SECONDS, RESTART_SECONDS)
     for _ in execute(todo, clock, most):
         pass
@@ -219,10 +213,7 @@ def simulate(
 
 def lower_bound(todo: Mapping[str, Target], seconds: Callable[[Target, int], float], gpus: int) -> float:
     """Seconds that no schedule goes below: all work spread evenly, or the longest chain of needs at its widest.
-
-    Args:
-        todo: each behind what it needs.
-    """
+    ``todo``: each behind what it needs."""
     work = sum(seconds(target, target.floor) * target.floor * target.resources.gpus for target in todo.values())
     return max(Paths.of(todo, seconds).longest, work / gpus) if todo else 0.0
 
@@ -235,12 +226,8 @@ def machines(gpus: int) -> list[Node]:
 
 def keep(opened: Opened, nodes: Sequence[Node]) -> None:
     """Write down how the scheduler would make the whole plan on the nodes that a run has, by the rates known now.
-
-    Nothing is written where none are, or an earlier forecast of the same plan is there.
-
-    Raises:
-        StorageFull: no room, no right to write, or the path is gone.
-    """
+    Nothing is written where none are, or an earlier forecast of the same plan is there. StorageFull: no room, no right
+    to write, or the path is gone."""
     cluster = opened.plan.cluster
     if kept(opened) is not None or len(opened.jobs) > _MOST:
         return
@@ -286,11 +273,8 @@ def _devices(opened: Opened, estimates: Estimates, todo: Mapping[str, Target]) -
 
 
 def _row(job: Job, estimates: Estimates, alone: float | None, spans: Sequence[Span]) -> JobForecast:
-    """A job of the plan; a finished one costs nothing.
-
-    Args:
-        alone: its seconds where there is no schedule; None where there is one, or it is finished.
-    """
+    """A job of the plan; a finished one costs nothing. ``alone``: its seconds where there is no schedule; None where
+    there is one, or it is finished."""
     rate = _rate(estimates, job) if spans or alone is not None else None
     seconds = sum(span.end - span.begin for span in spans) if alone is None else alone
     widths = tuple(dict.fromkeys((spans[0].ranks, spans[-1].ranks))) if spans else ()

@@ -3,7 +3,7 @@
 Whether the catalogue is there is asked by who needs it; timm itself by `run`, where it is not the version of the list.
 """
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from aliprod.errors import Refused
 from aliprod.plan import checks
 from aliprod.plan.problems import Problem, shape, unknown
 from aliprod.plan.schema import Plan, Settings
-from aliprod.plan.source import MOST_DEPTH, Key, Source, absolute, dotted, odd_values, read, shown
+from aliprod.plan.source import Key, Source, absolute, dotted, odd_values, read, shown
 from aliprod.recipe import Stage, options
 from aliprod.recipe.search import MOST_CHOICES, UNSEARCHED, Range, Way, nested, searched
 
@@ -68,14 +68,15 @@ def _problems(source: Source) -> Iterator[Problem]:
         for problem in _layer(key, table):
             wrong.add(key)
             yield problem
+    if plan is None:
+        return
+    plan, misnamed = checks.mended(plan)
+    yield from misnamed
     if plan is not None:
-        plan, misnamed = checks.meant(plan)
-        yield from misnamed
         yield from checks.unknown_networks(plan)
-        yield from checks.names(plan)
         yield from checks.edges(plan)
         yield from checks.together(plan, wrong)
-        yield from checks.members(plan)
+        yield from checks.targets(plan)
         yield from _search(plan.tune.search, dict.fromkeys(_named_objectives(source.data, plan.tune.search)))
 
 
@@ -85,19 +86,11 @@ def _structure(data: dict[str, Any]) -> tuple[Plan | None, list[Problem]]:
         return Plan.model_validate(data), []
     except ValidationError as error:
         problems = list(shape(Plan, data, error))
-    for most in (MOST_DEPTH, 1):  # without the settings that are wrong, else without their tables
-        with suppress(ValidationError):
-            return Plan.model_validate(
-                _STAND_IN | _without({problem.key[:most] for problem in problems}, data)
-            ), problems
+    wrong = {problem.key[0] for problem in problems}
+    with suppress(ValidationError):  # the tables with nothing wrong may be a plan
+        right = {name: table for name, table in data.items() if name not in wrong}
+        return Plan.model_validate(_STAND_IN | right), problems
     return None, problems
-
-
-def _without(keys: Set[Key], table: Any, at: Key = ()) -> Any:
-    """A table of a plan without the settings at these keys."""
-    if not isinstance(table, dict) or len(at) == MOST_DEPTH:
-        return table
-    return {name: _without(keys, inner, (*at, name)) for name, inner in table.items() if (*at, name) not in keys}
 
 
 def _layers(data: dict[str, Any]) -> Iterator[tuple[Key, Settings]]:
@@ -124,11 +117,8 @@ def _layer(at: Key, table: Settings) -> Iterator[Problem]:
 
 
 def _search(search: Settings, objectives: Iterable[str]) -> Iterator[Problem]:
-    """Settings that no stage has, or that are not searched for; ranges and choices that none can have.
-
-    Args:
-        objectives: those of the plan: an option is one of theirs.
-    """
+    """Settings that no stage has, or that are not searched for; ranges and choices that none can have. ``objectives``:
+    those of the plan: an option is one of theirs."""
     at: Key = ("tune", "search")
     for way, said in searched(search):
         key, choices = (*at, *way), said

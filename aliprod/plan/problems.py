@@ -55,11 +55,8 @@ def unknown(
 
 
 def shape(model: type[BaseModel], data: Any, error: ValidationError, at: Key = ()) -> Iterator[Problem]:
-    """Problems of a table that does not fit its model; one a key, the most exact of a union's branches.
-
-    Args:
-        at: key of the table in the plan.
-    """
+    """Problems of a table that does not fit its model; one a key, the most exact of a union's branches. ``at``: key of
+    the table in the plan."""
     found: dict[Key, list[ErrorDetails]] = {}
     for details in error.errors()[:_MOST_ERRORS]:
         found.setdefault(_real(details["loc"], data, details["type"]), []).append(details)

@@ -15,20 +15,10 @@ from aliprod.store.keys import key_of
 from aliprod.store.layout import OWN
 
 Edge = tuple[str, ...]
-EDGES: tuple[Edge, ...] = (
-    ("start",),
-    ("soup", "of"),
-    ("teachers",),
-    ("pseudo_labels", "by"),
-)  # settings that name jobs
+EDGES: tuple[Edge, ...] = (("start",), ("soup", "of"), ("teachers",), ("pseudo_labels", "by"))  # what names jobs
 _IDLE = {"start": "pretrained", "soup": "epochs", "neighbours": "epochs"}  # a default not meant for stages that say so
 MOST_JOBS = 1_000
-WHOLE = (
-    "objective",
-    "images",
-    "soup",
-    "neighbours",
-)  # replaced as a whole where another table says them; other tables merge key by key
+WHOLE = ("objective", "images", "soup", "neighbours")  # replaced as a whole; other tables merge key by key
 
 
 def _plain(name: str) -> str:
@@ -256,10 +246,15 @@ class Plan(Frozen):
         What is not of the right type is left out: this is also asked of plans that are being checked.
         """
         settings = merged(self.defaults, *self.layers(backbone, name))
-        said: dict[Edge, tuple[str, ...]] = {("start",): _strings([settings.get("start")])}
-        said |= {edge: _strings(_at(settings, edge)) for edge in EDGES[1:]}
-        own = (("start",), ("soup", "of"))  # these name stages of the same backbone
-        return {edge: tuple(f"{backbone}/{to}" if edge in own else to for to in names) for edge, names in said.items()}
+        found: dict[Edge, tuple[str, ...]] = {}
+        for edge in EDGES:
+            said: Any = settings
+            for key in edge:
+                said = said.get(key) if isinstance(said, dict) else None
+            names = [said] if edge == ("start",) else said if isinstance(said, list | tuple) else []
+            own = f"{backbone}/" if edge[0] in ("start", "soup") else ""  # these name stages of the same backbone
+            found[edge] = tuple(own + to for to in names if isinstance(to, str))
+        return found
 
     def parents(self, job: str) -> tuple[str, ...]:
         """All jobs that must be finished before a job begins, each once."""
@@ -272,23 +267,8 @@ class Plan(Frozen):
             yield from (f"{backbone}/{name}" for name in stages)
 
 
-def _at(settings: Settings, edge: Edge) -> Any:
-    value: Any = settings
-    for key in edge:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _strings(values: Any) -> tuple[str, ...]:
-    return tuple(value for value in values if isinstance(value, str)) if isinstance(values, list | tuple) else ()
-
-
 def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
-    """Merge tables of settings into a stage.
-
-    Raises:
-        pydantic.ValidationError: the settings do not go together.
-    """
+    """Merge tables of settings into a stage. pydantic.ValidationError: the settings do not go together."""
     own = merged(*layers)
     idle = {key for name, key in _IDLE.items() if name in own}
     if own.get("features") == "cached":
@@ -299,19 +279,16 @@ def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
     return stage.model_copy(update={"objective": objective})
 
 
-def _another(old: Any, new: Any) -> bool:
-    """Whether tables name two optimizers: what is said of one is not meant for the other."""
-    before = old.get("name", "sgd")
-    return bool(new.get("name", before) != before)
-
-
 def merged(*layers: Mapping[str, Any]) -> Settings:
     """Tables of settings, the later ones winning: lr and optimizer key by key, objective, images and another optimizer
     as a whole."""
     result: Settings = {}
     for layer in layers:
         for key, value in layer.items():
-            old = result.get(key)
+            old: Any = result.get(key)
             tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
-            result[key] = old | value if tables and not _another(old, value) else value
+            before = (
+                old.get("name", "sgd") if tables else None
+            )  # what is said of one optimizer is not meant for another
+            result[key] = old | value if tables and value.get("name", before) == before else value
     return result

@@ -44,11 +44,8 @@ class Source:
         return next((text for flag, text in reversed(self.flags.items()) if key[: len(flag)] == flag), None)
 
     def where(self, key: Key, quoted: str | None = None) -> str:
-        """File and line of a setting, or of the nearest table around it; file and flag where --set gave it.
-
-        Args:
-            quoted: a string inside the value, whose own line is wanted.
-        """
+        """File and line of a setting, or of the nearest table around it; file and flag where --set gave it. ``quoted``:
+        a string inside the value, whose own line is wanted."""
         if flag := self.flag(key):
             return f"{self.path}, {flag}"
         beneath = [text for flag, text in self.flags.items() if flag[: len(key)] == key]

@@ -113,11 +113,7 @@ class Leases:
                     self._kept.leave(name, own)
 
     def check(self) -> None:
-        """Raise where a lease was lost.
-
-        Raises:
-            Failed: nothing more may be started or committed.
-        """
+        """Raise where a lease was lost. Failed: nothing more may be started or committed."""
         with self._lock, suppress(OSError):
             if time.monotonic() - self._renewed > 2 * self._pause:  # were we stopped? The thread may not have run yet
                 self._renew()

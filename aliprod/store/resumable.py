@@ -41,11 +41,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ResumableRows:
-    """Rows for ``folder``, and the shards of them that are finished: of just these images, classes and facts.
-
-    Attributes:
-        ids: (N,). classes: (K,). record: what is committed with the rows.
-    """
+    """Rows for ``folder``, and the shards of them that are finished: of just these images, classes and facts. ``ids``:
+    (N,). ``classes``: (K,). ``record``: what is committed with the rows."""
 
     folder: Path
     ids: pa.StringArray
