@@ -37,7 +37,7 @@ def init_command(asked: AskedReading, photos: Path, out: Path | None, storage: P
     plan = out or _file_of(photos)
     photographs, computer = _write(asked, photos, plan)
     request = Asked(plan, (), storage).request()
-    from aliprod.forecast.measure import measure_plan
+    from aliprod.forecast.rates import measure_plan
     from aliprod.forecast.simulate import forecast
     from aliprod.plan.open import open_plan
     from aliprod.report.estimate import lines

@@ -7,16 +7,19 @@ Never a count of operations: measured training throughput of these backbones dif
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from statistics import fmean, median
 from typing import Any, get_args
 
+from aliprod.build.preflight import check_backbones, prepare
 from aliprod.build.target import Target
+from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
-from aliprod.plan.open import Opened
+from aliprod.plan.open import Opened, Request
 from aliprod.recipe import NO_COST, LearningRate, Part, Stage, Views
 from aliprod.recipe.options import needs
 from aliprod.store import commit, epochs
@@ -81,9 +84,45 @@ def predictors(opened: Opened) -> set[str]:
     return {*opened.plan.ensemble.members, *labellers, *floors}
 
 
-def branches(job: Job) -> int:
-    """Of the network that a job's objective trains, each of which predicts."""
-    return needs(job.stage.objective.name).branches
+def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str, Any]]:
+    """Measure each distinct piece of a plan's work on this machine, one rank's share of a batch on its first GPU where
+    it has one; keep each result, and yield it.
+
+    Args:
+        steps: that are counted of each piece; of predictions a quarter as many batches.
+    Raises:
+        Refused: there is no catalogue, or timm knows no such network.
+        Failed: a step does not fit in the GPU's memory. What was measured before is kept.
+    """
+    from torch import OutOfMemoryError
+
+    opened = prepare(request)
+    check_backbones(request.plan)
+    for piece in pieces(opened, part):
+        try:
+            measured = _measured(opened, piece, steps)
+        except OutOfMemoryError as error:
+            advice = "Lower batch_size or crop, or raise shares: so many images at a time fit better."
+            raise Failed("does not fit in the GPU's memory.", piece.job.name, advice) from error
+        measured |= {"cpus": len(os.sched_getaffinity(0))}
+        keep(opened, piece, measured)
+        yield {"part": piece.part, "jobs": list(piece.jobs), **measured}
+
+
+def _measured(opened: Opened, piece: Piece, steps: int) -> dict[str, Any]:
+    from aliprod.training.speed import measure, measure_prediction
+
+    job, cluster, catalogue = piece.job, opened.plan.cluster, opened.read_catalogue()
+    match piece.part:
+        case "center" | "ten_crop" as views:
+            batches = max(1, steps // 4)
+            return asdict(measure_prediction(job.stage, job.network, views, catalogue, batches, cluster))
+        case part:
+            stage = bare(job.stage)
+            if stage.shares == "ranks":  # one of them is measured
+                _, ranks = cluster.ranks_of(job.name)
+                stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // ranks)})
+            return asdict(measure(part, stage, job.network, catalogue, steps, cluster))
 
 
 def keep(opened: Opened, piece: Piece, measured: Mapping[str, Any]) -> None:
@@ -203,7 +242,11 @@ def _digest(opened: Opened, part: Part | Views, job: Job) -> str:
         "loader_processes": cluster.loader_processes,
     }
     if part in get_args(Views):
-        facts |= {"resize": job.stage.test_view[0], "crop": job.stage.test_view[1], "branches": branches(job)}
+        facts |= {
+            "resize": job.stage.test_view[0],
+            "crop": job.stage.test_view[1],
+            "branches": needs(job.stage.objective.name).branches,
+        }
     else:
         stage = bare(job.stage).model_dump(mode="json")
         facts |= {"stage": stage, "compile": cluster.compile, "exact": cluster.exact}

@@ -198,10 +198,7 @@ def forecast(opened: Opened, gpus: int, todo: Mapping[str, Target] | None = None
 
 
 def simulate(
-    todo: Mapping[str, Target],
-    seconds: Callable[[Target, int], float],
-    nodes: Sequence[Node],
-    most: int | None = None,
+    todo: Mapping[str, Target], seconds: Callable[[Target, int], float], nodes: Sequence[Node], most: int | None = None
 ) -> dict[str, list[Span]]:
     """When each target would be made, by how many ranks. ``todo``: each behind what it needs. ``seconds``: that one
     takes at a world size. ``most``: targets side by side."""

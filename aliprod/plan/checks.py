@@ -134,8 +134,14 @@ def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
         own: list[Key] = [("overrides", one) for one in (backbone, job) if one in plan.overrides]
         combinations.append((job, [("stages", name), *own]))
     for job, keys in combinations:
-        if not wrong & {("defaults",), *keys}:
-            yield from _combined(plan, job, keys)
+        if wrong & {("defaults",), *keys}:
+            continue
+        tables = [getattr(plan, str(group))[name] for group, name in keys]
+        found = _clashes(plan, job, tables)
+        by_table = [(key, _clashes(plan, job, tables[:count])) for count, key in enumerate(keys, 1)] if found else []
+        for reason in found:  # at the first table with which it is so
+            key = next(key for key, reasons in by_table if reason in reasons)
+            yield Problem(key, f"{dotted(key)}: {reason}.")
 
 
 def stage_with(plan: Plan, job: str, settings: Settings) -> Stage:
@@ -162,42 +168,39 @@ def remarks(plan: Plan) -> Iterator[str]:
     yield from (f"{listing(jobs)}: {sentence}" for sentence, jobs in idle.items())
 
 
-def _combined(plan: Plan, job: str, keys: list[Key]) -> Iterator[Problem]:
-    """What is wrong with a job's merged settings, at the first table with which it is."""
-    tables = [getattr(plan, str(group))[name] for group, name in keys]
-    found = _clashes(plan, job, tables)
-    by_table = [(key, _clashes(plan, job, tables[:count])) for count, key in enumerate(keys, 1)] if found else []
-    for reason in found:
-        key = next(key for key, reasons in by_table if reason in reasons)
-        yield Problem(key, f"{dotted(key)}: {reason}.")
-
-
 def _clashes(plan: Plan, job: str, tables: list[Settings]) -> list[str]:
+    """What does not go together in a stage, or with the network and the ranks of its job."""
     try:
         stage = effective(plan.seed, plan.defaults, tables)
     except ValidationError as error:
         return str(error.errors()[0]["msg"]).removeprefix("Value error, ").split("\n")
     network = plan.backbones.get(job.partition("/")[0], "")
-    refused = refusals(stage.objective.name, stage.objective.options)
     found = [
         _undealt(stage, *plan.cluster.ranks_of(job)),
         next(filter(None, (misfit(network, crop) for crop in stage.sizes)), "")
         or _off_grid(stage, stride(network) if network else 32),
-        _placed(stage),
-        _untaught(stage),
-        _unseen(stage),
-        *(f"{what}: {advice}".rstrip(" .:") for what, advice in refused),
-        _unweighted(stage, network) if network else "",
+        *_objections(stage, network),
     ]
     return [reason for reason in found if reason]
 
 
-def _unweighted(stage: Stage, network: str) -> str:
-    """Pretrained weights that nobody has made."""
-    asked = stage.pretrained is True and stage.start is None and stage.soup is None
-    if not asked or networks.has_weights(network):
-        return ""
-    return f"timm has no pretrained weights for {network}: say pretrained = false, or a safetensors file of your own"
+def _objections(stage: Stage, network: str) -> Iterator[str]:
+    """What an objective has against its stage, and a network whose pretrained weights nobody has made."""
+    name, options = stage.objective.name, stage.objective.options
+    asked = needs(name, options)
+    if stage.crops and asked.maps:
+        yield f"crops change what {name} looks at, places of one size: leave them out"
+    if asked.teacher and not stage.teachers:
+        yield f'objective {name} learns from other jobs: say which, teachers = ["BACKBONE/STAGE"]'
+    if stage.teachers and not asked.teacher:
+        yield f"objective {name} learns from no teachers: leave them out"
+    if stage.features == "cached" and (asked.maps or asked.pixels or asked.branches > 1):  # more than pooled features
+        yield f'objective {name} looks at the images: say features = "computed", or another objective'
+    yield from (f"{what}: {advice}".rstrip(" .:") for what, advice in refusals(name, options))
+    fetched = stage.pretrained is True and stage.start is None and stage.soup is None
+    if network and fetched and not networks.has_weights(network):
+        own = "say pretrained = false, or a safetensors file of your own"
+        yield f"timm has no pretrained weights for {network}: {own}"
 
 
 def _undealt(stage: Stage, fewest: int, most: int) -> str:
@@ -219,29 +222,6 @@ def _undealt(stage: Stage, fewest: int, most: int) -> str:
         advice = f'say shares = {1 << (fewest - 1).bit_length()}, or shares = "ranks"'
         return f"{said} is more than shares = {shares}, into which a step falls: {advice}"
     return f"{said} holds no power of two, as shares are" if fewest <= most else f"{said} is upside down"
-
-
-def _untaught(stage: Stage) -> str:
-    name = stage.objective.name
-    taught = needs(name).teacher
-    if taught and not stage.teachers:
-        return f'objective {name} learns from other jobs: say which, teachers = ["BACKBONE/STAGE"]'
-    return f"objective {name} learns from no teachers: leave them out" if stage.teachers and not taught else ""
-
-
-def _placed(stage: Stage) -> str:
-    name = stage.objective.name
-    if not stage.crops or not needs(name, stage.objective.options).maps:
-        return ""
-    return f"crops change what {name} looks at, places of one size: leave them out"
-
-
-def _unseen(stage: Stage) -> str:
-    """An objective that looks at more than pooled features, where these are cached."""
-    asked = needs(stage.objective.name, stage.objective.options)
-    if stage.features == "computed" or not (asked.maps or asked.pixels or asked.branches > 1):
-        return ""
-    return f'objective {stage.objective.name} looks at the images: say features = "computed", or another objective'
 
 
 def _off_grid(stage: Stage, stride: int | None) -> str:

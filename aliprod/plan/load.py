@@ -3,7 +3,7 @@
 Whether the catalogue is there is asked by who needs it; timm itself by `run`, where it is not the version of the list.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from aliprod.errors import Refused
 from aliprod.plan import checks
 from aliprod.plan.problems import Problem, shape, unknown
 from aliprod.plan.schema import Plan, Settings
-from aliprod.plan.source import Key, Source, absolute, dotted, odd_values, read, shown
+from aliprod.plan.source import MOST_DEPTH, Key, Source, absolute, dotted, odd_values, read, shown
 from aliprod.recipe import Stage, options
 from aliprod.recipe.search import MOST_CHOICES, UNSEARCHED, Range, Way, nested, searched
 
@@ -86,11 +86,18 @@ def _structure(data: dict[str, Any]) -> tuple[Plan | None, list[Problem]]:
         return Plan.model_validate(data), []
     except ValidationError as error:
         problems = list(shape(Plan, data, error))
-    wrong = {problem.key[0] for problem in problems}
-    with suppress(ValidationError):  # the tables with nothing wrong may be a plan
-        right = {name: table for name, table in data.items() if name not in wrong}
-        return Plan.model_validate(_STAND_IN | right), problems
+    for most in (MOST_DEPTH, 1):  # without the settings that are wrong, else without their tables
+        right = _without({problem.key[:most] for problem in problems}, data)
+        with suppress(ValidationError):
+            return Plan.model_validate(_STAND_IN | right), problems
     return None, problems
+
+
+def _without(keys: Set[Key], table: Any, at: Key = ()) -> Any:
+    """A table of a plan without the settings at these keys."""
+    if not isinstance(table, dict) or len(at) == MOST_DEPTH:
+        return table
+    return {name: _without(keys, inner, (*at, name)) for name, inner in table.items() if (*at, name) not in keys}
 
 
 def _layers(data: dict[str, Any]) -> Iterator[tuple[Key, Settings]]:
@@ -112,8 +119,17 @@ def _layer(at: Key, table: Settings) -> Iterator[Problem]:
             yield from inside
             return
         stage = Stage.model_validate({key: value for key, value in table.items() if key == "objective"})
-    if "objective" in table:
-        yield from _objective(stage.objective.name, stage.objective.options, (*at, "objective"))
+    if "objective" not in table:
+        return
+    name, at = stage.objective.name, (*at, "objective")
+    known = options.options(name)
+    if known is None:
+        yield unknown(at, f"{dotted(at)}: there is no objective {shown(name)}.", name, options.names(), "Objectives")
+        return
+    try:
+        known.model_validate(stage.objective.options)
+    except ValidationError as error:
+        yield from shape(known, stage.objective.options, error, at)
 
 
 def _search(search: Settings, objectives: Iterable[str]) -> Iterator[Problem]:
@@ -153,17 +169,6 @@ def _named_objectives(data: dict[str, Any], search: Settings) -> Iterator[str]:
     said = [table.get("objective") for _, table in _layers(data)]
     said += [*chosen.get(("objective", "name"), []), Stage().objective.name]
     yield from (name for one in said if isinstance(name := one.get("name") if isinstance(one, dict) else one, str))
-
-
-def _objective(name: str, given: Settings, at: Key) -> Iterator[Problem]:
-    known = options.options(name)
-    if known is None:
-        yield unknown(at, f"{dotted(at)}: there is no objective {shown(name)}.", name, options.names(), "Objectives")
-        return
-    try:
-        known.model_validate(given)
-    except ValidationError as error:
-        yield from shape(known, given, error, at)
 
 
 def _make_paths_absolute(source: Source) -> None:

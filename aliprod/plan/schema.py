@@ -104,8 +104,7 @@ class Ensemble(Frozen):
         "ten_crop", description="of each test image: ten crops, or the centre alone"
     )
     combine: Combine = Field(
-        "sum",
-        description="sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val",
+        "sum", description="sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val"
     )
 
 
