@@ -127,7 +127,7 @@ class _Graph:
         }
         needs = {role: tuple(found) for role, found in roles.items() if found}
         if stage.features == "cached":
-            begin = {role: needs[role] for role in ("start", "pretrained") if role in needs}
+            begin = {role: found for role, found in needs.items() if role in ("start", "pretrained")}
             known = ("train", "val") if len(self.catalogue.val) else ("train",)
             needs["features"] = tuple(self.features(job, split, begin) for split in known)
         return self._add(

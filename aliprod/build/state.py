@@ -21,6 +21,7 @@ from aliprod.store.layout import METRICS
 
 FILE = "state.json"
 _STANDING = TypeAdapter(Standing)
+_STANDING.rebuild(_types_namespace={"Node": Node})
 _STANDING_SECONDS = 1.0
 
 
