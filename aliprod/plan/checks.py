@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from aliprod.errors import Refused, did_you_mean, listing, nearest
 from aliprod.models.sizes import misfit, stride
 from aliprod.plan import networks
-from aliprod.plan.problems import MOST_NAMES, Problem, unknown
 from aliprod.plan.schema import Edge, Plan, Settings, effective, merged
-from aliprod.plan.source import Key, dotted, shown
+from aliprod.plan.source import MOST_NAMES, Key, Problem, dotted, shown, unknown
 from aliprod.recipe import Needs, ObjectiveRecipe, Stage
 from aliprod.recipe.options import needs, refusals
 

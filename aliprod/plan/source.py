@@ -9,16 +9,17 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, time  # a datetime is a date
 from pathlib import Path
 from typing import Any
 
-from aliprod.errors import Refused, did_you_mean, near_file
+from aliprod.errors import Refused, did_you_mean, listing, near_file
 
 Key = tuple[str | int, ...]  # the way to a setting: names of tables and places in lists
 
+MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
 MOST_BYTES = 256_000
 MOST_DOTS = 50  # in one line
 MOST_DEPTH = 8
@@ -61,13 +62,8 @@ class Source:
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> Source:
-    """Read a plan's file and apply the --set flags.
-
-    Args:
-        sets: KEY=VALUE each; VALUE is TOML, and what is no TOML value is taken as a string.
-    Raises:
-        Refused: the file cannot be read or is no TOML, or a flag is malformed.
-    """
+    """Read a plan's file and apply the --set flags. ``sets``: KEY=VALUE each; VALUE is TOML, and what is no TOML value
+    is taken as a string. Refused: the file cannot be read or is no TOML, or a flag is malformed."""
     text = _text(path)
     data = _parse(text, path)
     flags: dict[Key, str] = {}
@@ -96,6 +92,25 @@ def odd_values(data: dict[str, Any]) -> Iterator[tuple[Key, str]]:
                 yield key, "a date: a plan holds none"
             case str() if "\0" in value:
                 yield key, "a string with a NUL in it"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a plan."""
+
+    key: Key
+    sentence: str
+    advice: str = ""
+    quoted: str | None = None  # the string that stands on the line to be named
+
+
+def unknown(
+    key: Key, sentence: str, name: str, names: Iterable[str], listed: str, quoted: str | None = None
+) -> Problem:
+    """A name that is none of ``names``; the advice has the nearest and, after ``listed``, all."""
+    known = list(names)[:MOST_NAMES]
+    known_as = f"{listed}: {listing(known)}." if known else f"{listed}: none."
+    return Problem(key, sentence, f"{did_you_mean(name[:128], known)} {known_as}".strip(), quoted)
 
 
 def dotted(key: Key) -> str:

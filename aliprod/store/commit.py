@@ -83,13 +83,7 @@ def read(folder: Path, again: bool = False) -> dict[str, Any] | None:
 
 def fetch(folder: Path, *names: str) -> dict[str, Any] | None:
     """Have the files of a committed folder on this machine, or those with the names: of a bucket's mirror they may not
-    be here yet.
-
-    Returns:
-        Its record, as `read` does.
-    Raises:
-        Unreachable: the bucket does not answer.
-    """
+    be here yet. Returns its record, as `read` does. Unreachable: the bucket does not answer."""
     if (mirrored := mirror.of(folder)) is not None:
         mirrored.fetch(folder, names)
     return read(folder)
