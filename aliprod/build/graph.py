@@ -15,8 +15,7 @@ from aliprod.plan.jobs import Job, order_by_remaining_work
 from aliprod.plan.open import Opened
 from aliprod.plan.schema import Cluster
 from aliprod.store import commit
-from aliprod.store.keys import key_of
-from aliprod.store.layout import FEATURES, HASHES, KEPT, MODEL, WEIGHTS, job_place, newest_step
+from aliprod.store.layout import FEATURES, HASHES, KEPT, MODEL, WEIGHTS, job_place, key_of, newest_step
 from aliprod.store.lineage import weights_folder
 from aliprod.store.resumable import SHARD_ROWS, shards
 

@@ -14,8 +14,7 @@ from aliprod.plan.places import catalogue_path
 from aliprod.plan.schema import Plan
 from aliprod.recipe.options import needs
 from aliprod.store import commit, lineage, mirror
-from aliprod.store.keys import key_of
-from aliprod.store.layout import cache
+from aliprod.store.layout import cache, key_of
 
 
 def prepare(request: Request) -> Opened:

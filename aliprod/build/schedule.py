@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
-from aliprod.build.allot import Running, Situation, decide
-from aliprod.build.paths import Paths
+from aliprod.build.allot import Paths, Running, Situation, decide
 from aliprod.build.room import Node
 from aliprod.build.target import Resources, Target
 

@@ -16,7 +16,7 @@ from aliprod.plan.places import catalogue_path, catalogue_reading
 from aliprod.plan.schema import Cluster, Synth
 from aliprod.recipe import Views, never
 from aliprod.store import commit, mirror
-from aliprod.store.keys import key_of
+from aliprod.store.layout import key_of
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from aliprod.plan.open import Opened, Request
 from aliprod.recipe import NO_COST, LearningRate, Part, Stage, Views
 from aliprod.recipe.options import needs
 from aliprod.store import commit, epochs
-from aliprod.store.keys import key_of
+from aliprod.store.layout import key_of
 
 FILE = "benchmark.json"
 FORWARD = 3  # times as fast as training, about, where nobody has measured it

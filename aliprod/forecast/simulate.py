@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from aliprod.build.allot import RESTART_SECONDS
+from aliprod.build.allot import RESTART_SECONDS, Paths
 from aliprod.build.graph import targets, targets_on
-from aliprod.build.paths import Paths
 from aliprod.build.room import Node, check_room
 from aliprod.build.schedule import Outcome, execute
 from aliprod.build.target import Resources, Target, lacking

@@ -14,7 +14,7 @@ from aliprod.plan.schema import Edge, Plan
 from aliprod.recipe import ADDED, ADDED_BELOW, RECIPE_VERSION, PerClass, Stage
 from aliprod.recipe.options import needs
 from aliprod.store.commit import sha256
-from aliprod.store.keys import key_of
+from aliprod.store.layout import key_of
 
 # Networks that pool as all did before a backbone's own pooling was kept: their keys stay.
 _MEAN_POOLED = re.compile(

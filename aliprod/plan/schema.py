@@ -11,8 +11,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
 from aliprod.recipe.options import complete, options
-from aliprod.store.keys import key_of
-from aliprod.store.layout import OWN
+from aliprod.store.layout import OWN, key_of
 
 Edge = tuple[str, ...]
 EDGES: tuple[Edge, ...] = (("start",), ("soup", "of"), ("teachers",), ("pseudo_labels", "by"))  # what names jobs

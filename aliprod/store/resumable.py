@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from aliprod.errors import Failed, StorageFull
 from aliprod.store import commit
-from aliprod.store.keys import canonical
+from aliprod.store.layout import canonical
 
 SHARD_STEP = 256  # a shard has a multiple of so many rows: whole batches, so that one predicted again sees the same
 SHARD_ROWS = 32 * SHARD_STEP  # of soft labels, 3 MB, and of features, 32 MB at 2048 of them

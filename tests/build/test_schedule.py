@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aliprod.build.allot import BACK_SECONDS, CALM_SECONDS, Running, Situation, decide
-from aliprod.build.paths import Paths
+from aliprod.build.allot import BACK_SECONDS, CALM_SECONDS, Paths, Running, Situation, decide
 from aliprod.build.room import Node, check_room, with_cpus
 from aliprod.build.schedule import Change, Outcome, execute
 from aliprod.build.target import Resources, Target, powers_of_two
