@@ -80,26 +80,17 @@ def check_room(targets: Mapping[str, Target], nodes: Iterable[Node]) -> None:
             continue
         takes = _said(rank) if floor == 1 else f"{floor} ranks of {_said(rank)} each"
         if room:
-            raise Unreachable(
-                f"{target.name} takes {takes}, and the nodes have room for {room}.",
-                "[cluster]",
-                "Lower ranks, or cpus_per_worker.",
-            )
-        largest = max(
-            machines, key=lambda machine: (machine.gpus > 0) == (rank.gpus > 0) and machine.cpus, default=None
-        )
+            what = f"{target.name} takes {takes}, and the nodes have room for {room}."
+            raise Unreachable(what, "[cluster]", "Lower ranks, or cpus_per_worker.")
+        like = (one for one in machines if (one.gpus > 0) == (rank.gpus > 0))
+        largest = max(like, key=lambda one: one.cpus, default=next(iter(machines), None))
         has = "there is none" if largest is None else f"the largest has {_said(largest)}"
-        free = sum(machine.gpus for machine in machines)
-        beside = f" ({_counted(free, 'GPU')} in all, and beside none of them {_counted(rank.cpus, 'CPU')})"
-        raise Unreachable(
-            f"{target.name} takes {takes}, and no node can hold that: {has}"
-            + (beside if rank.gpus and free else "")
-            + ".",
-            "[cluster]",
-            ("Lower cpus_per_worker. " if rank.cpus > 1 else "")
-            + ("" if free or not rank.gpus else "Without GPUs say use_gpu = false. ")
-            + "Where the cluster grows on demand, set max_cpus and max_gpus.",
-        )
+        if free := rank.gpus and sum(machine.gpus for machine in machines):
+            has += f" ({_counted(free, 'GPU')} in all, and beside none of them {_counted(rank.cpus, 'CPU')})"
+        what = f"{target.name} takes {takes}, and no node can hold that: {has}."
+        advice = "Lower cpus_per_worker. " if rank.cpus > 1 else ""
+        advice += "Without GPUs say use_gpu = false. " if rank.gpus and not free else ""
+        raise Unreachable(what, "[cluster]", f"{advice}Where the cluster grows on demand, set max_cpus and max_gpus.")
 
 
 def uses_gpu(cluster: Cluster, nodes: Sequence[Node]) -> bool:

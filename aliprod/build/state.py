@@ -49,15 +49,9 @@ class RunState:
         self._tails = {name: _Tail(opened.job_folder(name) / METRICS) for name in opened.jobs}
         self._stood = 0.0
 
-    def reuse(self) -> Iterator[Event]:
-        """Report what was finished before this run began."""
-        for name in self.jobs_in("reused"):
-            yield self._set(name, "reused")
-        self._publish()
-
-    def reuse_of_others(self) -> Iterator[Event]:
-        """Report what another driver has finished since this run looked."""
-        for name in self.jobs_in("waiting"):
+    def reuse(self, of: JobState = "reused") -> Iterator[Event]:
+        """Report what was finished before this run began; of what waits, what another driver has finished since."""
+        for name in self.jobs_in(of):
             if self.opened.record(name) is not None:
                 yield self._set(name, "reused")
         self._publish()

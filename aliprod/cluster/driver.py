@@ -153,7 +153,7 @@ class _Run:
             self.leases.check()
             trained = all(self.opened.record(name) is not None for name in self.opened.plan.ensemble.members)
             if trained:
-                yield from self.state.reuse_of_others()  # else MLflow would not be told of their weights
+                yield from self.state.reuse("waiting")  # else MLflow would not be told of their weights
                 self._show()
                 choices, note = choose(self.opened, self.tracking.registry, not self.tracking.flush(_FLUSH_SECONDS))
                 self.chosen = {name: Chosen(choice.key, choice.sha256) for name, choice in choices.items()}
