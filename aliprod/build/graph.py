@@ -1,7 +1,6 @@
 """The graph of a plan: all that it makes, from the catalogue to the submission. How: `aliprod.build.making`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -30,16 +29,11 @@ class Chosen(NamedTuple):
     sha256: str
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """Which images are predicted: ``main`` makes the submission, ``scored`` (where labels are known) the errors."""
 
     main: str
     scored: str | None
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(split for split in (self.main, self.scored) if split))
 
 
 def splits(catalogue: Catalogue, score: Literal["auto", "val"]) -> Splits:
@@ -65,7 +59,7 @@ def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = Non
         if opened.jobs[name].member:
             for split in graph.predicted:
                 graph.member(name, split)
-    for split in graph.splits.all:
+    for split in graph.summed:
         graph.ensemble(split)
     if graph.splits.scored:
         graph.comparison(graph.splits.scored)
@@ -106,7 +100,8 @@ class _Graph:
         self.catalogue, self.views = opened.read_catalogue(), opened.plan.ensemble.views
         self.splits = splits(self.catalogue, self.plan.ensemble.score)
         self.fits = self.plan.ensemble.combine != "sum"
-        self.predicted = dict.fromkeys([*self.splits.all, *(["val"] if self.fits else [])])
+        self.summed = dict.fromkeys(split for split in self.splits if split)
+        self.predicted = self.summed | (dict.fromkeys(["val"]) if self.fits else {})
         self.rank = Resources(self.plan.cluster.threads, 1 if gpu else 0)  # of a training, and of what runs a network
 
     def training(self, name: str) -> Target:

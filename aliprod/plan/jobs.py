@@ -4,7 +4,7 @@ A key is the sha256 of all that the plan says about a result. Where a job runs i
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,10 @@ def jobs_of(plan: Plan, fingerprint: str | None, tree: str = "") -> dict[str, Jo
     Raises:
         Refused: pretrained weights that are asked for are not there.
     """
-    found: dict[str, Job] = {}
-    for name in _ordered({name: plan.parents(name) for name in plan.job_names()}):
+    found, left = dict[str, Job](), {name: plan.parents(name) for name in plan.job_names()}
+    while left:  # in the plan's order, but for those that must wait for a later one
+        name = next(name for name, parents in left.items() if left.keys().isdisjoint(parents))
+        del left[name]
         found[name] = _job(plan, name, found, fingerprint, tree)
     return found
 
@@ -79,19 +81,12 @@ def order_by_remaining_work(jobs: Mapping[str, Job]) -> list[str]:
     return sorted(jobs, key=lambda name: -remaining[name])
 
 
-def _ordered(parents: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """In the plan's order, but for those that must wait for a later one."""
-    left = dict(parents)
-    while left:
-        name = next(name for name, needs in left.items() if left.keys().isdisjoint(needs))
-        del left[name]
-        yield name
-
-
 def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | None, tree: str) -> Job:
     backbone, _, stage_name = name.partition("/")
     network, edges = plan.backbones[backbone], plan.edges(backbone, stage_name)
-    stage = _with_weights_file(plan.stage(backbone, stage_name), network)
+    stage = plan.stage(backbone, stage_name)
+    if isinstance(stage.pretrained, str) and not stage.pretrained.endswith(".safetensors"):  # a file of each network
+        stage = stage.model_copy(update={"pretrained": str(Path(stage.pretrained) / f"{network}.safetensors")})
     keys = {edge: [before[parent].key for parent in names] for edge, names in edges.items()}
     facts = None
     if fingerprint is not None:
@@ -111,13 +106,6 @@ def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | No
         member=name in plan.ensemble.members,
         facts=facts,
     )
-
-
-def _with_weights_file(stage: Stage, network: str) -> Stage:
-    """A folder of pretrained weights holds one file for each network, NETWORK.safetensors."""
-    if not isinstance(stage.pretrained, str) or stage.pretrained.endswith(".safetensors"):
-        return stage
-    return stage.model_copy(update={"pretrained": str(Path(stage.pretrained) / f"{network}.safetensors")})
 
 
 def _facts(

@@ -296,7 +296,7 @@ for number in range(1000):
 def test_a_writer_that_is_killed_leaves_all_of_a_folder_or_nothing(machines: Machines) -> None:
     here, there = machines("a"), machines("b")
     moments = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         command = [sys.executable, "-c", KILLED, mirror.shown(here)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
