@@ -47,25 +47,17 @@ def write(
         StorageFull: no room, no permission, or the path is gone; nothing half-written is visible.
     """
     with storage(folder), _staged(folder, fill, record or {}, room) as staging:
-        if (mirrored := mirror.of(folder)) is None:
-            return _publish(staging, folder)
-        mirrored.publish(staging, folder, over=False)
-        return _there(folder)
+        _publish(staging, folder, over=False)
+        if (there := read(folder)) is None:
+            raise OSError(f"{folder} vanished after it was written")
+        return there
 
 
 def replace(folder: Path, fill: Callable[[Path], Mapping[str, str] | None], record: dict[str, Any]) -> None:
     """Commit what ``fill`` writes in place of what ``folder`` held; until then that stays. StorageFull: as in
     `write`."""
     with storage(folder), _staged(folder, fill, record, None) as staging:
-        if (mirrored := mirror.of(folder)) is not None:
-            mirrored.publish(staging, folder, over=True)
-            return
-        try:
-            mirror.swap(staging, folder)
-        except OSError:
-            if read(folder) is None:
-                raise  # else another driver has just published its own: that stays
-        _sync(folder.parent)
+        _publish(staging, folder, over=True)
 
 
 def read(folder: Path, again: bool = False) -> dict[str, Any] | None:
@@ -290,33 +282,26 @@ def _write_manifest(folder: Path, record: dict[str, Any], known: Mapping[str, st
             _sync(path)
 
 
-def _publish(staging: Path, folder: Path) -> dict[str, Any]:
-    if folder.exists() and read(folder) is None:
+def _publish(staging: Path, folder: Path, over: bool) -> None:
+    """Give a finished folder its name. Where another writer was faster, what he made stays. ``over``: whether it may
+    take the place of what is there."""
+    if (mirrored := mirror.of(folder)) is not None:
+        mirrored.publish(staging, folder, over)
+        return
+    if not over and folder.exists() and read(folder) is None:
         os.replace(folder, folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.bad")
     try:
-        os.replace(staging, folder)
+        (mirror.swap if over else os.replace)(staging, folder)
     except OSError:
-        if (there := read(folder)) is None:
+        if read(folder) is None:
             raise
-        return there
     _sync(folder.parent)
-    return _there(folder)
-
-
-def _there(folder: Path) -> dict[str, Any]:
-    record = read(folder)
-    if record is None:
-        raise OSError(f"{folder} vanished after it was written")
-    return record
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        seal = manifest.pop("sha256", None)
-        return manifest if manifest.keys() == {"files", "record"} and seal == _seal(manifest) else None
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None
+    manifest = read_json(folder / MANIFEST)
+    seal = manifest.pop("sha256", None)
+    return manifest if manifest.keys() == {"files", "record"} and seal == _seal(manifest) else None
 
 
 def _seal(said: dict[str, Any]) -> str:
