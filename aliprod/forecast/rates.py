@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from statistics import fmean, median
@@ -67,14 +67,16 @@ def bare(stage: Stage) -> Stage:
 
 def pieces(opened: Opened, part: Part) -> Iterator[Piece]:
     """The distinct work of a plan's jobs, finished or not; the predictions too, where whole trainings are asked for."""
-    trained = [job for job in opened.jobs.values() if job.stage.is_trained]
-    yield from _distinct(opened, part, trained)
+    jobs, predicting, views = opened.jobs.values(), predictors(opened), opened.plan.ensemble.views
+    asked: list[tuple[Part | Views, Job]] = [(part, job) for job in jobs if job.stage.is_trained]
     if part == "train":
-        yield from _distinct(opened, "center", opened.jobs.values())
-        if opened.plan.ensemble.views != "center":
-            predicting = predictors(opened)
-            jobs = (job for job in opened.jobs.values() if job.name in predicting)
-            yield from _distinct(opened, opened.plan.ensemble.views, jobs)
+        asked += [("center", job) for job in jobs]
+        asked += [(views, job) for job in jobs if views != "center" and job.name in predicting]
+    same: dict[tuple[Part | Views, str], list[Job]] = {}
+    for what, job in asked:
+        same.setdefault((what, _digest(opened, what, job)), []).append(job)
+    for (what, digest), alike in same.items():
+        yield Piece(what, digest, alike[0], tuple(job.name for job in alike))
 
 
 def predictors(opened: Opened) -> set[str]:
@@ -224,14 +226,6 @@ class Estimates:
         return fmean(alike or self.paces.values() or [_GUESS])
 
 
-def _distinct(opened: Opened, part: Part | Views, jobs: Iterable[Job]) -> Iterator[Piece]:
-    by_digest: dict[str, list[Job]] = {}
-    for job in jobs:
-        by_digest.setdefault(_digest(opened, part, job), []).append(job)
-    for digest, same in by_digest.items():
-        yield Piece(part, digest, same[0], tuple(job.name for job in same))
-
-
 def _digest(opened: Opened, part: Part | Views, job: Job) -> str:
     cluster = opened.plan.cluster
     facts: dict[str, Any] = {
@@ -242,11 +236,8 @@ def _digest(opened: Opened, part: Part | Views, job: Job) -> str:
         "loader_processes": cluster.loader_processes,
     }
     if part in get_args(Views):
-        facts |= {
-            "resize": job.stage.test_view[0],
-            "crop": job.stage.test_view[1],
-            "branches": needs(job.stage.objective.name).branches,
-        }
+        resize, crop = job.stage.test_view
+        facts |= {"resize": resize, "crop": crop, "branches": needs(job.stage.objective.name).branches}
     else:
         stage = bare(job.stage).model_dump(mode="json")
         facts |= {"stage": stage, "compile": cluster.compile, "exact": cluster.exact}
@@ -256,18 +247,11 @@ def _digest(opened: Opened, part: Part | Views, job: Job) -> str:
 def _reported(opened: Opened, job: Job) -> Rate | None:
     """What a job says of itself: the median of its epochs, since the first one warms up and a disturbed one is slow;
     before the first has ended, its pace."""
-    lines = [line for line in opened.metrics(job.name) if line.get("speed/images_per_second")]
-    pace = epochs.pace(opened.job_folder(job.name)) if job.key and not lines else None
-    if pace is not None:
-        return Rate(pace["images_per_second"], pace["ranks"], pace["device"], job.name)
-    if not lines:
-        return None
-    return Rate(
-        images_per_second=median(line["speed/images_per_second"] for line in lines),
-        ranks=int(lines[-1].get("speed/ranks", 1)),
-        device=lines[-1].get("device", "an unknown device"),
-        source=job.name,
-    )
+    if lines := [line for line in opened.metrics(job.name) if line.get("speed/images_per_second")]:
+        speed, last = median(line["speed/images_per_second"] for line in lines), lines[-1]
+        return Rate(speed, int(last.get("speed/ranks", 1)), last.get("device", "an unknown device"), job.name)
+    pace = epochs.pace(opened.job_folder(job.name)) if job.key else None
+    return Rate(pace["images_per_second"], pace["ranks"], pace["device"], job.name) if pace else None
 
 
 def _lasts(images: int, rate: Rate | None) -> float:
