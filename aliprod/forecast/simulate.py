@@ -179,15 +179,15 @@ def forecast(opened: Opened, gpus: int, todo: Mapping[str, Target] | None = None
         raise Refused(what, "--gpus", 'Give more, or --set cluster.ranks="auto".')
     estimates = Estimates(opened, beside=gpus > 1)
     alone = {name: estimates.known(target, target.floor) for name, target in todo.items()}
-    if missing := [name for name, seconds in alone.items() if math.isnan(seconds)]:
-        return Forecast(
-            gpus, [_row(job, estimates, alone.get(job.name), ()) for job in opened.jobs.values()], missing=missing
-        )
-    spans = simulate(todo, estimates.seconds, machines(gpus), opened.plan.cluster.max_parallel_jobs)
+    missing = [name for name, seconds in alone.items() if math.isnan(seconds)]
+    spans = {} if missing else simulate(todo, estimates.seconds, machines(gpus), opened.plan.cluster.max_parallel_jobs)
+    jobs = [_row(job, estimates, alone.get(job.name), spans.get(job.name, ())) for job in opened.jobs.values()]
+    if missing:
+        return Forecast(gpus, jobs, missing=missing)
     taken = {name: _taken(spans[name]) * target.resources.gpus for name, target in todo.items()}
     return Forecast(
         gpus=gpus,
-        jobs=[_row(job, estimates, None, spans.get(job.name, ())) for job in opened.jobs.values()],
+        jobs=jobs,
         seconds=max((one[-1].end for one in spans.values()), default=0.0),
         gpu_hours=sum(taken.values()) / 3600,
         lower_bound_seconds=lower_bound(todo, estimates.seconds, gpus),
@@ -269,10 +269,9 @@ def _devices(opened: Opened, estimates: Estimates, todo: Mapping[str, Target]) -
 
 
 def _row(job: Job, estimates: Estimates, alone: float | None, spans: Sequence[Span]) -> JobForecast:
-    """A job of the plan; a finished one costs nothing. ``alone``: its seconds where there is no schedule; None where
-    there is one, or it is finished."""
-    rate = _rate(estimates, job) if spans or alone is not None else None
-    seconds = sum(span.end - span.begin for span in spans) if alone is None else alone
+    """A job of the plan; a finished one costs nothing. ``alone``: its seconds by itself; None where it is finished."""
+    rate = None if alone is None else _rate(estimates, job)
+    seconds = sum(span.end - span.begin for span in spans) if spans else alone or 0.0
     widths = tuple(dict.fromkeys((spans[0].ranks, spans[-1].ranks))) if spans else ()
     return JobForecast(
         name=job.name,
