@@ -242,12 +242,10 @@ def keep(opened: Opened, nodes: Sequence[Node]) -> None:
 
 def kept(opened: Opened) -> Kept | None:
     """What was forecast of the plan as it is; None where nothing was."""
-    try:
-        said = json.loads((opened.folder / FILE).read_text(encoding="utf-8"))
-        spans = {name: [Span(*one) for one in own] for name, own in said["spans"].items()}
-        return Kept(said["time"], spans) if said["plan"] == opened.plan.digest else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    said = commit.read_json(opened.folder / FILE)
+    if said.get("plan") != opened.plan.digest:
         return None
+    return Kept(said["time"], {name: [Span(*one) for one in own] for name, own in said["spans"].items()})
 
 
 def _taken(spans: Sequence[Span]) -> float:
