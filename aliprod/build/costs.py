@@ -13,12 +13,8 @@ from aliprod.recipe import STATISTICS_BATCHES, PerClass, Stage, options
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch of a stage.
-
-    Attributes:
-        steps: of training.
-        seen: images that pass forward alone behind them: each kind of weights on val, norm statistics.
-    """
+    """An epoch of a stage. ``steps``: of training. ``seen``: images that pass forward alone behind them: each kind of
+    weights on val, norm statistics."""
 
     steps: int
     seen: int

@@ -64,11 +64,8 @@ class Runner(Protocol):
 @dataclass(frozen=True)
 class Change:
     """A target has been started, waits, is paused to go on otherwise, is done, has failed, or will not be made.
-
-    Attributes:
-        detail: what it waits for, why it failed, or which failure drops it.
-        nodes: of each rank of one that was started.
-    """
+    ``detail``: what it waits for, why it failed, or which failure drops it. ``nodes``: of each rank of one that was
+    started."""
 
     name: str
     state: Literal["started", "waiting", "paused", "done", "failed", "dropped"]

@@ -85,11 +85,8 @@ class Bucket:
             return None
 
     def exchange(self, key: str, content: bytes, version: str | None) -> str | None:
-        """Write an object where it is of the version that was read; None: where it is not there.
-
-        Returns:
-            Its new version; None where another writer was faster.
-        """
+        """Write an object where it is of the version that was read; None: where it is not there. Returns its new
+        version; None where another writer was faster."""
         with self.given(key):
             try:
                 mode: Any = "create" if version is None else dict(zip(_NAMES, version.split(), strict=False))
@@ -99,11 +96,8 @@ class Bucket:
                 return there[1] if there is not None and there[0] == content else None
 
     def put(self, key: str, content: bytes) -> str:
-        """Write an object, in place of what was, in one request, of which nothing stays where the sender dies.
-
-        Returns:
-            Its version.
-        """
+        """Write an object, in place of what was, in one request, of which nothing stays where the sender dies. Returns
+        its version."""
         with self.given(key):
             return _version(_whole(lambda: obstore.put(self.patient, key, content, use_multipart=False)))
 

@@ -79,7 +79,8 @@ class ResumableRows:
         try:
             commit.refresh(self._room)
             self._write(blocks, part)
-            commit.refresh(self._room)  # other parts may be made on other machines
+            if part != ALL:
+                commit.refresh(self._room)  # other parts may be made on other machines
             if not all(path.exists() for path in self._shards) and commit.read(self.folder) is None:
                 return {}
             written = commit.read(self.folder) or commit.write(self.folder, fill, dict(self.record), room=self._room)
@@ -98,11 +99,8 @@ class ResumableRows:
         return [shard_file(path / name, shard) for shard, path in enumerate(self._shards)]
 
     def link(self, name: str, target: Path) -> dict[str, str]:
-        """Give the files of an array a second name in ``target``, or copy them where there are no links.
-
-        Returns:
-            The sha256 of each by its name.
-        """
+        """Give the files of an array a second name in ``target``, or copy them where there are no links. Returns the
+        sha256 of each by its name."""
         for file in self.files(name):
             commit.fetch(file.parent)
             commit.link(file, target / file.name)
@@ -120,9 +118,8 @@ class ResumableRows:
     @property
     def _kind(self) -> str:
         """The split and views of predictions, else the folder's name: what is left of others of it is obsolete."""
-        return (
-            "-".join(str(self.record[fact]) for fact in ("split", "views") if fact in self.record) or self.folder.name
-        )
+        said = [str(self.record[fact]) for fact in ("split", "views") if fact in self.record]
+        return "-".join(said) or self.folder.name
 
     @cached_property
     def _shards(self) -> list[Path]:
