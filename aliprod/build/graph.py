@@ -154,18 +154,10 @@ class _Graph:
 
     def kept_rows(self, job: Job, start: list[Target]) -> Target:
         """The training images that a job's filter of duplicates leaves, judged by the weights that it starts from."""
-        return self._add(
-            Target(
-                "kept_rows",
-                f"{job.name} kept rows",
-                {"kind": "kept_rows", "job": job.key},
-                f"{job_place(job.name, str(job.key))}/{KEPT}",
-                making.filter_rows,
-                {"hashes": (self.hashes(),), "start": tuple(start)},
-                resources=self.rank,
-                job=job,
-            )
-        )
+        name, facts = f"{job.name} kept rows", {"kind": "kept_rows", "job": job.key}
+        place, make = f"{job_place(job.name, str(job.key))}/{KEPT}", making.filter_rows
+        needs = {"hashes": (self.hashes(),), "start": tuple(start)}
+        return self._add(Target("kept_rows", name, facts, place, make, needs, resources=self.rank, job=job))
 
     def soft_labels(self, job: Job, name: str) -> Target:
         """A teacher's soft labels of the images of a job; shared by jobs of the same images."""
@@ -189,17 +181,10 @@ class _Graph:
 
     def pseudo_labels(self, job: Job) -> Target:
         """Labels of test images, by what other jobs predict."""
-        return self._add(
-            Target(
-                "pseudo_labels",
-                f"{job.name} pseudo labels",
-                {"kind": "pseudo_labels", "job": job.key},
-                f"{job_place(job.name, str(job.key))}/pseudo_labels",
-                making.label,
-                {"predictions": tuple(self.prediction(name, "test") for name in job.labellers)},
-                job=job,
-            )
-        )
+        name, facts = f"{job.name} pseudo labels", {"kind": "pseudo_labels", "job": job.key}
+        place = f"{job_place(job.name, str(job.key))}/pseudo_labels"
+        needs = {"predictions": tuple(self.prediction(other, "test") for other in job.labellers)}
+        return self._add(Target("pseudo_labels", name, facts, place, making.label, needs, job=job))
 
     def features(self, job: Job, split: str, begin: Mapping[str, tuple[Target, ...]]) -> Target:
         """Features of a split, by the weights that a job begins with: shared by all jobs that begin with them.
@@ -250,19 +235,11 @@ class _Graph:
         facts = _of_members({"kind": "ensemble", "split": split}, members)
         if facts is not None and fitted:
             facts |= {"weights": fitted[0].key}
-        main = split == self.splits.main  # what people open
-        return self._add(
-            Target(
-                "ensemble",
-                "ensemble" if main else f"ensemble of {split}",
-                facts,
-                f"{self.plan.name}/ensemble" if main else f"{self.plan.name}/ensemble-{split}",
-                making.add_up,
-                {"members": tuple(members), "weights": tuple(fitted)},
-                goal=True,
-                latest=True,
-            )
-        )
+        name, place = f"ensemble of {split}", f"{self.plan.name}/ensemble-{split}"
+        if split == self.splits.main:  # what people open
+            name, place = "ensemble", f"{self.plan.name}/ensemble"
+        needs, make = {"members": tuple(members), "weights": tuple(fitted)}, making.add_up
+        return self._add(Target("ensemble", name, facts, place, make, needs, goal=True, latest=True))
 
     def weights(self) -> Target:
         """Weights and temperatures of the members, fitted on their predictions of val."""
