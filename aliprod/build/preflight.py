@@ -82,8 +82,8 @@ def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
 
 def _question(plan: Plan) -> str:
     """A key of all that `check_backbones` depends on."""
-    jobs = [plan.stage(backbone, name) for backbone, stages in plan.jobs.items() for name in stages]
-    asked = [stage.model_dump(mode="json", include={"crop", "crops", "test_crop", "objective"}) for stage in jobs]
+    stages = [plan.stage(*job.split("/", 1)) for job in plan.job_names()]
+    asked = [stage.model_dump(mode="json", include={"crop", "crops", "test_crop", "objective"}) for stage in stages]
     software = [lineage.software(), *map(version, ("timm", "torch", "torchvision"))]
     return key_of({"backbones": plan.backbones, "jobs": plan.jobs, "asked": asked, "software": software})
 
@@ -98,22 +98,20 @@ def check_backbones(plan: Plan) -> None:
 
     for backbone, network in plan.backbones.items():
         check_network(network, f"[backbones] {backbone}")
-    for backbone, stages in plan.jobs.items():
-        for name in stages:
-            stage, where = plan.stage(backbone, name), f"{backbone}/{name}"
-            network, objective = plan.backbones[backbone], stage.objective
-            made = check_network(network, where, stage.crop)
-            if any(check_network(network, where, crop).options != made.options for crop in stage.sizes):
-                what = f"{network} is built for images of one size, not {listing(map(str, stage.sizes))}."
-                raise Refused(what, where, "Leave crops and test_crop out.")
-            if needs(objective.name, objective.options).maps:
-                try:
-                    with torch.device("meta"):
-                        build(
-                            objective.name, objective.options, Context(2, made.channels, stage.crop, 1, side=made.side)
-                        )
-                except Refused as error:
-                    raise Refused(error.what, where, error.advice) from None
+    for job in plan.job_names():
+        backbone, _, name = job.partition("/")
+        network, stage = plan.backbones[backbone], plan.stage(backbone, name)
+        made, objective = check_network(network, job, stage.crop), stage.objective
+        if any(check_network(network, job, crop).options != made.options for crop in stage.sizes):
+            what = f"{network} is built for images of one size, not {listing(map(str, stage.sizes))}."
+            raise Refused(what, job, "Leave crops and test_crop out.")
+        if needs(objective.name, objective.options).maps:
+            context = Context(2, made.channels, stage.crop, 1, side=made.side)
+            try:
+                with torch.device("meta"):
+                    build(objective.name, objective.options, context)
+            except Refused as error:
+                raise Refused(error.what, job, error.advice) from None
 
 
 def _make_first(plan: Plan, wanted: list[Target], site: Site) -> None:

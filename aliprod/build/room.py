@@ -18,9 +18,8 @@ class Node:
 
 def slots(free: Resources, rank: Resources) -> int:
     """How many such ranks there is room for; of what takes nothing, one."""
-    return max(
-        0, min((has // one for has, one in ((free.cpus, rank.cpus), (free.gpus, rank.gpus)) if one > 0), default=1)
-    )
+    pairs = ((free.cpus, rank.cpus), (free.gpus, rank.gpus))
+    return max(0, min((has // one for has, one in pairs if one > 0), default=1))
 
 
 class Room:

@@ -201,9 +201,8 @@ class Plan(Frozen):
     @model_validator(mode="after")
     def _of_bounded_size(self) -> "Plan":
         if (count := sum(map(len, self.jobs.values()))) > MOST_JOBS:
-            raise ValueError(
-                f"{count:,} jobs; a plan has at most {MOST_JOBS:,}: make several plans, they share results"
-            )
+            what = f"{count:,} jobs; a plan has at most {MOST_JOBS:,}: make several plans, they share results"
+            raise ValueError(what)
         return self
 
     @property
@@ -211,9 +210,8 @@ class Plan(Frozen):
         """sha256 of all that it says of its results, overrides included."""
         own = self.catalogue.model_fields_set | {"path", "synth"}  # what was added later, and is not said, is left out
         of_catalogue = self.catalogue.model_dump(mode="json", include=own)
-        ensemble = self.ensemble.model_dump(
-            mode="json", exclude={"combine"} if self.ensemble.combine == "sum" else None
-        )
+        out = {"combine"} if self.ensemble.combine == "sum" else None
+        ensemble = self.ensemble.model_dump(mode="json", exclude=out)
         said = self.model_dump(mode="json", exclude={"cluster", "tune"})
         return key_of(said | {"catalogue": of_catalogue, "ensemble": ensemble})
 
@@ -285,8 +283,6 @@ def merged(*layers: Mapping[str, Any]) -> Settings:
         for key, value in layer.items():
             old: Any = result.get(key)
             tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
-            before = (
-                old.get("name", "sgd") if tables else None
-            )  # what is said of one optimizer is not meant for another
+            before = old.get("name", "sgd") if tables else None  # what is said of one optimizer is not for another
             result[key] = old | value if tables and value.get("name", before) == before else value
     return result
