@@ -18,11 +18,10 @@ from statistics import median, quantiles
 from ratio import header
 
 from aliprod.build import schedule
-from aliprod.build.allot import BACK_SECONDS, RESTART_SECONDS, Situation, decide
-from aliprod.build.paths import Paths
+from aliprod.build.allot import BACK_SECONDS, RESTART_SECONDS, Paths, Situation, decide
 from aliprod.build.room import Node
 from aliprod.build.target import Resources, Target
-from aliprod.forecast.clock import Clock, Span
+from aliprod.forecast.simulate import Clock, Span
 from aliprod.plan.jobs import Job, jobs_of
 from aliprod.plan.load import load
 from aliprod.recipe import PerClass

@@ -6,10 +6,10 @@ deadline, the longest path first; what is left over doubles the ranks of whichev
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from aliprod.build.paths import Paths
 from aliprod.build.room import Node, Room, slots
 from aliprod.build.target import Resources, Target
 
@@ -17,6 +17,101 @@ RESTART_SECONDS = 15.0  # that a target loses where it is stopped and started ag
 _AGAIN_SECONDS = 1.0  # between two looks at least: to less than its last digit a clock cannot be put on
 CALM_SECONDS = 10 * RESTART_SECONDS  # that lie between two changes of a target, and that one must have left for another
 BACK_SECONDS = 10 * CALM_SECONDS  # that lie between a change and another one back to the ranks from before
+
+Seconds = tuple[float, ...]  # at each number of ranks
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Seconds of the longest paths that are left.
+
+    Attributes:
+        columns: numbers of ranks, ascending, and where each stands in `Seconds`.
+        alone: of each target by itself. below: of the longest path of what needs it, all with so many ranks, or as many
+            as they can have.
+        trains: those that are trainings, or needed by one: they go before all else.
+        rank: the largest; room is counted in such ranks.
+    """
+
+    targets: Mapping[str, Target]
+    columns: Mapping[int, int]
+    alone: Mapping[str, Seconds]
+    below: Mapping[str, Seconds]
+    trains: frozenset[str]
+    rank: Resources
+
+    @classmethod
+    def of(cls, targets: Mapping[str, Target], seconds: Callable[[Target, int], float]) -> "Paths":
+        """Measure the paths of targets, each behind what it needs. ``seconds``: that a target takes at a world size."""
+        sizes = sorted({1, *(size for target in targets.values() for size in target.world_sizes)})
+        below, trains, alone = dict.fromkeys(targets, (0.0,) * len(sizes)), set[str](), dict[str, Seconds]()
+        for name, target in reversed(list(targets.items())):
+            alone[name] = _at_each(target, sizes, seconds)
+            whole = tuple(own + after for own, after in zip(alone[name], below[name], strict=True))
+            if target.kind == "training":
+                trains.add(name)
+            for need in target.needed():
+                if need.name in below:
+                    below[need.name] = tuple(map(max, below[need.name], whole))
+                    if name in trains:
+                        trains.add(need.name)
+        takes = (target.resources for target in targets.values())
+        rank = max(takes, key=lambda rank: (rank.gpus, rank.cpus), default=Resources(0, 0))
+        columns = {size: column for column, size in enumerate(sizes)}
+        return cls(targets, columns, alone, below, frozenset(trains), rank)
+
+    def left(self, targets: Mapping[str, Target], shares: Mapping[str, float]) -> "Paths":
+        """The same of those targets that are not made yet. ``shares``: what is left of those that run."""
+        alone = {name: self.alone[name] for name in targets}
+        for name, share in shares.items():
+            alone[name] = tuple(share * seconds for seconds in alone[name])
+        return replace(self, targets=targets, alone=alone)
+
+    def renewed(self, target: Target, seconds: Callable[[Target, int], float]) -> "Paths":
+        """The same, where a target takes other seconds than before, and nothing that it needs is to be made."""
+        return replace(self, alone={**self.alone, target.name: _at_each(target, self.columns, seconds)})
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """The longest path first; a prediction after all that a training waits for."""
+        return sorted(names, key=lambda name: (name not in self.trains, -self.alone[name][0] - self.below[name][0]))
+
+    def own(self, name: str, size: int) -> float:
+        """A target's seconds."""
+        return self.alone[name][self.columns[size]]
+
+    def seconds(self, name: str, size: int = 0) -> float:
+        """A path's, with so many ranks for the target itself and the most for what follows; 0: the most for itself."""
+        return (self.own(name, size) if size else self.alone[name][-1]) + self.below[name][-1]
+
+    def weight(self, name: str) -> float:
+        """How much of the largest rank a target's is."""
+        takes, rank = self.targets[name].resources, self.rank
+        return takes.gpus / rank.gpus if rank.gpus else takes.cpus / max(1, rank.cpus)
+
+    def work(self, name: str, size: int) -> float:
+        """Seconds of all ranks of a target together."""
+        return self.own(name, size) * size * self.weight(name)
+
+    @cached_property
+    def least_work(self) -> float:
+        """Of all targets, with the fewest ranks."""
+        return sum(self.work(name, target.floor) for name, target in self.targets.items())
+
+    @cached_property
+    def longest(self) -> float:
+        """Path, all with the most ranks."""
+        return max((self.seconds(name) for name in self.targets), default=0.0)
+
+    def deadline(self, slots: int) -> float:
+        """Seconds that no schedule goes below, where so many ranks run at a time."""
+        return max(self.least_work / max(1, slots), self.longest)
+
+    def needed(self, name: str, deadline: float) -> int:
+        """The fewest ranks with which a path ends by then; the most where none does."""
+        for size, own, after in zip(self.columns, self.alone[name], self.below[name], strict=True):
+            if own + after <= deadline:
+                return size
+        return max(self.columns)
 
 
 @dataclass(frozen=True)
@@ -89,7 +184,9 @@ def decide(situation: Situation) -> Decision:
     blocked = dict(_blocked(situation))
     runnable = [*running, *(name for name in situation.targets if name not in blocked and name not in running)]
     line = situation.paths.in_order(runnable)  # as each began: what has been worked on does not lose its turn by that
-    leaving = set(_leaving(situation))
+    there = {node.name for node in situation.nodes}
+    stoppable = (name for name in running if situation.targets[name].world_sizes)
+    leaving = {name for name in stoppable if not there.issuperset(running[name].nodes)}  # a node is about to go
     keep = {name for name, one in running.items() if not one.stopping} - leaving
     held = {name for name in keep if not _may_change(situation, paths, name)}
     sizes = _divide(situation, paths, line, keep)
@@ -122,14 +219,6 @@ def _blocked(situation: Situation) -> Iterator[tuple[str, str]]:
             yield name, f"waiting for {words[0]}"
 
 
-def _leaving(situation: Situation) -> Iterator[str]:
-    """What can be stopped, and runs on a node that is about to go."""
-    there = {node.name for node in situation.nodes}
-    for name, one in situation.running.items():
-        if situation.targets[name].world_sizes and not there.issuperset(one.nodes):
-            yield name
-
-
 def _may_change(situation: Situation, paths: Paths, name: str) -> bool:
     """Whether a target has run for long enough, and has enough left, to be started again otherwise."""
     one = situation.running[name]
@@ -144,11 +233,8 @@ def _goes_back(situation: Situation, name: str, size: int) -> bool:
 
 
 def _divide(situation: Situation, paths: Paths, line: Sequence[str], held: Iterable[str]) -> dict[str, int]:
-    """The ranks of each target; 0: it has to wait.
-
-    Args:
-        line: what could run, the most urgent first. held: what runs, and stays as it is.
-    """
+    """The ranks of each target; 0: it has to wait. ``line``: what could run, the most urgent first. ``held``: what
+    runs, and stays as it is."""
     room, places = Room(situation.nodes), dict[str, tuple[str, ...]]()
     for name in held:
         places[name] = situation.running[name].nodes
@@ -211,11 +297,8 @@ def _makespan(situation: Situation, paths: Paths, sizes: Mapping[str, int]) -> f
 def _start(
     situation: Situation, line: Sequence[str], sizes: Mapping[str, int], stops: bool
 ) -> tuple[dict[str, tuple[str, ...]], Room]:
-    """Nodes for what is to begin and has room now, and the room that is left.
-
-    Args:
-        stops: something is about to give room: what does not fit as it should waits for that.
-    """
+    """Nodes for what is to begin and has room now, and the room that is left. ``stops``: something is about to give
+    room: what does not fit as it should waits for that."""
     room, start = Room(situation.nodes), dict[str, tuple[str, ...]]()
     for name, one in situation.running.items():
         room.take(situation.targets[name].resources, one.nodes)
@@ -253,10 +336,11 @@ def _wanted(situation: Situation, paths: Paths, line: Sequence[str], sizes: Mapp
     return [
         situation.targets[name].resources
         for name in line
-        for _ in range(_asked(situation.targets[name], paths.needed(name, deadline)) - sizes[name])
+        for _ in range(situation.targets[name].within(paths.needed(name, deadline)) - sizes[name])
     ]
 
 
-def _asked(target: Target, size: int) -> int:
-    """The most ranks that a target may have up to ``size``, or the fewest that it may have at all."""
-    return max((one for one in target.world_sizes if one <= size), default=target.floor)
+def _at_each(target: Target, sizes: Iterable[int], seconds: Callable[[Target, int], float]) -> Seconds:
+    """Its seconds at each size, or at the nearest below that it may be made with."""
+    found = {size: seconds(target, size) for size in target.world_sizes or (1,)}
+    return tuple(found[target.within(size)] for size in sizes)

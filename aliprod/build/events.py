@@ -22,12 +22,8 @@ class Began:
 
 @dataclass(frozen=True)
 class Changed:
-    """A job has another state.
-
-    Attributes:
-        detail: why it failed or was not run.
-        seconds: from its start to its end, waiting for processes and room included; None where this run saw neither.
-    """
+    """A job has another state. ``detail``: why it failed or was not run. ``seconds``: from its start to its end,
+    waiting for processes and room included; None where this run saw neither."""
 
     job: str
     state: JobState

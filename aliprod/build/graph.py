@@ -1,18 +1,25 @@
-"""The graph of a plan: all that it makes, from the catalogue to the submission."""
+"""The graph of a plan: all that it makes, from the catalogue to the submission. How: `aliprod.build.making`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from aliprod.build import inputs, outputs
-from aliprod.build.target import Resources, Target
-from aliprod.build.trainings import cost_of, features, training
+from aliprod.build import making
+from aliprod.build.costs import cost_of, images_of
+from aliprod.build.room import Node, uses_gpu, with_cpus
+from aliprod.build.target import Cost, Resources, Target, powers_of_two
+from aliprod.catalogue.catalogue import Catalogue
+from aliprod.errors import Refused
 from aliprod.plan.jobs import Job, order_by_remaining_work
 from aliprod.plan.open import Opened
-from aliprod.recipe import Views
+from aliprod.plan.schema import Cluster
 from aliprod.store import commit
-from aliprod.store.layout import MODEL, WEIGHTS
+from aliprod.store.layout import FEATURES, HASHES, KEPT, MODEL, WEIGHTS, job_place, key_of, newest_step
 from aliprod.store.lineage import weights_folder
+from aliprod.store.resumable import SHARD_ROWS, shards
+
+LEAST_VAL = 5  # images that weights of members are fitted on: one in each fold
+_UNKNOWN = Cost(known=False)
 
 
 class Chosen(NamedTuple):
@@ -22,6 +29,20 @@ class Chosen(NamedTuple):
     sha256: str
 
 
+class Splits(NamedTuple):
+    """Which images are predicted: ``main`` makes the submission, ``scored`` (where labels are known) the errors."""
+
+    main: str
+    scored: str | None
+
+
+def splits(catalogue: Catalogue, score: Literal["auto", "val"]) -> Splits:
+    """Test, and val where the labels of test are not known, or val is asked for; val alone where there is no test."""
+    labelled = len(catalogue.test) and catalogue.test_labels is not None and score == "auto"
+    scored = "test" if labelled else ("val" if len(catalogue.val) else None)
+    return Splits("test" if len(catalogue.test) else "val", scored)
+
+
 def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = None) -> dict[str, Target]:
     """All targets of a plan by name, each behind its needs, those on the longest path of work first.
 
@@ -29,6 +50,8 @@ def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = Non
         opened: with its catalogue.
         gpu: whether a rank takes one.
         chosen: the checkpoints of members, by job; of the others the best.
+    Raises:
+        Refused: weights of members are to be fitted on a val of too few images.
     """
     graph = _Graph(opened, gpu, chosen or {})
     for name in order_by_remaining_work(opened.jobs):
@@ -36,11 +59,17 @@ def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = Non
         if opened.jobs[name].member:
             for split in graph.predicted:
                 graph.member(name, split)
-    for split in graph.splits.all:
+    for split in graph.summed:
         graph.ensemble(split)
     if graph.splits.scored:
         graph.comparison(graph.splits.scored)
     return graph.found
+
+
+def targets_on(opened: Opened, nodes: Sequence[Node]) -> dict[str, Target]:
+    """The targets of a plan as they would be made on these nodes."""
+    cluster = opened.plan.cluster
+    return targets(opened.with_cluster(with_cpus(cluster, nodes)), uses_gpu(cluster, nodes))
 
 
 def best(opened: Opened, name: str) -> Chosen | None:
@@ -51,83 +80,227 @@ def best(opened: Opened, name: str) -> Chosen | None:
     return Chosen(str(opened.jobs[name].key), commit.file_digest(folder, MODEL))
 
 
+def world_sizes(job: Job, cluster: Cluster) -> tuple[int, ...]:
+    """The numbers of ranks that a job may have: its shares can be dealt to each; one where nothing is trained."""
+    fewest, most = cluster.ranks_of(job.name)
+    if not job.stage.is_trained:
+        return (1,)
+    if job.stage.shares == "ranks":
+        return (most,)
+    return tuple(size for size in powers_of_two(job.stage.shares) if fewest <= size <= most)
+
+
 class _Graph:
     """A graph on its way: each target once, behind its needs."""
 
     def __init__(self, opened: Opened, gpu: bool, chosen: Mapping[str, Chosen]) -> None:
-        self.opened, self.gpu, self.chosen = opened, gpu, chosen
+        self.opened, self.plan, self.chosen = opened, opened.plan, chosen
         self.found: dict[str, Target] = {}
         self.best = cache(partial(best, opened))  # it reads two manifests
-        self.catalogue, self.cluster = opened.read_catalogue(), opened.plan.cluster
-        self.splits = outputs.splits(self.catalogue, opened.plan.ensemble.score)
-        self.fits = opened.plan.ensemble.combine != "sum"
-        self.predicted = dict.fromkeys([*self.splits.all, *(["val"] if self.fits else [])])
-        self.one = Resources(self.cluster.threads, 1 if gpu else 0)  # of what runs a network in one process
+        self.catalogue, self.views = opened.read_catalogue(), opened.plan.ensemble.views
+        self.splits = splits(self.catalogue, self.plan.ensemble.score)
+        self.fits = self.plan.ensemble.combine != "sum"
+        self.summed = dict.fromkeys(split for split in self.splits if split)
+        self.predicted = self.summed | (dict.fromkeys(["val"]) if self.fits else {})
+        self.rank = Resources(self.plan.cluster.threads, 1 if gpu else 0)  # of a training, and of what runs a network
 
     def training(self, name: str) -> Target:
+        """A job's training. A soup and a bank of features, which train nothing, are trainings too."""
         if name in self.found:
             return self.found[name]
         job = self.opened.jobs[name]
         stage, start = job.stage, [self.training(job.start)] if job.start else []
-        needs = {
+        fetched = stage.pretrained is True and not job.start and not job.soup
+        roles = {
             "start": start,
             "soup": [self.training(other) for other in job.soup],
-            "teachers": [self._soft_labels(job, of) for of in stage.teachers],
-            "pseudo_labels": [self._labels_by(job)] if job.labellers else [],
-            "kept": [],
-            "pretrained": [],
-            "features": [],
+            "teachers": [self.soft_labels(job, teacher) for teacher in stage.teachers],
+            "pseudo_labels": [self.pseudo_labels(job)] if job.labellers else [],
+            "kept": [self.kept_rows(job, start)] if stage.duplicates != "keep" else [],
+            "pretrained": [self.pretrained(job.network)] if fetched else [],
         }
-        if stage.duplicates != "keep":
-            hashed = self._add(inputs.hashes(self.catalogue, self.one))
-            needs["kept"] = [self._add(inputs.kept_rows(job, hashed, start[0] if start else None, self.one))]
-        if stage.pretrained is True and not job.start and not job.soup:
-            needs["pretrained"] = [self._add(inputs.pretrained(job.network))]
+        needs = {role: tuple(found) for role, found in roles.items() if found}
         if stage.features == "cached":
-            begin = {role: needs[role] for role in ("start", "pretrained")}
+            begin = {role: found for role, found in needs.items() if role in ("start", "pretrained")}
             known = ("train", "val") if len(self.catalogue.val) else ("train",)
-            needs["features"] = [self._add(features(job, split, begin, self.catalogue, self.one)) for split in known]
-        cost = cost_of(job, self.catalogue, self.opened.job_folder(name))
-        return self._add(training(job, needs, cost, self.cluster, self.gpu))
+            needs["features"] = tuple(self.features(job, split, begin) for split in known)
+        return self._add(
+            Target(
+                kind="training",
+                name=name,
+                facts=job.facts,
+                place=f"{job_place(name, str(job.key))}/{WEIGHTS}",
+                make=making.train,
+                needs=needs,
+                cost=cost_of(job, self.catalogue, newest_step(self.opened.job_folder(name)) or 0),
+                resources=self.rank,
+                world_sizes=world_sizes(job, self.plan.cluster),
+                job=job,
+                goal=True,
+            )
+        )
+
+    def pretrained(self, network: str) -> Target:
+        """A network's ImageNet weights, which cannot always be had: fetched before anything is started."""
+        facts, place = {"kind": "pretrained", "network": network}, f"pretrained/{network}"
+        name = f"{network} weights"
+        return self._add(Target("pretrained", name, facts, place, making.fetch, cost=_UNKNOWN, first=True))
+
+    def hashes(self) -> Target:
+        """The hashes of all training images, once for a catalogue."""
+        facts = {"kind": "hashes", "catalogue": self.catalogue.fingerprint}
+        place, cpus = f"{HASHES}/{self.catalogue.fingerprint}", Resources(self.rank.cpus, 0)
+        return self._add(Target("hashes", "hashes", facts, place, making.hash_images, cost=_UNKNOWN, resources=cpus))
+
+    def kept_rows(self, job: Job, start: list[Target]) -> Target:
+        """The training images that a job's filter of duplicates leaves, judged by the weights that it starts from."""
+        name, facts = f"{job.name} kept rows", {"kind": "kept_rows", "job": job.key}
+        place, make = f"{job_place(job.name, str(job.key))}/{KEPT}", making.filter_rows
+        needs = {"hashes": (self.hashes(),), "start": tuple(start)}
+        return self._add(Target("kept_rows", name, facts, place, make, needs, resources=self.rank, job=job))
+
+    def soft_labels(self, job: Job, name: str) -> Target:
+        """A teacher's soft labels of the images of a job; shared by jobs of the same images."""
+        teacher, images = self.training(name), making.shown_to_teachers(job.stage)
+        facts = {"kind": "soft_labels", "teacher": teacher.key, "images": images}
+        count = int(images_of(job.stage, self.catalogue).sum())
+        return self._add(
+            Target(
+                "soft_labels",
+                f"{name} soft labels of {'all images' if images == 'all' else key_of(images)[:8]}",
+                facts,
+                f"{job_place(name, str(teacher.key))}/soft_labels/{key_of(facts)[:16]}",
+                making.teach,
+                {"teacher": (teacher,)},
+                Cost(teacher.job, seen=count),
+                self.rank,
+                world_sizes=powers_of_two(-(-count // SHARD_ROWS)),
+                job=job,
+            )
+        )
+
+    def pseudo_labels(self, job: Job) -> Target:
+        """Labels of test images, by what other jobs predict."""
+        name, facts = f"{job.name} pseudo labels", {"kind": "pseudo_labels", "job": job.key}
+        place = f"{job_place(job.name, str(job.key))}/pseudo_labels"
+        needs = {"predictions": tuple(self.prediction(other, "test") for other in job.labellers)}
+        return self._add(Target("pseudo_labels", name, facts, place, making.label, needs, job=job))
+
+    def features(self, job: Job, split: str, begin: Mapping[str, tuple[Target, ...]]) -> Target:
+        """Features of a split, by the weights that a job begins with: shared by all jobs that begin with them.
+        ``begin``: ``start`` or ``pretrained``, where the weights are made by this run."""
+        known = dict(job.facts or {})
+        shared = {"kind": "features", "start": known["parents"].get("start"), "pooling": known.get("pooling")}
+        shared |= {name: known[name] for name in ("network", "catalogue")}
+        shared |= {name: known["stage"][name] for name in ("pretrained", "resize", "crop", "precision")}
+        digest, count = key_of(shared)[:16], len(getattr(self.catalogue, split))
+        return self._add(
+            Target(
+                "features",
+                f"{job.start or job.network} features of {split} {digest[:8]}",
+                shared | {"split": split},
+                f"{FEATURES}/{digest}/{split}",
+                making.look,
+                begin,
+                Cost(job, seen=count),
+                self.rank,
+                world_sizes=powers_of_two(-(-count // SHARD_ROWS)),
+                job=job,
+            )
+        )
 
     def member(self, name: str, split: str) -> Target:
         """The prediction of a member's chosen checkpoint, else of its best."""
         chosen = self.chosen.get(name)
         if chosen is None or chosen == self.best(name):
-            return self.prediction(name, split, self.opened.plan.ensemble.views)
-        storage, plan = self.opened.places.storage, self.opened.plan
-        place = weights_folder(storage, plan.name, name, *chosen).relative_to(storage).as_posix()
-        weights = self._add(outputs.checkpoint(self.opened.jobs[name], *chosen, place))
-        return self._predict(weights, chosen.sha256, split, self.opened.plan.ensemble.views)
+            return self.prediction(name, split)
+        return self._predict(self.checkpoint(name, chosen), chosen, split)
 
-    def prediction(self, name: str, split: str, views: Views) -> Target:
-        found = self.best(name)
-        return self._predict(self.training(name), found.sha256 if found else None, split, views)
+    def prediction(self, name: str, split: str) -> Target:
+        """The prediction of a job's best checkpoint."""
+        return self._predict(self.training(name), self.best(name), split)
+
+    def checkpoint(self, name: str, chosen: Chosen) -> Target:
+        """Weights that a person has chosen, of a job or of an earlier state of it."""
+        storage = self.opened.places.storage
+        facts = {"kind": "checkpoint", "key": chosen.key, "weights": chosen.sha256}
+        place = weights_folder(storage, self.plan.name, name, *chosen).relative_to(storage).as_posix()
+        job = self.opened.jobs[name]
+        return self._add(Target("checkpoint", f"{name} {chosen.sha256[:12]}", facts, place, making.bring, job=job))
 
     def ensemble(self, split: str) -> Target:
-        plan, which = self.opened.plan, self.splits
-        members = [self.member(name, split) for name in plan.ensemble.members]
-        fitted = self._weights() if self.fits else None
-        return self._add(outputs.ensemble(plan.name, split, members, split == which.main, fitted))
+        """The sum of the members' probabilities of a split, what it predicts, and its errors."""
+        members = [self.member(name, split) for name in self.plan.ensemble.members]
+        fitted = [self.weights()] if self.fits else []
+        facts = _of_members({"kind": "ensemble", "split": split}, members)
+        if facts is not None and fitted:
+            facts |= {"weights": fitted[0].key}
+        name, place = f"ensemble of {split}", f"{self.plan.name}/ensemble-{split}"
+        if split == self.splits.main:  # what people open
+            name, place = "ensemble", f"{self.plan.name}/ensemble"
+        needs, make = {"members": tuple(members), "weights": tuple(fitted)}, making.add_up
+        return self._add(Target("ensemble", name, facts, place, make, needs, goal=True, latest=True))
+
+    def weights(self) -> Target:
+        """Weights and temperatures of the members, fitted on their predictions of val."""
+        plan, combine, count = self.plan, self.plan.ensemble.combine, len(self.catalogue.val)
+        if count < LEAST_VAL:
+            what = (
+                f'combine = "{combine}" is fitted on val, which has {count} images, not the {LEAST_VAL} that it takes.'
+            )
+            advice = 'Say combine = "sum", or hold images back: [catalogue] val = 0.1.'
+            raise Refused(what, f"plan {plan.name}, [ensemble]", advice)
+        members = [self.member(name, "val") for name in plan.ensemble.members]
+        facts = _of_members({"kind": "weights", "combine": combine, "seed": plan.seed}, members)
+        place, needs = f"{plan.name}/weights", {"members": tuple(members)}
+        return self._add(Target("weights", "weights", facts, place, making.fit, needs, latest=True))
 
     def comparison(self, split: str) -> Target:
-        plan, jobs = self.opened.plan, self.opened.jobs.values()
-        floors = [self.prediction(job.name, split, plan.ensemble.views) for job in jobs if job.is_floor]
-        return self._add(outputs.comparison(plan, self.ensemble(split), floors))
+        """What the ensemble of labelled images is worth: `aliprod.ensemble.compare`, with its best member, and the
+        floors that it is to beat."""
+        plan, summed = self.plan, self.ensemble(split)
+        floors = [self.prediction(job.name, split) for job in self.opened.jobs.values() if job.is_floor]
+        facts: dict[str, Any] | None = None
+        if summed.facts is not None:
+            facts = {"kind": "comparison", "ensemble": summed.key, "split": split}
+            facts |= {"seed": plan.seed, "views": self.views, "combine": plan.ensemble.combine}
+            facts = _of_members(facts, floors, "floors") if floors else facts
+        place, needs = f"{plan.name}/comparison", {"ensemble": (summed,), "floors": tuple(floors)}
+        make = making.compare
+        return self._add(Target("comparison", "comparison", facts, place, make, needs, goal=True, latest=True))
 
-    def _weights(self) -> Target:
-        plan = self.opened.plan
-        return self._add(outputs.weights(plan, self.catalogue, [self.member(n, "val") for n in plan.ensemble.members]))
-
-    def _soft_labels(self, job: Job, teacher: str) -> Target:
-        return self._add(inputs.soft_labels(job, self.training(teacher), self.catalogue, self.one))
-
-    def _labels_by(self, job: Job) -> Target:
-        predictions = [self.prediction(name, "test", self.opened.plan.ensemble.views) for name in job.labellers]
-        return self._add(inputs.pseudo_labels(job, predictions))
-
-    def _predict(self, weights: Target, sha256: str | None, split: str, views: Views) -> Target:
-        return self._add(outputs.prediction(weights, sha256, split, views, self.catalogue, self.one))
+    def _predict(self, weights: Target, of: Chosen | None, split: str) -> Target:
+        """Probabilities of the images of a split, by a training or a chosen checkpoint; ``of``: None before it is
+        there."""
+        job, facts, place, views = weights.owner, None, None, self.views
+        fingerprint, count = self.catalogue.fingerprint, len(getattr(self.catalogue, split))
+        if of is not None:
+            facts = {"job": job.name, "key": of.key, "weights": of.sha256, "split": split, "views": views}
+            facts |= {"catalogue": fingerprint}
+            store = f"{of.sha256[:16]}-{split}" + ("" if views == "ten_crop" else f"-{views}")
+            if of.key != job.key:  # the same weights may have predicted the images of another catalogue
+                store += f"-{fingerprint[:8]}"
+            place = f"{job_place(job.name, of.key)}/probabilities/{store}"
+        return self._add(
+            Target(
+                "prediction",
+                f"{weights.name} {split}",
+                facts,
+                place,
+                making.predict,
+                {"weights": (weights,)},
+                Cost(job, seen=count, views=views),
+                self.rank,
+                world_sizes=powers_of_two(shards(count, self.catalogue.num_classes)),
+                job=job,
+            )
+        )
 
     def _add(self, target: Target) -> Target:
         return self.found.setdefault(target.name, target)
+
+
+def _of_members(facts: dict[str, Any], predictions: Iterable[Target], role: str = "members") -> dict[str, Any] | None:
+    """The facts with those of each member; None while one is not known."""
+    of = {prediction.owner.name: prediction.facts for prediction in predictions}
+    return facts | {role: {name: dict(own) for name, own in of.items() if own}} if all(of.values()) else None

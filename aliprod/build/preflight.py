@@ -6,7 +6,6 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from aliprod.build.inputs import check_labellers
 from aliprod.build.target import Site, Target, render
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Refused, StorageFull, Unreachable, listing
@@ -15,16 +14,12 @@ from aliprod.plan.places import catalogue_path
 from aliprod.plan.schema import Plan
 from aliprod.recipe.options import needs
 from aliprod.store import commit, lineage, mirror
-from aliprod.store.keys import key_of
-from aliprod.store.layout import cache
+from aliprod.store.layout import cache, key_of
 
 
 def prepare(request: Request) -> Opened:
-    """Read the catalogue, rendered first where the plan says so, and find the jobs.
-
-    Raises:
-        Refused: there is no catalogue. Unreachable: the storage path cannot be written.
-    """
+    """Read the catalogue, rendered first where the plan says so, and find the jobs. Refused: there is no catalogue.
+    Unreachable: the storage path cannot be written."""
     check_storage(request.places.storage)
     path, source = catalogue_path(request.plan, request.places), request.plan.catalogue
     if source.path is None and source.synth is not None:
@@ -47,12 +42,22 @@ def check_catalogue(catalogue: Catalogue, path: Path) -> None:
         raise Refused("has neither val nor test images: there is nothing to predict.", path, "Hold some images back.")
 
 
-def check_storage(storage: Path) -> None:
-    """Write a file and take it away again.
+def check_labellers(opened: Opened) -> None:
+    """Refuse what would score a model on the very images that it was given labels of. Refused: there are no test
+    images, or the plan's errors would be those on test."""
+    asked = [job.name for job in opened.jobs.values() if job.labellers]
+    if not asked:
+        return
+    catalogue, where = opened.read_catalogue(), f"plan {opened.plan.name}, {asked[0]}"
+    if not len(catalogue.test):
+        raise Refused("takes pseudo labels of test images, of which there are none.", where, "Leave pseudo_labels out.")
+    if catalogue.test_labels is not None and opened.plan.ensemble.score == "auto":
+        what = "trains on test images, by their pseudo labels, and the plan's errors would be those on test."
+        raise Refused(what, where, 'Say score = "val" in [ensemble].')
 
-    Raises:
-        Unreachable: that failed.
-    """
+
+def check_storage(storage: Path) -> None:
+    """Write a file and take it away again. Unreachable: that failed."""
     try:
         commit.write_file(storage / ".writable", "")
         commit.remove(storage / ".writable")
@@ -64,11 +69,8 @@ def check_storage(storage: Path) -> None:
 
 def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
     """Check the backbones with timm and make the first of the targets, in a process of its own: timm and torch take a
-    gigabyte that the driver need not hold. What has passed once on this machine is not checked again.
-
-    Raises:
-        Refused: a backbone that timm does not know, pretrained weights that cannot be had.
-    """
+    gigabyte that the driver need not hold. What has passed once on this machine is not checked again. Refused: a
+    backbone that timm does not know, pretrained weights that cannot be had."""
     passed = cache() / "checked" / _question(opened.plan)
     if passed.exists() and not wanted:
         return
@@ -80,18 +82,15 @@ def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
 
 def _question(plan: Plan) -> str:
     """A key of all that `check_backbones` depends on."""
-    jobs = [plan.stage(backbone, name) for backbone, stages in plan.jobs.items() for name in stages]
-    asked = [stage.model_dump(mode="json", include={"crop", "crops", "test_crop", "objective"}) for stage in jobs]
+    stages = [plan.stage(*job.split("/", 1)) for job in plan.job_names()]
+    asked = [stage.model_dump(mode="json", include={"crop", "crops", "test_crop", "objective"}) for stage in stages]
     software = [lineage.software(), *map(version, ("timm", "torch", "torchvision"))]
     return key_of({"backbones": plan.backbones, "jobs": plan.jobs, "asked": asked, "software": software})
 
 
 def check_backbones(plan: Plan) -> None:
     """Ask timm about each backbone, and whether it takes the images of its stages and has what their objectives need.
-
-    Raises:
-        Refused: naming the first that cannot be one.
-    """
+    Refused: naming the first that cannot be one."""
     import torch
 
     from aliprod.models.classifier import check_network
@@ -99,22 +98,20 @@ def check_backbones(plan: Plan) -> None:
 
     for backbone, network in plan.backbones.items():
         check_network(network, f"[backbones] {backbone}")
-    for backbone, stages in plan.jobs.items():
-        for name in stages:
-            stage, where = plan.stage(backbone, name), f"{backbone}/{name}"
-            network, objective = plan.backbones[backbone], stage.objective
-            made = check_network(network, where, stage.crop)
-            if any(check_network(network, where, crop).options != made.options for crop in stage.sizes):
-                what = f"{network} is built for images of one size, not {listing(map(str, stage.sizes))}."
-                raise Refused(what, where, "Leave crops and test_crop out.")
-            if needs(objective.name, objective.options).maps:
-                try:
-                    with torch.device("meta"):
-                        build(
-                            objective.name, objective.options, Context(2, made.channels, stage.crop, 1, side=made.side)
-                        )
-                except Refused as error:
-                    raise Refused(error.what, where, error.advice) from None
+    for job in plan.job_names():
+        backbone, _, name = job.partition("/")
+        network, stage = plan.backbones[backbone], plan.stage(backbone, name)
+        made, objective = check_network(network, job, stage.crop), stage.objective
+        if any(check_network(network, job, crop).options != made.options for crop in stage.sizes):
+            what = f"{network} is built for images of one size, not {listing(map(str, stage.sizes))}."
+            raise Refused(what, job, "Leave crops and test_crop out.")
+        if needs(objective.name, objective.options).maps:
+            context = Context(2, made.channels, stage.crop, 1, side=made.side)
+            try:
+                with torch.device("meta"):
+                    build(objective.name, objective.options, context)
+            except Refused as error:
+                raise Refused(error.what, job, error.advice) from None
 
 
 def _make_first(plan: Plan, wanted: list[Target], site: Site) -> None:

@@ -18,9 +18,8 @@ class Node:
 
 def slots(free: Resources, rank: Resources) -> int:
     """How many such ranks there is room for; of what takes nothing, one."""
-    return max(
-        0, min((has // one for has, one in ((free.cpus, rank.cpus), (free.gpus, rank.gpus)) if one > 0), default=1)
-    )
+    pairs = ((free.cpus, rank.cpus), (free.gpus, rank.gpus))
+    return max(0, min((has // one for has, one in pairs if one > 0), default=1))
 
 
 class Room:
@@ -70,11 +69,8 @@ class Room:
 
 
 def check_room(targets: Mapping[str, Target], nodes: Iterable[Node]) -> None:
-    """Refuse what the nodes can never hold, since it would wait for ever.
-
-    Raises:
-        Unreachable: naming the target and the largest node.
-    """
+    """Refuse what the nodes can never hold, since it would wait for ever. Unreachable: naming the target and the
+    largest node."""
     machines = [node.resources for node in nodes]
     for target in targets.values():
         rank, floor = target.resources, target.floor
@@ -83,26 +79,17 @@ def check_room(targets: Mapping[str, Target], nodes: Iterable[Node]) -> None:
             continue
         takes = _said(rank) if floor == 1 else f"{floor} ranks of {_said(rank)} each"
         if room:
-            raise Unreachable(
-                f"{target.name} takes {takes}, and the nodes have room for {room}.",
-                "[cluster]",
-                "Lower ranks, or cpus_per_worker.",
-            )
-        largest = max(
-            machines, key=lambda machine: (machine.gpus > 0) == (rank.gpus > 0) and machine.cpus, default=None
-        )
+            what = f"{target.name} takes {takes}, and the nodes have room for {room}."
+            raise Unreachable(what, "[cluster]", "Lower ranks, or cpus_per_worker.")
+        like = (one for one in machines if (one.gpus > 0) == (rank.gpus > 0))
+        largest = max(like, key=lambda one: one.cpus, default=next(iter(machines), None))
         has = "there is none" if largest is None else f"the largest has {_said(largest)}"
-        free = sum(machine.gpus for machine in machines)
-        beside = f" ({_counted(free, 'GPU')} in all, and beside none of them {_counted(rank.cpus, 'CPU')})"
-        raise Unreachable(
-            f"{target.name} takes {takes}, and no node can hold that: {has}"
-            + (beside if rank.gpus and free else "")
-            + ".",
-            "[cluster]",
-            ("Lower cpus_per_worker. " if rank.cpus > 1 else "")
-            + ("" if free or not rank.gpus else "Without GPUs say use_gpu = false. ")
-            + "Where the cluster grows on demand, set max_cpus and max_gpus.",
-        )
+        if free := rank.gpus and sum(machine.gpus for machine in machines):
+            has += f" ({_counted(free, 'GPU')} in all, and beside none of them {_counted(rank.cpus, 'CPU')})"
+        what = f"{target.name} takes {takes}, and no node can hold that: {has}."
+        advice = "Lower cpus_per_worker. " if rank.cpus > 1 else ""
+        advice += "Without GPUs say use_gpu = false. " if rank.gpus and not free else ""
+        raise Unreachable(what, "[cluster]", f"{advice}Where the cluster grows on demand, set max_cpus and max_gpus.")
 
 
 def uses_gpu(cluster: Cluster, nodes: Sequence[Node]) -> bool:
@@ -111,22 +98,13 @@ def uses_gpu(cluster: Cluster, nodes: Sequence[Node]) -> bool:
 
 
 def with_cpus(cluster: Cluster, nodes: Sequence[Node]) -> Cluster:
-    """The same, with the CPUs of a rank where the plan does not say how many."""
-    cpus = cpus_of_a_rank(cluster, nodes, uses_gpu(cluster, nodes))
-    return cluster.model_copy(update={"cpus_per_worker": cpus})
-
-
-def cpus_of_a_rank(cluster: Cluster, nodes: Sequence[Node], gpu: bool) -> int:
-    """CPUs of a rank where the plan does not say: what the nodes have for each GPU; without GPUs one, since the number
-    of threads is part of a CPU's arithmetic.
-
-    Args:
-        gpu: whether a rank takes one.
-    """
+    """The same, with the CPUs of a rank where the plan does not say how many: what the nodes have for each GPU; without
+    GPUs one, since the number of threads is part of a CPU's arithmetic."""
     if cluster.cpus_per_worker is not None:
-        return cluster.cpus_per_worker
+        return cluster
+    gpu = uses_gpu(cluster, nodes)
     shares = [node.resources.cpus // node.resources.gpus for node in nodes if gpu and node.resources.gpus]
-    return max(1, min(shares, default=1))
+    return cluster.model_copy(update={"cpus_per_worker": max(1, min(shares, default=1))})
 
 
 def _said(resources: Resources) -> str:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
-from aliprod.build.allot import Running, Situation, decide
-from aliprod.build.paths import Paths
+from aliprod.build.allot import Paths, Running, Situation, decide
 from aliprod.build.room import Node
 from aliprod.build.target import Resources, Target
 
@@ -21,11 +20,8 @@ _SURPRISE = 0.2  # by which a rate must differ from what was known for the room 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How something ended: as it should, for good, or with a checkpoint since it was asked to.
-
-    Attributes:
-        detail: why it failed.
-    """
+    """How something ended: as it should, for good, or with a checkpoint since it was asked to. ``detail``: why it
+    failed."""
 
     state: Literal["done", "failed", "paused"]
     detail: str = ""
@@ -68,11 +64,8 @@ class Runner(Protocol):
 @dataclass(frozen=True)
 class Change:
     """A target has been started, waits, is paused to go on otherwise, is done, has failed, or will not be made.
-
-    Attributes:
-        detail: what it waits for, why it failed, or which failure drops it.
-        nodes: of each rank of one that was started.
-    """
+    ``detail``: what it waits for, why it failed, or which failure drops it. ``nodes``: of each rank of one that was
+    started."""
 
     name: str
     state: Literal["started", "waiting", "paused", "done", "failed", "dropped"]
@@ -96,8 +89,7 @@ def execute(
     Yields:
         Each change, and None after each wait, for whoever watches what runs.
     """
-    making = _Making(dict(targets), runner, most)
-    making.begin(running)
+    making = _Making(targets, runner, most, running)
     while making.waiting or making.running:
         if runner.stopping():
             making.waiting.clear()
@@ -113,20 +105,16 @@ def execute(
 class _Making:
     """What waits, what runs, and how the room was divided when it last was."""
 
-    def __init__(self, waiting: dict[str, Target], runner: Runner, most: int | None) -> None:
-        self.waiting, self.runner, self.most = waiting, runner, most
-        self.order = list(waiting)
-        self.running, self.handles, self.targets = dict[str, Running](), dict[str, Any](), dict(waiting)
+    def __init__(
+        self, targets: Mapping[str, Target], runner: Runner, most: int | None, running: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        self.targets, self.waiting, self.runner, self.most = dict(targets), dict(targets), runner, most
+        self.running, self.handles = dict[str, Running](), dict[str, Any]()
         self.again, self.said, self.wanted = runner.now(), dict[str, str](), list[Resources]()
-        self.nodes, self.paces = list[Node](), dict[str, float]()
-        self.before = dict[str, int]()  # ranks of each that was given others
-        self.paths = Paths.of(waiting, runner.seconds)
-
-    def begin(self, running: Mapping[str, tuple[str, ...]]) -> None:
-        """Start targets on given nodes."""
+        self.nodes, self.before = list[Node](), dict[str, int]()  # ranks of each that was given others
+        self.paths = Paths.of(targets, runner.seconds)
         for name, nodes in running.items():
-            self.handles[name] = self.runner.start(self.waiting.pop(name), nodes)
-            self.running[name] = Running(nodes, self.runner.now())
+            self._start(name, nodes)
         self.paces = {name: self._pace(name) for name in self.running}
 
     def surprised(self) -> bool:
@@ -137,7 +125,7 @@ class _Making:
     def divide(self) -> Iterator[Change]:
         """Divide the room, stop and start what that asks for."""
         self.nodes = list(self.runner.nodes())
-        left = {name: self.targets[name] for name in self.order if name in self.waiting or name in self.running}
+        left = {name: self.targets[name] for name in self.targets if name in self.waiting or name in self.running}
         now = self.runner.now()
         running = {name: replace(one, share=self._share(name)) for name, one in self.running.items()}
         if self._surprising():
@@ -151,8 +139,7 @@ class _Making:
             self.before[name] = len(one.nodes) if there.issuperset(one.nodes) else 0
             self.runner.stop(self.handles[name])
         for name, nodes in decision.start.items():
-            self.handles[name] = self.runner.start(self.waiting.pop(name), nodes)
-            self.running[name] = Running(nodes, now, before=self.before.get(name, 0))
+            self._start(name, nodes)
             self.said.pop(name, None)
             yield Change(name, "started", nodes=nodes)
         self.paces = {name: self._pace(name) for name in self.running}
@@ -179,6 +166,10 @@ class _Making:
             elif outcome.state == "failed":
                 yield from (Change(lost, "dropped", name) for lost in self._drop(name))
 
+    def _start(self, name: str, nodes: tuple[str, ...]) -> None:
+        self.handles[name] = self.runner.start(self.waiting.pop(name), nodes)
+        self.running[name] = Running(nodes, self.runner.now(), before=self.before.get(name, 0))
+
     def _elsewhere(self, left: Mapping[str, Target]) -> dict[str, str]:
         """What could run, and another driver makes, with who that is."""
         ready = [one for one in self.waiting.values() if not any(need.name in left for need in one.needed())]
@@ -199,7 +190,7 @@ class _Making:
     def _drop(self, failed: str) -> list[str]:
         """Take out of what waits whatever needs a failed target, directly or not."""
         lost = [failed]
-        for name in [name for name in self.order if name in self.waiting]:  # needs come before those that need them
+        for name in [name for name in self.targets if name in self.waiting]:  # needs come before those that need them
             if any(need.name in lost for need in self.waiting[name].needed()):
                 lost.append(name)
                 del self.waiting[name]

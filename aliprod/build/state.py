@@ -8,16 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from aliprod.build.events import DONE, LOST, Changed, Event, JobState, Reported, Standing, Task
 from aliprod.build.room import Node
 from aliprod.build.schedule import Change
-from aliprod.build.target import Resources, Target
+from aliprod.build.target import Target
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.store import commit, epochs
 from aliprod.store.layout import METRICS
 
 FILE = "state.json"
+_STANDING = TypeAdapter(Standing)
+_STANDING.rebuild(_types_namespace={"Node": Node})
 _STANDING_SECONDS = 1.0
 
 
@@ -45,15 +49,9 @@ class RunState:
         self._tails = {name: _Tail(opened.job_folder(name) / METRICS) for name in opened.jobs}
         self._stood = 0.0
 
-    def reuse(self) -> Iterator[Event]:
-        """Report what was finished before this run began."""
-        for name in self.jobs_in("reused"):
-            yield self._set(name, "reused")
-        self._publish()
-
-    def reuse_of_others(self) -> Iterator[Event]:
-        """Report what another driver has finished since this run looked."""
-        for name in self.jobs_in("waiting"):
+    def reuse(self, of: JobState = "reused") -> Iterator[Event]:
+        """Report what was finished before this run began; of what waits, what another driver has finished since."""
+        for name in self.jobs_in(of):
             if self.opened.record(name) is not None:
                 yield self._set(name, "reused")
         self._publish()
@@ -184,17 +182,11 @@ def _said(path: Path) -> tuple[Standing, bool]:
     """What a driver has said, and whether it is known to be gone."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        tasks, past = tuple(map(_task, said["tasks"])), tuple(map(_task, said.get("past", ())))
-        nodes = tuple(Node(node["name"], Resources(**node["resources"])) for node in said["nodes"])
-        standing = Standing(dict(said["states"]), dict(said["reasons"]), tasks, nodes, past, said.get("page", ""))
-    except (OSError, ValueError, TypeError, KeyError):
+        standing = _STANDING.validate_python(said)
+    except (OSError, ValueError):
         return Standing(), True
     here = said.get("host") == os.uname().nodename
     return standing, here and not Path(f"/proc/{said.get('pid')}").exists()
-
-
-def _task(said: Mapping[str, Any]) -> Task:
-    return Task(**{**said, "nodes": tuple(said["nodes"])})
 
 
 class _Tail:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from aliprod.plan.places import catalogue_path, catalogue_reading
 from aliprod.plan.schema import Cluster, Synth
 from aliprod.recipe import Views, never
 from aliprod.store import commit, mirror
-from aliprod.store.keys import key_of
+from aliprod.store.layout import key_of
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,7 @@ class Site:
 
     @classmethod
     def of(cls, opened: Opened) -> "Site":
-        """Where the targets of a plan are made.
-
-        Raises:
-            Refused: its catalogue is not there.
-        """
+        """Where the targets of a plan are made. Refused: its catalogue is not there."""
         opened.read_catalogue()
         path, reading = catalogue_path(opened.plan, opened.places), catalogue_reading(opened.plan, opened.places)
         synth = opened.plan.catalogue.synth if opened.plan.catalogue.path is None else None
@@ -137,11 +134,7 @@ class Target:
 
     @property
     def owner(self) -> Job:
-        """Its job.
-
-        Raises:
-            ValueError: it belongs to the whole plan.
-        """
+        """Its job. ValueError: it belongs to the whole plan."""
         if self.job is None:
             raise ValueError(f"{self.name} belongs to no job")
         return self.job
@@ -151,17 +144,16 @@ class Target:
         """The fewest ranks that it may be made with."""
         return self.world_sizes[0] if self.world_sizes else 1
 
+    def within(self, size: int) -> int:
+        """The most ranks up to ``size`` that it may be made with, else the fewest."""
+        return max((one for one in self.world_sizes if one <= size), default=self.floor)
+
     def needed(self) -> Iterator["Target"]:
         """The targets that it needs, whatever their role."""
-        for targets in self.needs.values():
-            yield from targets
+        return chain(*self.needs.values())
 
     def folder(self, storage: Path) -> Path:
-        """Its folder.
-
-        Raises:
-            ValueError: it is not known yet.
-        """
+        """Its folder. ValueError: it is not known yet."""
         if self.place is None:
             raise ValueError(f"{self.name} has no folder yet: what it needs is not there")
         return storage / self.place
@@ -173,11 +165,7 @@ class Target:
 
 
 def render(synth: Synth, path: Path) -> None:
-    """Render a catalogue where it is not there.
-
-    Raises:
-        Refused: something else is.
-    """
+    """Render a catalogue where it is not there. Refused: something else is."""
     if path.exists():
         return
     from aliprod.synth.synth import synthesise
@@ -196,23 +184,12 @@ def powers_of_two(most: int) -> tuple[int, ...]:
 
 def lacking(graph: Mapping[str, Target], storage: Path, goals: Iterable[Target] | None = None) -> dict[str, Target]:
     """The goals of a graph that are not made, and what they need that is not made either, in the graph's order.
-
-    Args:
-        goals: others than the graph's own.
-    """
-    found: set[str] = set()
-    made: set[str] = set()
-
-    def visit(target: Target) -> None:
-        if target.name in found or target.name in made:
-            return
-        if target.record(storage) is not None:
-            made.add(target.name)
-            return
-        found.add(target.name)
-        for need in target.needed():
-            visit(need)
-
-    for goal in (target for target in graph.values() if target.goal) if goals is None else goals:
-        visit(goal)
-    return {name: target for name, target in graph.items() if name in found}
+    ``goals``: others than the graph's own."""
+    asked = [target for target in graph.values() if target.goal] if goals is None else list(goals)
+    missing = dict[str, bool]()
+    while asked:
+        target = asked.pop()
+        if target.name not in missing:
+            missing[target.name] = target.record(storage) is None
+            asked += target.needed() if missing[target.name] else ()
+    return {name: target for name, target in graph.items() if missing.get(name)}

@@ -17,7 +17,7 @@ from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.randomness import seed_of
 from aliprod.store import commit
-from aliprod.store.keys import key_of
+from aliprod.store.layout import key_of
 
 _ALIKE = 6  # bits of 64 that may differ between two copies of a picture
 _LEAST = 64  # pixels a side of what is hashed

@@ -162,7 +162,7 @@ def init_command(reading: "Reading", photos: Path, out: Path | None, storage: Pa
     plan = out or _file_of(photos)
     photographs, computer = _write(reading, photos, plan)
     request = Asked(plan, (), storage).request()
-    from aliprod.forecast.measure import measure_plan
+    from aliprod.forecast.rates import measure_plan
     from aliprod.forecast.simulate import forecast
     from aliprod.plan.open import open_plan
     from aliprod.report.estimate import lines

@@ -84,7 +84,7 @@ def tune_command(asked: Asked, job: str) -> None:
 
 def _benchmark_plan(part: "Part", asked: Asked, steps: int) -> None:
     request, measured = asked.request(), []
-    from aliprod.forecast.measure import measure_plan
+    from aliprod.forecast.rates import measure_plan
 
     for found in measure_plan(request, part, steps):
         measured.append(found)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import ray
 
-from aliprod.build.graph import targets
-from aliprod.build.room import check_room, slots, uses_gpu, with_cpus
+from aliprod.build.graph import targets_on
+from aliprod.build.room import check_room, slots
 from aliprod.build.target import lacking
 from aliprod.cluster import session
 from aliprod.cluster.facts import Facts, facts, nearest_folder, software
@@ -198,10 +198,8 @@ def _room(opened: Opened, takes: Demand | None) -> Iterator[Check]:
     if takes is None:
         yield _check("room", None, opened.plan.catalogue.path is None, opened.note, "Put the catalogue there.")
         return
-    nodes = session.nodes()
-    settings = with_cpus(opened.plan.cluster, nodes)
-    graph = targets(opened.with_cluster(settings), uses_gpu(settings, nodes))
-    todo = lacking(graph, opened.places.storage)
+    nodes, settings = session.nodes(), opened.plan.cluster
+    todo = lacking(targets_on(opened, nodes), opened.places.storage)
     try:
         check_room(todo, session.machines(settings))
         yield Check("ranks", True, None, "every job finds its room")

@@ -10,8 +10,7 @@ from dataclasses import replace
 import ray
 
 from aliprod.build.events import LOST, Began, Ended, Event, Said
-from aliprod.build.graph import Chosen, targets
-from aliprod.build.outputs import compared, splits
+from aliprod.build.graph import Chosen, splits, targets
 from aliprod.build.preflight import make_first, prepare
 from aliprod.build.room import check_room, uses_gpu, with_cpus
 from aliprod.build.schedule import execute
@@ -22,8 +21,8 @@ from aliprod.cluster.launch import start_launcher
 from aliprod.cluster.session import Signals
 from aliprod.cluster.tasks import RayRunner
 from aliprod.errors import Failed, Unreachable, listing
-from aliprod.forecast import kept
-from aliprod.forecast.seconds import Estimates
+from aliprod.forecast.rates import Estimates
+from aliprod.forecast.simulate import keep
 from aliprod.plan.open import Opened, Request
 from aliprod.plan.places import catalogue_path
 from aliprod.shown import redacted
@@ -144,7 +143,7 @@ class _Run:
         while True:
             self.leases.check()
             if all(self.opened.record(name) is not None for name in self.opened.plan.ensemble.members):
-                yield from self.state.reuse_of_others()  # else MLflow would not be told of their weights
+                yield from self.state.reuse("waiting")  # else MLflow would not be told of their weights
                 self._show()
                 choices, note = choose(self.opened, self.tracking.registry, not self.tracking.flush(_FLUSH_SECONDS))
                 self.chosen = {name: Chosen(choice.key, choice.sha256) for name, choice in choices.items()}
@@ -205,7 +204,7 @@ class _Run:
             yield from _drained(runner.refused)
             yield from self.state.reports()
             if change is not None:
-                kept.keep(self.opened, self.state.nodes)
+                keep(self.opened, self.state.nodes)
                 yield from self.state.apply(todo[change.name], change)
         self.signals.gently = False
         if self.signals.told:
@@ -238,7 +237,7 @@ class _Run:
         which = splits(opened.read_catalogue(), opened.plan.ensemble.score)
         sums = {(t.facts or {})["split"]: t for t in graph.values() if t.kind == "ensemble"}
         key, folder = str(sums[which.main].key), sums[which.main].folder(self.site.storage)
-        found = compared(self.site.storage, graph)
+        found = lineage.comparison(self.site.storage, opened.plan.name) if which.scored else None
         of = found["members"] if found else {name: {"top1_error": None} for name in choices}
         result = {
             "members": {n: {"top1_error": of[n]["top1_error"], "version": c.version} for n, c in choices.items()},

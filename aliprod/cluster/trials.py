@@ -18,7 +18,7 @@ from aliprod.plan.schema import Plan, Tune
 from aliprod.recipe import PerClass, Stage
 from aliprod.recipe.search import draws, searched
 from aliprod.store import commit
-from aliprod.store.keys import key_of
+from aliprod.store.layout import key_of
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from aliprod.build.graph import targets
+from aliprod.build.making import inputs_of
 from aliprod.build.preflight import make_first, prepare
 from aliprod.build.room import slots, uses_gpu, with_cpus
 from aliprod.build.target import Resources, Site, Target
-from aliprod.build.trainings import inputs_of
 from aliprod.catalogue.catalogue import Integers
 from aliprod.cluster import session
 from aliprod.cluster.trials import Log, Trial, drawn_stages, finalists, is_spent, judged, search_of, short, trial_of

@@ -12,7 +12,7 @@ from aliprod.build.graph import targets
 from aliprod.build.target import Target, lacking
 from aliprod.catalogue import shards
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.forecast.seconds import UNKNOWN, Estimates
+from aliprod.forecast.rates import UNKNOWN, Estimates
 from aliprod.forecast.simulate import STARTING_SECONDS
 from aliprod.plan import networks
 from aliprod.plan.jobs import Job

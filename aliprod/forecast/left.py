@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from aliprod.build.allot import RESTART_SECONDS
+from aliprod.build.costs import cost_of
 from aliprod.build.events import LOST, Standing, Task
-from aliprod.build.graph import targets
-from aliprod.build.room import Node, check_room, uses_gpu, with_cpus
+from aliprod.build.graph import targets_on
+from aliprod.build.room import Node, check_room
 from aliprod.build.schedule import execute
-from aliprod.build.target import Cost, Target, lacking
-from aliprod.build.trainings import epoch_of
+from aliprod.build.target import Target, lacking
 from aliprod.errors import Unreachable
-from aliprod.forecast.clock import Clock
-from aliprod.forecast.seconds import Estimates, speed_up
-from aliprod.forecast.simulate import STARTING_SECONDS
+from aliprod.forecast.rates import Estimates, speed_up
+from aliprod.forecast.simulate import STARTING_SECONDS, Clock
 from aliprod.plan.open import Opened
 from aliprod.store import epochs
 
@@ -55,7 +54,8 @@ class Outlook:
         if not standing.nodes or not estimates.paces:
             return None
         if self.nodes != standing.nodes:
-            self._read(standing.nodes)
+            self.nodes, self.graph = standing.nodes, targets_on(self.opened, standing.nodes)
+            self.todo = lacking(self.graph, self.opened.places.storage)
         try:
             check_room(self.todo, self.nodes)
         except Unreachable:  # others are to come
@@ -75,15 +75,11 @@ class Outlook:
             return own * speed_up(task.world_size) / speed_up(ranks)
 
         clock = Clock(standing.nodes, seconds, 0.0, RESTART_SECONDS)
-        for _ in execute(todo, clock, self.opened.plan.cluster.max_parallel_jobs, _places(running)):
+        places = {name: task.nodes for name, task in running.items()}
+        for _ in execute(todo, clock, self.opened.plan.cluster.max_parallel_jobs, places):
             pass
         ends = {name: spans[-1].end for name, spans in clock.spans.items()}
         return Left(max(ends.values(), default=0.0), ends)
-
-    def _read(self, nodes: tuple[Node, ...]) -> None:
-        self.nodes, cluster = nodes, self.opened.plan.cluster
-        self.graph = targets(self.opened.with_cluster(with_cpus(cluster, nodes)), uses_gpu(cluster, nodes))
-        self.todo = lacking(self.graph, self.opened.places.storage)
 
     def _factor(self, kind: str, tasks: Iterable[Task], estimates: Estimates) -> float:
         """How many times longer targets of a kind have taken in this run than expected; 1 before any has ended."""
@@ -98,17 +94,11 @@ class Outlook:
         if pace is None:
             expected = factor * _whole(estimates, target, task.world_size)
             return max(expected - (now - task.since), _AT_LEAST * expected)
-        job, epoch = target.owner, epoch_of(target.owner.stage, self.opened.read_catalogue())
-        images = (job.stage.epochs * epoch.steps - pace["step"]) * job.stage.batch_size
-        seen = Cost(job, seen=(job.stage.epochs - pace["step"] // epoch.steps) * epoch.seen)
-        validations = estimates.seconds(replace(target, cost=seen), task.world_size)
-        return float(images / pace["images_per_second"] + validations)
+        rest = cost_of(target.owner, self.opened.read_catalogue(), pace["step"])
+        validations = estimates.seconds(replace(target, cost=replace(rest, trained=0)), task.world_size)
+        return float(rest.trained / pace["images_per_second"] + validations)
 
 
 def _whole(estimates: Estimates, target: Target, ranks: int) -> float:
     """All that there is to do, the start included."""
     return STARTING.get(target.kind, _STARTING_ALONE) + estimates.seconds(target, ranks)
-
-
-def _places(tasks: Mapping[str, Task]) -> dict[str, tuple[str, ...]]:
-    return {name: task.nodes for name, task in tasks.items()}

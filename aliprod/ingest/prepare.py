@@ -34,8 +34,7 @@ from aliprod.errors import Refused
 from aliprod.ingest.check import first_picture, judged, not_listed
 from aliprod.processes import Pool, ReadProgress, pool
 from aliprod.store import commit
-from aliprod.store.keys import key_of
-from aliprod.store.layout import cache
+from aliprod.store.layout import cache, key_of
 
 SHARD = 512  # rows: some 25 MB of photographs, what one process makes in seconds
 ROW_GROUP = 128  # rows, measured best in order: 64 to 256

@@ -11,18 +11,31 @@ from pydantic import ValidationError
 from aliprod.errors import Refused, did_you_mean, listing, nearest
 from aliprod.models.sizes import misfit, stride
 from aliprod.plan import networks
-from aliprod.plan.problems import MOST_NAMES, Problem, unknown
 from aliprod.plan.schema import Edge, Plan, Settings, effective, merged
-from aliprod.plan.source import Key, dotted, shown
+from aliprod.plan.source import MOST_NAMES, Key, Problem, dotted, shown, unknown
 from aliprod.recipe import Needs, ObjectiveRecipe, Stage
 from aliprod.recipe.options import needs, refusals
 
 _MOST_MENDED = 20  # misspelt names, so that a hostile plan takes no minutes
 
 
-def meant(plan: Plan) -> tuple[Plan, list[Problem]]:
-    """The plan with backbones and stages defined under the names that the rest of it says, where all of it agrees on
-    another; with those that were not."""
+def mended(plan: Plan) -> tuple[Plan | None, list[Problem]]:
+    """The plan with its misspelt backbones and stages as they are meant, so that what says them right is no problem
+    too; with what was wrong. None where that is too much to guess from."""
+    plan, problems = _defined(plan)
+    problems += islice(_misnamed(plan), _MOST_MENDED)
+    if len(problems) >= _MOST_MENDED:
+        return None, problems
+    jobs = dict[str, list[str]]()
+    for said, stages in plan.jobs.items():
+        names = [_near(name, plan.stages) for name in stages]
+        jobs.setdefault(_near(said, plan.backbones), []).extend(filter(None, names))
+    jobs.pop("", None)
+    return plan.model_copy(update={"jobs": jobs}), problems
+
+
+def _defined(plan: Plan) -> tuple[Plan, list[Problem]]:
+    """Backbones and stages under the names that the rest of the plan says, where all of it agrees on another."""
     members = [member.partition("/")[::2] for member in plan.ensemble.members]
     starts = [start for table in plan.stages.values() if isinstance(start := table.get("start"), str)]
     found, problems = dict[str, dict[str, Any]](), list[Problem]()
@@ -41,16 +54,8 @@ def meant(plan: Plan) -> tuple[Plan, list[Problem]]:
     return plan.model_copy(update=found), problems
 
 
-def unknown_networks(plan: Plan) -> Iterator[Problem]:
-    """Networks and tags of weights that timm does not have."""
-    complaints = ((name, *networks.complaint(network)) for name, network in plan.backbones.items())
-    for name, sentence, advice in islice((found for found in complaints if found[1]), _MOST_MENDED):
-        key: Key = ("backbones", name)
-        yield Problem(key, f"{dotted(key)}: {sentence}", advice)
-
-
-def names(plan: Plan) -> Iterator[Problem]:
-    """Jobs, overrides and ranks of backbones and stages that are not there, or are there twice."""
+def _misnamed(plan: Plan) -> Iterator[Problem]:
+    """Jobs of backbones and stages that are not there, or are there twice."""
     for backbone, stages in plan.jobs.items():
         key: Key = ("jobs", backbone)
         if backbone not in plan.backbones:
@@ -61,23 +66,34 @@ def names(plan: Plan) -> Iterator[Problem]:
                 yield unknown(key, sentence, name, plan.stages, "Stages", quoted=name)
             elif count > 1:
                 yield Problem(key, f"{dotted(key)} says {shown(name)} {count} times.", quoted=name)
-    targets, written = [*plan.backbones, *_meant(plan)], set(plan.job_names())
-    for target in plan.overrides:
-        if target not in targets and target not in written:
-            sentence = f"overrides: {shown(target)} is neither a backbone nor a job of this plan."
-            yield unknown(("overrides", target), sentence, target, targets, "Backbones and jobs")
-    for job in plan.cluster.ranks if isinstance(plan.cluster.ranks, dict) else ():
-        if job not in targets and job not in written:
-            sentence = f"cluster.ranks: {shown(job)} is not a job of this plan."
-            yield unknown(("cluster", "ranks", job), sentence, job, _meant(plan), "Jobs")
 
 
-def members(plan: Plan) -> Iterator[Problem]:
-    """Members that are no jobs, or stand there twice."""
+def _near(name: str, known: Mapping[str, object]) -> str:
+    return name if name in known else nearest(name[:128], islice(known, MOST_NAMES))
+
+
+def unknown_networks(plan: Plan) -> Iterator[Problem]:
+    """Networks and tags of weights that timm does not have."""
+    complaints = ((name, *networks.complaint(network)) for name, network in plan.backbones.items())
+    for name, sentence, advice in islice((found for found in complaints if found[1]), _MOST_MENDED):
+        key: Key = ("backbones", name)
+        yield Problem(key, f"{dotted(key)}: {sentence}", advice)
+
+
+def targets(plan: Plan) -> Iterator[Problem]:
+    """Overrides, ranks and members that are of no job, or stand there twice."""
+    jobs = list(plan.job_names())
+    known = dict.fromkeys([*plan.backbones, *jobs])
+    for target in (one for one in plan.overrides if one not in known):
+        sentence = f"overrides: {shown(target)} is neither a backbone nor a job of this plan."
+        yield unknown(("overrides", target), sentence, target, known, "Backbones and jobs")
+    ranks = plan.cluster.ranks if isinstance(plan.cluster.ranks, dict) else {}
+    for job in (one for one in ranks if one not in known):
+        sentence = f"cluster.ranks: {shown(job)} is not a job of this plan."
+        yield unknown(("cluster", "ranks", job), sentence, job, jobs, "Jobs")
     key: Key = ("ensemble", "members")
-    jobs, written = _meant(plan), set(plan.job_names())
     for member, count in Counter(plan.ensemble.members).items():
-        if member not in jobs and member not in written:
+        if member not in jobs:
             backbone = member.partition("/")[0]
             its = [job for job in jobs if job.startswith(f"{backbone}/")]
             sentence = f"member {shown(member)} is not a job of this plan."
@@ -89,16 +105,12 @@ def members(plan: Plan) -> Iterator[Problem]:
 
 def edges(plan: Plan) -> Iterator[Problem]:
     """Jobs that start from, learn from or are made of one that is not there, or of each other in a circle."""
-    parents: dict[str, list[str]] = {}
-    meant = _meant(plan)
-    jobs = meant | dict.fromkeys(plan.job_names())
-    for backbone, stages in plan.jobs.items():
-        for name in (name for name in stages if name in plan.stages):
-            parents[f"{backbone}/{name}"] = []
-            for edge, targets in plan.edges(backbone, name).items():
-                yield from (_missing(plan, f"{backbone}/{name}", edge, to, meant) for to in targets if to not in jobs)
-                yield from _misshapen(plan, f"{backbone}/{name}", edge, [to for to in targets if to in jobs])
-                parents[f"{backbone}/{name}"] += targets
+    parents: dict[str, list[str]] = {job: [] for job in plan.job_names()}
+    for job, needed in parents.items():
+        for edge, targets in plan.edges(*job.split("/", 1)).items():
+            yield from (_missing(plan, job, edge, to, parents) for to in targets if to not in parents)
+            yield from _misshapen(plan, job, edge, [to for to in targets if to in parents])
+            needed.extend(targets)
     try:
         TopologicalSorter(parents).prepare()
     except CycleError as error:
@@ -112,30 +124,27 @@ def edges(plan: Plan) -> Iterator[Problem]:
 
 
 def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
-    """Settings that are right each by itself, but not in one stage.
-
-    Args:
-        wrong: keys of tables that have problems of their own; what they take part in is not asked about.
-    """
+    """Settings that are right each by itself, but not in one stage. ``wrong``: keys of tables that have problems of
+    their own; what they take part in is not asked about."""
     used = {name for stages in plan.jobs.values() for name in stages}
     combinations: list[tuple[str, list[Key]]] = [("", [("stages", name)]) for name in plan.stages if name not in used]
-    for backbone, stages in plan.jobs.items():
-        for name in dict.fromkeys(stages):
-            own: list[Key] = [("overrides", backbone), ("overrides", f"{backbone}/{name}")]
-            if name in plan.stages:
-                keys: list[Key] = [("stages", name), *(key for key in own if key[1] in plan.overrides)]
-                combinations.append((f"{backbone}/{name}", keys))
+    for job in dict.fromkeys(plan.job_names()):
+        backbone, _, name = job.partition("/")
+        own: list[Key] = [("overrides", one) for one in (backbone, job) if one in plan.overrides]
+        combinations.append((job, [("stages", name), *own]))
     for job, keys in combinations:
-        if not wrong & {("defaults",), *keys}:
-            yield from _combined(plan, job, keys)
+        if wrong & {("defaults",), *keys}:
+            continue
+        tables = [getattr(plan, str(group))[name] for group, name in keys]
+        found = _clashes(plan, job, tables)
+        by_table = [(key, _clashes(plan, job, tables[:count])) for count, key in enumerate(keys, 1)] if found else []
+        for reason in found:  # at the first table with which it is so
+            key = next(key for key, reasons in by_table if reason in reasons)
+            yield Problem(key, f"{dotted(key)}: {reason}.")
 
 
 def stage_with(plan: Plan, job: str, settings: Settings) -> Stage:
-    """A job's stage with other settings.
-
-    Raises:
-        ValueError: they are not for this stage; says why.
-    """
+    """A job's stage with other settings. ValueError: they are not for this stage; says why."""
     other, parts = plan.with_settings(job, settings), job.split("/", 1)
     if found := _clashes(other, job, other.layers(*parts)):
         raise ValueError("; ".join(found))
@@ -158,42 +167,39 @@ def remarks(plan: Plan) -> Iterator[str]:
     yield from (f"{listing(jobs)}: {sentence}" for sentence, jobs in idle.items())
 
 
-def _combined(plan: Plan, job: str, keys: list[Key]) -> Iterator[Problem]:
-    """What is wrong with a job's merged settings, at the first table with which it is."""
-    tables = [getattr(plan, str(group))[name] for group, name in keys]
-    found = _clashes(plan, job, tables)
-    by_table = [(key, _clashes(plan, job, tables[:count])) for count, key in enumerate(keys, 1)] if found else []
-    for reason in found:
-        key = next(key for key, reasons in by_table if reason in reasons)
-        yield Problem(key, f"{dotted(key)}: {reason}.")
-
-
 def _clashes(plan: Plan, job: str, tables: list[Settings]) -> list[str]:
+    """What does not go together in a stage, or with the network and the ranks of its job."""
     try:
         stage = effective(plan.seed, plan.defaults, tables)
     except ValidationError as error:
         return str(error.errors()[0]["msg"]).removeprefix("Value error, ").split("\n")
     network = plan.backbones.get(job.partition("/")[0], "")
-    refused = refusals(stage.objective.name, stage.objective.options)
     found = [
         _undealt(stage, *plan.cluster.ranks_of(job)),
         next(filter(None, (misfit(network, crop) for crop in stage.sizes)), "")
         or _off_grid(stage, stride(network) if network else 32),
-        _placed(stage),
-        _untaught(stage),
-        _unseen(stage),
-        *(f"{what}: {advice}".rstrip(" .:") for what, advice in refused),
-        _unweighted(stage, network) if network else "",
+        *_objections(stage, network),
     ]
     return [reason for reason in found if reason]
 
 
-def _unweighted(stage: Stage, network: str) -> str:
-    """Pretrained weights that nobody has made."""
-    asked = stage.pretrained is True and stage.start is None and stage.soup is None
-    if not asked or networks.has_weights(network):
-        return ""
-    return f"timm has no pretrained weights for {network}: say pretrained = false, or a safetensors file of your own"
+def _objections(stage: Stage, network: str) -> Iterator[str]:
+    """What an objective has against its stage, and a network whose pretrained weights nobody has made."""
+    name, options = stage.objective.name, stage.objective.options
+    asked = needs(name, options)
+    if stage.crops and asked.maps:
+        yield f"crops change what {name} looks at, places of one size: leave them out"
+    if asked.teacher and not stage.teachers:
+        yield f'objective {name} learns from other jobs: say which, teachers = ["BACKBONE/STAGE"]'
+    if stage.teachers and not asked.teacher:
+        yield f"objective {name} learns from no teachers: leave them out"
+    if stage.features == "cached" and (asked.maps or asked.pixels or asked.branches > 1):  # more than pooled features
+        yield f'objective {name} looks at the images: say features = "computed", or another objective'
+    yield from (f"{what}: {advice}".rstrip(" .:") for what, advice in refusals(name, options))
+    fetched = stage.pretrained is True and stage.start is None and stage.soup is None
+    if network and fetched and not networks.has_weights(network):
+        own = "say pretrained = false, or a safetensors file of your own"
+        yield f"timm has no pretrained weights for {network}: {own}"
 
 
 def _undealt(stage: Stage, fewest: int, most: int) -> str:
@@ -217,29 +223,6 @@ def _undealt(stage: Stage, fewest: int, most: int) -> str:
     return f"{said} holds no power of two, as shares are" if fewest <= most else f"{said} is upside down"
 
 
-def _untaught(stage: Stage) -> str:
-    name = stage.objective.name
-    taught = needs(name).teacher
-    if taught and not stage.teachers:
-        return f'objective {name} learns from other jobs: say which, teachers = ["BACKBONE/STAGE"]'
-    return f"objective {name} learns from no teachers: leave them out" if stage.teachers and not taught else ""
-
-
-def _placed(stage: Stage) -> str:
-    name = stage.objective.name
-    if not stage.crops or not needs(name, stage.objective.options).maps:
-        return ""
-    return f"crops change what {name} looks at, places of one size: leave them out"
-
-
-def _unseen(stage: Stage) -> str:
-    """An objective that looks at more than pooled features, where these are cached."""
-    asked = needs(stage.objective.name, stage.objective.options)
-    if stage.features == "computed" or not (asked.maps or asked.pixels or asked.branches > 1):
-        return ""
-    return f'objective {stage.objective.name} looks at the images: say features = "computed", or another objective'
-
-
 def _off_grid(stage: Stage, stride: int | None) -> str:
     """DCL cuts the crop into parts x parts cells; the feature map, crop / stride a side, must fall into the same."""
     parts = stage.objective.options.get("parts")
@@ -252,19 +235,6 @@ def _off_grid(stage: Stage, stride: int | None) -> str:
         return ""
     fitting = " or ".join(str(stride * parts * times) for times in (1, 2))
     return f"crop = {stage.crop} gives {cells} cells a side, no multiple of parts = {parts}; {fitting} would fit"
-
-
-def _meant(plan: Plan) -> dict[str, None]:
-    """Names of the jobs, as they are once misspelt ones of [jobs] are mended: `names` reports those."""
-    said: list[tuple[str, Mapping[str, object]]] = [(name, plan.backbones) for name in plan.jobs]
-    said += [(name, plan.stages) for stages in plan.jobs.values() for name in stages]
-    wrong = {name: known for name, known in said if name not in known}
-    mended = {
-        name: nearest(name[:128], islice(known, MOST_NAMES)) or name
-        for name, known in islice(wrong.items(), _MOST_MENDED)
-    }
-    jobs = ((mended.get(one, one), mended.get(name, name)) for one, names in plan.jobs.items() for name in names)
-    return {f"{one}/{name}": None for one, name in jobs if one in plan.backbones and name in plan.stages}
 
 
 def _missing(plan: Plan, job: str, edge: Edge, target: str, jobs: Iterable[str]) -> Problem:
@@ -287,8 +257,7 @@ def _misshapen(plan: Plan, job: str, edge: Edge, targets: Iterable[str]) -> Iter
     """Weights that do not fit: of a network with more branches (BBN), or centres of a class, than the job's, or without
     a classifier."""
     own = _shape(plan, job)
-    known = [to for to in targets if to.partition("/")[2] in plan.stages]
-    for target in known if edge[0] in ("start", "soup") else ():
+    for target in targets if edge[0] in ("start", "soup") else ():
         key = _origin(plan, job, *edge)
         if _said(plan, target, "neighbours"):
             sentence = f"{dotted(key)}: {shown(target)} has neighbours in place of a classifier."

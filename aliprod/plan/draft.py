@@ -1,10 +1,9 @@
 """A first plan for somebody's own photographs, fit for them and for the machine, with its reasons in comments."""
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -61,12 +60,55 @@ def look_at(catalogue: Catalogue) -> Photographs:
 
 
 def draft(name: str, path: str, photographs: Photographs, computer: Computer, reading: dict[str, object]) -> str:
-    """The text of a plan.
+    """The text of a plan. ``path``: of the catalogue, as it is to stand in the plan. ``reading``: its further settings
+    of [catalogue]."""
+    counts, gpus, online = sorted(photographs.counts), computer.gpus, computer.online
+    median = counts[len(counts) // 2]
+    uneven = counts[-1] > 3 * median  # then classes are balanced in a stage of its own
+    last = "balanced" if uneven else "full"
+    backbones = _LARGE if gpus else _SMALL if online else _FROM_SCRATCH
+    crop, resize = _sizes(photographs, computer)
+    batch_size = _batch_size(photographs, computer)
+    shares, epochs = max(1, batch_size // 32), _epochs(photographs, computer, len(backbones) * (1 + uneven))
+    machine = f"{gpus} GPUs" if gpus else f"{computer.cpus} CPUs and no GPU"
+    dealt = f"\nshares = {shares}  # a job may have as many GPUs; the result does not depend on how many"
+    loaders = f"loader_processes = {min(8, computer.cpus // max(1, gpus))}"
+    alone = """use_gpu = false
+cpus_per_worker = 1
+loader_processes = 0
+poll_seconds = 0.2  # short jobs would mostly wait for Ray's 2 s"""
+    return f"""\
+# Drafted by `aliprod init` for {photographs.train:,} training photographs of {len(counts):,} classes,
+# {counts[0]:,} to {counts[-1]:,} of each, and a machine of {machine}. Every value is yours to
+# change: what it changes is trained anew, the rest is kept. docs/plan.md explains each.
+format = 1
+name = {toml_of(name)}
+seed = 0
 
-    Args:
-        path: of the catalogue, as it is to stand in the plan. ``reading``: its further settings of [catalogue].
-    """
-    return "\n".join(_Draft(photographs, computer).lines(name, path, reading)) + "\n"
+[catalogue]
+{_settings({"path": path, **reading})}
+
+[backbones]  # our name = timm's name
+{_settings(backbones)}
+
+[defaults]  # of every stage
+pretrained = {toml_of(online)}{"" if online else "  # the hub of weights was not reached; true is far better"}
+resize = {resize}
+crop = {crop}  # pixels; the pictures' short side is {photographs.short_side} or more in most
+augmentation = ["random_resized_crop", "flip", "auto_augment"]
+objective = {{ name = "cross_entropy", smoothing = 0.1 }}
+batch_size = {batch_size}{dealt if shares > 1 else ""}
+ema = 0.99
+{_stages(online, shares, epochs, median if uneven else None)}
+[jobs]
+{_settings(dict.fromkeys(backbones, ["probe"] * online + ["full"] + ["balanced"] * uneven))}
+
+[ensemble]  # the last stage of each; their probabilities are added
+members = {toml_of([f"{backbone}/{last}" for backbone in backbones])}
+
+[cluster]
+{loaders if gpus else alone}
+"""
 
 
 def plain(name: str) -> str:
@@ -74,92 +116,57 @@ def plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:60] or "photographs"
 
 
-class _Draft:
-    def __init__(self, photographs: Photographs, computer: Computer) -> None:
-        self.photographs, self.computer = photographs, computer
-        counts = sorted(photographs.counts)
-        self.median = counts[len(counts) // 2]
-        self.uneven = counts[-1] > 3 * self.median
-        self.backbones = _LARGE if computer.gpus else _SMALL if computer.online else _FROM_SCRATCH
-        self.crop, self.resize = self._sizes()
-        self.batch_size, self.shares = self._batch()
-        self.stages = ["full", *["balanced"] * self.uneven]
-        self.epochs = self._epochs()
+def _settings(table: dict[str, Any]) -> str:
+    return "\n".join(f"{key} = {toml_of(value)}" for key, value in table.items())
 
-    def _sizes(self) -> tuple[int, int]:
-        """Crop and resize: no larger than the pictures are; half of the usual on CPUs."""
-        crop, resize = (224, 256) if self.computer.gpus else (128, 144)
-        while crop > 64 and self.photographs.short_side < 0.8 * crop:
-            crop, resize = crop // 64 * 32, resize // 64 * 32 + 8
-        return crop, resize
 
-    def _batch(self) -> tuple[int, int]:
-        if self.computer.gpus:
-            most = 256 if self.computer.gpu_bytes > 40 * _GB else 128 if self.computer.gpu_bytes > 14 * _GB else 64
-        else:
-            most = 32
-        fitting = max(8, self.photographs.train // 8)  # eight steps an epoch or more
-        size = 2 ** min(most.bit_length() - 1, fitting.bit_length() - 1)
-        return size, max(1, size // 32)
+def _sizes(photographs: Photographs, computer: Computer) -> tuple[int, int]:
+    """Crop and resize: no larger than the pictures are; half of the usual on CPUs."""
+    crop, resize = (224, 256) if computer.gpus else (128, 144)
+    while crop > 64 and photographs.short_side < 0.8 * crop:
+        crop, resize = crop // 64 * 32, resize // 64 * 32 + 8
+    return crop, resize
 
-    def _epochs(self) -> int:
-        """As many as show a small catalogue often and a large one seldom: on GPUs some 400,000 images a
-        training, without them 10,000 for each CPU in all trainings together."""
-        trainings = len(self.backbones) * len(self.stages)
-        shown = 400_000 if self.computer.gpus else 10_000 * self.computer.cpus / trainings
-        return max(4, min(30, ceil(shown / max(1, self.photographs.train))))
 
-    def lines(self, name: str, path: str, reading: dict[str, object]) -> Iterator[str]:
-        """The plan, line by line."""
-        photographs, computer = self.photographs, self.computer
-        classes, few = len(photographs.counts), min(photographs.counts)
-        machine = f"{computer.gpus} GPUs" if computer.gpus else f"{computer.cpus} CPUs and no GPU"
-        yield f"# Drafted by `aliprod init` for {photographs.train:,} training photographs of {classes:,} classes,"
-        yield f"# {few:,} to {max(photographs.counts):,} of each, and a machine of {machine}. Every value is yours to"
-        yield "# change: what it changes is trained anew, the rest is kept. docs/plan.md explains each."
-        yield from ["format = 1", f"name = {json.dumps(name)}", "seed = 0", "", "[catalogue]"]
-        yield f"path = {toml_of(path)}"
-        yield from (f"{key} = {toml_of(value)}" for key, value in reading.items())
-        yield from ["", "[backbones]  # our name = timm's name"]
-        yield from (f"{ours} = {json.dumps(timm)}" for ours, timm in self.backbones.items())
-        yield from self._defaults()
-        yield from self._stages()
-        yield from ["", "[jobs]"]
-        stages = ["probe"] * computer.online + self.stages
-        yield from (f"{backbone} = {json.dumps(stages)}" for backbone in self.backbones)
-        yield from ["", "[ensemble]  # the last stage of each; their probabilities are added"]
-        members = [f"{backbone}/{self.stages[-1]}" for backbone in self.backbones]
-        yield f"members = {json.dumps(members)}"
-        yield from ["", "[cluster]"]
-        yield from ([] if computer.gpus else ["use_gpu = false", "cpus_per_worker = 1"])
-        yield f"loader_processes = {min(8, computer.cpus // max(1, computer.gpus)) if computer.gpus else 0}"
-        yield from ([] if computer.gpus else ["poll_seconds = 0.2  # short jobs would mostly wait for Ray's 2 s"])
+def _batch_size(photographs: Photographs, computer: Computer) -> int:
+    """A power of two; eight steps an epoch or more."""
+    most = 32
+    if computer.gpus:
+        most = 256 if computer.gpu_bytes > 40 * _GB else 128 if computer.gpu_bytes > 14 * _GB else 64
+    fitting = max(8, photographs.train // 8)
+    return int(2 ** min(most.bit_length() - 1, fitting.bit_length() - 1))
 
-    def _defaults(self) -> Iterator[str]:
-        yield from ["", "[defaults]  # of every stage"]
-        why = "" if self.computer.online else "  # the hub of weights was not reached; true is far better"
-        yield f"pretrained = {json.dumps(self.computer.online)}{why}"
-        yield f"resize = {self.resize}"
-        yield f"crop = {self.crop}  # pixels; the pictures' short side is {self.photographs.short_side} or more in most"
-        yield 'augmentation = ["random_resized_crop", "flip", "auto_augment"]'
-        yield 'objective = { name = "cross_entropy", smoothing = 0.1 }'
-        yield f"batch_size = {self.batch_size}"
-        if self.shares > 1:
-            yield f"shares = {self.shares}  # a job may have as many GPUs; the result does not depend on how many"
-        yield "ema = 0.99"
 
-    def _stages(self) -> Iterator[str]:
-        if self.computer.online:
-            yield from ["", "[stages.probe]  # the floor: a classifier on features of the pretrained weights alone"]
-            yield from ['trains = "classifier"', 'features = "cached"', f"epochs = {_PROBE_EPOCHS}"]
-            yield from ["shares = 1  # features take no GPU long"] if self.shares > 1 else []
-            yield 'optimizer = { name = "adamw" }'
-            yield 'lr = { heads = 0.003, schedule = "cosine", warmup_epochs = 1 }'
-        fresh = 1 if self.computer.online else 5  # weights that are learned from nothing take higher rates
-        yield from ["", "[stages.full]  # all photographs", 'images = "all"', f"epochs = {self.epochs}"]
-        yield f'lr = {{ backbone = {0.01 * fresh:g}, heads = 0.05, schedule = "cosine", warmup_epochs = 1 }}'
-        if self.uneven:
-            yield from ["", f"[stages.balanced]  # classes alike: half of them have {self.median} images or more"]
-            yield from ['start = "full"', f"images = {{ per_class = {self.median} }}"]
-            yield f"epochs = {max(2, self.epochs // 2)}"
-            yield f'lr = {{ backbone = {0.003 * fresh:g}, heads = 0.03, schedule = "cosine", warmup_epochs = 0.5 }}'
+def _epochs(photographs: Photographs, computer: Computer, trainings: int) -> int:
+    """As many as show a small catalogue often and a large one seldom: on GPUs some 400,000 images a training, without
+    them 10,000 for each CPU in all trainings together."""
+    shown = 400_000 if computer.gpus else 10_000 * computer.cpus / trainings
+    return max(4, min(30, ceil(shown / max(1, photographs.train))))
+
+
+def _stages(online: bool, shares: int, epochs: int, per_class: int | None) -> str:
+    """The tables of the stages; ``per_class``: images of a class in the balanced one, None: there is none."""
+    fresh = 1 if online else 5  # weights that are learned from nothing take higher rates
+    alone = "\nshares = 1  # features take no GPU long" if shares > 1 else ""
+    probe = f"""
+[stages.probe]  # the floor: a classifier on features of the pretrained weights alone
+trains = "classifier"
+features = "cached"
+epochs = {_PROBE_EPOCHS}{alone}
+optimizer = {{ name = "adamw" }}
+lr = {{ heads = 0.003, schedule = "cosine", warmup_epochs = 1 }}
+"""
+    full = f"""
+[stages.full]  # all photographs
+images = "all"
+epochs = {epochs}
+lr = {{ backbone = {0.01 * fresh:g}, heads = 0.05, schedule = "cosine", warmup_epochs = 1 }}
+"""
+    balanced = f"""
+[stages.balanced]  # classes alike: half of them have {per_class} images or more
+start = "full"
+images = {{ per_class = {per_class} }}
+epochs = {max(2, epochs // 2)}
+lr = {{ backbone = {0.003 * fresh:g}, heads = 0.03, schedule = "cosine", warmup_epochs = 0.5 }}
+"""
+    return (probe if online else "") + full + (balanced if per_class else "")

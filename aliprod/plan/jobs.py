@@ -3,11 +3,9 @@
 A key is the sha256 of all that the plan says about a result. Where a job runs is no part of it.
 """
 
-import heapq
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from aliprod.plan.schema import Edge, Plan
 from aliprod.recipe import ADDED, ADDED_BELOW, RECIPE_VERSION, PerClass, Stage
 from aliprod.recipe.options import needs
 from aliprod.store.commit import sha256
-from aliprod.store.keys import key_of
+from aliprod.store.layout import key_of
 
 # Networks that pool as all did before a backbone's own pooling was kept: their keys stay.
 _MEAN_POOLED = re.compile(
@@ -60,8 +58,10 @@ def jobs_of(plan: Plan, fingerprint: str | None, tree: str = "") -> dict[str, Jo
     Raises:
         Refused: pretrained weights that are asked for are not there.
     """
-    found: dict[str, Job] = {}
-    for name in _ordered({name: plan.parents(name) for name in plan.job_names()}):
+    found, left = dict[str, Job](), {name: plan.parents(name) for name in plan.job_names()}
+    while left:  # in the plan's order, but for those that must wait for a later one
+        name = next(name for name, parents in left.items() if left.keys().isdisjoint(parents))
+        del left[name]
         found[name] = _job(plan, name, found, fingerprint, tree)
     return found
 
@@ -76,31 +76,17 @@ def order_by_remaining_work(jobs: Mapping[str, Job]) -> list[str]:
     for job in reversed(list(jobs.values())):
         children = (remaining[other.name] for other in jobs.values() if job.name in other.parents)
         looks = job.stage.epochs if job.stage.features == "computed" else 1
-        remaining[job.name] = looks * job.stage.crop**2 * _share(job.stage) + max(children, default=0)
+        share = 0.5 if isinstance(job.stage.images, PerClass) else 1.0  # 1.3 M of 2.5 M on AliProducts
+        remaining[job.name] = looks * job.stage.crop**2 * share + max(children, default=0)
     return sorted(jobs, key=lambda name: -remaining[name])
-
-
-def _share(stage: Stage) -> float:
-    return 0.5 if isinstance(stage.images, PerClass) else 1.0  # 1.3 M of 2.5 M on AliProducts
-
-
-def _ordered(parents: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """In the plan's order, but for those that must wait for a later one."""
-    sorter = TopologicalSorter(parents)
-    sorter.prepare()
-    places, ready = {name: place for place, name in enumerate(parents)}, list[tuple[int, str]]()
-    while sorter.is_active():
-        for name in sorter.get_ready():
-            heapq.heappush(ready, (places[name], name))
-        _, name = heapq.heappop(ready)
-        yield name
-        sorter.done(name)
 
 
 def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | None, tree: str) -> Job:
     backbone, _, stage_name = name.partition("/")
     network, edges = plan.backbones[backbone], plan.edges(backbone, stage_name)
-    stage = _with_weights_file(plan.stage(backbone, stage_name), network)
+    stage = plan.stage(backbone, stage_name)
+    if isinstance(stage.pretrained, str) and not stage.pretrained.endswith(".safetensors"):  # a file of each network
+        stage = stage.model_copy(update={"pretrained": str(Path(stage.pretrained) / f"{network}.safetensors")})
     keys = {edge: [before[parent].key for parent in names] for edge, names in edges.items()}
     facts = None
     if fingerprint is not None:
@@ -120,13 +106,6 @@ def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | No
         member=name in plan.ensemble.members,
         facts=facts,
     )
-
-
-def _with_weights_file(stage: Stage, network: str) -> Stage:
-    """A folder of pretrained weights holds one file for each network, NETWORK.safetensors."""
-    if not isinstance(stage.pretrained, str) or stage.pretrained.endswith(".safetensors"):
-        return stage
-    return stage.model_copy(update={"pretrained": str(Path(stage.pretrained) / f"{network}.safetensors")})
 
 
 def _facts(

@@ -3,25 +3,47 @@
 Whether the catalogue is there is asked by who needs it; timm itself by `run`, where it is not the version of the list.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from aliprod.errors import Refused
+from aliprod.errors import Refused, did_you_mean
 from aliprod.plan import checks
-from aliprod.plan.problems import Problem, shape, unknown
 from aliprod.plan.schema import Plan, Settings
-from aliprod.plan.source import MOST_DEPTH, Key, Source, absolute, dotted, odd_values, read, shown
+from aliprod.plan.source import MOST_DEPTH, Key, Problem, Source, absolute, dotted, odd_values, read, shown, unknown
 from aliprod.recipe import Stage, options
+from aliprod.recipe.options import Options
 from aliprod.recipe.search import MOST_CHOICES, UNSEARCHED, Range, Way, nested, searched
 
 MOST_PROBLEMS = 20
 _PATHS = (("catalogue", "path"), ("catalogue", "links"), ("cluster", "storage"))
 _STAND_IN: dict[str, Any] = {"format": 1, "name": "plan", "catalogue": {"path": "."}}  # lets the rest be checked
+_MOST_ERRORS = 200
+_EXPECTED = {  # pydantic's kinds of errors
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "finite_number": "a finite number",
+    "string_too_short": "a string that is not empty",
+    "literal_error": "{expected}",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Plan:
@@ -68,14 +90,15 @@ def _problems(source: Source) -> Iterator[Problem]:
         for problem in _layer(key, table):
             wrong.add(key)
             yield problem
+    if plan is None:
+        return
+    plan, misnamed = checks.mended(plan)
+    yield from misnamed
     if plan is not None:
-        plan, misnamed = checks.meant(plan)
-        yield from misnamed
         yield from checks.unknown_networks(plan)
-        yield from checks.names(plan)
         yield from checks.edges(plan)
         yield from checks.together(plan, wrong)
-        yield from checks.members(plan)
+        yield from checks.targets(plan)
         yield from _search(plan.tune.search, dict.fromkeys(_named_objectives(source.data, plan.tune.search)))
 
 
@@ -86,10 +109,9 @@ def _structure(data: dict[str, Any]) -> tuple[Plan | None, list[Problem]]:
     except ValidationError as error:
         problems = list(shape(Plan, data, error))
     for most in (MOST_DEPTH, 1):  # without the settings that are wrong, else without their tables
+        right = _without({problem.key[:most] for problem in problems}, data)
         with suppress(ValidationError):
-            return Plan.model_validate(
-                _STAND_IN | _without({problem.key[:most] for problem in problems}, data)
-            ), problems
+            return Plan.model_validate(_STAND_IN | right), problems
     return None, problems
 
 
@@ -119,16 +141,22 @@ def _layer(at: Key, table: Settings) -> Iterator[Problem]:
             yield from inside
             return
         stage = Stage.model_validate({key: value for key, value in table.items() if key == "objective"})
-    if "objective" in table:
-        yield from _objective(stage.objective.name, stage.objective.options, (*at, "objective"))
+    if "objective" not in table:
+        return
+    name, at = stage.objective.name, (*at, "objective")
+    known = options.options(name)
+    if known is None:
+        yield unknown(at, f"{dotted(at)}: there is no objective {shown(name)}.", name, options.names(), "Objectives")
+        return
+    try:
+        known.model_validate(stage.objective.options)
+    except ValidationError as error:
+        yield from shape(known, stage.objective.options, error, at)
 
 
 def _search(search: Settings, objectives: Iterable[str]) -> Iterator[Problem]:
-    """Settings that no stage has, or that are not searched for; ranges and choices that none can have.
-
-    Args:
-        objectives: those of the plan: an option is one of theirs.
-    """
+    """Settings that no stage has, or that are not searched for; ranges and choices that none can have. ``objectives``:
+    those of the plan: an option is one of theirs."""
     at: Key = ("tune", "search")
     for way, said in searched(search):
         key, choices = (*at, *way), said
@@ -165,17 +193,6 @@ def _named_objectives(data: dict[str, Any], search: Settings) -> Iterator[str]:
     yield from (name for one in said if isinstance(name := one.get("name") if isinstance(one, dict) else one, str))
 
 
-def _objective(name: str, given: Settings, at: Key) -> Iterator[Problem]:
-    known = options.options(name)
-    if known is None:
-        yield unknown(at, f"{dotted(at)}: there is no objective {shown(name)}.", name, options.names(), "Objectives")
-        return
-    try:
-        known.model_validate(given)
-    except ValidationError as error:
-        yield from shape(known, given, error, at)
-
-
 def _make_paths_absolute(source: Source) -> None:
     paths = [((*key, "pretrained"), table) for key, table in _layers(source.data)]
     paths += [((name, key), source.data.get(name, {})) for name, key in _PATHS]
@@ -183,3 +200,89 @@ def _make_paths_absolute(source: Source) -> None:
         setting = str(key[-1])
         if isinstance(value := table.get(setting), str):
             table[setting] = absolute(source, key, value)
+
+
+def shape(model: type[BaseModel], data: Any, error: ValidationError, at: Key = ()) -> Iterator[Problem]:
+    """Problems of a table that does not fit its model; one a key, the most exact of a union's branches. ``at``: key of
+    the table in the plan."""
+    found: dict[Key, list[ErrorDetails]] = {}
+    for details in error.errors()[:_MOST_ERRORS]:
+        found.setdefault(_real(details["loc"], data, details["type"]), []).append(details)
+    around = {key[:length] for key in found for length in range(len(key))}
+    for key, several in found.items():
+        if key not in around:
+            yield _problem(model, data, at, key, several)
+
+
+def _real(loc: Key, data: Any, kind: str) -> Key:
+    """pydantic's location without the names of union branches, which are no keys of the plan."""
+    key: list[str | int] = []
+    for place, part in enumerate(loc):
+        last = place == len(loc) - 1
+        if isinstance(data, dict) and (part in data or (last and kind == "missing")):
+            key.append(part)
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int):
+            key.append(part)
+            data = data[part] if part < len(data) else None  # a place that is missing
+    return tuple(key)
+
+
+def _problem(model: type[BaseModel], data: Any, at: Key, key: Key, several: list[ErrorDetails]) -> Problem:
+    first = several[0]
+    whole, name = at + key, str(key[-1]) if key else ""
+    table = dotted((at + key)[:-1]) or "a plan"
+    match first["type"]:
+        case "extra_forbidden":
+            names = sorted(_fields(model, key[:-1]))
+            sentence, listed = f"{table} has no setting {dotted((name,))}.", f"{_kind(at, key)} may say"
+            if issubclass(model, Options):
+                of = model.__name__
+                sentence, listed = f"{table}: {of} has no option {dotted((name,))}.", f"Options of {of}"
+            deeper = [f"{field}.{name}" for field in names if name in _fields(model, (*key[:-1], field))]
+            return unknown(whole, sentence, name, names + deeper, listed)
+        case "missing":
+            too_few = isinstance(_at(data, key[:-1]), list)
+            return Problem(whole, f"{table} has too few values." if too_few else f"{table} lacks {dotted((name,))}.")
+        case "value_error":
+            reason = first["msg"].removeprefix("Value error, ")
+            return Problem(whole, f"{dotted(whole)}: {reason}." if whole else f"{reason}.")
+    expected = " or ".join(dict.fromkeys(map(_expected, several)))
+    value = _at(data, key)
+    near = did_you_mean(value[:128], re.findall(r'"([^"]+)"', expected)) if isinstance(value, str) else ""
+    return Problem(whole, f"{dotted(whole)} = {shown(value)} must be {expected}.", near)
+
+
+def _expected(details: ErrorDetails) -> str:
+    known = _EXPECTED.get(details["type"])
+    return details["msg"] if known is None else known.format(**details.get("ctx", {})).replace("'", '"')
+
+
+def _kind(at: Key, key: Key) -> str:
+    table = (at + key)[:-1]
+    in_stage = table[:1] == ("defaults",) or (len(table) == 2 and table[0] in ("stages", "overrides", "tune"))
+    return "A stage" if in_stage else dotted(table[-1:]) or "A plan"
+
+
+def _at(data: Any, key: Key) -> Any:
+    for part in key:
+        data = data[part]
+    return data
+
+
+def _fields(model: type[BaseModel], key: Key) -> Iterable[str]:
+    """Names of the settings of the table at ``key``."""
+    for part in key:
+        field = model.model_fields.get(str(part))
+        inner = next(_models(field.annotation), None) if field else None
+        if inner is None:
+            return ()
+        model = inner
+    return model.model_fields
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)

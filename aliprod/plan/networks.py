@@ -16,12 +16,8 @@ FILE = Path(__file__).with_name("networks.txt")
 
 
 class Network(NamedTuple):
-    """A network of the list.
-
-    Attributes:
-        kilobytes: of its weights in float32, without a classifier; features: in front of one.
-        tags: of its pretrained weights.
-    """
+    """A network of the list. ``kilobytes``: of its weights in float32, without a classifier; features: in front of one.
+    ``tags``: of its pretrained weights."""
 
     kilobytes: float
     features: float

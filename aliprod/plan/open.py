@@ -50,21 +50,13 @@ class Opened(Request):
         return replace(self, plan=self.plan.model_copy(update={"cluster": cluster}))
 
     def read_catalogue(self) -> Catalogue:
-        """The catalogue.
-
-        Raises:
-            Refused: it is not there.
-        """
+        """The catalogue. Refused: it is not there."""
         if self.catalogue is None:
             raise Refused(self.note, self.plan.name)
         return self.catalogue
 
     def job_folder(self, name: str) -> Path:
-        """Where a job keeps all it has.
-
-        Raises:
-            ValueError: it has no key, since its catalogue is not there.
-        """
+        """Where a job keeps all it has. ValueError: it has no key, since its catalogue is not there."""
         if (key := self.jobs[name].key) is None:
             raise ValueError(f"{name} has no key: its catalogue is not there")
         return job_folder(self.places.storage, name, key)
@@ -79,11 +71,7 @@ class Opened(Request):
 
 
 def open_plan(request: Request) -> Opened:
-    """Read a plan's catalogue, where it is there, and find its jobs.
-
-    Raises:
-        Refused: what is there is no catalogue.
-    """
+    """Read a plan's catalogue, where it is there, and find its jobs. Refused: what is there is no catalogue."""
     path, plan = catalogue_path(request.plan, request.places), request.plan
     catalogue = sources.read(path, catalogue_reading(plan, request.places)) if path.exists() else None
     prints = (catalogue.fingerprint, catalogue.tree_fingerprint) if catalogue else (None, "")

@@ -57,11 +57,7 @@ def resolve(plan: Plan | None, storage: Path | None, tracking_uri: str | None, a
 
 def default_storage(stated: Path | str | None = None) -> Path:
     """The absolute folder of all results: the stated one, that of the environment, or ``runs``. Of a URI, the mirror of
-    its bucket, as the bucket is now.
-
-    Raises:
-        Refused: the URI names no bucket. Unreachable: the bucket does not answer.
-    """
+    its bucket, as the bucket is now. Refused: the URI names no bucket. Unreachable: the bucket does not answer."""
     place = stated or os.environ.get("ALIPROD_STORAGE") or "runs"
     if (mirrored := mirror.place(place)) is None:
         return Path(place).expanduser().absolute()
@@ -80,11 +76,8 @@ def default_tracking_uri(storage: Path, stated: str | None = None) -> str:
 
 
 def catalogue_path(plan: Plan, places: Places) -> Path:
-    """The catalogue's folder: the plan's path, or where its rendered one lies in the storage path.
-
-    Raises:
-        Refused: a URI names no bucket. Unreachable: the bucket does not answer.
-    """
+    """The catalogue's folder: the plan's path, or where its rendered one lies in the storage path. Refused: a URI names
+    no bucket. Unreachable: the bucket does not answer."""
     synth = plan.catalogue.synth
     if plan.catalogue.path is not None or synth is None:
         return mirror.here(mirror.local(str(plan.catalogue.path)))

@@ -11,24 +11,13 @@ from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
 from aliprod.recipe.options import complete, options
-from aliprod.store.keys import key_of
-from aliprod.store.layout import OWN
+from aliprod.store.layout import OWN, key_of
 
 Edge = tuple[str, ...]
-EDGES: tuple[Edge, ...] = (
-    ("start",),
-    ("soup", "of"),
-    ("teachers",),
-    ("pseudo_labels", "by"),
-)  # settings that name jobs
+EDGES: tuple[Edge, ...] = (("start",), ("soup", "of"), ("teachers",), ("pseudo_labels", "by"))  # what names jobs
 _IDLE = {"start": "pretrained", "soup": "epochs", "neighbours": "epochs"}  # a default not meant for stages that say so
 MOST_JOBS = 1_000
-WHOLE = (
-    "objective",
-    "images",
-    "soup",
-    "neighbours",
-)  # replaced as a whole where another table says them; other tables merge key by key
+WHOLE = ("objective", "images", "soup", "neighbours")  # replaced as a whole; other tables merge key by key
 
 
 def _plain(name: str) -> str:
@@ -114,8 +103,7 @@ class Ensemble(Frozen):
         "ten_crop", description="of each test image: ten crops, or the centre alone"
     )
     combine: Combine = Field(
-        "sum",
-        description="sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val",
+        "sum", description="sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val"
     )
 
 
@@ -213,9 +201,8 @@ class Plan(Frozen):
     @model_validator(mode="after")
     def _of_bounded_size(self) -> "Plan":
         if (count := sum(map(len, self.jobs.values()))) > MOST_JOBS:
-            raise ValueError(
-                f"{count:,} jobs; a plan has at most {MOST_JOBS:,}: make several plans, they share results"
-            )
+            what = f"{count:,} jobs; a plan has at most {MOST_JOBS:,}: make several plans, they share results"
+            raise ValueError(what)
         return self
 
     @property
@@ -223,9 +210,8 @@ class Plan(Frozen):
         """sha256 of all that it says of its results, overrides included."""
         own = self.catalogue.model_fields_set | {"path", "synth"}  # what was added later, and is not said, is left out
         of_catalogue = self.catalogue.model_dump(mode="json", include=own)
-        ensemble = self.ensemble.model_dump(
-            mode="json", exclude={"combine"} if self.ensemble.combine == "sum" else None
-        )
+        out = {"combine"} if self.ensemble.combine == "sum" else None
+        ensemble = self.ensemble.model_dump(mode="json", exclude=out)
         said = self.model_dump(mode="json", exclude={"cluster", "tune"})
         return key_of(said | {"catalogue": of_catalogue, "ensemble": ensemble})
 
@@ -256,10 +242,15 @@ class Plan(Frozen):
         What is not of the right type is left out: this is also asked of plans that are being checked.
         """
         settings = merged(self.defaults, *self.layers(backbone, name))
-        said: dict[Edge, tuple[str, ...]] = {("start",): _strings([settings.get("start")])}
-        said |= {edge: _strings(_at(settings, edge)) for edge in EDGES[1:]}
-        own = (("start",), ("soup", "of"))  # these name stages of the same backbone
-        return {edge: tuple(f"{backbone}/{to}" if edge in own else to for to in names) for edge, names in said.items()}
+        found: dict[Edge, tuple[str, ...]] = {}
+        for edge in EDGES:
+            said: Any = settings
+            for key in edge:
+                said = said.get(key) if isinstance(said, dict) else None
+            names = [said] if edge == ("start",) else said if isinstance(said, list | tuple) else []
+            own = f"{backbone}/" if edge[0] in ("start", "soup") else ""  # these name stages of the same backbone
+            found[edge] = tuple(own + to for to in names if isinstance(to, str))
+        return found
 
     def parents(self, job: str) -> tuple[str, ...]:
         """All jobs that must be finished before a job begins, each once."""
@@ -272,23 +263,8 @@ class Plan(Frozen):
             yield from (f"{backbone}/{name}" for name in stages)
 
 
-def _at(settings: Settings, edge: Edge) -> Any:
-    value: Any = settings
-    for key in edge:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _strings(values: Any) -> tuple[str, ...]:
-    return tuple(value for value in values if isinstance(value, str)) if isinstance(values, list | tuple) else ()
-
-
 def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
-    """Merge tables of settings into a stage.
-
-    Raises:
-        pydantic.ValidationError: the settings do not go together.
-    """
+    """Merge tables of settings into a stage. pydantic.ValidationError: the settings do not go together."""
     own = merged(*layers)
     idle = {key for name, key in _IDLE.items() if name in own}
     if own.get("features") == "cached":
@@ -299,19 +275,14 @@ def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
     return stage.model_copy(update={"objective": objective})
 
 
-def _another(old: Any, new: Any) -> bool:
-    """Whether tables name two optimizers: what is said of one is not meant for the other."""
-    before = old.get("name", "sgd")
-    return bool(new.get("name", before) != before)
-
-
 def merged(*layers: Mapping[str, Any]) -> Settings:
     """Tables of settings, the later ones winning: lr and optimizer key by key, objective, images and another optimizer
     as a whole."""
     result: Settings = {}
     for layer in layers:
         for key, value in layer.items():
-            old = result.get(key)
+            old: Any = result.get(key)
             tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
-            result[key] = old | value if tables and not _another(old, value) else value
+            before = old.get("name", "sgd") if tables else None  # what is said of one optimizer is not for another
+            result[key] = old | value if tables and value.get("name", before) == before else value
     return result

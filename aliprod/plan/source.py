@@ -9,23 +9,23 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date, time  # a datetime is a date
 from pathlib import Path
 from typing import Any
 
-from aliprod.errors import Refused, did_you_mean, near_file
+from aliprod.errors import Refused, did_you_mean, listing, near_file
 
 Key = tuple[str | int, ...]  # the way to a setting: names of tables and places in lists
 
+MOST_NAMES = 500  # that are searched for the nearest one, so that a hostile plan takes no minutes
 MOST_BYTES = 256_000
 MOST_DOTS = 50  # in one line
 MOST_DEPTH = 8
 _PART = r"""(?:[A-Za-z0-9_-]+|"[^"\n]*"|'[^'\n]*')"""
 _DOTTED = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
-_HEADER = re.compile(rf"[ \t]*\[\[?[ \t]*({_DOTTED})[ \t]*\]")
-_SETTING = re.compile(rf"[ \t]*({_DOTTED})[ \t]*=")
+_HEADER_OR_SETTING = re.compile(rf"[ \t]*(\[\[?[ \t]*)?({_DOTTED})[ \t]*(?(1)\]|=)")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -44,11 +44,8 @@ class Source:
         return next((text for flag, text in reversed(self.flags.items()) if key[: len(flag)] == flag), None)
 
     def where(self, key: Key, quoted: str | None = None) -> str:
-        """File and line of a setting, or of the nearest table around it; file and flag where --set gave it.
-
-        Args:
-            quoted: a string inside the value, whose own line is wanted.
-        """
+        """File and line of a setting, or of the nearest table around it; file and flag where --set gave it. ``quoted``:
+        a string inside the value, whose own line is wanted."""
         if flag := self.flag(key):
             return f"{self.path}, {flag}"
         beneath = [text for flag, text in self.flags.items() if flag[: len(key)] == key]
@@ -65,13 +62,8 @@ class Source:
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> Source:
-    """Read a plan's file and apply the --set flags.
-
-    Args:
-        sets: KEY=VALUE each; VALUE is TOML, and what is no TOML value is taken as a string.
-    Raises:
-        Refused: the file cannot be read or is no TOML, or a flag is malformed.
-    """
+    """Read a plan's file and apply the --set flags. ``sets``: KEY=VALUE each; VALUE is TOML, and what is no TOML value
+    is taken as a string. Refused: the file cannot be read or is no TOML, or a flag is malformed."""
     text = _text(path)
     data = _parse(text, path)
     flags: dict[Key, str] = {}
@@ -83,17 +75,42 @@ def read(path: Path, sets: Sequence[str] = ()) -> Source:
     lines = tuple(text.split("\n"))
     source = Source(path, data, _index(lines), lines, flags)
     if deep := next((key for key, _ in _values(data) if len(key) > MOST_DEPTH), None):
-        raise Refused(
-            f"{dotted(deep[:3])}... is nested too deep.", source.where(deep), f"{MOST_DEPTH} levels are enough."
-        )
+        what = f"{dotted(deep[:3])}... is nested too deep."
+        raise Refused(what, source.where(deep), f"{MOST_DEPTH} levels are enough.")
     return source
 
 
 def odd_values(data: dict[str, Any]) -> Iterator[tuple[Key, str]]:
     """What TOML can say and a plan cannot: nan, dates, whole numbers beyond 64 bits, NUL; with what is wrong."""
     for key, value in _values(data):
-        if complaint := _odd(value):
-            yield key, complaint
+        match value:
+            case float() if not math.isfinite(value):
+                yield key, f"{value}: a number must be finite"
+            case int() if abs(value) >= 2**63:
+                yield key, "a whole number beyond 64 bits"
+            case date() | time():
+                yield key, "a date: a plan holds none"
+            case str() if "\0" in value:
+                yield key, "a string with a NUL in it"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a plan."""
+
+    key: Key
+    sentence: str
+    advice: str = ""
+    quoted: str | None = None  # the string that stands on the line to be named
+
+
+def unknown(
+    key: Key, sentence: str, name: str, names: Iterable[str], listed: str, quoted: str | None = None
+) -> Problem:
+    """A name that is none of ``names``; the advice has the nearest and, after ``listed``, all."""
+    known = list(names)[:MOST_NAMES]
+    known_as = f"{listed}: {listing(known)}." if known else f"{listed}: none."
+    return Problem(key, sentence, f"{did_you_mean(name[:128], known)} {known_as}".strip(), quoted)
 
 
 def dotted(key: Key) -> str:
@@ -215,35 +232,17 @@ def _index(lines: Sequence[str]) -> dict[Key, int]:
     index: dict[Key, int] = {}
     table: Key = ()
     for number, line in enumerate(lines, 1):
-        if header := _HEADER.match(line):
-            table = _parts(header[1])
-            for length in range(1, len(table) + 1):
-                index.setdefault(table[:length], number)
-        elif setting := _SETTING.match(line):
-            key = table + _parts(setting[1])
-            for length in range(len(table) + 1, len(key) + 1):
+        if found := _HEADER_OR_SETTING.match(line):
+            key = _parts(found[2]) if found[1] else table + _parts(found[2])
+            table = key if found[1] else table
+            for length in range(1, len(key) + 1):
                 index.setdefault(key[:length], number)
     return index
 
 
-def _values(data: dict[str, Any]) -> Iterator[tuple[Key, Any]]:
-    stack: list[tuple[Key, Any]] = [((), data)]
-    while stack:
-        key, value = stack.pop()
-        yield key, value
-        if len(key) > MOST_DEPTH:
-            continue
-        if isinstance(value, dict):
-            stack += [((*key, name), inner) for name, inner in value.items()]
-        elif isinstance(value, list):
-            stack += [((*key, place), inner) for place, inner in enumerate(value)]
-
-
-def _odd(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{value}: a number must be finite"
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "a whole number beyond 64 bits"
-    if isinstance(value, (date, datetime, time)):
-        return "a date: a plan holds none"
-    return "a string with a NUL in it" if isinstance(value, str) and "\0" in value else ""
+def _values(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """A value and all that is in it, one level deeper than is allowed."""
+    yield key, value
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, one in inside if len(key) <= MOST_DEPTH else ():
+        yield from _values(one, (*key, name))

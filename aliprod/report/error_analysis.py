@@ -12,14 +12,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aliprod.build.inputs import hashes
-from aliprod.build.target import Resources
 from aliprod.catalogue.alike import dct_bits, gray32, read_hashes
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.ensemble.guesses import guesses, read_columns
 from aliprod.errors import AliprodError
 from aliprod.store import commit
+from aliprod.store.layout import HASHES
 
 _SIZES = 6  # groups of classes by their number of training images
 _BINS = 10
@@ -181,7 +180,7 @@ class Pair(NamedTuple):
 def look_alikes(catalogue: Catalogue, images: Images, storage: Path) -> tuple[list[Pair], int]:
     """Pairs that differ in at most 6 bits, the nearest first, and how many pictures were looked at; 0 where training
     pictures are too many to be hashed here, and no stage with `duplicates` has had them hashed."""
-    folder = hashes(catalogue, Resources(1, 0)).folder(storage)
+    folder = storage / HASHES / catalogue.fingerprint
     if commit.read(folder) is not None:
         bits, readable = read_hashes(folder)
         rows = np.flatnonzero(readable)

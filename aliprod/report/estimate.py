@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aliprod.build.trainings import epoch_of
+from aliprod.build.costs import epoch_of
 from aliprod.errors import listing
 from aliprod.plan.open import Opened
 from aliprod.store import commit

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from aliprod.build.events import Standing, Task
-from aliprod.forecast.clock import Span
+from aliprod.forecast.simulate import Span
 from aliprod.plan.jobs import Job
 from aliprod.report.error_analysis import Bin, Size
 from aliprod.report.estimate import duration

@@ -20,8 +20,8 @@ from aliprod.build.state import told
 from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.catalogue.decode import Unreadable, decode_anyway
 from aliprod.errors import AliprodError
-from aliprod.forecast import kept
-from aliprod.forecast.seconds import Estimates, scaled
+from aliprod.forecast.rates import Estimates, scaled
+from aliprod.forecast.simulate import kept
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.recipe import VIEWS
 from aliprod.report import error_analysis, figures, status
@@ -91,7 +91,7 @@ def _ensemble(path: Path) -> dict[str, Any]:
 
 def _times(opened: Opened, standing: Standing, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """When what was made, what that cost, and the plan's graph with both."""
-    now, tasks, forecast = time.time(), (*standing.past, *standing.tasks), kept.read(opened)
+    now, tasks, forecast = time.time(), (*standing.past, *standing.tasks), kept(opened)
     found, hours = course(standing, forecast.spans if forecast else {}, now), rank_hours(tasks, now)
     took = {name: duration(sum(span.end - span.begin for span in spans)) for name, spans in found.fact.items()}
     states = {row["name"]: (row["state"], took.get(row["name"], "")) for row in rows}

@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotModifiedError, PreconditionError
+from obstore.store import ObjectStore, from_url
 
 from aliprod.errors import AliprodError, StorageFull, Unreachable
-
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
 
 _T = TypeVar("_T")
 
@@ -35,17 +36,11 @@ _TRIED = re.compile(r" in [\d.]+m?s.*? - ")  # in what obstore says of a request
 
 @functools.cache
 def opened(uri: str) -> "Bucket":
-    """The bucket at a URI, once for a process.
-
-    Raises:
-        Unreachable: what names its account, or lets us in, is not in the environment.
-    """
-    from obstore.exceptions import BaseError
-    from obstore.store import from_url
-
+    """The bucket at a URI, once for a process. Unreachable: what names its account, or lets us in, is not in the
+    environment."""
     plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
 
-    def store(silent: int, times: int) -> "ObjectStore":
+    def store(silent: int, times: int) -> ObjectStore:
         seconds = {"connect_timeout": "10s", "read_timeout": f"{silent}s", "timeout": "3600s"}
         options: Any = {"allow_http": plain} | seconds
         retries: Any = {"max_retries": times, "retry_timeout": timedelta(minutes=2)}
@@ -65,17 +60,12 @@ class Bucket:
     """
 
     uri: str
-    store: "ObjectStore" = field(repr=False)  # obstore cannot show one of Azure whose account is in the environment
-    patient: "ObjectStore" = field(repr=False)  # the same, for what took hours to make
+    store: ObjectStore = field(repr=False)  # obstore cannot show one of Azure whose account is in the environment
+    patient: ObjectStore = field(repr=False)  # the same, for what took hours to make
 
     def get(self, key: str, known: str = "") -> tuple[bytes, str] | None:
-        """The bytes of an object and its version; None where that is the one that is known.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
-        import obstore
-        from obstore.exceptions import NotModifiedError
+        """The bytes of an object and its version; None where that is the one that is known. FileNotFoundError: it is
+        not there."""
 
         def read() -> tuple[bytes, str]:
             found = obstore.get(self.store, key, options={"if_none_match": known.partition(" ")[0]} if known else {})
@@ -95,14 +85,8 @@ class Bucket:
             return None
 
     def exchange(self, key: str, content: bytes, version: str | None) -> str | None:
-        """Write an object where it is of the version that was read; None: where it is not there.
-
-        Returns:
-            Its new version; None where another writer was faster.
-        """
-        import obstore
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
-
+        """Write an object where it is of the version that was read; None: where it is not there. Returns its new
+        version; None where another writer was faster."""
         with self.given(key):
             try:
                 mode: Any = "create" if version is None else dict(zip(_NAMES, version.split(), strict=False))
@@ -112,20 +96,13 @@ class Bucket:
                 return there[1] if there is not None and there[0] == content else None
 
     def put(self, key: str, content: bytes) -> str:
-        """Write an object, in place of what was, in one request, of which nothing stays where the sender dies.
-
-        Returns:
-            Its version.
-        """
-        import obstore
-
+        """Write an object, in place of what was, in one request, of which nothing stays where the sender dies. Returns
+        its version."""
         with self.given(key):
             return _version(_whole(lambda: obstore.put(self.patient, key, content, use_multipart=False)))
 
     def copy(self, key: str, to: str) -> bool:
         """Copy an object within the bucket; False where it is not there."""
-        import obstore
-
         with self.given(to), suppress(FileNotFoundError):
             _whole(lambda: obstore.copy(self.patient, key, to))
             return True
@@ -133,8 +110,6 @@ class Bucket:
 
     def holds(self, key: str) -> bool:
         """Whether an object is there."""
-        import obstore
-
         with self._asked(key), suppress(FileNotFoundError):
             obstore.head(self.store, key)
             return True
@@ -142,7 +117,6 @@ class Bucket:
 
     def download(self, keys: Sequence[str], file: Path) -> str:
         """Write objects into a file, one behind the other; the sha256 of its bytes, "" where one is not there."""
-        import obstore
 
         def read() -> str:
             digest = hashlib.sha256()
@@ -163,7 +137,6 @@ class Bucket:
 
     def list(self, prefix: str) -> dict[str, Mapping[str, Any]]:
         """The objects below a prefix, by name: ``size``, ``e_tag`` and ``last_modified`` of each."""
-        import obstore
 
         def read() -> dict[str, Mapping[str, Any]]:
             return {one["path"]: one for chunk in obstore.list(self.store, prefix or None) for one in chunk}
@@ -173,7 +146,6 @@ class Bucket:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects, in no order; those that are not there are removed."""
-        import obstore
 
         def one(key: str) -> None:
             with self.given(key), suppress(FileNotFoundError):
@@ -185,8 +157,6 @@ class Bucket:
     @contextmanager
     def given(self, key: str) -> Iterator[None]:
         """Say of whatever fails that an object could not be written."""
-        from obstore.exceptions import BaseError
-
         try:
             yield
         except (BaseError, Unreachable) as error:
@@ -195,12 +165,8 @@ class Bucket:
 
     @contextmanager
     def _asked(self, key: str) -> Iterator[None]:
-        from obstore.exceptions import BaseError, NotModifiedError
-
         try:
             yield
-        except NotModifiedError:
-            raise
         except BaseError as error:
             raise Unreachable(f"does not answer: {_reason(error)}.", f"{self.uri}/{key}", _ADVICE) from error
 
@@ -212,8 +178,6 @@ def _version(said: Mapping[str, Any]) -> str:
 
 def _whole(ask: Callable[[], _T]) -> _T:
     """The answer to a request; again where it breaks off, or does not come to a write."""
-    from obstore.exceptions import GenericError
-
     for _ in range(_BREAKS):
         try:
             return ask()

@@ -47,40 +47,22 @@ def write(
         StorageFull: no room, no permission, or the path is gone; nothing half-written is visible.
     """
     with storage(folder), _staged(folder, fill, record or {}, room) as staging:
-        if (mirrored := mirror.of(folder)) is None:
-            return _publish(staging, folder)
-        with mirrored.alone(folder):
-            if mirrored.publish(staging, folder, over=False):
-                mirror.swap(staging, folder)
-        return _there(folder)
+        _publish(staging, folder, over=False)
+        if (there := read(folder)) is None:
+            raise OSError(f"{folder} vanished after it was written")
+        return there
 
 
 def replace(folder: Path, fill: Callable[[Path], Mapping[str, str] | None], record: dict[str, Any]) -> None:
-    """Commit what ``fill`` writes in place of what ``folder`` held; until then that stays.
-
-    Raises:
-        StorageFull: as in `write`.
-    """
+    """Commit what ``fill`` writes in place of what ``folder`` held; until then that stays. StorageFull: as in
+    `write`."""
     with storage(folder), _staged(folder, fill, record, None) as staging:
-        if (mirrored := mirror.of(folder)) is not None:
-            with mirrored.alone(folder):
-                if mirrored.publish(staging, folder, over=True):
-                    mirror.swap(staging, folder)
-            return
-        try:
-            mirror.swap(staging, folder)
-        except OSError:
-            if read(folder) is None:
-                raise  # else another driver has just published its own: that stays
-        _sync(folder.parent)
+        _publish(staging, folder, over=True)
 
 
 def read(folder: Path, again: bool = False) -> dict[str, Any] | None:
-    """The record of a committed folder; None where there is none or a file has another size than it says.
-
-    Args:
-        again: whether another machine may have replaced it since it was read.
-    """
+    """The record of a committed folder; None where there is none or a file has another size than it says. ``again``:
+    whether another machine may have replaced it since it was read."""
     if (mirrored := mirror.of(folder)) is not None:
         mirrored.take(folder, again)
     manifest = _manifest(folder)
@@ -93,13 +75,7 @@ def read(folder: Path, again: bool = False) -> dict[str, Any] | None:
 
 def fetch(folder: Path, *names: str) -> dict[str, Any] | None:
     """Have the files of a committed folder on this machine, or those with the names: of a bucket's mirror they may not
-    be here yet.
-
-    Returns:
-        Its record, as `read` does.
-    Raises:
-        Unreachable: the bucket does not answer.
-    """
+    be here yet. Returns its record, as `read` does. Unreachable: the bucket does not answer."""
     if (mirrored := mirror.of(folder)) is not None:
         mirrored.fetch(folder, names)
     return read(folder)
@@ -107,11 +83,7 @@ def fetch(folder: Path, *names: str) -> dict[str, Any] | None:
 
 def borrowed(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     """The files of a committed folder with these names, each for as long as nobody asks for the next: of a bucket's
-    mirror they go then, and the next one comes meanwhile.
-
-    Raises:
-        Unreachable: the bucket does not answer.
-    """
+    mirror they go then, and the next one comes meanwhile. Unreachable: the bucket does not answer."""
     mirrored = mirror.of(folder)
     if mirrored is None or not names:
         yield from (folder / name for name in names)
@@ -128,11 +100,7 @@ def borrowed(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 def refresh(*folders: Path) -> None:
     """Have what others have written below folders on this machine, but for large files; for folders in a bucket's
-    mirror.
-
-    Raises:
-        Unreachable: the bucket does not answer.
-    """
+    mirror. Unreachable: the bucket does not answer."""
     mirrored = [(found, folder) for folder in folders if (found := mirror.of(folder)) is not None]
     if mirrored:
         with ThreadPoolExecutor(len(mirrored)) as threads:
@@ -140,21 +108,15 @@ def refresh(*folders: Path) -> None:
 
 
 def send(file: Path) -> None:
-    """Send a file that was written in its place, where it is in a bucket's mirror.
-
-    Raises:
-        StorageFull: the bucket does not take it.
-    """
+    """Send a file that was written in its place, where it is in a bucket's mirror. StorageFull: the bucket does not
+    take it."""
     if (mirrored := mirror.of(file)) is not None:
         mirrored.put(file)
 
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, here and in the bucket; nothing happens where it is gone."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    _remove_here(path)
     if (mirrored := mirror.of(path)) is not None:
         mirrored.remove(path)
 
@@ -189,11 +151,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write one file, whole or not at all.
-
-    Raises:
-        StorageFull: as in `write`.
-    """
+    """Write one file, whole or not at all. StorageFull: as in `write`."""
     staging = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     with storage(path):
         try:
@@ -205,6 +163,15 @@ def write_file(path: Path, content: str | bytes) -> None:
             send(path)
         finally:
             staging.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a file of JSON; {} where there is none, or the file is damaged."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def make_folder(folder: Path) -> None:
@@ -234,10 +201,7 @@ def link(file: Path, to: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what killed writers have left in a folder. For a folder that nobody else writes into now."""
     for path in folder.glob(".*.partial"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove_here(path)
 
 
 def sha256(path: Path) -> str:
@@ -251,18 +215,12 @@ def storage(path: Path) -> Iterator[None]:
     """Turn what a full, read-only or vanished disk raises, in any library, into one StorageFull."""
     try:
         yield
-    except OSError as error:
-        raise StorageFull(
-            f"cannot be written: {error.strerror or error}.",
-            path,
-            f"{_free(path)}Finished work is intact; make room or restore the path and start the same command again.",
-        ) from error
-    except SafetensorError as error:  # it wraps the system's errors in its own type
-        if "os error" not in str(error).lower():
-            raise
-        raise StorageFull(
-            f"cannot be written: {error}.", path, f"{_free(path)}Finished work is intact; start the same command again."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "os error" not in str(error).lower():
+            raise  # else it is the system's, wrapped in a type of its own
+        why = getattr(error, "strerror", None) or error
+        advice = "Finished work is intact; make room or restore the path and start the same command again."
+        raise StorageFull(f"cannot be written: {why}.", path, _free(path) + advice) from error
 
 
 @contextmanager
@@ -281,6 +239,13 @@ def _staged(
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_here(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _damaged(folder: Path) -> list[str]:
@@ -317,33 +282,26 @@ def _write_manifest(folder: Path, record: dict[str, Any], known: Mapping[str, st
             _sync(path)
 
 
-def _publish(staging: Path, folder: Path) -> dict[str, Any]:
-    if folder.exists() and read(folder) is None:
+def _publish(staging: Path, folder: Path, over: bool) -> None:
+    """Give a finished folder its name. Where another writer was faster, what he made stays. ``over``: whether it may
+    take the place of what is there."""
+    if (mirrored := mirror.of(folder)) is not None:
+        mirrored.publish(staging, folder, over)
+        return
+    if not over and folder.exists() and read(folder) is None:
         os.replace(folder, folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.bad")
     try:
-        os.replace(staging, folder)
+        (mirror.swap if over else os.replace)(staging, folder)
     except OSError:
-        if (there := read(folder)) is None:
+        if read(folder) is None:
             raise
-        return there
     _sync(folder.parent)
-    return _there(folder)
-
-
-def _there(folder: Path) -> dict[str, Any]:
-    record = read(folder)
-    if record is None:
-        raise OSError(f"{folder} vanished after it was written")
-    return record
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        seal = manifest.pop("sha256", None)
-        return manifest if manifest.keys() == {"files", "record"} and seal == _seal(manifest) else None
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None
+    manifest = read_json(folder / MANIFEST)
+    seal = manifest.pop("sha256", None)
+    return manifest if manifest.keys() == {"files", "record"} and seal == _seal(manifest) else None
 
 
 def _seal(said: dict[str, Any]) -> str:

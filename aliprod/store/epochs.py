@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aliprod.store.commit import read_json
 from aliprod.store.layout import PACE, RESUME
 
 TOP1 = "val/top1_error"  # mean over classes, 0 to 1: what checkpoints are picked by
@@ -54,8 +55,4 @@ def pace(folder: Path) -> dict[str, Any] | None:
 
     None before its second step, and once it is finished.
     """
-    try:
-        told = json.loads((folder / RESUME / PACE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return told if isinstance(told, dict) else None
+    return read_json(folder / RESUME / PACE) or None

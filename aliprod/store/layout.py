@@ -1,4 +1,4 @@
-"""Where things lie in the storage path.
+"""Where things lie in the storage path, and the keys of what is made: sha256 of the facts that it depends on.
 
 jobs/BACKBONE/STAGE/KEY/    metrics.jsonl, resume/, last/, weights/ (its commit record says that the job is finished),
                             kept/, probabilities/, labels that it made or took
@@ -11,20 +11,33 @@ tune/JOB-KEY.json           settings that were tried
 PLAN/                       submission.csv, result.json, ensemble/, ...: what people open
 """
 
+import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from aliprod.errors import Refused
 
 METRICS, RESUME, LAST, WEIGHTS, KEPT = "metrics.jsonl", "resume", "last", "weights", "kept"
-HELD_OUT, TUNE, FEATURES = "held-out", "tune", "features"
+HASHES, HELD_OUT, TUNE, FEATURES = "hashes", "held-out", "tune", "features"
 OWN = (
-    "jobs", "hashes", HELD_OUT, FEATURES, "pretrained", TUNE, "ray", "models", "catalogues", "mlartifacts", "mlflow.db",
+    "jobs", HASHES, HELD_OUT, FEATURES, "pretrained", TUNE, "ray", "models", "catalogues", "mlartifacts", "mlflow.db",
 )  # fmt: skip
 PACE = "pace.json"  # beside the checkpoints: how far a job is, and how fast
 MODEL = "model.safetensors"  # in a folder of weights
 PREDICTIONS = "predictions.parquet"  # in an ensemble's folder
+
+
+def canonical(facts: Any) -> str:
+    """Plain JSON in one form: keys sorted, no white space, ASCII."""
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def key_of(facts: Any) -> str:
+    """sha256 of facts in their canonical form, in hexadecimal."""
+    return hashlib.sha256(canonical(facts).encode()).hexdigest()
 
 
 def cache() -> Path:

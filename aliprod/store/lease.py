@@ -20,8 +20,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -35,6 +35,7 @@ PATIENCE_SECONDS = 30.0
 _BEATS = 6  # signs of life while the others have patience
 _FOLLOW_SECONDS = 2.0
 _RACED = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ESTALE)  # another driver was faster
+_AWAY = (OSError, AliprodError)  # of a storage path: a folder, a bucket
 _MOST_BYTES, _MOST_LETTERS = 4096, 200  # of what somebody else has written
 
 
@@ -109,16 +110,12 @@ class Leases:
         """Give a lease back; nothing happens where it is not held."""
         with self._lock:
             if (own := self._held.pop(name, None)) is not None:
-                with suppress(OSError):
+                with suppress(*_AWAY):
                     self._kept.leave(name, own)
 
     def check(self) -> None:
-        """Raise where a lease was lost.
-
-        Raises:
-            Failed: nothing more may be started or committed.
-        """
-        with self._lock, suppress(OSError):
+        """Raise where a lease was lost. Failed: nothing more may be started or committed."""
+        with self._lock, suppress(*_AWAY):
             if time.monotonic() - self._renewed > 2 * self._pause:  # were we stopped? The thread may not have run yet
                 self._renew()
         if self.lost:
@@ -138,7 +135,7 @@ class Leases:
 
     def _live(self) -> None:
         while not self._closed.wait(self._pause):
-            with self._lock, suppress(OSError):  # a storage path that is away comes back, or fails what needs it
+            with self._lock, suppress(*_AWAY):  # a storage path that is away comes back, or fails what needs it
                 self._renew()
                 for name in self._kept.names():
                     self._look(name)
@@ -238,19 +235,18 @@ class _Files:
 
 
 class _Objects:
-    """Leases in a bucket, with the methods of `_Files`. What does not answer is an OSError here too."""
+    """Leases in a bucket, with the methods of `_Files`."""
 
     def __init__(self, of: Mirror, folder: Path) -> None:
         self.bucket, self.prefix = of.bucket, of.key(folder)
         self.seen, self.own = dict[str, str | None](), dict[str, str]()  # versions: as they were read; as we left them
 
     def names(self) -> list[str]:
-        with _as_os_error():
-            found = self.bucket.list(self.prefix)
+        found = self.bucket.list(self.prefix)
         return [key.removeprefix(f"{self.prefix}/") for key, one in found.items() if one["size"]]
 
     def marks(self, name: str) -> dict[str, bytes]:
-        with suppress(OSError), _as_os_error():
+        with suppress(AliprodError):
             found = self.bucket.find(f"{self.prefix}/{name}")
             self.seen[name] = found[1] if found else None
             own, line, sign = found[0].partition(b"\n") if found else (b"", b"", b"")
@@ -267,8 +263,7 @@ class _Objects:
         self._write(name, b"", self.own[name])
 
     def _write(self, name: str, content: bytes, before: str | None) -> bool:
-        with _as_os_error():
-            version = self.bucket.exchange(f"{self.prefix}/{name}", content, before)
+        version = self.bucket.exchange(f"{self.prefix}/{name}", content, before)
         if version is not None:
             self.own[name] = version
         return version is not None
@@ -277,14 +272,6 @@ class _Objects:
 def _kept(folder: Path) -> "_Files | _Objects":
     found = mirror.of(folder)
     return _Files(folder) if found is None else _Objects(found, folder)
-
-
-@contextmanager
-def _as_os_error() -> Iterator[None]:
-    try:
-        yield
-    except AliprodError as error:
-        raise OSError(errno.EIO, error.what.rstrip(".")) from error
 
 
 def _words(sign: bytes) -> str:

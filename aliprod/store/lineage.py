@@ -19,6 +19,7 @@ from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
 from aliprod.version import VERSION
 
 _FOLDER = "submissions"
+COMPARISON = "comparison.json"
 MEMBERS = "members.json"  # in a plan's folder: the checkpoints that its ensemble was last made of
 
 
@@ -39,10 +40,7 @@ def software() -> str:
 
 def members(folder: Path) -> dict[str, dict[str, Any]]:
     """The checkpoints that a plan's ensemble was last made of, by job; {} where there is none."""
-    try:
-        return {name: dict(choice) for name, choice in json.loads((folder / MEMBERS).read_text("utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+    return commit.read_json(folder / MEMBERS)
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,7 @@ def voices(storage: Path, plan: str) -> list[Voice]:
 def comparison(storage: Path, plan: str) -> dict[str, Any] | None:
     """What a plan's ensemble was found to be worth, as `aliprod.ensemble.compare` tells it; None where that is not
     known."""
-    try:
-        return dict(json.loads((storage / plan / "comparison" / "comparison.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    return commit.read_json(storage / plan / "comparison" / COMPARISON) or None
 
 
 def weights_folder(storage: Path, plan: str, job: str, key: str, sha256: str) -> Path:
@@ -88,21 +83,15 @@ def weights_folder(storage: Path, plan: str, job: str, key: str, sha256: str) ->
 
 
 def keep(submission: Path, origin: Mapping[str, Any]) -> None:
-    """Write down what a submission in a plan's folder was made of, without the passwords in addresses.
-
-    Raises:
-        StorageFull: no room, no right to write, or the path is gone.
-    """
+    """Write down what a submission in a plan's folder was made of, without the passwords in addresses. StorageFull: no
+    room, no right to write, or the path is gone."""
     record = submission.parent / _FOLDER / f"{commit.sha256(submission)}.json"
     commit.write_file(record, redacted(json.dumps(origin, indent=1)))
 
 
 def find(submission: Path, storage: Path) -> dict[str, Any]:
-    """What a submission was made of, whichever plan of a storage folder wrote it.
-
-    Raises:
-        Refused: it cannot be read, or none of the plans wrote these bytes.
-    """
+    """What a submission was made of, whichever plan of a storage folder wrote it. Refused: it cannot be read, or none
+    of the plans wrote these bytes."""
     try:
         digest = commit.sha256(submission)
     except OSError as error:

@@ -50,11 +50,8 @@ _VERSION = "user.aliprod.version"  # attribute of a file: of which object it is 
 
 @dataclass(frozen=True)
 class _File:
-    """A file of a committed folder, as its manifest says.
-
-    Attributes:
-        key: its object, or what those of its parts begin with. plain: the same where other tools have sent the folder.
-    """
+    """A file of a committed folder, as its manifest says. ``key``: its object, or what those of its parts begin with.
+    ``plain``: the same where other tools have sent the folder."""
 
     name: str
     key: str
@@ -62,22 +59,18 @@ class _File:
     size: int
     sha256: str
 
-    @property
+    @functools.cached_property
     def parts(self) -> list[str]:
         """What the key of each of its objects ends with."""
         return [f".{number:04d}" for number in range(-(-self.size // _PART))] if self.size > _PART else [""]
 
-    @property
+    @functools.cached_property
     def keys(self) -> list[str]:
         return [self.key + part for part in self.parts]
 
 
 def place(stated: str | Path) -> Path | None:
-    """The folder of this machine that stands for a URI; None where it is a path.
-
-    Raises:
-        Refused: it names no bucket.
-    """
+    """The folder of this machine that stands for a URI; None where it is a path. Refused: it names no bucket."""
     if not (found := _URI.fullmatch(str(stated))):
         return None
     scheme, parts = found[1], [part for part in found[2].split("/") if part]
@@ -94,11 +87,8 @@ def local(stated: str | Path) -> Path:
 
 
 def here(folder: Path) -> Path:
-    """The same folder: in a mirror, with its manifest and small files, where it is committed.
-
-    Raises:
-        Unreachable: the bucket does not answer.
-    """
+    """The same folder: in a mirror, with its manifest and small files, where it is committed. Unreachable: the bucket
+    does not answer."""
     if (mirrored := of(folder)) is not None:
         mirrored.take(folder)
     return folder
@@ -126,11 +116,7 @@ def _mirror(root: Path) -> "Mirror":
 
 
 class Mirror:
-    """A mirror and its bucket, whose errors it raises.
-
-    Args:
-        root: the folder that the whole bucket is mirrored in.
-    """
+    """A mirror and its bucket, whose errors it raises. ``root``: the folder that the whole bucket is mirrored in."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -156,41 +142,33 @@ class Mirror:
         self.bucket.delete(key for key in keys if key.endswith(MANIFEST))
         self.bucket.delete(key for key in keys if not key.endswith(MANIFEST))
 
-    def publish(self, staging: Path, folder: Path, over: bool) -> bool:
-        """Send the files of a finished folder, and then its manifest.
-
-        Args:
-            over: whether it may take the place of what is there.
-        Returns:
-            False where another writer was faster: what he sent stays.
-        """
+    def publish(self, staging: Path, folder: Path, over: bool) -> None:
+        """Send the files of a finished folder, then its manifest, and move it to its place here. Where another writer
+        was faster, what he sent stays. ``over``: whether it may take the place of what is there."""
         own, manifest = f"{self.key(folder)}/{MANIFEST}", (staging / MANIFEST).read_bytes()
-        with self.bucket.given(own):
-            before = self.bucket.find(own)
-            if before is not None and not over:
-                return False
-            files = self._files(folder, manifest)
-            with ThreadPoolExecutor(THREADS) as threads:
-                parts = [(file, number) for file in files for number in range(len(file.parts))]
-                list(threads.map(lambda part: self._send(staging / part[0].name, *part), parts))
-            version = self.bucket.exchange(own, manifest, before[1] if before else None)
+        with self.alone(folder):
+            with self.bucket.given(own):
+                before = self.bucket.find(own)
+                if before is not None and not over:
+                    return
+                files = self._files(folder, manifest)
+                with ThreadPoolExecutor(THREADS) as threads:
+                    parts = [(file, number) for file in files for number in range(len(file.parts))]
+                    list(threads.map(lambda part: self._send(staging / part[0].name, *part), parts))
+                version = self.bucket.exchange(own, manifest, before[1] if before else None)
             if version is None:
-                return False
-        _mark(staging / MANIFEST, version)
-        os.utime(staging / MANIFEST)
-        self._known |= {file.sha256[:16]: file.key for file in files}
-        self._sweep(
-            folder, {key for file in files for key in file.keys}, self._files(folder, before[0]) if before else []
-        )
-        self._make_room(0)
-        return True
+                return
+            _mark(staging / MANIFEST, version)
+            os.utime(staging / MANIFEST)
+            self._known |= {file.sha256[:16]: file.key for file in files}
+            old = self._files(folder, before[0]) if before else []
+            self._sweep(folder, {key for file in files for key in file.keys}, old)
+            self._make_room(0)
+            swap(staging, folder)
 
     def take(self, folder: Path, again: bool = False) -> None:
         """Have the manifest of a committed folder here, with its small files; nothing where it is not committed.
-
-        Args:
-            again: ask although it is here: what is replaced now and then may be another by now.
-        """
+        ``again``: ask although it is here: what is replaced now and then may be another by now."""
         here = folder / MANIFEST
         if here.exists() and not again:
             return

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from aliprod.errors import Failed, StorageFull
 from aliprod.store import commit
-from aliprod.store.keys import canonical
+from aliprod.store.layout import canonical
 
 SHARD_STEP = 256  # a shard has a multiple of so many rows: whole batches, so that one predicted again sees the same
 SHARD_ROWS = 32 * SHARD_STEP  # of soft labels, 3 MB, and of features, 32 MB at 2048 of them
@@ -41,11 +41,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ResumableRows:
-    """Rows for ``folder``, and the shards of them that are finished: of just these images, classes and facts.
-
-    Attributes:
-        ids: (N,). classes: (K,). record: what is committed with the rows.
-    """
+    """Rows for ``folder``, and the shards of them that are finished: of just these images, classes and facts. ``ids``:
+    (N,). ``classes``: (K,). ``record``: what is committed with the rows."""
 
     folder: Path
     ids: pa.StringArray
@@ -82,7 +79,8 @@ class ResumableRows:
         try:
             commit.refresh(self._room)
             self._write(blocks, part)
-            commit.refresh(self._room)  # other parts may be made on other machines
+            if part != ALL:
+                commit.refresh(self._room)  # other parts may be made on other machines
             if not all(path.exists() for path in self._shards) and commit.read(self.folder) is None:
                 return {}
             written = commit.read(self.folder) or commit.write(self.folder, fill, dict(self.record), room=self._room)
@@ -101,11 +99,8 @@ class ResumableRows:
         return [shard_file(path / name, shard) for shard, path in enumerate(self._shards)]
 
     def link(self, name: str, target: Path) -> dict[str, str]:
-        """Give the files of an array a second name in ``target``, or copy them where there are no links.
-
-        Returns:
-            The sha256 of each by its name.
-        """
+        """Give the files of an array a second name in ``target``, or copy them where there are no links. Returns the
+        sha256 of each by its name."""
         for file in self.files(name):
             commit.fetch(file.parent)
             commit.link(file, target / file.name)
@@ -123,9 +118,8 @@ class ResumableRows:
     @property
     def _kind(self) -> str:
         """The split and views of predictions, else the folder's name: what is left of others of it is obsolete."""
-        return (
-            "-".join(str(self.record[fact]) for fact in ("split", "views") if fact in self.record) or self.folder.name
-        )
+        said = [str(self.record[fact]) for fact in ("split", "views") if fact in self.record]
+        return "-".join(said) or self.folder.name
 
     @cached_property
     def _shards(self) -> list[Path]:

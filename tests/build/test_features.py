@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from aliprod.build.graph import targets
-from aliprod.build.outputs import compared
+from aliprod.build.making import inputs_of
 from aliprod.build.target import Site, Target, lacking
-from aliprod.build.trainings import inputs_of
 from aliprod.catalogue.decode import decode
 from aliprod.cluster.tune import _wrong
 from aliprod.data.augment import eval_view, normalise
@@ -28,7 +27,7 @@ from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import resolve
 from aliprod.recipe import Inputs, Machine
-from aliprod.store import commit
+from aliprod.store import commit, lineage
 from aliprod.synth.synth import synthesise
 from aliprod.training.candidates import Candidate
 from aliprod.training.learner import set_up
@@ -217,7 +216,7 @@ def test_a_stage_on_few_images_of_a_class_reads_their_features_alone(shop: Opene
 
 def test_the_ensemble_is_compared_with_its_floors(shop: Opened, made: list[str]) -> None:
     """Stages on cached features of pretrained weights, that are no members."""
-    told = compared(shop.places.storage, targets(shop, False)) or {}
+    told = lineage.comparison(shop.places.storage, "shop") or {}
     assert list(told["floors"]) == ["net/probe", "net/balanced"]
     for name, floor in told["floors"].items():
         store = open_store(next(shop.places.storage.glob(f"jobs/{name}/*/probabilities/*-val")))

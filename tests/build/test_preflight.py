@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from aliprod.build.preflight import check_catalogue, make_first
+from aliprod.build.preflight import check_backbones, check_catalogue, make_first
 from aliprod.build.target import Site
 from aliprod.catalogue.sources import Reading, read
 from aliprod.errors import Refused
@@ -56,9 +56,10 @@ def test_what_has_passed_is_not_asked_again_and_what_is_new_or_was_refused_is(
             check(other)
 
 
-def test_a_network_of_one_size_takes_no_other_in_tests(check) -> None:
+def test_a_network_of_one_size_takes_no_other_in_tests(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(PLAN)
     with pytest.raises(Refused, match="built for images of one size, not 160, 144") as refused:
-        check("stages.full.test_crop=144")
+        check_backbones(load(tmp_path / "plan.toml", ["stages.full.test_crop=144"]))
     assert "Leave crops and test_crop out" in refused.value.advice
 
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from aliprod.build.graph import Chosen, targets
-from aliprod.build.outputs import compared
 from aliprod.build.target import Site, Target, lacking
 from aliprod.catalogue import sources
 from aliprod.ensemble.guesses import read_predictions
@@ -24,7 +23,7 @@ from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import resolve
-from aliprod.store import commit
+from aliprod.store import commit, lineage
 from aliprod.synth.synth import synthesise
 
 MEMBERS = ("net/soup", "net/student")
@@ -126,7 +125,7 @@ def test_the_submission_names_every_test_image_and_the_errors_are_of_val(shop: O
     assert {line.split(",")[0] for line in lines} == set(catalogue.test.ids.to_pylist())
     stores = [open_store(next(shop.places.storage.glob(f"jobs/{name}/*/probabilities/*-val-*"))) for name in MEMBERS]
     errors = {store.name: (score(store.labels, store.predicted()) or {})["top1_error"] for store in stores}
-    found = compared(shop.places.storage, targets(shop, False))
+    found = lineage.comparison(shop.places.storage, "shop")
     assert found is not None
     assert (found["split"], found["views"], found["combine"]) == ("val", "center", "sum")
     assert {name: one["top1_error"] for name, one in found["members"].items()} == errors
@@ -146,7 +145,7 @@ def test_weights_are_fitted_on_val_and_change_the_ensemble_alone(shop: Opened, m
     assert set(make_all(other)) == {"weights", "ensemble", "comparison"}, "val and test were predicted for the sum"
     found, fitted = targets(other, False), commit.read(other.folder / "ensemble") or {}
     assert found["ensemble"].key != before["ensemble"]
-    told = compared(other.places.storage, found) or {}
+    told = lineage.comparison(other.places.storage, combine) or {}
     assert (told["split"], told["best"]["split"], told["best"]["views"]) == ("test", "val", "center")
     [*folds, last] = json.loads((other.folder / "weights" / "weights.json").read_text())
     assert len(folds) == 5

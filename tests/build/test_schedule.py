@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aliprod.build.allot import BACK_SECONDS, CALM_SECONDS, Running, Situation, decide
-from aliprod.build.paths import Paths
-from aliprod.build.room import Node, check_room, cpus_of_a_rank
+from aliprod.build.allot import BACK_SECONDS, CALM_SECONDS, Paths, Running, Situation, decide
+from aliprod.build.room import Node, check_room, with_cpus
 from aliprod.build.schedule import Change, Outcome, execute
 from aliprod.build.target import Resources, Target, powers_of_two
 from aliprod.errors import Unreachable
@@ -435,9 +434,8 @@ def test_what_no_node_can_hold_is_refused_with_both_names(nodes: list[Resources]
 
 def test_a_rank_has_the_cpus_that_nodes_have_for_each_gpu_and_one_where_there_are_none() -> None:
     nodes = [Node("head", Resources(4, 0)), Node("a", Resources(26, 4)), Node("b", Resources(64, 8))]
-    assert cpus_of_a_rank(Cluster(), nodes, gpu=True) == 6
-    assert cpus_of_a_rank(Cluster(), nodes, gpu=False) == 1
-    assert cpus_of_a_rank(Cluster(cpus_per_worker=3), nodes, gpu=True) == 3
+    settings = (Cluster(), Cluster(use_gpu=False), Cluster(cpus_per_worker=3))
+    assert [with_cpus(cluster, nodes).cpus_per_worker for cluster in settings] == [6, 1, 3]
 
 
 def test_powers_of_two_end_at_the_most() -> None:

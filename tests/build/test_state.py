@@ -219,11 +219,11 @@ def test_what_another_driver_finishes_before_anything_is_begun_here_is_reused_on
     opened: Opened, state: RunState
 ) -> None:
     finish(opened, {"best_epoch": 1, "top1_error": 0.5})
-    assert [(event.job, event.state) for event in state.reuse_of_others() if isinstance(event, Changed)] == [
+    assert [(event.job, event.state) for event in state.reuse("waiting") if isinstance(event, Changed)] == [
         ("net/full", "reused")
     ]
     assert state.states["net/full"] == "reused"
-    assert list(state.reuse_of_others()) == []
+    assert list(state.reuse("waiting")) == []
 
 
 def test_attempts_that_ended_are_kept_by_this_run_and_the_next(state: RunState, opened: Opened) -> None:

@@ -8,7 +8,7 @@ from aliprod.build.room import Node
 from aliprod.build.target import Resources
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.forecast.kept import keep, read
+from aliprod.forecast.simulate import keep, kept
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
@@ -51,13 +51,13 @@ def test_it_is_of_all_targets_and_stays_as_it_was_whatever_is_known_later(folder
     plan = opened(folder)
     trained(plan, 10.0)
     keep(plan, NODES)
-    first = read(plan)
+    first = kept(plan)
     assert first is not None
     assert {"net/full", "net/accuracy", "net/accuracy test", "ensemble"} <= set(first.spans)
     assert first.spans["net/full"][-1].end <= first.spans["net/accuracy"][0].begin
     trained(plan, 1000.0)
     keep(plan, NODES)
-    assert read(plan) == first
+    assert kept(plan) == first
 
 
 def test_another_plan_has_another(folder: Path) -> None:
@@ -65,21 +65,21 @@ def test_another_plan_has_another(folder: Path) -> None:
     trained(plan, 10.0)
     keep(plan, NODES)
     trained(longer, 10.0)
-    assert read(longer) is None
+    assert kept(longer) is None
     keep(longer, NODES)
-    kept = read(longer)
-    assert kept is not None
-    assert "net/full" in kept.spans
-    assert read(plan) is None
+    found = kept(longer)
+    assert found is not None
+    assert "net/full" in found.spans
+    assert kept(plan) is None
 
 
 def test_none_is_kept_without_a_rate_or_where_the_plan_has_no_room(folder: Path) -> None:
     plan = opened(folder)
     keep(plan, NODES)
-    assert read(plan) is None
+    assert kept(plan) is None
     trained(plan, 10.0)
     keep(plan, (Node("a", Resources(0, 0)),))
-    assert read(plan) is None  # it would wait for ever
+    assert kept(plan) is None  # it would wait for ever
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"plan": 1, "time": 0, "spans": 3}'])
@@ -87,4 +87,4 @@ def test_a_file_that_is_damaged_is_none(text: str, folder: Path) -> None:
     plan = opened(folder)
     (plan.folder).mkdir(parents=True)
     (plan.folder / "forecast.json").write_text(text)
-    assert read(plan) is None
+    assert kept(plan) is None

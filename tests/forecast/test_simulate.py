@@ -17,7 +17,7 @@ from aliprod.catalogue import sources
 from aliprod.errors import Refused
 from aliprod.forecast import rates
 from aliprod.forecast.demand import demand
-from aliprod.forecast.seconds import Estimates, speed_up
+from aliprod.forecast.rates import Estimates, speed_up
 from aliprod.forecast.simulate import STARTING_SECONDS as START
 from aliprod.forecast.simulate import forecast, lower_bound, machines, simulate
 from aliprod.plan.jobs import jobs_of

@@ -14,7 +14,7 @@ from aliprod.plan.jobs import jobs_of
 from aliprod.plan.open import Request, open_plan
 from aliprod.plan.places import resolve
 from aliprod.plan.schema import Plan
-from aliprod.store.keys import key_of
+from aliprod.store.layout import key_of
 
 
 @pytest.fixture

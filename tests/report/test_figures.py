@@ -4,7 +4,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from aliprod.forecast.clock import Span
+from aliprod.forecast.simulate import Span
 from aliprod.report import figures
 from aliprod.report.error_analysis import Bin, Size
 from aliprod.report.figures import Course, Scale

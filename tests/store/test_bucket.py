@@ -296,7 +296,7 @@ for number in range(1000):
 def test_a_writer_that_is_killed_leaves_all_of_a_folder_or_nothing(machines: Machines) -> None:
     here, there = machines("a"), machines("b")
     moments = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         command = [sys.executable, "-c", KILLED, mirror.shown(here)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -418,7 +418,7 @@ def test_what_goes_wrong_on_the_way_is_done_again_and_the_bytes_are_the_same(
     content = random.Random(1).randbytes(LARGE)
     here, there = machines("a"), machines("b")
     with between(s3, lambda _: kind if chance.random() < share else "", monkeypatch):
-        for number in range(4):
+        for number in range(2):
             folder = here / f"job/{number}"
             assert commit.write(folder, writes(large=content, small=b"s"), {"number": number}) == {"number": number}
             commit.replace(here / "plan/ensemble", writes(large=content + bytes([number])), {"target": number})

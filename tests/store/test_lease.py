@@ -249,7 +249,7 @@ def test_what_is_no_lease_is_no_obstacle(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("free", [True, False], ids=["nobody's", "of one that was killed"])
 def test_of_many_that_ask_at_once_one_has_it(storage: Path, tmp_path: Path, free: bool) -> None:
-    for _ in range(20):
+    for _ in range(8):
         with ExitStack() as stack:
             if not free:
                 with other(storage) as process:

@@ -154,9 +154,7 @@ def locked(storage: Path) -> Iterator[list[Story]]:
     """A driver whose SQLite is locked from its second epochs on until the block ends; its story is there then."""
     lines: list[str] = []
     told: list[Story] = []
-    training = Training(
-        storage, Tracking(f"sqlite:///{storage}/mlflow.db", "shop", storage / "a", lines.append)
-    )
+    training = Training(storage, Tracking(f"sqlite:///{storage}/mlflow.db", "shop", storage / "a", lines.append))
     training.train(EACH)
     assert training.tracking.flush(60) == []
     with closing(sqlite3.connect(storage / "mlflow.db", isolation_level=None)) as other:
