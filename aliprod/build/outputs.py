@@ -17,7 +17,7 @@ from aliprod.store.layout import job_place
 from aliprod.store.resumable import shards
 
 if TYPE_CHECKING:
-    from aliprod.ensemble.combine import Combination
+    from aliprod.ensemble.choose import Combination
     from aliprod.inference.probabilities import Probabilities
 
 LEAST_VAL = 5  # images: one in each fold
@@ -183,7 +183,7 @@ def _predict(target: Target, site: Site) -> Made:
 
 
 def _fit(target: Target, site: Site) -> Made:
-    from aliprod.ensemble.combine import fit
+    from aliprod.ensemble.choose import fit
 
     facts = target.facts or {}
     found = json.dumps([asdict(one) for one in fit(_members(target, site), facts["combine"], facts["seed"])], indent=1)
@@ -228,7 +228,7 @@ def _members(target: Target, site: Site, role: str = "members") -> "list[Probabi
 
 def _combinations(target: Target, site: Site) -> "list[Combination]":
     """Those of an ensemble: fitted without each fold in turn, and on all; the plain sum alone where none is fitted."""
-    from aliprod.ensemble.combine import Combination
+    from aliprod.ensemble.choose import Combination
 
     for fitted in target.needs["weights"]:
         found = _read(fitted.folder(site.storage) / FITTED)

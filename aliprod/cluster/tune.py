@@ -26,7 +26,7 @@ from aliprod.build.trainings import inputs_of
 from aliprod.catalogue.catalogue import Integers
 from aliprod.cluster import session
 from aliprod.cluster.trials import Log, Trial, drawn_stages, finalists, is_spent, judged, search_of, short, trial_of
-from aliprod.ensemble.gains import Gain
+from aliprod.ensemble.compare import Gain
 from aliprod.errors import Failed, NonFiniteLoss, Refused, did_you_mean
 from aliprod.plan.open import Opened, Request
 from aliprod.plan.schema import Plan, Tune

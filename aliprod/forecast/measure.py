@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -43,10 +42,10 @@ def _measured(opened: Opened, piece: Piece, steps: int) -> dict[str, Any]:
     match piece.part:
         case "center" | "ten_crop" as views:
             batches = max(1, steps // 4)
-            return asdict(measure_prediction(job.stage, job.network, views, catalogue, batches, cluster))
+            return measure_prediction(job.stage, job.network, views, catalogue, batches, cluster)
         case part:
             stage = rates.bare(job.stage)
             if stage.shares == "ranks":  # one of them is measured
                 _, ranks = cluster.ranks_of(job.name)
                 stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // ranks)})
-            return asdict(measure(part, stage, job.network, catalogue, steps, cluster))
+            return measure(part, stage, job.network, catalogue, steps, cluster)

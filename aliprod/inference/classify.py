@@ -1,7 +1,7 @@
 """What pictures show, as a model says it, or an ensemble: the weighted mean of its members' probabilities."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aliprod.errors import Refused
 from aliprod.inference.pictures import Picture, Size, Squares, read
-from aliprod.inference.predict import BATCH, Ready, look, ready
+from aliprod.inference.predict import BATCH, Ready, ready, seen
 from aliprod.inference.probabilities import tempered
 from aliprod.models.weights import MODEL
 from aliprod.processes import pool
@@ -54,13 +54,14 @@ class Recogniser:
         """What its members see of a picture."""
         return {(member.config.resize, member.config.interpolation) for member in self.members}
 
+    @torch.inference_mode()
     def probabilities(self, pictures: Sequence[Squares]) -> Tensor:
         """The weighted mean (n, K) of the members' probabilities of pictures, at least one, in float32."""
         parts = []
         for member in self.members:
-            config, feed = member.config, replace(member.feed, dtype=torch.float32)
+            config, feed = member.config, member.feed
             pixels = torch.from_numpy(np.stack([one[config.resize, config.interpolation] for one in pictures]))
-            parts.append(look(member.model, pixels.to(feed.device), config.crop, self.views, feed).cpu())
+            parts.append(seen(member.model, pixels.to(feed.device), config.crop, self.views, feed).cpu())
         return mean(parts, self.voices)
 
     def answers(self, pictures: Sequence[Squares]) -> list[Answer]:

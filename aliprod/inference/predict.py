@@ -72,7 +72,9 @@ def predict(
         Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
     """
     for rows, pixels in squared_batches(images, resize, feed, BATCH[views]):
-        yield rows, look(model, pixels, crop, views, feed).cpu()
+        with autocast(feed.device, feed.dtype):
+            probabilities = seen(model, pixels, crop, views, feed)
+        yield rows, probabilities.cpu()
 
 
 @torch.inference_mode()
@@ -109,15 +111,8 @@ def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
         yield block
 
 
-@torch.inference_mode()
-def look(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
-    """`seen` at the precision of ``feed``, on whose device the pictures are."""
-    with autocast(feed.device, feed.dtype):
-        return seen(model, pixels, crop, views, feed)
-
-
 def seen(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
-    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8."""
+    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8, on the device of ``feed``."""
     cut = _cut(pixels, crop, views)
     logits: Tensor = model(_normalised(cut, feed))
     return mean_probabilities(logits.float().view(*cut.shape[:2], -1))
@@ -136,16 +131,12 @@ def _normalised(cut: Tensor, feed: Feed) -> Tensor:
     return normalise(cut.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
 
 
-def nothing() -> None:
-    """Do nothing."""
-
-
 def top1_errors(
     model: Classifier,
     catalogue: Catalogue,
     stage: Stage,
     feed: Feed,
-    between: Callable[[], None] = nothing,
+    between: Callable[[], None] = lambda: None,
     known: Features | None = None,
 ) -> dict[str, float]:
     """How well a model knows val, by the centre crop; empty without validation images.

@@ -1,6 +1,6 @@
 """Weights that an epoch ends with: raw or averaged, norm statistics as trained or taken anew. The best counts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from aliprod.inference.predict import autocast, nothing
+from aliprod.inference.predict import autocast
 from aliprod.randomness import seed_of
 from aliprod.recipe import STATISTICS_BATCHES
 from aliprod.store.epochs import TOP1
@@ -43,13 +43,9 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.clone(tensor.detach()).cpu() for name, tensor in tensors.items()}
 
 
-def best_candidate(
-    setup: Setup, average: Average | None, epoch: int, between: Callable[[], None] = nothing
-) -> tuple[Candidate, dict[str, float]]:
+def best_candidate(setup: Setup, average: Average | None, epoch: int) -> tuple[Candidate, dict[str, float]]:
     """Score each kind of weights after an epoch; the model is as before when it returns.
 
-    Args:
-        between: called now and then, as often on each rank; it may raise.
     Returns:
         The candidate with the lowest error (of equal ones the later kind), and the top-1 errors of all by name; of the
         raw weights, top-5 error and loss too.
@@ -58,9 +54,9 @@ def best_candidate(
     kept = copied(model.state_dict())
     best, errors = None, dict[str, float]()
     try:
-        for kind, tensors in _kinds(setup, average, epoch, kept, between):
+        for kind, tensors in _kinds(setup, average, epoch, kept):
             model.load_state_dict(tensors)
-            found = setup.top1_errors(between)
+            found = setup.top1_errors()
             others = {f"{name}_{kind}": value for name, value in found.items() if name.startswith(TOP1)}
             errors |= found if kind == "raw" else others
             candidate = Candidate(epoch, kind, found.get(TOP1), tensors)
@@ -73,7 +69,7 @@ def best_candidate(
 
 
 def _kinds(
-    setup: Setup, average: Average | None, epoch: int, raw: dict[str, Tensor], between: Callable[[], None]
+    setup: Setup, average: Average | None, epoch: int, raw: dict[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     learner = setup.learner
     sources = {"raw": raw} | ({} if average is None else {"averaged": copied(average.state(learner.model))})
@@ -81,10 +77,10 @@ def _kinds(
         yield kind, tensors
         if learner.needs.distorts and setup.share_mean().statistics:
             learner.model.load_state_dict(tensors)
-            yield f"{kind}_restated", restated(setup, epoch, between)
+            yield f"{kind}_restated", restated(setup, epoch)
 
 
-def restated(setup: Setup, epoch: int, between: Callable[[], None] = nothing) -> dict[str, Tensor]:
+def restated(setup: Setup, epoch: int) -> dict[str, Tensor]:
     """A copy of the model's weights, its norm statistics taken anew from images as inference sees them.
 
     An objective that trains on distorted images (DCL) leaves statistics of a mixture that never comes again. Each share
@@ -94,7 +90,7 @@ def restated(setup: Setup, epoch: int, between: Callable[[], None] = nothing) ->
 
     def images(share: int) -> Iterator[Tensor]:
         for batch in islice(batches.epoch(epoch, shares=(share,)), STATISTICS_BATCHES):
-            between()
+            setup.between()
             yield batch.images
 
     def take(share: int) -> Losses:

@@ -5,12 +5,13 @@ before where that has not ended. An error of a write is raised after the next st
 the parts of the folder.
 """
 
+import faulthandler
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from aliprod.training.candidates import Candidate
 from aliprod.training.checkpoint import Background, background
 from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, Step, steps
-from aliprod.training.watchdog import Watchdog
+from aliprod.training.watchdog import longest, watch
 
 _PACE_SECONDS = 10.0
 
@@ -50,46 +51,50 @@ def run(job: TrainingJob, catalogue: Catalogue, stop: Callable[[], bool] = never
         StorageFull: what is finished stays; the same job goes on from its newest checkpoint later.
         NonFiniteLoss, Refused: as `aliprod.training.loop.steps`.
     """
-    began = time.time()
-    finished, resume = _agreed(job.folder)
+    began, first = time.time(), not dist.is_initialized() or dist.get_rank() == 0
+    finished, resume = _agreed(job.folder, first)
     if finished:
         return
     if resume is not None:
         log.info("%s goes on from %s.", job.name, resume)
-    with background() as writer, closing(Watchdog(job.machine.watchdog_seconds)) as watchdog:
+    with background() as writer, closing(_events(job, catalogue, resume, stop)) as events:
         results, pace = _Results(job, catalogue, writer, began), _Pace(job, step_of(resume) if resume else 0)
-        for event in _events(job, catalogue, partial(steps, resume=resume, stop=stop), watchdog):
-            if isinstance(event, Step):
-                writer.check()
-                pace.add(event)
+        for event in events:
+            if isinstance(event, Progress):
+                if event.state.epoch == job.stage.epochs:
+                    pace.wait()  # what it writes goes with the checkpoints
+                if first:
+                    results.keep(event)
+                yield event
                 continue
-            if event.state.epoch == job.stage.epochs:
-                pace.wait()  # what it writes goes with the checkpoints
-            if event.place.rank == 0:
-                results.keep(event)
-            yield event
+            writer.check()
+            if first:
+                pace.add(event)
 
 
 def _events(
-    job: TrainingJob, catalogue: Catalogue, train: Callable[..., Iterator[Step | Progress]], watchdog: Watchdog
-) -> Iterator[Step | Progress]:
+    job: TrainingJob, catalogue: Catalogue, resume: Path | None, stop: Callable[[], bool]
+) -> Generator[Step | Progress]:
     """The events of a training, whose steps are watched, or of a mean of weights."""
-    inputs = job.inputs
+    inputs, limit = job.inputs, job.machine.watchdog_seconds
     data = training_set(catalogue, job.stage, inputs)
     if not job.stage.is_trained:
         setup = set_up(job.stage, job.network, catalogue, without_training(job.machine), data)
         yield from soup.blended(setup, inputs.soup) if inputs.soup else soup.remembered(setup, inputs)
         return
-    watchdog.phase()
-    for event in train(set_up(job.stage, job.network, catalogue, job.machine, data), inputs):
-        if isinstance(event, Step):
-            (watchdog.phase if event.last else watchdog.step)()
-        yield event
+    watch(longest(limit))
+    try:
+        for event in steps(set_up(job.stage, job.network, catalogue, job.machine, data), inputs, resume, stop):
+            if isinstance(event, Step):
+                watch(longest(limit) if event.last else limit)
+            yield event
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
-def _agreed(folder: Path) -> tuple[bool, Path | None]:
+def _agreed(folder: Path, first: bool) -> tuple[bool, Path | None]:
     """Whether the job is finished, and the checkpoint that all ranks go on from. Rank 0 looks, and cleans up."""
-    found = [_found(folder) if not dist.is_initialized() or dist.get_rank() == 0 else (False, None)]
+    found = [_found(folder) if first else (False, None)]
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
     return found[0]
@@ -182,7 +187,6 @@ class _Pace:
 
     def __init__(self, job: TrainingJob, step: int) -> None:
         self.job, self.step = job, step
-        self.silent = dist.is_initialized() and dist.get_rank() > 0
         self.steps, self.seconds, self.told = 0, 0.0, -math.inf
         self.before: float | None = None
         self.teller = Thread()
@@ -194,7 +198,7 @@ class _Pace:
         if self.before is not None:
             self.steps, self.seconds = self.steps + 1, self.seconds + now - self.before
         self.before = None if step.last else now
-        due = self.steps and now - self.told >= _PACE_SECONDS and not self.silent
+        due = self.steps and now - self.told >= _PACE_SECONDS
         if due and not self.teller.is_alive():
             self._tell()
             self.steps, self.seconds, self.told = 0, 0.0, now

@@ -15,9 +15,9 @@ from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
-from aliprod.inference.predict import autocast, nothing, precision, top1_errors
+from aliprod.inference.predict import autocast, precision, top1_errors
 from aliprod.models.classifier import Classifier, normalisation
-from aliprod.objectives import Batch, Context, Needs, build
+from aliprod.objectives import Batch, Context, build
 from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Stage
 from aliprod.recipe.options import needs
@@ -83,7 +83,7 @@ class Learner(nn.Module):
         torch.manual_seed(seed_of(stage.seed, "init", network))
         self.stage, self.place = stage, place
         self.dtype = precision(place.device, stage.precision)
-        asked = needs(stage.objective.name, stage.objective.options)
+        self.needs = asked = needs(stage.objective.name, stage.objective.options)
         counts = catalogue.class_counts if class_counts is None else class_counts
         self.model = Classifier(
             network,
@@ -105,7 +105,6 @@ class Learner(nn.Module):
         self.objective = build(
             stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue, counts)
         )
-        self.needs: Needs = self.objective.needs  # type: ignore[assignment]
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if stage.features == "cached":  # it is shown what its backbone would make
             self.model.backbone.forward_features = self.model.backbone.forward_head = _as_they_are  # type: ignore[assignment]
@@ -143,12 +142,17 @@ class Learner(nn.Module):
 
 @dataclass(frozen=True)
 class Setup:
-    """A stage in its place: the learner, the batches that it is shown, and the images that score it."""
+    """A stage in its place: the learner, the batches that it is shown, and the images that score it.
+
+    Attributes:
+        between: called now and then while an epoch is scored, as often on each rank; it may raise.
+    """
 
     learner: Learner
     catalogue: Catalogue
     feed: Feed
     batches: TrainBatches
+    between: Callable[[], None] = lambda: None
 
     def share_mean(self, trained: Iterable[nn.Parameter] = ()) -> ShareMean:
         """What takes the mean of a step's shares: of norm statistics, losses, and the gradients of ``trained``."""
@@ -156,11 +160,10 @@ class Setup:
         sent = stage.gradients if stage.shares == "ranks" else "tree"
         return ShareMean(self.learner, trained, self.batches.shares, ranks, sent)
 
-    def top1_errors(self, between: Callable[[], None] = nothing) -> dict[str, float]:
+    def top1_errors(self) -> dict[str, float]:
         """Errors on val of the learner's weights; empty without val."""
-        learner = self.learner
-        known = self.batches.data.val_features
-        return top1_errors(learner.model, self.catalogue, learner.stage, self.feed, between, known)
+        model, stage, known = self.learner.model, self.learner.stage, self.batches.data.val_features
+        return top1_errors(model, self.catalogue, stage, self.feed, self.between, known)
 
 
 def set_up(

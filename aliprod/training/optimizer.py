@@ -77,11 +77,6 @@ class Optimizer:
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._scaler = torch.amp.GradScaler(device.type) if learner.dtype is torch.float16 else None
 
-    def step(self, loss: Tensor, step: int) -> None:
-        """Call `backward` and `update`."""
-        self.backward(loss)
-        self.update(step)
-
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss to those since the last update."""
         one = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)  # NaN reaches all ranks with the gradients

@@ -16,24 +16,6 @@ def longest(seconds: float) -> float:
     return _PHASE * seconds
 
 
-class Watchdog:
-    """Watches from the first `phase` or `step` until `close`. There is one in a process.
-
-    Args:
-        seconds: that a step may take.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def step(self) -> None:
-        """A step begins."""
-        faulthandler.dump_traceback_later(self.seconds, exit=True, file=_STDERR)
-
-    def phase(self) -> None:
-        """Something longer than a step begins."""
-        faulthandler.dump_traceback_later(longest(self.seconds), exit=True, file=_STDERR)
-
-    def close(self) -> None:
-        """Watch no more."""
-        faulthandler.cancel_dump_traceback_later()
+def watch(seconds: float) -> None:
+    """Something begins that may take so long; until `faulthandler.cancel_dump_traceback_later`, or the next call."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
