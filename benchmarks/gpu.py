@@ -52,7 +52,7 @@ from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.data.augment import on_device
 from aliprod.data.augment_batch import cut, pack, views
 from aliprod.data.loader import Feed, TrainBatch
-from aliprod.inference.predict import autocast, seen
+from aliprod.inference.predict import seen
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.recipe import Machine, Stage
 from aliprod.synth.synth import synthesise

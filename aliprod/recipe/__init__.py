@@ -322,6 +322,11 @@ class Machine(Frozen):
         """CPUs of a rank; 1 where nobody has said or found out how many."""
         return self.cpus_per_worker or 1
 
+    @property
+    def longest_seconds(self) -> float:
+        """The most that anything of a job may take: a start (compilation, loader processes) or a validation."""
+        return 5 * self.watchdog_seconds
+
 
 @dataclass(frozen=True)
 class Inputs:

@@ -52,20 +52,17 @@ def best_candidate(setup: Setup, average: Average | None, epoch: int) -> tuple[C
     """
     model = setup.learner.model
     kept = copied(model.state_dict())
-    best, errors = None, dict[str, float]()
+    candidates, errors = list[Candidate](), dict[str, float]()
     try:
         for kind, tensors in _kinds(setup, average, epoch, kept):
             model.load_state_dict(tensors)
             found = setup.top1_errors()
             others = {f"{name}_{kind}": value for name, value in found.items() if name.startswith(TOP1)}
             errors |= found if kind == "raw" else others
-            candidate = Candidate(epoch, kind, found.get(TOP1), tensors)
-            if best is None or best.top1_error is None or not best.beats(candidate):
-                best = candidate
+            candidates.append(Candidate(epoch, kind, found.get(TOP1), tensors))
     finally:
         model.load_state_dict(kept)
-    assert best is not None  # noqa: S101  the raw weights are always there
-    return best, errors
+    return min(reversed(candidates), key=lambda one: one.top1_error or 0.0), errors
 
 
 def _kinds(

@@ -3,6 +3,10 @@
 Checkpoints are written by a thread, one at a time: the step that is due waits for a copy in memory, and for the write
 before where that has not ended. An error of a write is raised after the next step. `aliprod.store.layout` names
 the parts of the folder.
+
+A hang ends: where a step takes too long, all stacks are printed and the process exits with status 1. A thread of C
+(`faulthandler`) watches, so that code that never lets go of the interpreter is ended too, and a collective whose other
+ranks are gone. Whoever started the process starts it again; the job goes on from its newest checkpoint.
 """
 
 import faulthandler
@@ -35,9 +39,9 @@ from aliprod.training.candidates import Candidate
 from aliprod.training.checkpoint import Background, background
 from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, Step, steps
-from aliprod.training.watchdog import longest, watch
 
 _PACE_SECONDS = 10.0
+_STDERR = 2  # the file itself: Python's own may have been replaced
 
 log = logging.getLogger(__name__)
 
@@ -76,20 +80,25 @@ def _events(
     job: TrainingJob, catalogue: Catalogue, resume: Path | None, stop: Callable[[], bool]
 ) -> Generator[Step | Progress]:
     """The events of a training, whose steps are watched, or of a mean of weights."""
-    inputs, limit = job.inputs, job.machine.watchdog_seconds
+    inputs, machine = job.inputs, job.machine
     data = training_set(catalogue, job.stage, inputs)
     if not job.stage.is_trained:
-        setup = set_up(job.stage, job.network, catalogue, without_training(job.machine), data)
-        yield from soup.blended(setup, inputs.soup) if inputs.soup else soup.remembered(setup, inputs)
+        setup = set_up(job.stage, job.network, catalogue, without_training(machine), data)
+        yield soup.blended(setup, inputs.soup) if inputs.soup else soup.remembered(setup, inputs)
         return
-    watch(longest(limit))
+    _watch(machine.longest_seconds)
     try:
-        for event in steps(set_up(job.stage, job.network, catalogue, job.machine, data), inputs, resume, stop):
+        for event in steps(set_up(job.stage, job.network, catalogue, machine, data), inputs, resume, stop):
             if isinstance(event, Step):
-                watch(longest(limit) if event.last else limit)
+                _watch(machine.longest_seconds if event.last else machine.watchdog_seconds)
             yield event
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _watch(seconds: float) -> None:
+    """What begins may take so long."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
 
 def _agreed(folder: Path, first: bool) -> tuple[bool, Path | None]:
@@ -200,10 +209,11 @@ class _Pace:
         self.before = None if step.last else now
         due = self.steps and now - self.told >= _PACE_SECONDS
         if due and not self.teller.is_alive():
-            self._tell()
+            self.teller = Thread(target=self._write, args=(self._text(),), name="pace", daemon=True)
+            self.teller.start()
             self.steps, self.seconds, self.told = 0, 0.0, now
 
-    def _tell(self) -> None:
+    def _text(self) -> str:
         told = {
             "step": self.step,
             "images_per_second": self.steps * self.job.stage.batch_size / self.seconds,
@@ -211,19 +221,16 @@ class _Pace:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "time_ms": time.time_ns() // 1_000_000,
         }
-        path = self.job.folder / RESUME / PACE
-        self.teller = Thread(target=_write_if_possible, args=(path, json.dumps(told)), name="pace", daemon=True)
-        self.teller.start()
+        return json.dumps(told)
+
+    def _write(self, text: str) -> None:
+        with suppress(StorageFull):  # nothing is lost with it; a checkpoint will say so
+            commit.write_file(self.job.folder / RESUME / PACE, text)
 
     def wait(self) -> None:
         """Wait for what is being told."""
         if self.teller.is_alive():
             self.teller.join()
-
-
-def _write_if_possible(path: Path, text: str) -> None:
-    with suppress(StorageFull):  # nothing is lost with it; a checkpoint will say so
-        commit.write_file(path, text)
 
 
 def _line(progress: Progress, epoch: int) -> dict[str, Any]:

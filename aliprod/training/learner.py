@@ -107,7 +107,8 @@ class Learner(nn.Module):
         )
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if stage.features == "cached":  # it is shown what its backbone would make
-            self.model.backbone.forward_features = self.model.backbone.forward_head = _as_they_are  # type: ignore[assignment]
+            as_it_is: Any = lambda features, pre_logits=True: features  # noqa: ARG005, E731
+            self.model.backbone.forward_features = self.model.backbone.forward_head = as_it_is
         elif place.machine.compile:
             # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them depends
             # on what was seen before, and a resumed job has seen less.
@@ -118,7 +119,9 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss parts of a batch, each a scalar."""
-        _seed(self.place.device, batch.seed)
+        torch.default_generator.manual_seed(batch.seed)  # torch.manual_seed would visit all kinds of devices
+        if self.place.device.type == "cuda":
+            torch.cuda.manual_seed(batch.seed)
         with autocast(self.place.device, self.dtype):
             parts: dict[str, Tensor] = self.objective(self.model, batch)
         return parts
@@ -201,17 +204,6 @@ def _checkpoint_blocks(model: Classifier) -> None:
         raise Refused(
             "has no blocks that can be computed again: [cluster] checkpointing", model.network, advice
         ) from error
-
-
-def _as_they_are(features: Tensor, pre_logits: bool = True) -> Tensor:  # noqa: ARG001
-    return features
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    """Seed one device; torch.manual_seed would visit every kind of device there could be."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
 
 
 def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts: Integers) -> Context:

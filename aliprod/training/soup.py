@@ -1,7 +1,7 @@
 """Weights that are not trained. Model soup (Wortsman et al., ICML 2022): a mean of others with one parent, free at
 inference. A bank: features of the training images, whose nearest vote."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from aliprod.training.learner import Setup
 from aliprod.training.loop import Progress
 
 
-def blended(setup: Setup, ingredients: Sequence[Path]) -> Iterator[Progress]:
-    """Yield one Progress: the mean of the ingredients' weights, norm statistics taken anew on the stage's images.
+def blended(setup: Setup, ingredients: Sequence[Path]) -> Progress:
+    """The mean of the ingredients' weights, norm statistics taken anew on the stage's images.
 
     Greedy: from the best ingredient on, each next one is kept only if the error on val does not rise (section 2,
     recipe 1 of the paper); without val all are.
@@ -35,15 +35,11 @@ def blended(setup: Setup, ingredients: Sequence[Path]) -> Iterator[Progress]:
         best, errors, kept = _greedy(setup, sorted(ingredients, key=_error))
     else:
         best, errors = _mean(setup, kept)
-    metrics = errors | {"soup/ingredients": float(len(kept))}
-    yield Progress(TrainingState(epoch=stage.epochs, best=best), metrics, _nothing, setup.learner.place, best)
+    return _made(setup, best, errors | {"soup/ingredients": float(len(kept))})
 
 
-def remembered(setup: Setup, inputs: Inputs) -> Iterator[Progress]:
-    """Yield one Progress: the features of the stage's images, as a bank in place of a classifier.
-
-    Refused: weights that do not fit.
-    """
+def remembered(setup: Setup, inputs: Inputs) -> Progress:
+    """The features of the stage's images, as a bank in place of a classifier. Refused: weights that do not fit."""
     model, stage, data = setup.learner.model, setup.learner.stage, setup.batches.data
     bank, features, recipe = model.classifier, data.features, stage.neighbours
     assert isinstance(bank, Bank) and features is not None and recipe is not None  # noqa: S101, PT018
@@ -51,8 +47,7 @@ def remembered(setup: Setup, inputs: Inputs) -> Iterator[Progress]:
     blocks = map(features.take, np.split(np.arange(len(features)), range(SHARD_ROWS, len(features), SHARD_ROWS)))
     bank.fill(blocks, torch.from_numpy(data.images.labels), recipe.k, recipe.temperature)
     errors = setup.top1_errors()
-    best = Candidate(0, "raw", errors.get(TOP1), copied(model.state_dict()))
-    yield Progress(TrainingState(epoch=stage.epochs, best=best), errors, _nothing, setup.learner.place, best)
+    return _made(setup, Candidate(0, "raw", errors.get(TOP1), copied(model.state_dict())), errors)
 
 
 def _greedy(setup: Setup, ordered: Sequence[Path]) -> tuple[Candidate, dict[str, float], list[Path]]:
@@ -84,6 +79,7 @@ def _error(folder: Path) -> float:
     return 1.0 if error is None else error
 
 
-def _nothing() -> Snapshot:
-    """A soup is made in one go: there is no state in between to be kept."""
-    return Snapshot({}, "{}")
+def _made(setup: Setup, best: Candidate, metrics: dict[str, float]) -> Progress:
+    """The end of what is made in one go: there is no state in between to be kept."""
+    state = TrainingState(epoch=setup.learner.stage.epochs, best=best)
+    return Progress(state, metrics, lambda: Snapshot({}, "{}"), setup.learner.place, best)

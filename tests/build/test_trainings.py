@@ -103,7 +103,7 @@ def test_a_soup_sees_as_many_images_as_its_making_shows(packages: Catalogue, tmp
         commit.write(tmp_path / name, partial(weights.save, tensors=tensors, config=config, classes=classes))
     stage = stage_of({"soup": {"of": ("a", "b"), "greedy": greedy}})
     with looked_at() as counts:
-        list(blended(set_up(stage, NETWORK, packages, Machine()), [tmp_path / "a", tmp_path / "b"]))
+        blended(set_up(stage, NETWORK, packages, Machine()), [tmp_path / "a", tmp_path / "b"])
     found = epoch_of(stage, packages)
     assert (found.steps, found.images, found.seen) == (0, 0, sum(counts))
 

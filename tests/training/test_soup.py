@@ -52,7 +52,7 @@ def ingredient(
 
 
 def made(stage: Stage, packages: Catalogue, ingredients: Sequence[Path]) -> tuple[Progress, dict[str, Tensor]]:
-    (progress,) = blended(set_up(stage, NETWORK, packages, Machine()), ingredients)
+    progress = blended(set_up(stage, NETWORK, packages, Machine()), ingredients)
     assert progress.state.best is not None
     return progress, progress.state.best.tensors
 
