@@ -15,8 +15,7 @@ from aliprod.catalogue.annotations import UNREAD
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed
 from aliprod.errors import Refused
-from aliprod.inference.answers import Answered, write
-from aliprod.inference.classify import CHUNK, Recogniser, classify
+from aliprod.inference.classify import CHUNK, Answered, Recogniser, classify, write_answers
 from aliprod.inference.pictures import Picture, listed, read
 from aliprod.inference.predict import Ready
 from aliprod.models import weights
@@ -64,7 +63,7 @@ def done(out: Path, recogniser: Recogniser, pictures: Sequence[Picture]) -> list
         asked.append(len(left))
         return classify(recogniser, left, 1)
 
-    *progress, last = write(out, recogniser, pictures, ask)
+    *progress, last = write_answers(out, recogniser, pictures, ask)
     assert last == Answered(str(out), len(pictures), 1)
     assert [one.images for one in progress if isinstance(one, ReadProgress)] == list(
         range(len(pictures) - asked[0] + 1, len(pictures) + 1)
@@ -103,7 +102,7 @@ def test_a_killed_prediction_goes_on_behind_its_last_whole_chunk_and_ends_with_t
 ) -> None:
     done(tmp_path / "undisturbed.csv", recogniser, many)
     out = tmp_path / "killed.csv"
-    running = write(out, recogniser, many, lambda left: classify(recogniser, left, 1))
+    running = write_answers(out, recogniser, many, lambda left: classify(recogniser, left, 1))
     for _ in range(2 * CHUNK + 3):
         next(running)
     running.close()
@@ -119,7 +118,7 @@ def test_answers_of_another_model_or_of_other_pictures_are_not_kept(
 ) -> None:
     def killed(pictures: Sequence[Picture], top: int) -> None:
         other = Recogniser(recogniser.voices, recogniser.members, "center", top)
-        running = write(tmp_path / "a.csv", other, pictures, lambda left: classify(other, left, 1))
+        running = write_answers(tmp_path / "a.csv", other, pictures, lambda left: classify(other, left, 1))
         for _ in range(2 * CHUNK):
             next(running)
         running.close()
