@@ -108,7 +108,7 @@ def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll
     if score == "nll":  # only the label's column counts
         members = members.gather(2, labels.expand(len(members), -1)[:, :, None])
     # A stored 0 may have been half the smallest float16, and has no logarithm.
-    smallest = 2.0**-25 if members.dtype == torch.float16 else torch.finfo(members.dtype).tiny
+    smallest = FLOOR if members.dtype == torch.float16 else torch.finfo(members.dtype).tiny
     total = torch.zeros(members.shape[1:], dtype=torch.float64, device=members.device)
     picks, scores = [], []
     for count in range(1, rounds + 1):

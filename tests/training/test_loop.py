@@ -98,45 +98,63 @@ def test_a_mid_epochs_line_is_the_mean_of_the_steps_so_far(packages: Catalogue, 
     assert len(set(one_by_one)) == 4
 
 
-def parent(stage: Stage, catalogue: Catalogue, folder: Path) -> Path:
-    (progress,) = train(changed(stage, epochs=1), NETWORK, catalogue)
+@pytest.fixture(scope="module")
+def parent(packages: Catalogue, stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    (progress,) = train(changed(stage, epochs=1), NETWORK, packages)
     assert progress.last is not None
+    return kept(tmp_path_factory.mktemp("parent") / "weights", packages, progress.last.tensors)
+
+
+def kept(folder: Path, packages: Catalogue, tensors: dict[str, torch.Tensor]) -> Path:
     config = weights.Config(NETWORK, (0.5,) * 3, (0.5,) * 3, "bicubic", 40, 32)
-    classes = weights.Classes(tuple(catalogue.classes.tolist()), catalogue.names)
-    fill = partial(weights.save, tensors=progress.last.tensors, config=config, classes=classes)
-    commit.write(folder / "weights", fill)
-    return folder / "weights"
+    classes = weights.Classes(tuple(packages.classes.tolist()), packages.names)
+    commit.write(folder, partial(weights.save, tensors=tensors, config=config, classes=classes))
+    return folder
 
 
-def test_a_child_begins_with_its_parents_backbone_and_head(packages: Catalogue, stage: Stage, tmp_path: Path) -> None:
-    start = parent(stage, packages, tmp_path)
+def test_a_child_begins_with_its_parents_backbone_and_head(
+    packages: Catalogue, stage: Stage, parent: Path, tmp_path: Path
+) -> None:
     still = changed(stage, lr={"backbone": 1e-12, "heads": 1e-12}, seed=9, ema=None)
-    child = captured(next(train(still, NETWORK, packages, Inputs(start=start))), tmp_path / "child")
-    for name, tensor in load_file(start / "model.safetensors").items():
+    child = captured(next(train(still, NETWORK, packages, Inputs(start=parent))), tmp_path / "child")
+    for name, tensor in load_file(parent / "model.safetensors").items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(child[f"model.{name}"], tensor, rtol=0, atol=1e-9)
 
 
-def test_a_parent_of_another_catalogue_is_refused(packages: Catalogue, stage: Stage, tmp_path: Path) -> None:
-    start = parent(stage, packages, tmp_path)
+def test_a_parent_of_another_catalogue_is_refused(packages: Catalogue, stage: Stage, parent: Path) -> None:
     other = replace(packages, classes=packages.classes + 1)
     with pytest.raises(Refused, match="another class list"):
-        next(train(stage, NETWORK, other, Inputs(start=start)))
+        next(train(stage, NETWORK, other, Inputs(start=parent)))
 
 
 def parameters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if "running" not in name and "num_batches" not in name}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    packages: Catalogue, stage: Stage, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, torch.Tensor]]:
+    """The network after each step where no loss is bad."""
+    good, folder = changed(stage, objective={"name": "own.spoilt", "step": -1}), tmp_path_factory.mktemp("undisturbed")
+    every = train(good, NETWORK, packages, machine=Machine(save_every_steps=1))
+    return {progress.state.step: captured(progress, folder / f"{progress.state.step}") for progress in every}
+
+
 @pytest.mark.parametrize("check_steps", [loop._CHECK_STEPS, 2])
 @pytest.mark.parametrize("step", [4, 6, 11])
 def test_a_bad_loss_stops_the_job_with_its_weights_as_before_to_the_bit(
-    packages: Catalogue, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, check_steps: int
+    packages: Catalogue,
+    stage: Stage,
+    undisturbed: dict[int, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    check_steps: int,
 ) -> None:
     monkeypatch.setattr(loop, "_CHECK_STEPS", check_steps)
-    good, bad = (changed(stage, objective={"name": "own.spoilt", "step": at}) for at in (-1, step))
-    undisturbed = train(good, NETWORK, packages, machine=Machine(save_every_steps=1))
-    before = captured(next(progress for progress in undisturbed if progress.state.step == step), tmp_path / "before")
+    bad, before = changed(stage, objective={"name": "own.spoilt", "step": step}), undisturbed[step]
     seen: list[Progress] = []
     with pytest.raises(NonFiniteLoss):
         seen.extend(train(bad, NETWORK, packages))  # it goes on for some steps, without effect
@@ -245,10 +263,7 @@ def untrained(folder: Path, packages: Catalogue, seed: int) -> Path:
     for name, buffer in model.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 1.5)
-    config = weights.Config(NETWORK, (0.5,) * 3, (0.25,) * 3, "bilinear", 40, 32)
-    classes = weights.Classes(tuple(packages.classes.tolist()), packages.names)
-    commit.write(folder, partial(weights.save, tensors=model.state_dict(), config=config, classes=classes))
-    return folder
+    return kept(folder, packages, model.state_dict())
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
@@ -308,9 +323,10 @@ def test_the_classifier_alone_is_drawn_anew_whatever_the_parents_is(
         assert not torch.equal(found, weights.read(start)["classifier.weight"])
         return found
 
-    assert torch.equal(classifier(0), classifier(1))
-    assert not torch.equal(classifier(0), classifier(0, seed=1))
-    assert classifier(0).std().item() == pytest.approx(0.01, rel=0.1)  # of a new classifier's
+    drawn = classifier(0)
+    assert torch.equal(drawn, classifier(1))
+    assert not torch.equal(drawn, classifier(0, seed=1))
+    assert drawn.std().item() == pytest.approx(0.01, rel=0.1)  # of a new classifier's
 
 
 def test_an_objective_is_told_the_counts_of_what_it_trains_on(packages: Catalogue, stage: Stage) -> None:
