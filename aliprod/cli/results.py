@@ -211,7 +211,7 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
     pictures = listed(inputs)
     recogniser = Recogniser.load(voices, _VIEWS[views], top)
     if out:
-        done = until_done(write_answers(out, recogniser, pictures, lambda left: classify(recogniser, left, cores())))
+        done = until_done(write_answers(out, recogniser, pictures, cores()))
         answer(vars(done), f"{done.path}: {done.pictures:,} pictures, {done.unreadable:,} of them unreadable.")
         failed = done.unreadable
     else:

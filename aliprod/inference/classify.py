@@ -9,7 +9,7 @@ lie beside it, an answer a line, and a call that was killed goes on behind the l
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -130,10 +130,11 @@ class Answered:
 
 
 def write_answers(
-    out: Path, recogniser: Recogniser, pictures: Sequence[Picture], ask: Callable[[Sequence[Picture]], Iterator[Answer]]
+    out: Path, recogniser: Recogniser, pictures: Sequence[Picture], processes: int
 ) -> Iterator[ReadProgress | Answered]:
-    """Write what ``ask`` answers to ``out``, whose ending says how. Whole chunks of pictures are kept from a call that
-    was killed, as far as the pictures are still the same, and so is the model: the bytes are those of a single call.
+    """Write what `classify` answers to ``out``, whose ending says how. Whole chunks of pictures are kept from a call
+    that was killed, as far as the pictures are still the same, and so is the model: the bytes are those of a single
+    call.
 
     Raises:
         StorageFull: no room, or no right to write; what is there is kept.
@@ -146,7 +147,7 @@ def write_answers(
         done, broken = _kept(unfinished, head, pictures)
     found = done
     with file:
-        for answer in ask(pictures[found:]):
+        for answer in classify(recogniser, pictures[found:], processes):
             with commit.storage(out):
                 file.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             done, broken = done + 1, broken + ("error" in answer)
