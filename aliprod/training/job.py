@@ -34,9 +34,9 @@ from aliprod.recipe import TrainingJob, never, without_training
 from aliprod.recipe.options import needs
 from aliprod.store import commit, epochs
 from aliprod.store.layout import LAST, METRICS, PACE, RESUME, WEIGHTS, step_of
-from aliprod.training import checkpoint, soup
-from aliprod.training.candidates import Candidate
-from aliprod.training.checkpoint import Background, background
+from aliprod.training import checkpoint
+from aliprod.training.candidates import Candidate, blended, remembered
+from aliprod.training.checkpoint import Background, Snapshot, TrainingState, background
 from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, Step, steps
 
@@ -84,7 +84,9 @@ def _events(
     data = training_set(catalogue, job.stage, inputs)
     if not job.stage.is_trained:
         setup = set_up(job.stage, job.network, catalogue, without_training(machine), data)
-        yield soup.blended(setup, inputs.soup) if inputs.soup else soup.remembered(setup, inputs)
+        best, errors = blended(setup, inputs.soup) if inputs.soup else remembered(setup, inputs)
+        state = TrainingState(epoch=job.stage.epochs, best=best)
+        yield Progress(state, errors, lambda: Snapshot({}, "{}"), setup.learner.place, best)  # made in one go
         return
     _watch(machine.longest_seconds)
     try:

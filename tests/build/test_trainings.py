@@ -19,10 +19,9 @@ from aliprod.models import weights
 from aliprod.models.classifier import Classifier
 from aliprod.recipe import Machine, Stage
 from aliprod.store import commit
-from aliprod.training.candidates import best_candidate
+from aliprod.training.candidates import best_candidate, blended
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, Setup, set_up
-from aliprod.training.soup import blended
 
 NETWORK, CPU = "test_resnet.r160_in1k", torch.device("cpu")
 LIO = {"name": "lio", "positives": 2, "published": False, "detach_target": True}
