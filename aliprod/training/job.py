@@ -36,7 +36,7 @@ from aliprod.store import commit, epochs
 from aliprod.store.layout import LAST, METRICS, PACE, RESUME, WEIGHTS, step_of
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, blended, remembered
-from aliprod.training.checkpoint import Background, Snapshot, TrainingState, background
+from aliprod.training.checkpoint import Background, TrainingState, background
 from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, Step, steps
 
@@ -86,7 +86,7 @@ def _events(
         setup = set_up(job.stage, job.network, catalogue, without_training(machine), data)
         best, errors = blended(setup, inputs.soup) if inputs.soup else remembered(setup, inputs)
         state = TrainingState(epoch=job.stage.epochs, best=best)
-        yield Progress(state, errors, lambda: Snapshot({}, "{}"), setup.learner.place, best)  # made in one go
+        yield Progress(state, errors, lambda: lambda _: None, setup.learner.place, best)  # made in one go
         return
     _watch(machine.longest_seconds)
     try:

@@ -23,7 +23,7 @@ from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, NO_INPUTS, Inputs, Machine, Stage, never
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
-from aliprod.training.checkpoint import Snapshot, TrainingState
+from aliprod.training.checkpoint import Fill, TrainingState
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, Setup, set_up
 from aliprod.training.optimizer import Optimizer
@@ -47,14 +47,14 @@ class Progress:
 
     Attributes:
         metrics: numbers by name, of all ranks; ``speed/...`` is seen by this one.
-        snapshot: copies the resume state.
+        snapshot: copies the resume state; what it returns writes it into a folder.
         last: this epoch's own candidate (the best so far is the state's); None in mid-epoch.
         stopped: the last of its job for now: it was told to stop.
     """
 
     state: TrainingState
     metrics: dict[str, float]
-    snapshot: Callable[[], Snapshot]
+    snapshot: Callable[[], Fill]
     place: Place
     last: Candidate | None = None
     stopped: bool = False

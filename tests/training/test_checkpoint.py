@@ -65,7 +65,7 @@ def test_model_momentum_average_best_weights_and_counters_come_back(packages: Ca
     best = Candidate(1, "averaged", 0.25, {"weight": torch.tensor([1.5])})
     state = TrainingState(2, 9, 1, {"class": 1.2345678806304932}, best)
     taken = checkpoint.snapshot(state, learner, optimizer, average)
-    taken.write(tmp_path)
+    taken(tmp_path)
 
     other, its_optimizer, its_average = parts(stage, packages)
     assert checkpoint.restore(tmp_path, other, its_optimizer, its_average) == state
@@ -91,7 +91,7 @@ def test_a_snapshot_keeps_its_moment_while_training_goes_on(packages: Catalogue,
     taken = checkpoint.snapshot(TrainingState(step=1), learner, optimizer, average)
     move(optimizer, sum(p.square().sum() for p in learner.parameters()), 1)
     average.update(learner.model, 2)
-    taken.write(tmp_path)
+    taken(tmp_path)
     other, its_optimizer, its_average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
     checkpoint.restore(tmp_path, other, its_optimizer, its_average)
     assert equal(other.state_dict(), before)

@@ -41,7 +41,7 @@ def changed(stage: Stage, **settings: object) -> Stage:
 
 def captured(progress: Progress, folder: Path) -> dict[str, torch.Tensor]:
     folder.mkdir()
-    progress.snapshot().write(folder)
+    progress.snapshot()(folder)
     return load_file(folder / "learner.safetensors")
 
 
