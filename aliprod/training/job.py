@@ -131,10 +131,12 @@ class _Results:
 
     def keep(self, progress: Progress) -> None:
         """Append the line of an epoch; save a checkpoint where it is due, or the weights after the last epoch."""
-        last = progress.last
+        last, place = progress.last, progress.place
         if last is not None and last.epoch not in self.reported:
             self.reported.add(last.epoch)
-            _append(self.job.folder / METRICS, _line(progress, last.epoch))
+            now = time.time_ns() // 1_000_000  # set once and kept, so that MLflow never draws a point twice
+            line = {"epoch": last.epoch, "time_ms": now, "device": place.environment()["device"]}
+            _append(self.job.folder / METRICS, line | {"speed/ranks": place.world_size} | progress.metrics)
         if last is not None and progress.state.epoch == self.job.stage.epochs:
             self.writer.wait()
             self._finish(progress, last)
@@ -209,21 +211,18 @@ class _Pace:
         if self.before is not None:
             self.steps, self.seconds = self.steps + 1, self.seconds + now - self.before
         self.before = None if step.last else now
-        due = self.steps and now - self.told >= _PACE_SECONDS
-        if due and not self.teller.is_alive():
-            self.teller = Thread(target=self._write, args=(self._text(),), name="pace", daemon=True)
-            self.teller.start()
-            self.steps, self.seconds, self.told = 0, 0.0, now
-
-    def _text(self) -> str:
-        told = {
+        if not self.steps or now - self.told < _PACE_SECONDS or self.teller.is_alive():
+            return
+        pace = {
             "step": self.step,
             "images_per_second": self.steps * self.job.stage.batch_size / self.seconds,
             "ranks": dist.get_world_size() if dist.is_initialized() else 1,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "time_ms": time.time_ns() // 1_000_000,
         }
-        return json.dumps(told)
+        self.teller = Thread(target=self._write, args=(json.dumps(pace),), name="pace", daemon=True)
+        self.teller.start()
+        self.steps, self.seconds, self.told = 0, 0.0, now
 
     def _write(self, text: str) -> None:
         with suppress(StorageFull):  # nothing is lost with it; a checkpoint will say so
@@ -233,18 +232,6 @@ class _Pace:
         """Wait for what is being told."""
         if self.teller.is_alive():
             self.teller.join()
-
-
-def _line(progress: Progress, epoch: int) -> dict[str, Any]:
-    """One line of metrics.jsonl. Its time is set once and kept, so that MLflow never draws a point twice."""
-    place = progress.place
-    return {
-        "epoch": epoch,
-        "time_ms": time.time_ns() // 1_000_000,
-        "device": place.environment()["device"],
-        "speed/ranks": place.world_size,
-        **progress.metrics,
-    }
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
