@@ -55,47 +55,31 @@ def compare(
     last = combinations[-1]
     plain = _predicted(ensemble, np.concatenate([np.ones((1, count)), np.eye(count)]), known)
     below = [_guesses(floor, ensemble.ids.take(pa.array(known)), ensemble.classes)[None] for floor in floors]
-    told = _told(np.concatenate([combined, plain, *below]), columns, seed)
+    told, spread = _told(np.concatenate([combined, plain, *below]), columns, seed)
     whole, without, first, plainly, alone = 0, 1, 1 + count, 1 + 2 * count, 2 + 2 * count  # where each kind begins
-    order, error, spread = forward(own, last.weights), told.errors, told.drawn[:, whole].std()
+    order, error = forward(own, last.weights), [one["top1_error"] for one in told]
     fewest = next(n for n in range(len(order)) if error[first + n] <= error[whole] + spread or n == len(order) - 1)
     return {
         "images": len(known),
-        "ensemble": told.of(whole),
+        "ensemble": told[whole],
         "members": {
             member.name: {
-                **told.of(alone + number),
+                **told[alone + number],
                 "weight": last.weights[number],
                 "temperature": last.temperatures[number] if last.temperatures else None,
-                "left_out": told.of(without + number) if sum(map(bool, last.weights)) > 1 else None,
+                "left_out": told[without + number] if sum(map(bool, last.weights)) > 1 else None,
             }
             for number, member in enumerate(members)
         },
-        "floors": {floor.name: told.of(alone + count + number) for number, floor in enumerate(floors)},
-        "sum": told.of(plainly),
+        "floors": {floor.name: told[alone + count + number] for number, floor in enumerate(floors)},
+        "sum": told[plainly],
         "smallest": {
-            **told.of(first + fewest),
+            **told[first + fewest],
             "members": [members[number].name for number in order[: fewest + 1]],
-            "standard_error": float(spread),
+            "standard_error": spread,
         },
         "disagreement": [(plain[1:] != one).mean(axis=1).tolist() for one in plain[1:]],
     }
-
-
-@dataclass(frozen=True, eq=False)
-class _Told:
-    """Errors of several predictions of the same images, the first the ensemble's, and those of each draw (D, P)."""
-
-    errors: list[float]
-    drawn: Floats
-
-    def of(self, number: int) -> dict[str, Any]:
-        """What is told of a prediction."""
-        found = {"top1_error": self.errors[number], "interval": _interval(self.drawn[:, number])}
-        if number == 0:
-            return found
-        gains = _interval(self.drawn[:, number] - self.drawn[:, 0])
-        return {**found, "gain": self.errors[number] - self.errors[0], "gain_interval": gains}
 
 
 def _guesses(store: Probabilities, ids: pa.StringArray, classes: Places) -> Places:
@@ -124,10 +108,17 @@ def _predicted(ensemble: MatchedMembers, weightings: Floats, places: Places) -> 
     return found
 
 
-def _told(guesses: Places, truth: Places, seed: int) -> _Told:
-    """Count the errors of guesses (P, n), and count them again in each draw of the images."""
+def _told(guesses: Places, truth: Places, seed: int) -> tuple[list[dict[str, Any]], float]:
+    """What is told of each of several predictions (P, n) of the same images, of which the first is the ensemble's, and
+    the standard error of that one's error."""
     errors = [float((score(pa.array(truth), guess) or {"top1_error": np.nan})["top1_error"]) for guess in guesses]
-    return _Told(errors, drawn_errors((guesses != truth).astype(np.float64), truth, seed))
+    drawn = drawn_errors((guesses != truth).astype(np.float64), truth, seed).T
+    found: list[dict[str, Any]] = [
+        {"top1_error": error, "interval": _interval(own)} for error, own in zip(errors, drawn, strict=True)
+    ]
+    for one, own in zip(found[1:], drawn[1:], strict=True):
+        one |= {"gain": one["top1_error"] - errors[0], "gain_interval": _interval(own - drawn[0])}
+    return found, float(drawn[0].std())
 
 
 def drawn_errors(wrong: Floats, truth: Places, seed: int) -> Floats:
