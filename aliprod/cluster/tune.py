@@ -295,10 +295,7 @@ def _try(drawn: dict[str, Any], stages: Sequence[Stage], target: Target, site: S
 
 def _wrong(setup: "Setup", best: "Candidate") -> list[int]:
     """Rows of val that weights take for another class, as it is scored."""
-    from aliprod.inference.predict import of_val
-
-    model, catalogue, known = setup.learner.model, setup.catalogue, setup.batches.data.val_features
-    model.load_state_dict(best.tensors)
-    blocks = of_val(model.eval(), catalogue, setup.learner.stage, setup.feed, known)
-    looked = [(rows, probabilities.argmax(dim=1).numpy()) for rows, probabilities in blocks]
-    return [int(row) for rows, guesses in looked for row in rows[guesses != catalogue.val.labels[rows]]]
+    setup.learner.model.load_state_dict(best.tensors)
+    setup.learner.model.eval()
+    looked = [(rows, probabilities.argmax(dim=1).numpy()) for rows, probabilities in setup.of_val()]
+    return [int(row) for rows, guesses in looked for row in rows[guesses != setup.catalogue.val.labels[rows]]]

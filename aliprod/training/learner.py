@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,15 @@ from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
-from aliprod.inference.predict import autocast, precision, top1_errors
+from aliprod.inference.metrics import mean_class_error
+from aliprod.inference.predict import BATCH, autocast, of_features, precision, predict
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, build
 from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Stage
 from aliprod.recipe.options import needs
 from aliprod.store import lineage
+from aliprod.store.epochs import TOP1
 from aliprod.training.graphs import replay_passes
 from aliprod.training.shares import ShareMean
 
@@ -163,10 +165,46 @@ class Setup:
         sent = stage.gradients if stage.shares == "ranks" else "tree"
         return ShareMean(self.learner, trained, self.batches.shares, ranks, sent)
 
+    def of_val(self) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """What the learner's weights, in eval mode, make of val by the centre crop: as `predict` yields it."""
+        model, known = self.learner.model, self.batches.data.val_features
+        if known is not None:
+            return of_features(model, known, self.feed)
+        return predict(model, self.catalogue.val, *self.learner.stage.test_view, "center", self.feed)
+
     def top1_errors(self) -> dict[str, float]:
-        """Errors on val of the learner's weights; empty without val."""
-        model, stage, known = self.learner.model, self.learner.stage, self.batches.data.val_features
-        return top1_errors(model, self.catalogue, stage, self.feed, self.between, known)
+        """How well the learner's weights know val, by the centre crop; empty without validation images.
+
+        Returns:
+            Top-1 and top-5 error, means over classes; top-1 error per image; the loss (cross entropy), a mean over
+            images.
+        """
+        model, feed, num_classes = self.learner.model, self.feed, self.catalogue.num_classes
+        if not len(self.catalogue.val):
+            return {}
+        was_training = model.training
+        model.eval()
+        labels = torch.from_numpy(self.catalogue.val.labels)
+        scores = torch.zeros(3, len(labels), dtype=torch.float64)  # class, classes above the label, loss
+        blocks = self.of_val()
+        for _ in range(0, len(labels), BATCH["center"] * feed.world_size):
+            self.between()
+            for rows, probabilities in islice(blocks, 1):  # the last may be another rank's
+                own = probabilities.gather(1, labels[rows, None])
+                above, loss = (probabilities > own).sum(dim=1), -own.clamp(min=torch.finfo(own.dtype).tiny).log()[:, 0]
+                scores[:, rows] = torch.stack([probabilities.argmax(dim=1).double(), above.double(), loss.double()])
+        model.train(was_training)
+        everywhere = scores.to(feed.device)
+        if feed.world_size > 1:
+            dist.all_reduce(everywhere)  # each rank filled its own rows, the others are zero
+        predicted, ranks, losses = everywhere.cpu()
+        in_five = torch.where(ranks < 5, labels, predicted.long())
+        return {
+            TOP1: float(mean_class_error(labels, predicted.long(), num_classes)),
+            "val/top1_error_per_image": float((labels != predicted).double().mean()),
+            "val/top5_error": float(mean_class_error(labels, in_five, num_classes)),
+            "val/loss": float(losses.mean()),
+        }
 
 
 def set_up(

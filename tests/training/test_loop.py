@@ -17,7 +17,7 @@ from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import training_set
 from aliprod.errors import NonFiniteLoss, Refused
 from aliprod.inference.metrics import mean_class_error
-from aliprod.inference.predict import predict, top1_errors
+from aliprod.inference.predict import predict
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
 from aliprod.recipe import Inputs, LearningRate, Machine, Stage
@@ -224,9 +224,8 @@ def test_without_validation_images_the_last_epoch_is_the_best(packages: Catalogu
 
 
 def test_the_validation_error_is_the_metric_of_the_centre_crops(packages: Catalogue, stage: Stage) -> None:
-    model = learner.Learner(stage, NETWORK, packages, learner.place(Machine())).model
-    feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.5,) * 3, "bicubic")
-    errors = top1_errors(model, packages, stage, feed)
+    setup = learner.set_up(stage, NETWORK, packages, Machine())
+    model, feed, errors = setup.learner.model, setup.feed, setup.top1_errors()
     assert model.training
     model.eval()
     batches = list(predict(model, packages.val, 40, 32, "center", feed))
@@ -243,9 +242,8 @@ def test_the_top_5_error_is_a_mean_over_classes_of_labels_that_five_others_surpa
     packages: Catalogue, stage: Stage
 ) -> None:
     seven = replace(packages, classes=np.arange(7), val=replace(packages.val, labels=np.arange(len(packages.val)) % 7))
-    model = learner.Learner(stage, NETWORK, seven, learner.place(Machine())).model
-    feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.5,) * 3, "bicubic")
-    error = top1_errors(model, seven, stage, feed)["val/top5_error"]
+    setup = learner.set_up(stage, NETWORK, seven, Machine())
+    model, feed, error = setup.learner.model, setup.feed, setup.top1_errors()["val/top5_error"]
     model.eval()
     rows = torch.cat([probabilities for _, probabilities in predict(model, seven.val, 40, 32, "center", feed)])
     missed = (rows.topk(5).indices != torch.from_numpy(seven.val.labels)[:, None]).all(dim=1).double()
