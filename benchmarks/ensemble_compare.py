@@ -23,7 +23,7 @@ import torch
 from ensemble_sum import anonymous, write
 from ratio import cpu, header
 
-from aliprod.ensemble.combine import Combination, fit
+from aliprod.ensemble.choose import Combination, fit
 from aliprod.ensemble.compare import compare
 from aliprod.inference import probabilities
 

@@ -52,7 +52,7 @@ from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.data.augment import on_device
 from aliprod.data.augment_batch import cut, pack, views
 from aliprod.data.loader import Feed, TrainBatch
-from aliprod.inference.predict import look
+from aliprod.inference.predict import seen
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.recipe import Machine, Stage
 from aliprod.synth.synth import synthesise
@@ -295,7 +295,11 @@ def ten_crop(network: str, extent: Extent) -> None:
     pixels = torch.randint(256, (10 * images, 3, 256, 256), dtype=torch.uint8, device=here.device)
 
     def views(kind: str, some: Tensor) -> Step:
-        return lambda _: look(model, some, 224, kind, feed)  # type: ignore[arg-type]
+        def look(_: int) -> Tensor:
+            with torch.inference_mode(), autocast(feed.device, feed.dtype):
+                return seen(model, some, 224, kind, feed)  # type: ignore[arg-type]
+
+        return look
 
     loops = {
         "ten crops": Loop(views("ten_crop", pixels[:images]), True, extent),
@@ -371,7 +375,7 @@ def starvation(network: str, path: Path, extent: Extent, processes: int) -> None
             measure(part, stage, network, catalogue, extent.counted, Machine(loader_processes=processes))  # type: ignore[arg-type]
             for part in ("train", "step")
         )
-        starved.append(1 - real.images_per_second / alone.images_per_second)
+        starved.append(1 - real["images_per_second"] / alone["images_per_second"])
     side = Side("starved", tuple(starved))
     print(
         f"{network} on {path} with {processes} loader processes: starved {100 * side.median:.1f} % "

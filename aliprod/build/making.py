@@ -17,7 +17,7 @@ from aliprod.store.lineage import COMPARISON
 from aliprod.store.resumable import SHARD_ROWS, ResumableRows
 
 if TYPE_CHECKING:
-    from aliprod.ensemble.combine import Combination
+    from aliprod.ensemble.choose import Combination
     from aliprod.inference.probabilities import Probabilities
 
 _FITTED = "weights.json"
@@ -184,10 +184,10 @@ def predict(target: Target, site: Site) -> Made:
 
 def fit(target: Target, site: Site) -> Made:
     """Weights and temperatures of the members."""
-    from aliprod.ensemble import combine
+    from aliprod.ensemble import choose
 
     facts = target.facts or {}
-    found = combine.fit(_stores(target, site), facts["combine"], facts["seed"])
+    found = choose.fit(_stores(target, site), facts["combine"], facts["seed"])
     _keep(target, site, _FITTED, [asdict(one) for one in found])
     return ()
 
@@ -230,7 +230,7 @@ def _stores(target: Target, site: Site, role: str = "members") -> "list[Probabil
 
 def _combinations(target: Target, site: Site) -> "list[Combination]":
     """Those of an ensemble: fitted without each fold in turn, and on all; the plain sum alone where none is fitted."""
-    from aliprod.ensemble.combine import Combination
+    from aliprod.ensemble.choose import Combination
 
     for fitted in target.needs["weights"]:
         folder = fitted.folder(site.storage)

@@ -18,7 +18,7 @@ from aliprod.plan.source import toml_of
 if TYPE_CHECKING:
     from aliprod.cluster.trials import Trial
     from aliprod.cluster.tune import Found
-    from aliprod.ensemble.gains import Gain
+    from aliprod.ensemble.compare import Gain
     from aliprod.recipe import Part
 
 
@@ -104,7 +104,7 @@ def _benchmark_catalogue(part: "Part", file: Path, steps: int, work: Mapping[str
     augmentation = ("random_resized_crop", "flip", "auto_augment", "cutout")
     sizes = {"resize": max(work["crop"], 256), "crop": work["crop"], "batch_size": work["batch_size"]}
     stage, machine = Stage(augmentation=augmentation, **sizes), Machine(loader_processes=work["loader_processes"])
-    found = asdict(measure(part, stage, work["network"], read, steps, machine))
+    found = measure(part, stage, work["network"], read, steps, machine)
     answer(found, f"{part}: {_sentence(found)}")
 
 

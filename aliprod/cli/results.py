@@ -189,14 +189,13 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
         raise Refused("has an ending that says no format.", out, f"Write {listing(_ENDINGS)}.")
     voices = named.voices()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of torch that wait leave their cores to who reads
-    from aliprod.inference import answers
-    from aliprod.inference.classify import Recogniser, classify
+    from aliprod.inference.classify import Recogniser, classify, write_answers
     from aliprod.inference.pictures import listed
 
     pictures = listed(inputs)
     recogniser = Recogniser.load(voices, _VIEWS[views], top)
     if out:
-        done = until_done(answers.write(out, recogniser, pictures, lambda left: classify(recogniser, left, cores())))
+        done = until_done(write_answers(out, recogniser, pictures, cores()))
         answer(vars(done), f"{done.path}: {done.pictures:,} pictures, {done.unreadable:,} of them unreadable.")
         failed = done.unreadable
     else:

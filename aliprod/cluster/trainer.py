@@ -26,7 +26,6 @@ from aliprod.build.schedule import Outcome
 from aliprod.build.target import Site
 from aliprod.cluster import session
 from aliprod.cluster.launch import Start, train_rank
-from aliprod.training.watchdog import longest
 
 _making = threading.Lock()
 
@@ -95,7 +94,7 @@ def fit(start: Start, site: Site, launcher: Any, stopped: Callable[[], bool]) ->
     trainer = LightTrainer(
         train_rank,
         train_loop_config={"target": target, "site": site, "launcher": launcher, "number": start.number},
-        torch_config=TorchConfig("nccl" if gpu else "gloo", timeout_s=int(longest(cluster.watchdog_seconds))),
+        torch_config=TorchConfig("nccl" if gpu else "gloo", timeout_s=int(cluster.longest_seconds)),
         scaling_config=ScalingConfig(
             num_workers=len(start.nodes),
             use_gpu=gpu,

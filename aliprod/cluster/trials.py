@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from aliprod.catalogue.catalogue import Integers
-from aliprod.ensemble.gains import Gain, gains
+from aliprod.ensemble.compare import Gain, gains
 from aliprod.errors import Refused
 from aliprod.plan.checks import stage_with
 from aliprod.plan.schema import Plan, Tune

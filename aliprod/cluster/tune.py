@@ -26,7 +26,7 @@ from aliprod.build.target import Resources, Site, Target
 from aliprod.catalogue.catalogue import Integers
 from aliprod.cluster import session
 from aliprod.cluster.trials import Log, Trial, drawn_stages, finalists, is_spent, judged, search_of, short, trial_of
-from aliprod.ensemble.gains import Gain
+from aliprod.ensemble.compare import Gain
 from aliprod.errors import Failed, NonFiniteLoss, Refused, did_you_mean
 from aliprod.plan.open import Opened, Request
 from aliprod.plan.schema import Plan, Tune
@@ -294,10 +294,7 @@ def _try(drawn: dict[str, Any], stages: Sequence[Stage], target: Target, site: S
 
 def _wrong(setup: "Setup", best: "Candidate") -> list[int]:
     """Rows of val that weights take for another class, as it is scored."""
-    from aliprod.inference.predict import of_val
-
-    model, catalogue, known = setup.learner.model, setup.catalogue, setup.batches.data.val_features
-    model.load_state_dict(best.tensors)
-    blocks = of_val(model.eval(), catalogue, setup.learner.stage, setup.feed, known)
-    looked = [(rows, probabilities.argmax(dim=1).numpy()) for rows, probabilities in blocks]
-    return [int(row) for rows, guesses in looked for row in rows[guesses != catalogue.val.labels[rows]]]
+    setup.learner.model.load_state_dict(best.tensors)
+    setup.learner.model.eval()
+    looked = [(rows, probabilities.argmax(dim=1).numpy()) for rows, probabilities in setup.of_val()]
+    return [int(row) for rows, guesses in looked for row in rows[guesses != setup.catalogue.val.labels[rows]]]

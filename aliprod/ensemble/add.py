@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from aliprod.data.selection import surest
-from aliprod.ensemble.guesses import Predictions, read_predictions
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import Probabilities, check, tempered, tolerance
 from aliprod.store import commit
@@ -83,13 +82,18 @@ class MatchedMembers:
         Raises:
             Failed: a row that is to be tempered is no distribution.
         """
-        member, rows, columns = self.members[number], self.rows[number][places], self.columns[number]
-        part = from_dlpack(member.take(rows))
+        columns = self.columns[number]
+        part = from_dlpack(self.members[number].take(self.rows[number][places]))
         part = part if columns is None else part.index_select(1, columns)
         if not self.temperatures:
             return part
-        check(part, member.ids.take(pa.array(rows)), rows.tolist(), member.name, member.split)
+        self.check(number, part, places)
         return tempered(part, self.temperatures[number]).half()
+
+    def check(self, number: int, part: Tensor, places: Places | slice) -> None:
+        """Failed: one of a member's rows of those places is no distribution; names member, image and row."""
+        member, rows = self.members[number], self.rows[number][places]
+        check(part, member.ids.take(pa.array(rows)), rows.tolist(), member.name, member.split)
 
     def sums(self, low: int, high: int, out: Tensor | None = None) -> Sums:
         """Add up rows low to high (exclusive). Memory: 4 bytes an entry, and 2 for each member of another order.
@@ -97,15 +101,14 @@ class MatchedMembers:
         Args:
             out: (high - low or more, K) float32, to hold the sums; used again, it saves a third of the time.
         Raises:
-            Failed: a row is no distribution; names member, image and row.
+            Failed: as `check`.
         """
         parts = [self.part(number, slice(low, high)) for number in range(len(self.members))]
         rounded = torch.empty(high - low, len(self.classes)) if out is None else out[: high - low]
         totals, candidates = _add(parts, self.weights, rounded)
         doubtful = ~((totals - 1).abs() <= tolerance(len(self.classes)) - 2**-14)  # NaN too; float32 sums err by less
         for number in doubtful.any(dim=1).nonzero()[:, 0].tolist():
-            store, rows = self.members[number], self.rows[number][low:high]
-            check(parts[number], self.ids[low:high], rows.tolist(), store.name, store.split)
+            self.check(number, parts[number], slice(low, high))
         exact = torch.zeros(candidates.shape, dtype=torch.float64)
         for part, weight in zip(parts, self.weights, strict=True):
             exact.add_(part.gather(1, candidates), alpha=weight)
@@ -162,7 +165,7 @@ def write_ensemble(
     record: Mapping[str, Any] | None = None,
     rows_per_block: int | None = None,
     temperatures: Sequence[float] = (),
-) -> Predictions:
+) -> None:
     """Add the members up and commit the result in place of what ``folder`` held; until then that stays.
 
         sums-00000.npy ...   (n, K) float32: the exact sums, rounded once
@@ -184,11 +187,8 @@ def write_ensemble(
     for origin, temperature in zip(origins, ensemble.temperatures, strict=False):
         origin["temperature"] = temperature
     facts = {**(record or {}), "members": origins}
-    if commit.read(folder) == facts:
-        return read_predictions(folder)
-    written: list[Predictions] = []  # another driver may replace what stands in the folder at any time
-    commit.replace(folder, lambda staging: written.append(_fill(staging, ensemble, rows_per_block)), facts)
-    return written[-1]
+    if commit.read(folder) != facts:
+        commit.replace(folder, lambda staging: _fill(staging, ensemble, rows_per_block), facts)
 
 
 def confident(
@@ -285,33 +285,27 @@ def _top(rounded: Tensor, candidates: Tensor, sums: Tensor) -> tuple[Tensor, Ten
 
 def _highest(values: Tensor, count: int) -> Tensor:
     """Columns of the highest values, ties to the first: (N, min(count, K))."""
-    count = min(count, values.shape[1])
-    top = values.topk(min(count + 1, values.shape[1]), dim=1)
-    columns = top.indices[:, :count].clone()
-    tied = (top.values[:, 1:] == top.values[:, :-1]).any(dim=1)  # topk says nothing about the order of equals
-    rest = values[tied]
-    for place in range(count if len(rest) else 0):
-        first = rest.argmax(dim=1, keepdim=True)  # the first of equals
-        columns[tied, place] = first[:, 0]
-        rest.scatter_(1, first, -torch.inf)
-    return columns
+    rest, columns = values.clone(), list[Tensor]()
+    for _ in range(min(count, values.shape[1])):  # topk says nothing about the order of equals
+        columns.append(rest.argmax(dim=1, keepdim=True))  # the first of them
+        rest.scatter_(1, columns[-1], -torch.inf)
+    return torch.cat(columns, dim=1)
 
 
-def _fill(staging: Path, ensemble: MatchedMembers, rows_per_block: int | None) -> Predictions:
-    classes, total = torch.from_numpy(ensemble.classes), sum(ensemble.weights)
+def _fill(staging: Path, ensemble: MatchedMembers, rows_per_block: int | None) -> None:
+    ids, classes, total = ensemble.ids, torch.from_numpy(ensemble.classes), sum(ensemble.weights)
     per_shard = min(8192, max(1, 2**28 // (4 * max(1, len(classes)))))
-    best = torch.empty(len(ensemble.ids), min(TOP, len(classes)), dtype=torch.int64)
+    best = torch.empty(len(ids), min(TOP, len(classes)), dtype=torch.int64)
     shares = torch.empty(best.shape, dtype=torch.float64)
     for sums in each_block(ensemble, rows_per_block):
-        append(staging / "sums", sums.rounded.numpy(), sums.low, len(ensemble.ids), per_shard)
+        append(staging / "sums", sums.rounded.numpy(), sums.low, len(ids), per_shard)
         best[sums.low : sums.high], shares[sums.low : sums.high] = classes[sums.columns], sums.values / total
-    found = Predictions(ensemble.ids, best[:, 0].numpy())
-    (staging / "submission.csv").write_text(submission(found.ids, found.predicted), encoding="utf-8")
-    pq.write_table(pa.table({"image_id": ensemble.ids, "label": ensemble.labels}), staging / "rows.parquet")
+    predicted = best[:, 0].numpy()
+    (staging / "submission.csv").write_text(submission(ids, predicted), encoding="utf-8")
+    pq.write_table(pa.table({"image_id": ids, "label": ensemble.labels}), staging / "rows.parquet")
     pq.write_table(pa.table({"class_id": ensemble.classes}), staging / "classes.parquet")
-    predictions = {"class_id": found.predicted, "top_classes": _lists(best), "shares": _lists(shares)}
-    pq.write_table(pa.table({"image_id": ensemble.ids} | predictions), staging / PREDICTIONS)
-    return found
+    predictions = {"class_id": predicted, "top_classes": _lists(best), "shares": _lists(shares)}
+    pq.write_table(pa.table({"image_id": ids} | predictions), staging / PREDICTIONS)
 
 
 def _lists(rows: Tensor) -> pa.ListArray:

@@ -1,4 +1,5 @@
-"""What an ensemble is worth: against its best member, without each member, and of the fewest that do as well.
+"""What an ensemble is worth: against its best member, without each member, and of the fewest that do as well; and
+what other settings gain on a stage's own.
 
 Every error has an interval of 95 %, every difference too: the same draws of images, with replacement, for both sides
 (paired bootstrap; Efron and Tibshirani 1993, chapter 13), the mean over the classes that a draw has.
@@ -15,12 +16,12 @@ import torch
 
 from aliprod.ensemble.add import MatchedMembers, Places, match
 from aliprod.ensemble.calibrate import Floats
-from aliprod.ensemble.choose import forward
-from aliprod.ensemble.combine import FOLDS, Combination, folds, labelled, own_probabilities
+from aliprod.ensemble.choose import FOLDS, Combination, folds, forward, labelled, own_probabilities
 from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import Probabilities
 
 DRAWS = 1000
+_DRAWS_OF_SEEDS = 10  # for each draw of images
 _ENTRIES = 2**19  # probabilities of a member at a time: 4 MB in float64, 150 MB with all that is made of eleven
 
 
@@ -33,7 +34,7 @@ def compare(
     """Compare an ensemble with its members, its parts and the plain sum, on the images that have a label.
 
     Args:
-        combinations: one, or, where they were fitted on these very images, those of `combine.fit`: each image is then
+        combinations: one, or, where they were fitted on these very images, those of `choose.fit`: each image is then
             predicted by what was fitted without it.
         floors: of the same images, that the ensemble is to beat.
     Returns:
@@ -54,47 +55,31 @@ def compare(
     last = combinations[-1]
     plain = _predicted(ensemble, np.concatenate([np.ones((1, count)), np.eye(count)]), known)
     below = [_guesses(floor, ensemble.ids.take(pa.array(known)), ensemble.classes)[None] for floor in floors]
-    told = _told(np.concatenate([combined, plain, *below]), columns, seed)
+    told, spread = _told(np.concatenate([combined, plain, *below]), columns, seed)
     whole, without, first, plainly, alone = 0, 1, 1 + count, 1 + 2 * count, 2 + 2 * count  # where each kind begins
-    order, error, spread = forward(own, last.weights), told.errors, told.drawn[:, whole].std()
+    order, error = forward(own, last.weights), [one["top1_error"] for one in told]
     fewest = next(n for n in range(len(order)) if error[first + n] <= error[whole] + spread or n == len(order) - 1)
     return {
         "images": len(known),
-        "ensemble": told.of(whole),
+        "ensemble": told[whole],
         "members": {
             member.name: {
-                **told.of(alone + number),
+                **told[alone + number],
                 "weight": last.weights[number],
                 "temperature": last.temperatures[number] if last.temperatures else None,
-                "left_out": told.of(without + number) if sum(map(bool, last.weights)) > 1 else None,
+                "left_out": told[without + number] if sum(map(bool, last.weights)) > 1 else None,
             }
             for number, member in enumerate(members)
         },
-        "floors": {floor.name: told.of(alone + count + number) for number, floor in enumerate(floors)},
-        "sum": told.of(plainly),
+        "floors": {floor.name: told[alone + count + number] for number, floor in enumerate(floors)},
+        "sum": told[plainly],
         "smallest": {
-            **told.of(first + fewest),
+            **told[first + fewest],
             "members": [members[number].name for number in order[: fewest + 1]],
-            "standard_error": float(spread),
+            "standard_error": spread,
         },
         "disagreement": [(plain[1:] != one).mean(axis=1).tolist() for one in plain[1:]],
     }
-
-
-@dataclass(frozen=True, eq=False)
-class _Told:
-    """Errors of several predictions of the same images, the first the ensemble's, and those of each draw (D, P)."""
-
-    errors: list[float]
-    drawn: Floats
-
-    def of(self, number: int) -> dict[str, Any]:
-        """What is told of a prediction."""
-        found = {"top1_error": self.errors[number], "interval": _interval(self.drawn[:, number])}
-        if number == 0:
-            return found
-        gains = _interval(self.drawn[:, number] - self.drawn[:, 0])
-        return {**found, "gain": self.errors[number] - self.errors[0], "gain_interval": gains}
 
 
 def _guesses(store: Probabilities, ids: pa.StringArray, classes: Places) -> Places:
@@ -123,10 +108,17 @@ def _predicted(ensemble: MatchedMembers, weightings: Floats, places: Places) -> 
     return found
 
 
-def _told(guesses: Places, truth: Places, seed: int) -> _Told:
-    """Count the errors of guesses (P, n), and count them again in each draw of the images."""
+def _told(guesses: Places, truth: Places, seed: int) -> tuple[list[dict[str, Any]], float]:
+    """What is told of each of several predictions (P, n) of the same images, of which the first is the ensemble's, and
+    the standard error of that one's error."""
     errors = [float((score(pa.array(truth), guess) or {"top1_error": np.nan})["top1_error"]) for guess in guesses]
-    return _Told(errors, drawn_errors((guesses != truth).astype(np.float64), truth, seed))
+    drawn = drawn_errors((guesses != truth).astype(np.float64), truth, seed).T
+    found: list[dict[str, Any]] = [
+        {"top1_error": error, "interval": _interval(own)} for error, own in zip(errors, drawn, strict=True)
+    ]
+    for one, own in zip(found[1:], drawn[1:], strict=True):
+        one |= {"gain": one["top1_error"] - errors[0], "gain_interval": _interval(own - drawn[0])}
+    return found, float(drawn[0].std())
 
 
 def drawn_errors(wrong: Floats, truth: Places, seed: int) -> Floats:
@@ -144,3 +136,46 @@ def drawn_errors(wrong: Floats, truth: Places, seed: int) -> Floats:
 def _interval(drawn: Floats) -> list[float]:
     low, high = np.percentile(drawn, [2.5, 97.5])
     return [float(low), float(high)]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Of settings: their top-1 errors on val, means over classes, 0 to 1, one a seed; the mean error of the stage's own
+    less theirs; an interval that has the true one in 95 % of searches, and so have those beside it."""
+
+    errors: tuple[float, ...]
+    gain: float
+    interval: tuple[float, float]
+
+
+def gains(wrong: Floats, truth: Places, seed: int) -> list[Gain]:
+    """Compare settings with the first of them.
+
+    The spread of a gain has two sources, which are added. Images: a paired bootstrap of the errors' means over seeds
+    (Efron and Tibshirani 1993, chapter 13). Seeds: Student's t with the residual variance of errors by settings and
+    seeds (randomised blocks; Fisher 1935, chapter IV), so all settings share one estimate, as in Dunnett 1955. What an
+    image owes to the seed is in both: the interval is rather too wide. It is Bonferroni's: each of k others misses in
+    5 % / k.
+
+    Args:
+        wrong: (A, S, n) for A settings, S > 1 seeds, n images: 1 where an image is taken for another class, else 0.
+        truth: (n,) classes.
+    Returns:
+        For each of the settings behind the first.
+    """
+    arms, seeds, _ = wrong.shape
+    _, rows, images = np.unique(truth, return_inverse=True, return_counts=True)
+    errors = wrong @ (1 / (images[rows] * len(images)))  # (A, S)
+    residual = errors - errors.mean(axis=1, keepdims=True) - errors.mean(axis=0) + errors.mean()
+    degrees = (arms - 1) * (seeds - 1)
+    deviation = np.sqrt(2 * (residual**2).sum() / degrees / seeds)  # of a difference of two means
+    drawn = np.tile(drawn_errors(wrong.mean(axis=1), truth, seed), (_DRAWS_OF_SEEDS, 1))
+    t = np.random.Generator(np.random.PCG64(seed)).standard_t(degrees, size=(len(drawn), 1))
+    drawn = drawn[:, :1] - drawn[:, 1:] + deviation * t
+    tail = 2.5 / (arms - 1)
+    low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
+    gained = errors[0].mean() - errors[1:].mean(axis=1)
+    return [
+        Gain(tuple(map(float, theirs)), float(gain), (float(one), float(other)))
+        for theirs, gain, one, other in zip(errors[1:], gained, low, high, strict=True)
+    ]

@@ -48,18 +48,17 @@ def fitted_on_these(predictions: Path) -> bool:
 
 
 def _predictions(path: Path) -> tuple[pa.StringArray, np.ndarray]:
+    advice = "Give submission.csv, PLAN/ensemble or a member's store."
     if not path.exists():
-        advice = "Give submission.csv, PLAN/ensemble or a member's store."
         raise Refused("there is no such file or folder.", path, advice)
-    if path.is_dir() and (path / PREDICTIONS).exists():
+    if not path.is_dir():
+        return _csv(path, "predicted")
+    if (path / PREDICTIONS).exists():
         return read_predictions(path)
-    if path.is_dir():
-        if not (path / f"{STEM}-00000.npy").exists():
-            advice = "Give PLAN/ensemble or a member's store."
-            raise Refused("holds neither an ensemble nor probabilities.", path, advice)
-        store = open_store(path)
-        return store.ids, store.predicted()
-    return _csv(path, "predicted")
+    if not (path / f"{STEM}-00000.npy").exists():
+        raise Refused("holds neither an ensemble nor probabilities.", path, advice)
+    store = open_store(path)
+    return store.ids, store.predicted()
 
 
 def _labels(path: Path) -> tuple[pa.StringArray, pa.Int64Array]:

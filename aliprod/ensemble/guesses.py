@@ -23,18 +23,6 @@ class Predictions(NamedTuple):
     predicted: Integers
 
 
-class Guesses(NamedTuple):
-    """The images of a split whose label is known and that are predicted, (n,) each.
-
-    ``rows``: in the split. ``asked``: among the predictions. ``truth``, ``predicted``: rows of the class list.
-    """
-
-    rows: Integers
-    asked: Integers
-    truth: Integers
-    predicted: Integers
-
-
 def read_predictions(folder: Path) -> Predictions:
     """Read what a committed ensemble predicts. Failed: as `read_columns`."""
     table = read_columns(folder, "image_id", "class_id")
@@ -51,8 +39,15 @@ def read_columns(folder: Path, *columns: str) -> pa.Table:
         raise Failed(f"is damaged: {error}", folder / PREDICTIONS, f"Remove {folder}. {_ANEW}") from error
 
 
-def guesses(ids: pa.StringArray, predicted: Integers, catalogue: Catalogue, split: str) -> Guesses:
-    """Match the predicted class ids (N,) of images with the labels of a split."""
+def guesses(
+    ids: pa.StringArray, predicted: Integers, catalogue: Catalogue, split: str
+) -> tuple[Integers, Integers, Integers, Integers]:
+    """Match the predicted class ids (N,) of images with the labels of a split.
+
+    Returns:
+        Of the images whose label is known and that are predicted, (n,) each: their rows in the split and places among
+        the predictions; their true and predicted rows of the class list.
+    """
     images, labels = getattr(catalogue, split), catalogue.labels(split)
     if labels is None:
         labels = np.full(len(images), -1)
@@ -60,4 +55,4 @@ def guesses(ids: pa.StringArray, predicted: Integers, catalogue: Catalogue, spli
     named = np.append(predicted, -1)[asked]
     places = np.minimum(np.searchsorted(catalogue.classes, named), catalogue.num_classes - 1)
     rows = np.flatnonzero((labels >= 0) & (catalogue.classes[places] == named))
-    return Guesses(rows, asked[rows], labels[rows], places[rows])
+    return rows, asked[rows], labels[rows], places[rows]

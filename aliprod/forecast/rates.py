@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import fmean, median
 from typing import Any, get_args
@@ -118,13 +118,13 @@ def _measured(opened: Opened, piece: Piece, steps: int) -> dict[str, Any]:
     match piece.part:
         case "center" | "ten_crop" as views:
             batches = max(1, steps // 4)
-            return asdict(measure_prediction(job.stage, job.network, views, catalogue, batches, cluster))
+            return measure_prediction(job.stage, job.network, views, catalogue, batches, cluster)
         case part:
             stage = bare(job.stage)
             if stage.shares == "ranks":  # one of them is measured
                 _, ranks = cluster.ranks_of(job.name)
                 stage = stage.model_copy(update={"batch_size": max(1, stage.batch_size // ranks)})
-            return asdict(measure(part, stage, job.network, catalogue, steps, cluster))
+            return measure(part, stage, job.network, catalogue, steps, cluster)
 
 
 def keep(opened: Opened, piece: Piece, measured: Mapping[str, Any]) -> None:

@@ -1,25 +1,21 @@
 """Probabilities of images: one forward path for validation, test-time augmentation and files of any kind."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from aliprod.catalogue.catalogue import Catalogue, Images
+from aliprod.catalogue.catalogue import Images
 from aliprod.data.augment import normalise
 from aliprod.data.features import Features
 from aliprod.data.loader import Feed, squared_batches
-from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
-from aliprod.recipe import Stage, Views
-from aliprod.store.epochs import TOP1
+from aliprod.recipe import Views
 from aliprod.store.resumable import SHARD_STEP
 
 # Pictures in one forward pass, 256 or 320 crops: they bound the memory of activations, and divide a shard's rows. The
@@ -72,7 +68,9 @@ def predict(
         Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
     """
     for rows, pixels in squared_batches(images, resize, feed, BATCH[views]):
-        yield rows, look(model, pixels, crop, views, feed).cpu()
+        with autocast(feed.device, feed.dtype):
+            probabilities = seen(model, pixels, crop, views, feed)
+        yield rows, probabilities.cpu()
 
 
 @torch.inference_mode()
@@ -84,22 +82,13 @@ def pooled(model: Classifier, images: Images, resize: int, crop: int, feed: Feed
 
 
 @torch.inference_mode()
-def _of_features(model: Classifier, features: Features, feed: Feed) -> Iterator[tuple[np.ndarray, Tensor]]:
+def of_features(model: Classifier, features: Features, feed: Feed) -> Iterator[tuple[np.ndarray, Tensor]]:
     """`predict` of what is known of each picture: by a model that takes features for images."""
     size = BATCH["center"]
     for low in range(feed.rank * size, len(features), feed.world_size * size):
         rows = np.arange(low, min(low + size, len(features)))
         logits: Tensor = model(features.take(rows).to(feed.device).float())
         yield rows, mean_probabilities(logits.float()[:, None]).cpu()
-
-
-def of_val(
-    model: Classifier, catalogue: Catalogue, stage: Stage, feed: Feed, known: Features | None = None
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """`predict` of val as it is scored, by the centre crop; ``known``: features that the model takes for images."""
-    if known is not None:
-        return _of_features(model, known, feed)
-    return predict(model, catalogue.val, *stage.test_view, "center", feed)
 
 
 def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
@@ -109,15 +98,8 @@ def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
         yield block
 
 
-@torch.inference_mode()
-def look(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
-    """`seen` at the precision of ``feed``, on whose device the pictures are."""
-    with autocast(feed.device, feed.dtype):
-        return seen(model, pixels, crop, views, feed)
-
-
 def seen(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
-    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8."""
+    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8, on the device of ``feed``."""
     cut = _cut(pixels, crop, views)
     logits: Tensor = model(_normalised(cut, feed))
     return mean_probabilities(logits.float().view(*cut.shape[:2], -1))
@@ -134,50 +116,3 @@ def _cut(pixels: Tensor, crop: int, views: Views) -> Tensor:
 def _normalised(cut: Tensor, feed: Feed) -> Tensor:
     """Views as a network takes them, (n V, 3, crop, crop)."""
     return normalise(cut.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
-
-
-def nothing() -> None:
-    """Do nothing."""
-
-
-def top1_errors(
-    model: Classifier,
-    catalogue: Catalogue,
-    stage: Stage,
-    feed: Feed,
-    between: Callable[[], None] = nothing,
-    known: Features | None = None,
-) -> dict[str, float]:
-    """How well a model knows val, by the centre crop; empty without validation images.
-
-    Args:
-        between: called as often on each rank, before each block of images.
-        known: features of val, which the model takes for images.
-    Returns:
-        Top-1 and top-5 error, means over classes; top-1 error per image; the loss (cross entropy), a mean over images.
-    """
-    if not len(catalogue.val):
-        return {}
-    was_training = model.training
-    model.eval()
-    labels = torch.from_numpy(catalogue.val.labels)
-    scores = torch.zeros(3, len(labels), dtype=torch.float64)  # class, classes above the label, loss
-    blocks = of_val(model, catalogue, stage, feed, known)
-    for _ in range(0, len(catalogue.val), BATCH["center"] * feed.world_size):
-        between()
-        for rows, probabilities in islice(blocks, 1):  # the last may be another rank's
-            own = probabilities.gather(1, labels[rows, None])
-            above, loss = (probabilities > own).sum(dim=1), -own.clamp(min=torch.finfo(own.dtype).tiny).log()[:, 0]
-            scores[:, rows] = torch.stack([probabilities.argmax(dim=1).double(), above.double(), loss.double()])
-    model.train(was_training)
-    everywhere = scores.to(feed.device)
-    if feed.world_size > 1:
-        dist.all_reduce(everywhere)  # each rank filled its own rows, the others are zero
-    predicted, ranks, losses = everywhere.cpu()
-    in_five = torch.where(ranks < 5, labels, predicted.long())
-    return {
-        TOP1: float(mean_class_error(labels, predicted.long(), catalogue.num_classes)),
-        "val/top1_error_per_image": float((labels != predicted).double().mean()),
-        "val/top5_error": float(mean_class_error(labels, in_five, catalogue.num_classes)),
-        "val/loss": float(losses.mean()),
-    }

@@ -17,7 +17,6 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import Parameter, signature
 from typing import Any, Literal, Protocol
 
 import torch
@@ -78,21 +77,11 @@ class Batch(Protocol):
 
 
 def build(name: str, options: Mapping[str, Any], context: Context) -> nn.Module:
-    """The objective that a plan names, with ``needs`` set. Refused: no such objective, no such option, or an option
+    """The objective that a plan names, whose options the plan has checked. Refused: no such objective, or an option
     that does not fit the context."""
     objective = find(name)
-    parameters = signature(objective.__init__).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY]
-    for option in options:
-        if option not in known:
-            advice = f"{did_you_mean(option, known)} Its options: {listing(known) or 'none'}."
-            raise Refused(f"objective {name} has no option {option}.", advice=advice.strip())
     bare = objective.__init__ is nn.Module.__init__  # a user's own that has nothing to set up
-    built: Any = objective() if bare else objective(context, **options)
-    if not hasattr(built, "needs"):
-        built.needs = Needs()
-    module: nn.Module = built
-    return module
+    return objective() if bare else objective(context, **options)
 
 
 def reduced(values: Tensor, reduction: Reduction) -> Tensor:

@@ -12,13 +12,7 @@ def alpha(epoch: int, epochs: int) -> float:
     return 1.0 - ((epoch - 1) / epochs) ** 2
 
 
-def logits(
-    uniform: Tensor,
-    reversed: Tensor,  # noqa: A002
-    weight: Tensor,
-    bias: Tensor | None,
-    alpha: float,
-) -> Tensor:
+def logits(uniform: Tensor, reversed: Tensor, weight: Tensor, bias: Tensor | None, alpha: float) -> Tensor:  # noqa: A002
     """W [2 alpha f_c ; 2 (1 - alpha) f_r] + b, equation 1 with the public code's factor 2.
 
     Features (B, C) of the two branches, weight (K, 2C) -> (B, K). alpha 0.5, at inference, leaves both unscaled.

@@ -152,7 +152,6 @@ class Objective(nn.Module):
         require(parts >= 2, f"parts = {parts} leaves nothing to shuffle.", "7 is the paper's.")
         require(reach > 0, f"reach = {reach} is not positive.", "2 is the paper's.")
         require(beta >= 0 and gamma >= 0, f"beta = {beta}, gamma = {gamma}: one is negative.", "1 is the default.")
-        require(swap in ("pair", "classes"), f'swap = "{swap}" is unknown.', 'Say "pair" or "classes".')
         require_map(context, "dcl")
         stride = context.crop / context.side if context.side else STRIDE
         _fits(context.crop % (parts * stride) == 0, f"dcl's crop of {context.crop}", parts, round(stride))

@@ -1,9 +1,11 @@
 """Hierarchical losses over a product tree: the right category counts even where the product is wrong."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from aliprod.errors import Refused, did_you_mean
+from aliprod.errors import Refused
 from aliprod.objectives import Batch, Context, Model, Needs, Reduction, mean_over, precise, reduced, require
 
 
@@ -58,10 +60,8 @@ class Objective(nn.Module):
     ancestor: Tensor
     weights: Tensor
 
-    def __init__(self, context: Context, *, kind: str = "marginal", beta: float = 0.5) -> None:
+    def __init__(self, context: Context, *, kind: Literal["marginal", "win"] = "marginal", beta: float = 0.5) -> None:
         super().__init__()
-        advice = f"{did_you_mean(kind, ['marginal', 'win'])} Say marginal or win.".strip()
-        require(kind in ("marginal", "win"), f'hierarchy has no kind "{kind}".', advice)
         if context.ancestor is None:
             raise Refused("hierarchy needs a product tree.", advice="Put product_tree.json beside train.json.")
         require(beta >= 0, f"beta = {beta} is negative.", "0.5 is the default, 0 is cross entropy.")

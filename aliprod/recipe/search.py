@@ -9,8 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from aliprod.recipe.settings import Frozen
-from aliprod.recipe.stage import Stage
+from aliprod.recipe import Frozen, Stage
 
 MOST_CHOICES = 100
 TRIES = 100  # draws in a row that may be refused, or known

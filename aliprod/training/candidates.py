@@ -1,17 +1,26 @@
-"""Weights that an epoch ends with: raw or averaged, norm statistics as trained or taken anew. The best counts."""
+"""Weights that an epoch ends with: raw or averaged, norm statistics as trained or taken anew. The best counts.
 
-from collections.abc import Callable, Iterator
+And weights that are not trained. Model soup (Wortsman et al., ICML 2022): a mean of others with one parent, free at
+inference. A bank: features of the training images, whose nearest vote.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from aliprod.inference.predict import autocast, nothing
+from aliprod.inference.predict import autocast
+from aliprod.models import weights
+from aliprod.models.bank import Bank
 from aliprod.randomness import seed_of
-from aliprod.recipe import STATISTICS_BATCHES
+from aliprod.recipe import STATISTICS_BATCHES, Inputs
 from aliprod.store.epochs import TOP1
+from aliprod.store.resumable import SHARD_ROWS
 from aliprod.training.ema import Average
 from aliprod.training.learner import Setup
 from aliprod.training.shares import Losses
@@ -43,37 +52,30 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.clone(tensor.detach()).cpu() for name, tensor in tensors.items()}
 
 
-def best_candidate(
-    setup: Setup, average: Average | None, epoch: int, between: Callable[[], None] = nothing
-) -> tuple[Candidate, dict[str, float]]:
+def best_candidate(setup: Setup, average: Average | None, epoch: int) -> tuple[Candidate, dict[str, float]]:
     """Score each kind of weights after an epoch; the model is as before when it returns.
 
-    Args:
-        between: called now and then, as often on each rank; it may raise.
     Returns:
         The candidate with the lowest error (of equal ones the later kind), and the top-1 errors of all by name; of the
         raw weights, top-5 error and loss too.
     """
     model = setup.learner.model
     kept = copied(model.state_dict())
-    best, errors = None, dict[str, float]()
+    candidates, errors = list[Candidate](), dict[str, float]()
     try:
-        for kind, tensors in _kinds(setup, average, epoch, kept, between):
+        for kind, tensors in _kinds(setup, average, epoch, kept):
             model.load_state_dict(tensors)
-            found = setup.top1_errors(between)
+            found = setup.top1_errors()
             others = {f"{name}_{kind}": value for name, value in found.items() if name.startswith(TOP1)}
             errors |= found if kind == "raw" else others
-            candidate = Candidate(epoch, kind, found.get(TOP1), tensors)
-            if best is None or best.top1_error is None or not best.beats(candidate):
-                best = candidate
+            candidates.append(Candidate(epoch, kind, found.get(TOP1), tensors))
     finally:
         model.load_state_dict(kept)
-    assert best is not None  # noqa: S101  the raw weights are always there
-    return best, errors
+    return min(reversed(candidates), key=lambda one: one.top1_error or 0.0), errors
 
 
 def _kinds(
-    setup: Setup, average: Average | None, epoch: int, raw: dict[str, Tensor], between: Callable[[], None]
+    setup: Setup, average: Average | None, epoch: int, raw: dict[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     learner = setup.learner
     sources = {"raw": raw} | ({} if average is None else {"averaged": copied(average.state(learner.model))})
@@ -81,10 +83,10 @@ def _kinds(
         yield kind, tensors
         if learner.needs.distorts and setup.share_mean().statistics:
             learner.model.load_state_dict(tensors)
-            yield f"{kind}_restated", restated(setup, epoch, between)
+            yield f"{kind}_restated", restated(setup, epoch)
 
 
-def restated(setup: Setup, epoch: int, between: Callable[[], None] = nothing) -> dict[str, Tensor]:
+def restated(setup: Setup, epoch: int) -> dict[str, Tensor]:
     """A copy of the model's weights, its norm statistics taken anew from images as inference sees them.
 
     An objective that trains on distorted images (DCL) leaves statistics of a mixture that never comes again. Each share
@@ -94,7 +96,7 @@ def restated(setup: Setup, epoch: int, between: Callable[[], None] = nothing) ->
 
     def images(share: int) -> Iterator[Tensor]:
         for batch in islice(batches.epoch(epoch, shares=(share,)), STATISTICS_BATCHES):
-            between()
+            setup.between()
             yield batch.images
 
     def take(share: int) -> Losses:
@@ -107,3 +109,58 @@ def restated(setup: Setup, epoch: int, between: Callable[[], None] = nothing) ->
     if (mean := setup.share_mean()).statistics:
         mean.of(batches.mine, take)
     return copied(learner.model.state_dict())
+
+
+def blended(setup: Setup, ingredients: Sequence[Path]) -> tuple[Candidate, dict[str, float]]:
+    """The mean of the ingredients' weights, norm statistics taken anew on the stage's images, and its errors.
+
+    Greedy: from the best ingredient on, each next one is kept only if the error on val does not rise (section 2,
+    recipe 1 of the paper); without val all are.
+
+    Args:
+        ingredients: weights folders of one network.
+    Raises:
+        Refused: weights that do not fit.
+    """
+    soup, kept, others = setup.learner.stage.soup, list(ingredients), list[Path]()
+    if soup is not None and soup.greedy and len(setup.catalogue.val):
+        first, *others = sorted(ingredients, key=_error)
+        kept = [first]
+    best, errors = _mean(setup, kept)
+    for folder in others:
+        candidate, found = _mean(setup, [*kept, folder])
+        if not best.beats(candidate):
+            best, errors, kept = candidate, found, [*kept, folder]
+    return best, errors | {"soup/ingredients": float(len(kept))}
+
+
+def remembered(setup: Setup, inputs: Inputs) -> tuple[Candidate, dict[str, float]]:
+    """The features of the stage's images, as a bank in place of a classifier, and its errors. Refused: weights that do
+    not fit."""
+    model, stage, data = setup.learner.model, setup.learner.stage, setup.batches.data
+    bank, features, recipe = model.classifier, data.features, stage.neighbours
+    assert isinstance(bank, Bank) and features is not None and recipe is not None  # noqa: S101, PT018
+    weights.load_inputs(model, inputs, setup.catalogue.classes.tolist())
+    blocks = map(features.take, np.split(np.arange(len(features)), range(SHARD_ROWS, len(features), SHARD_ROWS)))
+    bank.fill(blocks, torch.from_numpy(data.images.labels), recipe.k, recipe.temperature)
+    errors = setup.top1_errors()
+    return Candidate(0, "raw", errors.get(TOP1), copied(model.state_dict())), errors
+
+
+def _mean(setup: Setup, folders: Sequence[Path]) -> tuple[Candidate, dict[str, float]]:
+    """The mean of the weights, summed in float64, and its errors; whole numbers (counters) are the last one's."""
+    model, sums = setup.learner.model, dict[str, Tensor]()
+    for folder in folders:
+        weights.load_parent(model, folder, setup.catalogue.classes.tolist())
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + tensor.cpu().double()
+    model.load_state_dict(model.state_dict() | {name: total / len(folders) for name, total in sums.items()})
+    tensors = restated(setup, 0)
+    errors = setup.top1_errors()
+    return Candidate(0, "soup", errors.get(TOP1), tensors), errors
+
+
+def _error(folder: Path) -> float:
+    error = weights.describe(folder)[0].top1_error
+    return 1.0 if error is None else error

@@ -19,6 +19,8 @@ from aliprod.training.ema import Average
 from aliprod.training.learner import Learner
 from aliprod.training.optimizer import Optimizer
 
+Fill = Callable[[Path], None]
+
 log = logging.getLogger(__name__)
 _KEPT = 2  # the newest may be damaged: the one before is then used
 
@@ -39,27 +41,9 @@ class TrainingState:
     best: Candidate | None = None
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The resume state at one step, in memory of its own: training may go on while it is written.
-
-    Attributes:
-        files: tensors on the CPU by file and name.
-        state: JSON.
-    """
-
-    files: dict[str, dict[str, Tensor]]
-    state: str
-
-    def write(self, folder: Path) -> None:
-        """Write the resume state into a folder that `aliprod.store.commit.write` hands out."""
-        for name, tensors in self.files.items():
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
-        (folder / "state.json").write_text(self.state, encoding="utf-8")
-
-
-def snapshot(state: TrainingState, learner: Learner, optimizer: Optimizer, average: Average | None) -> Snapshot:
-    """Copy the resume state to the CPU; not the best weights, which nobody changes. Synchronises with the device."""
+def snapshot(state: TrainingState, learner: Learner, optimizer: Optimizer, average: Average | None) -> Fill:
+    """Copy the resume state to the CPU: training may go on while the result writes it into a folder that
+    `aliprod.store.commit.write` hands out. Not the best weights, which nobody changes. Synchronises with the device."""
     files = {"learner": learner.state_dict(), "optimizer": optimizer.state()}
     if average is not None:
         files["average"] = average.state(learner.model)
@@ -70,11 +54,17 @@ def snapshot(state: TrainingState, learner: Learner, optimizer: Optimizer, avera
     if best is not None:
         copies["best"] = best.tensors
         facts = facts | {"best": {"epoch": best.epoch, "kind": best.kind, "top1_error": best.top1_error}}
-    return Snapshot(copies, json.dumps(facts))
+
+    def fill(folder: Path) -> None:
+        for name, tensors in copies.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        (folder / "state.json").write_text(json.dumps(facts), encoding="utf-8")
+
+    return fill
 
 
 def restore(folder: Path, learner: Learner, optimizer: Optimizer, average: Average | None) -> TrainingState:
-    """Load what `Snapshot.write` wrote."""
+    """Load what a `snapshot` wrote."""
     commit.fetch(folder)  # another rank's machine may have written it
     learner.load_state_dict(load_file(folder / "learner.safetensors"))
     optimizer.load_state(load_file(folder / "optimizer.safetensors"))
@@ -98,9 +88,9 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def write(place: Path, snapshot: Snapshot, record: dict[str, Any]) -> None:
+def write(place: Path, fill: Fill, record: dict[str, Any]) -> None:
     """Commit a snapshot as a checkpoint, then drop the old ones beside it."""
-    commit.write(place, snapshot.write, record)
+    commit.write(place, fill, record)
     prune(place.parent)
 
 

@@ -3,14 +3,19 @@
 Checkpoints are written by a thread, one at a time: the step that is due waits for a copy in memory, and for the write
 before where that has not ended. An error of a write is raised after the next step. `aliprod.store.layout` names
 the parts of the folder.
+
+A hang ends: where a step takes too long, all stacks are printed and the process exits with status 1. A thread of C
+(`faulthandler`) watches, so that code that never lets go of the interpreter is ended too, and a collective whose other
+ranks are gone. Whoever started the process starts it again; the job goes on from its newest checkpoint.
 """
 
+import faulthandler
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -29,14 +34,14 @@ from aliprod.recipe import TrainingJob, never, without_training
 from aliprod.recipe.options import needs
 from aliprod.store import commit, epochs
 from aliprod.store.layout import LAST, METRICS, PACE, RESUME, WEIGHTS, step_of
-from aliprod.training import checkpoint, soup
-from aliprod.training.candidates import Candidate
-from aliprod.training.checkpoint import Background, background
+from aliprod.training import checkpoint
+from aliprod.training.candidates import Candidate, blended, remembered
+from aliprod.training.checkpoint import Background, TrainingState, background
 from aliprod.training.learner import set_up
 from aliprod.training.loop import Progress, Step, steps
-from aliprod.training.watchdog import Watchdog
 
 _PACE_SECONDS = 10.0
+_STDERR = 2  # the file itself: Python's own may have been replaced
 
 log = logging.getLogger(__name__)
 
@@ -50,46 +55,57 @@ def run(job: TrainingJob, catalogue: Catalogue, stop: Callable[[], bool] = never
         StorageFull: what is finished stays; the same job goes on from its newest checkpoint later.
         NonFiniteLoss, Refused: as `aliprod.training.loop.steps`.
     """
-    began = time.time()
-    finished, resume = _agreed(job.folder)
+    began, first = time.time(), not dist.is_initialized() or dist.get_rank() == 0
+    finished, resume = _agreed(job.folder, first)
     if finished:
         return
     if resume is not None:
         log.info("%s goes on from %s.", job.name, resume)
-    with background() as writer, closing(Watchdog(job.machine.watchdog_seconds)) as watchdog:
+    with background() as writer, closing(_events(job, catalogue, resume, stop)) as events:
         results, pace = _Results(job, catalogue, writer, began), _Pace(job, step_of(resume) if resume else 0)
-        for event in _events(job, catalogue, partial(steps, resume=resume, stop=stop), watchdog):
-            if isinstance(event, Step):
-                writer.check()
-                pace.add(event)
+        for event in events:
+            if isinstance(event, Progress):
+                if event.state.epoch == job.stage.epochs:
+                    pace.wait()  # what it writes goes with the checkpoints
+                if first:
+                    results.keep(event)
+                yield event
                 continue
-            if event.state.epoch == job.stage.epochs:
-                pace.wait()  # what it writes goes with the checkpoints
-            if event.place.rank == 0:
-                results.keep(event)
-            yield event
+            writer.check()
+            if first:
+                pace.add(event)
 
 
 def _events(
-    job: TrainingJob, catalogue: Catalogue, train: Callable[..., Iterator[Step | Progress]], watchdog: Watchdog
-) -> Iterator[Step | Progress]:
+    job: TrainingJob, catalogue: Catalogue, resume: Path | None, stop: Callable[[], bool]
+) -> Generator[Step | Progress]:
     """The events of a training, whose steps are watched, or of a mean of weights."""
-    inputs = job.inputs
+    inputs, machine = job.inputs, job.machine
     data = training_set(catalogue, job.stage, inputs)
     if not job.stage.is_trained:
-        setup = set_up(job.stage, job.network, catalogue, without_training(job.machine), data)
-        yield from soup.blended(setup, inputs.soup) if inputs.soup else soup.remembered(setup, inputs)
+        setup = set_up(job.stage, job.network, catalogue, without_training(machine), data)
+        best, errors = blended(setup, inputs.soup) if inputs.soup else remembered(setup, inputs)
+        state = TrainingState(epoch=job.stage.epochs, best=best)
+        yield Progress(state, errors, lambda: lambda _: None, setup.learner.place, best)  # made in one go
         return
-    watchdog.phase()
-    for event in train(set_up(job.stage, job.network, catalogue, job.machine, data), inputs):
-        if isinstance(event, Step):
-            (watchdog.phase if event.last else watchdog.step)()
-        yield event
+    _watch(machine.longest_seconds)
+    try:
+        for event in steps(set_up(job.stage, job.network, catalogue, machine, data), inputs, resume, stop):
+            if isinstance(event, Step):
+                _watch(machine.longest_seconds if event.last else machine.watchdog_seconds)
+            yield event
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
-def _agreed(folder: Path) -> tuple[bool, Path | None]:
+def _watch(seconds: float) -> None:
+    """What begins may take so long."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
+
+
+def _agreed(folder: Path, first: bool) -> tuple[bool, Path | None]:
     """Whether the job is finished, and the checkpoint that all ranks go on from. Rank 0 looks, and cleans up."""
-    found = [_found(folder) if not dist.is_initialized() or dist.get_rank() == 0 else (False, None)]
+    found = [_found(folder) if first else (False, None)]
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
     return found[0]
@@ -115,10 +131,12 @@ class _Results:
 
     def keep(self, progress: Progress) -> None:
         """Append the line of an epoch; save a checkpoint where it is due, or the weights after the last epoch."""
-        last = progress.last
+        last, place = progress.last, progress.place
         if last is not None and last.epoch not in self.reported:
             self.reported.add(last.epoch)
-            _append(self.job.folder / METRICS, _line(progress, last.epoch))
+            now = time.time_ns() // 1_000_000  # set once and kept, so that MLflow never draws a point twice
+            line = {"epoch": last.epoch, "time_ms": now, "device": place.environment()["device"]}
+            _append(self.job.folder / METRICS, line | {"speed/ranks": place.world_size} | progress.metrics)
         if last is not None and progress.state.epoch == self.job.stage.epochs:
             self.writer.wait()
             self._finish(progress, last)
@@ -182,7 +200,6 @@ class _Pace:
 
     def __init__(self, job: TrainingJob, step: int) -> None:
         self.job, self.step = job, step
-        self.silent = dist.is_initialized() and dist.get_rank() > 0
         self.steps, self.seconds, self.told = 0, 0.0, -math.inf
         self.before: float | None = None
         self.teller = Thread()
@@ -194,44 +211,27 @@ class _Pace:
         if self.before is not None:
             self.steps, self.seconds = self.steps + 1, self.seconds + now - self.before
         self.before = None if step.last else now
-        due = self.steps and now - self.told >= _PACE_SECONDS and not self.silent
-        if due and not self.teller.is_alive():
-            self._tell()
-            self.steps, self.seconds, self.told = 0, 0.0, now
-
-    def _tell(self) -> None:
-        told = {
+        if not self.steps or now - self.told < _PACE_SECONDS or self.teller.is_alive():
+            return
+        pace = {
             "step": self.step,
             "images_per_second": self.steps * self.job.stage.batch_size / self.seconds,
             "ranks": dist.get_world_size() if dist.is_initialized() else 1,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "time_ms": time.time_ns() // 1_000_000,
         }
-        path = self.job.folder / RESUME / PACE
-        self.teller = Thread(target=_write_if_possible, args=(path, json.dumps(told)), name="pace", daemon=True)
+        self.teller = Thread(target=self._write, args=(json.dumps(pace),), name="pace", daemon=True)
         self.teller.start()
+        self.steps, self.seconds, self.told = 0, 0.0, now
+
+    def _write(self, text: str) -> None:
+        with suppress(StorageFull):  # nothing is lost with it; a checkpoint will say so
+            commit.write_file(self.job.folder / RESUME / PACE, text)
 
     def wait(self) -> None:
         """Wait for what is being told."""
         if self.teller.is_alive():
             self.teller.join()
-
-
-def _write_if_possible(path: Path, text: str) -> None:
-    with suppress(StorageFull):  # nothing is lost with it; a checkpoint will say so
-        commit.write_file(path, text)
-
-
-def _line(progress: Progress, epoch: int) -> dict[str, Any]:
-    """One line of metrics.jsonl. Its time is set once and kept, so that MLflow never draws a point twice."""
-    place = progress.place
-    return {
-        "epoch": epoch,
-        "time_ms": time.time_ns() // 1_000_000,
-        "device": place.environment()["device"],
-        "speed/ranks": place.world_size,
-        **progress.metrics,
-    }
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

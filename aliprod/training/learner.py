@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,15 @@ from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
-from aliprod.inference.predict import autocast, nothing, precision, top1_errors
+from aliprod.inference.metrics import mean_class_error
+from aliprod.inference.predict import BATCH, autocast, of_features, precision, predict
 from aliprod.models.classifier import Classifier, normalisation
-from aliprod.objectives import Batch, Context, Needs, build
+from aliprod.objectives import Batch, Context, build
 from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Stage
 from aliprod.recipe.options import needs
 from aliprod.store import lineage
+from aliprod.store.epochs import TOP1
 from aliprod.training.graphs import replay_passes
 from aliprod.training.shares import ShareMean
 
@@ -83,7 +85,7 @@ class Learner(nn.Module):
         torch.manual_seed(seed_of(stage.seed, "init", network))
         self.stage, self.place = stage, place
         self.dtype = precision(place.device, stage.precision)
-        asked = needs(stage.objective.name, stage.objective.options)
+        self.needs = asked = needs(stage.objective.name, stage.objective.options)
         counts = catalogue.class_counts if class_counts is None else class_counts
         self.model = Classifier(
             network,
@@ -105,10 +107,10 @@ class Learner(nn.Module):
         self.objective = build(
             stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue, counts)
         )
-        self.needs: Needs = self.objective.needs  # type: ignore[assignment]
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if stage.features == "cached":  # it is shown what its backbone would make
-            self.model.backbone.forward_features = self.model.backbone.forward_head = _as_they_are  # type: ignore[assignment]
+            as_it_is: Any = lambda features, pre_logits=True: features  # noqa: ARG005, E731
+            self.model.backbone.forward_features = self.model.backbone.forward_head = as_it_is
         elif place.machine.compile:
             # In place, so that names of weights stay. Never with dynamic shapes: whether a graph gets them depends
             # on what was seen before, and a resumed job has seen less.
@@ -119,7 +121,9 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss parts of a batch, each a scalar."""
-        _seed(self.place.device, batch.seed)
+        torch.default_generator.manual_seed(batch.seed)  # torch.manual_seed would visit all kinds of devices
+        if self.place.device.type == "cuda":
+            torch.cuda.manual_seed(batch.seed)
         with autocast(self.place.device, self.dtype):
             parts: dict[str, Tensor] = self.objective(self.model, batch)
         return parts
@@ -143,12 +147,17 @@ class Learner(nn.Module):
 
 @dataclass(frozen=True)
 class Setup:
-    """A stage in its place: the learner, the batches that it is shown, and the images that score it."""
+    """A stage in its place: the learner, the batches that it is shown, and the images that score it.
+
+    Attributes:
+        between: called now and then while an epoch is scored, as often on each rank; it may raise.
+    """
 
     learner: Learner
     catalogue: Catalogue
     feed: Feed
     batches: TrainBatches
+    between: Callable[[], None] = lambda: None
 
     def share_mean(self, trained: Iterable[nn.Parameter] = ()) -> ShareMean:
         """What takes the mean of a step's shares: of norm statistics, losses, and the gradients of ``trained``."""
@@ -156,11 +165,46 @@ class Setup:
         sent = stage.gradients if stage.shares == "ranks" else "tree"
         return ShareMean(self.learner, trained, self.batches.shares, ranks, sent)
 
-    def top1_errors(self, between: Callable[[], None] = nothing) -> dict[str, float]:
-        """Errors on val of the learner's weights; empty without val."""
-        learner = self.learner
-        known = self.batches.data.val_features
-        return top1_errors(learner.model, self.catalogue, learner.stage, self.feed, between, known)
+    def of_val(self) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """What the learner's weights, in eval mode, make of val by the centre crop: as `predict` yields it."""
+        model, known = self.learner.model, self.batches.data.val_features
+        if known is not None:
+            return of_features(model, known, self.feed)
+        return predict(model, self.catalogue.val, *self.learner.stage.test_view, "center", self.feed)
+
+    def top1_errors(self) -> dict[str, float]:
+        """How well the learner's weights know val, by the centre crop; empty without validation images.
+
+        Returns:
+            Top-1 and top-5 error, means over classes; top-1 error per image; the loss (cross entropy), a mean over
+            images.
+        """
+        model, feed, num_classes = self.learner.model, self.feed, self.catalogue.num_classes
+        if not len(self.catalogue.val):
+            return {}
+        was_training = model.training
+        model.eval()
+        labels = torch.from_numpy(self.catalogue.val.labels)
+        scores = torch.zeros(3, len(labels), dtype=torch.float64)  # class, classes above the label, loss
+        blocks = self.of_val()
+        for _ in range(0, len(labels), BATCH["center"] * feed.world_size):
+            self.between()
+            for rows, probabilities in islice(blocks, 1):  # the last may be another rank's
+                own = probabilities.gather(1, labels[rows, None])
+                above, loss = (probabilities > own).sum(dim=1), -own.clamp(min=torch.finfo(own.dtype).tiny).log()[:, 0]
+                scores[:, rows] = torch.stack([probabilities.argmax(dim=1).double(), above.double(), loss.double()])
+        model.train(was_training)
+        everywhere = scores.to(feed.device)
+        if feed.world_size > 1:
+            dist.all_reduce(everywhere)  # each rank filled its own rows, the others are zero
+        predicted, ranks, losses = everywhere.cpu()
+        in_five = torch.where(ranks < 5, labels, predicted.long())
+        return {
+            TOP1: float(mean_class_error(labels, predicted.long(), num_classes)),
+            "val/top1_error_per_image": float((labels != predicted).double().mean()),
+            "val/top5_error": float(mean_class_error(labels, in_five, num_classes)),
+            "val/loss": float(losses.mean()),
+        }
 
 
 def set_up(
@@ -198,17 +242,6 @@ def _checkpoint_blocks(model: Classifier) -> None:
         raise Refused(
             "has no blocks that can be computed again: [cluster] checkpointing", model.network, advice
         ) from error
-
-
-def _as_they_are(features: Tensor, pre_logits: bool = True) -> Tensor:  # noqa: ARG001
-    return features
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    """Seed one device; torch.manual_seed would visit every kind of device there could be."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
 
 
 def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts: Integers) -> Context:

@@ -23,7 +23,7 @@ from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, NO_INPUTS, Inputs, Machine, Stage, never
 from aliprod.training import checkpoint
 from aliprod.training.candidates import Candidate, best_candidate
-from aliprod.training.checkpoint import Snapshot, TrainingState
+from aliprod.training.checkpoint import Fill, TrainingState
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, Setup, set_up
 from aliprod.training.optimizer import Optimizer
@@ -47,14 +47,14 @@ class Progress:
 
     Attributes:
         metrics: numbers by name, of all ranks; ``speed/...`` is seen by this one.
-        snapshot: copies the resume state.
+        snapshot: copies the resume state; what it returns writes it into a folder.
         last: this epoch's own candidate (the best so far is the state's); None in mid-epoch.
         stopped: the last of its job for now: it was told to stop.
     """
 
     state: TrainingState
     metrics: dict[str, float]
-    snapshot: Callable[[], Snapshot]
+    snapshot: Callable[[], Fill]
     place: Place
     last: Candidate | None = None
     stopped: bool = False
@@ -68,18 +68,9 @@ def train(
     machine: Machine = DEFAULT_MACHINE,
     resume: Path | None = None,
 ) -> Iterator[Progress]:
-    """Train a stage and yield what `steps` does, without the steps.
-
-    A soup is not made here: `aliprod.training.job.run` does that.
-
-    Args:
-        network: timm's name.
-        resume: a resume checkpoint of this very job; wins over ``inputs.start`` and ``inputs.pretrained``.
-    """
-    data = training_set(catalogue, stage, inputs)
-    for event in steps(set_up(stage, network, catalogue, machine, data), inputs, resume):
-        if isinstance(event, Progress):
-            yield event
+    """Train a stage on a bare machine: what `steps` yields, without the steps. ``network``: timm's name."""
+    setup = set_up(stage, network, catalogue, machine, training_set(catalogue, stage, inputs))
+    return (event for event in steps(setup, inputs, resume) if isinstance(event, Progress))
 
 
 def steps(
@@ -105,6 +96,7 @@ def steps(
     state = TrainingState() if resume is None else checkpoint.restore(resume, learner, optimizer, average)
     snapshot = partial(checkpoint.snapshot, learner=learner, optimizer=optimizer, average=average)
     vote = _StopVote(stop)
+    setup = replace(setup, between=vote.heed)
 
     while state.epoch < stage.epochs:
         learner.train()
@@ -128,7 +120,7 @@ def steps(
         state = replace(state, losses=meter.losses())
         metrics = meter.metrics(state)
         try:
-            last, errors = best_candidate(setup, average, state.epoch, vote.heed)
+            last, errors = best_candidate(setup, average, state.epoch)
         except _Stopped:
             yield Progress(state, metrics, partial(snapshot, state), where, stopped=True)
             return

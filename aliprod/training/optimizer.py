@@ -75,20 +75,12 @@ class Optimizer:
         self.parameters = [p for group in self.groups for p in group["params"]]
         device = self.parameters[0].device
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._scaler = torch.amp.GradScaler(device.type) if learner.dtype is torch.float16 else None
-
-    def step(self, loss: Tensor, step: int) -> None:
-        """Call `backward` and `update`."""
-        self.backward(loss)
-        self.update(step)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=learner.dtype is torch.float16)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss to those since the last update."""
         one = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)  # NaN reaches all ranks with the gradients
-        if self._scaler is None:
-            loss.backward(one)
-        else:
-            self._scaler.scale(loss).backward(one)
+        self._scaler.scale(loss).backward(one)
 
     @torch.no_grad()
     def climb(self, radius: float) -> list[Tensor]:
@@ -117,9 +109,11 @@ class Optimizer:
         """Update the weights once with this step's learning rates, and free the gradients for the next forward pass."""
         for group in self.groups:
             group["lr"] = self.lr_of(group["part"], step) * group["lr_scale"]
-        if self._scaler is not None:
-            self._scaler.unscale_(self.kernel)
-        self._update(torch.isfinite(self._clip()), step)
+        self._scaler.unscale_(self.kernel)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        if self.stage.optimizer.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.stage.optimizer.clip_norm, norm, foreach=True)
+        self._update(torch.isfinite(norm), step)
         self.kernel.zero_grad(set_to_none=True)
 
     def lr_of(self, part: str, step: int) -> float:
@@ -138,7 +132,7 @@ class Optimizer:
     def first_bad_step(self) -> int | None:
         """The step whose loss or gradient was not finite, and from which on nothing was updated. Synchronises."""
         step = int(self._bad_step.item())
-        return None if step < 0 or (self._scaler is not None and self._scaler.get_scale() >= 1) else step
+        return None if step < 0 or (self._scaler.is_enabled() and self._scaler.get_scale() >= 1) else step
 
     def state(self) -> dict[str, Tensor]:
         """Momentum and the like by position of the parameter, counters of a group by its position, for a resume
@@ -146,9 +140,8 @@ class Optimizer:
         state = {f"group.{i}": group["step"] for i, group in enumerate(self.groups) if "step" in group}
         for i, parameter in enumerate(self.parameters):
             state |= {f"{_SHORT.get(name, name)}.{i}": value for name, value in self.kernel.state[parameter].items()}
-        if self._scaler is not None:
-            scaler = self._scaler.state_dict()
-            state |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in _SCALER}
+        scaler = self._scaler.state_dict()  # {} where there is no need of one
+        state |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in _SCALER if scaler}
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -161,7 +154,7 @@ class Optimizer:
                 self.kernel.state[self.parameters[int(place)]][_LONG.get(kind, kind)] = self._laid_out(
                     value, int(place)
                 )
-        if self._scaler is not None:
+        if self._scaler.is_enabled():
             saved = {name: state[f"scaler.{name}"].item() for name in _SCALER}
             self._scaler.load_state_dict(self._scaler.state_dict() | saved)
 
@@ -172,14 +165,8 @@ class Optimizer:
             return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value)
         return value.to(parameter.device if self._on_device else "cpu")
 
-    def _clip(self) -> Tensor:
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
-        if self.stage.optimizer.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.stage.optimizer.clip_norm, norm, foreach=True)
-        return norm
-
     def _update(self, finite: Tensor, step: int) -> None:
-        if self._scaler is None:
+        if not self._scaler.is_enabled():
             self._bad_step.copy_(torch.where((self._bad_step < 0) & ~finite, step, self._bad_step))
             if self._on_device:
                 self.kernel.found_inf = (self._bad_step >= 0).float()  # type: ignore[attr-defined]

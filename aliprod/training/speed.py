@@ -5,9 +5,9 @@ A plan's forecast is made of it.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,34 +21,15 @@ from aliprod.models.classifier import Classifier, check_network, normalisation
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Part, Stage, Views, without_training
 from aliprod.recipe.options import needs
 from aliprod.training import loop
-from aliprod.training.learner import Setup, place, set_up
+from aliprod.training.learner import Place, Setup, place, set_up
 from aliprod.training.optimizer import Optimizer
 
 _STARVED = 0.1  # from this share of waiting on, the loader limits
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The speed of a part.
-
-    Attributes:
-        data_wait_share: of the time, spent waiting for pictures; 0 to 1.
-        memory_bytes: the most so far: of the GPU where there is one, else of the process.
-        limited_by: what to make faster.
-    """
-
-    part: Part
-    device: str
-    steps: int
-    images_per_second: float
-    data_wait_share: float
-    memory_bytes: int
-    limited_by: Literal["loader", "step"]
-
-
 def measure(
     part: Part, stage: Stage, network: str, catalogue: Catalogue, steps: int, machine: Machine = DEFAULT_MACHINE
-) -> Measured:
+) -> dict[str, Any]:
     """Measure a part over ``steps`` steps; as many before them are not counted.
 
     A catalogue that has fewer images shows them again and again. Nothing is validated, nothing is kept. Teachers
@@ -56,12 +37,16 @@ def measure(
 
     Args:
         stage: without a filter of duplicates and pseudo labels, whose images nobody knows yet.
+    Returns:
+        Plain JSON: ``part``, ``steps``, ``device``, ``images_per_second``; ``memory_bytes``, the most so far, of the
+        GPU where there is one, else of the process; ``data_wait_share``, of the time, spent waiting for pictures, 0 to
+        1; ``limited_by``, what to make faster: "loader" or "step".
     Raises:
         Refused: there is no such network.
     """
+    _forget_peak_memory()
     rows = np.resize(np.random.default_rng(stage.seed).permutation(len(catalogue.train)), 2 * steps * stage.batch_size)
     catalogue = replace(catalogue, train=catalogue.train.take(rows), val=catalogue.val.take(rows[:0]))
-    _forget_peak_memory()
     data = _taught(training_set(catalogue, stage), stage, catalogue.num_classes)
     if stage.features == "cached":
         places = np.zeros(len(data.images), np.int64)
@@ -81,31 +66,19 @@ def measure(
         seconds = _second_half(ends, steps, setup.feed.device)
         waited = seconds if part == "loader" else 0.0
     share = waited / seconds
-    return Measured(
-        part=part,
-        device=setup.learner.place.environment()["device"],
-        steps=steps,
-        images_per_second=steps * stage.batch_size / seconds,
-        data_wait_share=share,
-        memory_bytes=loop.peak_memory_bytes(),
-        limited_by="loader" if share >= _STARVED else "step",
-    )
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """The speed of predictions: ``images`` were counted; each is one image, however many views it has."""
-
-    device: str
-    images: int
-    images_per_second: float
-    memory_bytes: int
+    found = {"part": part, "steps": steps, **_speed(setup.learner.place, steps * stage.batch_size, seconds)}
+    return found | {"data_wait_share": share, "limited_by": "loader" if share >= _STARVED else "step"}
 
 
 def measure_prediction(
     stage: Stage, network: str, views: Views, catalogue: Catalogue, batches: int, machine: Machine = DEFAULT_MACHINE
-) -> Predicted:
-    """Measure the prediction of training images, over so many batches after those that fill the loader."""
+) -> dict[str, Any]:
+    """Measure the prediction of training images, over so many batches after those that fill the loader.
+
+    Returns:
+        Plain JSON: ``images`` that were counted, each one image, however many views it has; ``device``,
+        ``images_per_second`` and ``memory_bytes`` as of `measure`.
+    """
     here, processes = place(without_training(machine)), machine.loader_processes
     _forget_peak_memory()
     asked, (resize, crop) = needs(stage.objective.name, stage.objective.options), stage.test_view
@@ -121,12 +94,12 @@ def measure_prediction(
     for _ in blocks:  # each has been copied to the CPU: nothing is under way
         pass
     counted = batches * BATCH[views]
-    return Predicted(
-        device=here.environment()["device"],
-        images=counted,
-        images_per_second=counted / (time.perf_counter() - began),
-        memory_bytes=loop.peak_memory_bytes(),
-    )
+    return {"images": counted, **_speed(here, counted, time.perf_counter() - began)}
+
+
+def _speed(where: Place, images: int, seconds: float) -> dict[str, Any]:
+    memory, device = loop.peak_memory_bytes(), where.environment()["device"]
+    return {"device": device, "images_per_second": images / seconds, "memory_bytes": memory}
 
 
 def _forget_peak_memory() -> None:

@@ -19,10 +19,9 @@ from aliprod.models import weights
 from aliprod.models.classifier import Classifier
 from aliprod.recipe import Machine, Stage
 from aliprod.store import commit
-from aliprod.training.candidates import best_candidate
+from aliprod.training.candidates import best_candidate, blended
 from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, Setup, set_up
-from aliprod.training.soup import blended
 
 NETWORK, CPU = "test_resnet.r160_in1k", torch.device("cpu")
 LIO = {"name": "lio", "positives": 2, "published": False, "detach_target": True}
@@ -102,7 +101,7 @@ def test_a_soup_sees_as_many_images_as_its_making_shows(packages: Catalogue, tmp
         commit.write(tmp_path / name, partial(weights.save, tensors=tensors, config=config, classes=classes))
     stage = stage_of({"soup": {"of": ("a", "b"), "greedy": greedy}})
     with looked_at() as counts:
-        list(blended(set_up(stage, NETWORK, packages, Machine()), [tmp_path / "a", tmp_path / "b"]))
+        blended(set_up(stage, NETWORK, packages, Machine()), [tmp_path / "a", tmp_path / "b"])
     found = epoch_of(stage, packages)
     assert (found.steps, found.seen) == (0, sum(counts))
 

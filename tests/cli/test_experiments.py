@@ -10,7 +10,7 @@ from shop import Shop, aliprod, answer, refusal
 from aliprod.cli.experiments import _tables, _verdict
 from aliprod.cluster.trials import Trial
 from aliprod.cluster.tune import Found
-from aliprod.ensemble.gains import Gain
+from aliprod.ensemble.compare import Gain
 from aliprod.forecast.simulate import STARTING_SECONDS
 
 

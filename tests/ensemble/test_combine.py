@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from aliprod.ensemble.add import write_ensemble
 from aliprod.ensemble.calibrate import TEMPERATURES, losses, temperature
-from aliprod.ensemble.choose import WHOLE, fitted, forward, mixture
-from aliprod.ensemble.combine import FOLDS, Combination, fit, folds
+from aliprod.ensemble.choose import FOLDS, WHOLE, Combination, fit, fitted, folds, forward, mixture
 from aliprod.ensemble.compare import compare
+from aliprod.ensemble.guesses import read_predictions
 from aliprod.errors import Failed
 from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import Probabilities, open_store, tempered, write
@@ -129,7 +129,8 @@ def test_the_order_of_members_and_the_size_of_blocks_change_no_byte(members, com
 
 def test_a_comparison_tells_the_errors_of_the_sum_and_of_each_member(members, tmp_path: Path) -> None:
     told = compare(members, [Combination((1,) * 4)], seed=0)
-    predicted = write_ensemble(tmp_path / "sum", members)
+    write_ensemble(tmp_path / "sum", members)
+    predicted = read_predictions(tmp_path / "sum")
     order = pa.compute.index_in(predicted.ids, value_set=members[0].ids)
     labels = members[0].labels.take(order)
     assert told["ensemble"]["top1_error"] == (score(labels, predicted.predicted) or {})["top1_error"]
@@ -140,8 +141,8 @@ def test_a_comparison_tells_the_errors_of_the_sum_and_of_each_member(members, tm
         assert own["interval"][0] <= own["top1_error"] <= own["interval"][1]
         assert own["gain_interval"][0] <= own["gain"] <= own["gain_interval"][1]
     assert told["sum"]["gain_interval"] == [0, 0]
-    without = write_ensemble(tmp_path / "three", members[:3])
-    error = (score(labels, without.predicted) or {})["top1_error"]
+    write_ensemble(tmp_path / "three", members[:3])
+    error = (score(labels, read_predictions(tmp_path / "three").predicted) or {})["top1_error"]
     assert told["members"]["net/3"]["left_out"]["top1_error"] == error
     assert told["members"]["net/3"]["left_out"]["gain_interval"][1] < 0, "the ensemble is better without noise"
     assert compare(members, [Combination((1,) * 4)], seed=0) == told

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from aliprod.ensemble.gains import gains
+from aliprod.ensemble.compare import gains
 from aliprod.inference.metrics import mean_class_error
 
 ONE_CLASS = np.zeros(400, np.int64)

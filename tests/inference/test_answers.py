@@ -1,9 +1,8 @@
 """Predictions of many pictures: where they come from, what is written, and what a killed one leaves to do."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +14,7 @@ from aliprod.catalogue.annotations import UNREAD
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.data.loader import Feed
 from aliprod.errors import Refused
-from aliprod.inference.answers import Answered, write
-from aliprod.inference.classify import CHUNK, Recogniser, classify
+from aliprod.inference.classify import CHUNK, Answered, Recogniser, classify, write_answers
 from aliprod.inference.pictures import Picture, listed, read
 from aliprod.inference.predict import Ready
 from aliprod.models import weights
@@ -56,20 +54,13 @@ def many(packages: Catalogue, tmp_path: Path) -> list[Picture]:
     return listed([str(folder)])
 
 
-def done(out: Path, recogniser: Recogniser, pictures: Sequence[Picture]) -> list[int]:
+def done(out: Path, recogniser: Recogniser, pictures: Sequence[Picture]) -> int:
     """Write all answers; how many were asked for."""
-    asked = []
-
-    def ask(left: Sequence[Picture]) -> Iterator[dict[str, Any]]:
-        asked.append(len(left))
-        return classify(recogniser, left, 1)
-
-    *progress, last = write(out, recogniser, pictures, ask)
+    *progress, last = write_answers(out, recogniser, pictures, 1)
     assert last == Answered(str(out), len(pictures), 1)
-    assert [one.images for one in progress if isinstance(one, ReadProgress)] == list(
-        range(len(pictures) - asked[0] + 1, len(pictures) + 1)
-    )
-    return asked
+    seen = [one.images for one in progress if isinstance(one, ReadProgress)]
+    assert seen == list(range(len(pictures) - len(seen) + 1, len(pictures) + 1))
+    return len(seen)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
@@ -103,14 +94,14 @@ def test_a_killed_prediction_goes_on_behind_its_last_whole_chunk_and_ends_with_t
 ) -> None:
     done(tmp_path / "undisturbed.csv", recogniser, many)
     out = tmp_path / "killed.csv"
-    running = write(out, recogniser, many, lambda left: classify(recogniser, left, 1))
+    running = write_answers(out, recogniser, many, 1)
     for _ in range(2 * CHUNK + 3):
         next(running)
     running.close()
     with (tmp_path / ".killed.csv.unfinished").open("ab") as file:
         file.write(b'{"path": "half a li')
     assert not out.exists()
-    assert done(out, recogniser, many) == [CHUNK + 5]
+    assert done(out, recogniser, many) == CHUNK + 5
     assert out.read_bytes() == (tmp_path / "undisturbed.csv").read_bytes()
 
 
@@ -119,15 +110,15 @@ def test_answers_of_another_model_or_of_other_pictures_are_not_kept(
 ) -> None:
     def killed(pictures: Sequence[Picture], top: int) -> None:
         other = Recogniser(recogniser.voices, recogniser.members, "center", top)
-        running = write(tmp_path / "a.csv", other, pictures, lambda left: classify(other, left, 1))
+        running = write_answers(tmp_path / "a.csv", other, pictures, 1)
         for _ in range(2 * CHUNK):
             next(running)
         running.close()
 
     killed(many, top=1)
-    assert done(tmp_path / "a.csv", recogniser, many) == [len(many)]
+    assert done(tmp_path / "a.csv", recogniser, many) == len(many)
     killed([*many[:CHUNK], *many[CHUNK + 1 :]], top=2)
-    assert done(tmp_path / "a.csv", recogniser, many) == [len(many) - CHUNK]
+    assert done(tmp_path / "a.csv", recogniser, many) == len(many) - CHUNK
 
 
 def test_processes_change_no_answer(recogniser: Recogniser, many: list[Picture]) -> None:

@@ -101,7 +101,5 @@ def test_the_objective_is_the_loss_over_the_catalogues_tree(context, model, batc
 
 
 def test_what_does_not_fit_is_refused_with_the_cure(context):
-    with pytest.raises(Refused, match="Did you mean marginal"):
-        Objective(context, kind="margin")
     with pytest.raises(Refused, match=r"product_tree\.json"):
         Objective(Context(num_classes=5, num_features=8, crop=64, epochs=3))

@@ -23,6 +23,7 @@ from aliprod.objectives import (
     lio,
     logit_adjustment,
 )
+from aliprod.recipe import options
 
 OBJECTIVES = [
     "accuracy",
@@ -222,7 +223,7 @@ def test_an_objective_under_autocast_is_finite_where_the_model_says_ten_thousand
     name, dtype, context, model_for, batch
 ):
     objective = build(name, {"dcl": {"parts": 2}, "lio": {"positives": 1}}.get(name, {}), context)
-    model = model_for(objective.needs)
+    model = model_for(options.needs(name, {}))
     with torch.no_grad():
         model.classifier.weight *= 1e4 / model(batch.images).abs().max()
     batch = replace(batch, second=batch, teacher=torch.eye(5)[batch.labels])

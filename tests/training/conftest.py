@@ -14,7 +14,7 @@ multiprocessing.set_forkserver_preload(["aliprod.training.job"])
 forkserver.ensure_running()  # before a loader starts one that has imported less
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stage() -> Stage:
     """12 steps: 3 epochs of 4 batches of the 32 training images."""
     lr = LearningRate(backbone=0.02, heads=0.1, warmup_epochs=1)

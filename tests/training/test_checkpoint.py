@@ -18,6 +18,11 @@ from aliprod.training.learner import Learner, Place
 from aliprod.training.optimizer import Optimizer
 
 
+def move(optimizer: Optimizer, loss: torch.Tensor, step: int) -> None:
+    optimizer.backward(loss)
+    optimizer.update(step)
+
+
 def committed(folder: Path, *steps: int) -> None:
     for step in steps:
         commit.write(
@@ -55,12 +60,12 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
 def test_model_momentum_average_best_weights_and_counters_come_back(packages: Catalogue, tmp_path: Path) -> None:
     stage = Stage(crop=32, ema=0.9, objective={"name": "lio"}, batch_size=8)
     learner, optimizer, average = parts(stage, packages)
-    optimizer.step(sum(p.square().sum() for p in learner.parameters()), 0)
+    move(optimizer, sum(p.square().sum() for p in learner.parameters()), 0)
     average.update(learner.model, 1)
     best = Candidate(1, "averaged", 0.25, {"weight": torch.tensor([1.5])})
     state = TrainingState(2, 9, 1, {"class": 1.2345678806304932}, best)
     taken = checkpoint.snapshot(state, learner, optimizer, average)
-    taken.write(tmp_path)
+    taken(tmp_path)
 
     other, its_optimizer, its_average = parts(stage, packages)
     assert checkpoint.restore(tmp_path, other, its_optimizer, its_average) == state
@@ -81,12 +86,12 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_a_snapshot_keeps_its_moment_while_training_goes_on(packages: Catalogue, tmp_path: Path) -> None:
     learner, optimizer, average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
-    optimizer.step(sum(p.square().sum() for p in learner.parameters()), 0)
+    move(optimizer, sum(p.square().sum() for p in learner.parameters()), 0)
     before, momentum = ({k: t.clone() for k, t in s.items()} for s in (learner.state_dict(), optimizer.state()))
     taken = checkpoint.snapshot(TrainingState(step=1), learner, optimizer, average)
-    optimizer.step(sum(p.square().sum() for p in learner.parameters()), 1)
+    move(optimizer, sum(p.square().sum() for p in learner.parameters()), 1)
     average.update(learner.model, 2)
-    taken.write(tmp_path)
+    taken(tmp_path)
     other, its_optimizer, its_average = parts(Stage(crop=32, ema=0.9, batch_size=8), packages)
     checkpoint.restore(tmp_path, other, its_optimizer, its_average)
     assert equal(other.state_dict(), before)

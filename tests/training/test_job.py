@@ -13,14 +13,13 @@ import torch
 from job_process import Death, ended, log_of, seen_by, start, train
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.data.loader import Feed
 from aliprod.errors import StorageFull
-from aliprod.inference.predict import top1_errors
 from aliprod.models import weights
 from aliprod.recipe import Machine, Stage, TrainingJob
 from aliprod.store import commit, epochs
 from aliprod.store.layout import PACE
 from aliprod.training.job import run
+from aliprod.training.learner import set_up
 
 NETWORK = "test_resnet.r160_in1k"
 
@@ -283,9 +282,9 @@ def test_the_errors_of_two_ranks_are_those_of_one_rank_with_the_same_weights(
     packages: Catalogue, of_two: TrainingJob
 ) -> None:
     record = commit.read(of_two.folder / "weights")
-    model, config, _ = weights.load(of_two.folder / "weights")
-    feed = Feed(torch.device("cpu"), config.mean, config.std, config.interpolation)
-    errors = top1_errors(model, packages, of_two.stage, feed)
+    setup = set_up(of_two.stage, of_two.network, packages, Machine())
+    setup.learner.model.load_state_dict(weights.read(of_two.folder / "weights"))
+    errors = setup.top1_errors()
     assert record is not None
     assert errors["val/top1_error"] == record["top1_error"]
     assert record["top1_error"] < 0.6  # more than one of four classes is named

@@ -17,7 +17,7 @@ from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import training_set
 from aliprod.errors import NonFiniteLoss, Refused
 from aliprod.inference.metrics import mean_class_error
-from aliprod.inference.predict import predict, top1_errors
+from aliprod.inference.predict import predict
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
 from aliprod.recipe import Inputs, LearningRate, Machine, Stage
@@ -41,7 +41,7 @@ def changed(stage: Stage, **settings: object) -> Stage:
 
 def captured(progress: Progress, folder: Path) -> dict[str, torch.Tensor]:
     folder.mkdir()
-    progress.snapshot().write(folder)
+    progress.snapshot()(folder)
     return load_file(folder / "learner.safetensors")
 
 
@@ -98,45 +98,63 @@ def test_a_mid_epochs_line_is_the_mean_of_the_steps_so_far(packages: Catalogue, 
     assert len(set(one_by_one)) == 4
 
 
-def parent(stage: Stage, catalogue: Catalogue, folder: Path) -> Path:
-    (progress,) = train(changed(stage, epochs=1), NETWORK, catalogue)
+@pytest.fixture(scope="module")
+def parent(packages: Catalogue, stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    (progress,) = train(changed(stage, epochs=1), NETWORK, packages)
     assert progress.last is not None
+    return kept(tmp_path_factory.mktemp("parent") / "weights", packages, progress.last.tensors)
+
+
+def kept(folder: Path, packages: Catalogue, tensors: dict[str, torch.Tensor]) -> Path:
     config = weights.Config(NETWORK, (0.5,) * 3, (0.5,) * 3, "bicubic", 40, 32)
-    classes = weights.Classes(tuple(catalogue.classes.tolist()), catalogue.names)
-    fill = partial(weights.save, tensors=progress.last.tensors, config=config, classes=classes)
-    commit.write(folder / "weights", fill)
-    return folder / "weights"
+    classes = weights.Classes(tuple(packages.classes.tolist()), packages.names)
+    commit.write(folder, partial(weights.save, tensors=tensors, config=config, classes=classes))
+    return folder
 
 
-def test_a_child_begins_with_its_parents_backbone_and_head(packages: Catalogue, stage: Stage, tmp_path: Path) -> None:
-    start = parent(stage, packages, tmp_path)
+def test_a_child_begins_with_its_parents_backbone_and_head(
+    packages: Catalogue, stage: Stage, parent: Path, tmp_path: Path
+) -> None:
     still = changed(stage, lr={"backbone": 1e-12, "heads": 1e-12}, seed=9, ema=None)
-    child = captured(next(train(still, NETWORK, packages, Inputs(start=start))), tmp_path / "child")
-    for name, tensor in load_file(start / "model.safetensors").items():
+    child = captured(next(train(still, NETWORK, packages, Inputs(start=parent))), tmp_path / "child")
+    for name, tensor in load_file(parent / "model.safetensors").items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(child[f"model.{name}"], tensor, rtol=0, atol=1e-9)
 
 
-def test_a_parent_of_another_catalogue_is_refused(packages: Catalogue, stage: Stage, tmp_path: Path) -> None:
-    start = parent(stage, packages, tmp_path)
+def test_a_parent_of_another_catalogue_is_refused(packages: Catalogue, stage: Stage, parent: Path) -> None:
     other = replace(packages, classes=packages.classes + 1)
     with pytest.raises(Refused, match="another class list"):
-        next(train(stage, NETWORK, other, Inputs(start=start)))
+        next(train(stage, NETWORK, other, Inputs(start=parent)))
 
 
 def parameters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if "running" not in name and "num_batches" not in name}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    packages: Catalogue, stage: Stage, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, torch.Tensor]]:
+    """The network after each step where no loss is bad."""
+    good, folder = changed(stage, objective={"name": "own.spoilt", "step": -1}), tmp_path_factory.mktemp("undisturbed")
+    every = train(good, NETWORK, packages, machine=Machine(save_every_steps=1))
+    return {progress.state.step: captured(progress, folder / f"{progress.state.step}") for progress in every}
+
+
 @pytest.mark.parametrize("check_steps", [loop._CHECK_STEPS, 2])
 @pytest.mark.parametrize("step", [4, 6, 11])
 def test_a_bad_loss_stops_the_job_with_its_weights_as_before_to_the_bit(
-    packages: Catalogue, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, check_steps: int
+    packages: Catalogue,
+    stage: Stage,
+    undisturbed: dict[int, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    check_steps: int,
 ) -> None:
     monkeypatch.setattr(loop, "_CHECK_STEPS", check_steps)
-    good, bad = (changed(stage, objective={"name": "own.spoilt", "step": at}) for at in (-1, step))
-    undisturbed = train(good, NETWORK, packages, machine=Machine(save_every_steps=1))
-    before = captured(next(progress for progress in undisturbed if progress.state.step == step), tmp_path / "before")
+    bad, before = changed(stage, objective={"name": "own.spoilt", "step": step}), undisturbed[step]
     seen: list[Progress] = []
     with pytest.raises(NonFiniteLoss):
         seen.extend(train(bad, NETWORK, packages))  # it goes on for some steps, without effect
@@ -206,9 +224,8 @@ def test_without_validation_images_the_last_epoch_is_the_best(packages: Catalogu
 
 
 def test_the_validation_error_is_the_metric_of_the_centre_crops(packages: Catalogue, stage: Stage) -> None:
-    model = learner.Learner(stage, NETWORK, packages, learner.place(Machine())).model
-    feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.5,) * 3, "bicubic")
-    errors = top1_errors(model, packages, stage, feed)
+    setup = learner.set_up(stage, NETWORK, packages, Machine())
+    model, feed, errors = setup.learner.model, setup.feed, setup.top1_errors()
     assert model.training
     model.eval()
     batches = list(predict(model, packages.val, 40, 32, "center", feed))
@@ -225,9 +242,8 @@ def test_the_top_5_error_is_a_mean_over_classes_of_labels_that_five_others_surpa
     packages: Catalogue, stage: Stage
 ) -> None:
     seven = replace(packages, classes=np.arange(7), val=replace(packages.val, labels=np.arange(len(packages.val)) % 7))
-    model = learner.Learner(stage, NETWORK, seven, learner.place(Machine())).model
-    feed = Feed(torch.device("cpu"), (0.5,) * 3, (0.5,) * 3, "bicubic")
-    error = top1_errors(model, seven, stage, feed)["val/top5_error"]
+    setup = learner.set_up(stage, NETWORK, seven, Machine())
+    model, feed, error = setup.learner.model, setup.feed, setup.top1_errors()["val/top5_error"]
     model.eval()
     rows = torch.cat([probabilities for _, probabilities in predict(model, seven.val, 40, 32, "center", feed)])
     missed = (rows.topk(5).indices != torch.from_numpy(seven.val.labels)[:, None]).all(dim=1).double()
@@ -245,10 +261,7 @@ def untrained(folder: Path, packages: Catalogue, seed: int) -> Path:
     for name, buffer in model.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 1.5)
-    config = weights.Config(NETWORK, (0.5,) * 3, (0.25,) * 3, "bilinear", 40, 32)
-    classes = weights.Classes(tuple(packages.classes.tolist()), packages.names)
-    commit.write(folder, partial(weights.save, tensors=model.state_dict(), config=config, classes=classes))
-    return folder
+    return kept(folder, packages, model.state_dict())
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
@@ -308,9 +321,10 @@ def test_the_classifier_alone_is_drawn_anew_whatever_the_parents_is(
         assert not torch.equal(found, weights.read(start)["classifier.weight"])
         return found
 
-    assert torch.equal(classifier(0), classifier(1))
-    assert not torch.equal(classifier(0), classifier(0, seed=1))
-    assert classifier(0).std().item() == pytest.approx(0.01, rel=0.1)  # of a new classifier's
+    drawn = classifier(0)
+    assert torch.equal(drawn, classifier(1))
+    assert not torch.equal(drawn, classifier(0, seed=1))
+    assert drawn.std().item() == pytest.approx(0.01, rel=0.1)  # of a new classifier's
 
 
 def test_an_objective_is_told_the_counts_of_what_it_trains_on(packages: Catalogue, stage: Stage) -> None:

@@ -14,7 +14,7 @@ from aliprod.recipe import Machine, Stage, TrainingJob
 def work_that_hangs(folder: Path, stage: Stage, once: Path, ranks: int) -> TrainingJob:
     objective = {"name": "own.stuck", "step": 6, "rank": ranks - 1, "once": str(once)}
     stage = Stage.model_validate(stage.model_dump() | {"objective": objective, "shares": ranks})
-    machine = Machine(save_every_steps=3, watchdog_seconds=3.0)
+    machine = Machine(save_every_steps=3, watchdog_seconds=2.0)
     return TrainingJob("net/stage", "0123", NETWORK, stage, folder / "job", machine=machine)
 
 
@@ -32,7 +32,7 @@ def test_a_step_that_hangs_ends_every_rank_with_its_stacks_and_costs_no_bytes(
     assert codes(work, packages.root, ranks) == [1] * ranks
     for rank in range(ranks):
         told = (work.folder.parent / f"stderr-{rank}.txt").read_text()
-        assert "Timeout (0:00:03)!" in told
+        assert "Timeout (0:00:02)!" in told
         assert "loop.py" in told
     assert "in forward" in told  # the last rank is the one that hangs
     assert "own/stuck.py" in told
