@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 from safetensors import SafetensorError
@@ -19,12 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from aliprod.errors import Refused, did_you_mean
-from aliprod.models.bank import Bank
-from aliprod.models.classifier import Classifier, branched
-from aliprod.recipe import Inputs
+from aliprod.models.classifier import Bank, Classifier, branched
+from aliprod.recipe import Inputs, Needs
 from aliprod.store import commit
 
-_OWNERS = "classifier.labels"  # of a bank
 MODEL, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.json"
 
 
@@ -74,10 +71,10 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: C
 def load(folder: Path) -> tuple[Classifier, Config, Classes]:
     """The classifier of a weights folder, in eval mode. Refused: it is no weights folder, or one that is damaged."""
     config, classes = describe(folder)
-    shape = ("branches", "unit_weights", "scale", "centres", "crop")
-    kind: dict[str, Any] = {name: getattr(config, name) for name in shape}
     tensors = read(folder)
-    model = Classifier(config.network, len(classes.ids), **kind, bank=len(tensors.get(_OWNERS, ())))
+    needs = Needs(**{name: getattr(config, name) for name in ("branches", "unit_weights", "scale", "centres")})
+    bank = len(tensors.get("classifier.labels", ()))
+    model = Classifier(config.network, len(classes.ids), needs, crop=config.crop, bank=bank)
     _fill(model, model.state_dict(), tensors, folder / MODEL)
     return model.eval(), config, classes
 

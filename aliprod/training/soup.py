@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aliprod.models import weights
-from aliprod.models.bank import Bank
+from aliprod.models.classifier import Bank
 from aliprod.recipe import Inputs
 from aliprod.store.epochs import TOP1
 from aliprod.store.resumable import SHARD_ROWS
