@@ -1,14 +1,14 @@
 """A job's training as a target, and the features that it may read. A soup, which trains nothing, is a training too."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aliprod.build.inputs import images_of
 from aliprod.build.target import Cost, Made, Metrics, Resources, Site, Target, powers_of_two
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
-from aliprod.data.epoch_size import epoch_size
+from aliprod.data.selection import epoch_size
 from aliprod.plan.jobs import Job
 from aliprod.plan.schema import Cluster
 from aliprod.recipe import STATISTICS_BATCHES, Inputs, Stage, options
@@ -94,8 +94,8 @@ def _look(target: Target, site: Site) -> Made:
     import torch
     from torch import Tensor
 
-    from aliprod.data.features import write_features
     from aliprod.data.loader import Feed
+    from aliprod.data.training_set import write_features
     from aliprod.inference.predict import pooled, precision
     from aliprod.models import weights
     from aliprod.models.classifier import Classifier, normalisation
@@ -156,8 +156,8 @@ def epoch_of(stage: Stage, catalogue: Catalogue) -> Epoch:
     group, size = needs.group, epoch_size(images_of(stage, catalogue), stage.batch_size, needs.group)
     restated = min(STATISTICS_BATCHES, size.steps) * size.groups_per_batch * group
     if stage.features == "cached":
-        size = replace(size, steps=size.steps if stage.is_trained else 0)
-        return Epoch(size.steps, size.steps * stage.batch_size, 0, group)
+        steps = size.steps if stage.is_trained else 0
+        return Epoch(steps, steps * stage.batch_size, 0, group)
     if stage.soup is not None:
         looks = len(stage.soup.of) if stage.soup.greedy and len(catalogue.val) else 1
         return Epoch(0, 0, looks * (restated + len(catalogue.val)), group)

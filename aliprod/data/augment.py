@@ -197,7 +197,7 @@ def _space(name: str, height: int, width: int) -> dict[str, tuple[list[float], b
 
 def square(image: Image.Image, side: int, interpolation: str) -> Tensor:
     """A picture squared to ``side``, its ratio not kept (the report): (3, side, side) uint8."""
-    return _channels_first(as_pixels(resized_by_pillow(image, side, interpolation)))
+    return as_pixels(resized_by_pillow(image, side, interpolation)).movedim(-1, 0)
 
 
 def eval_view(image: Tensor, resize: int, crop: int, interpolation: str = "bicubic") -> Tensor:
@@ -236,14 +236,14 @@ def on_device(pixels: Tensor, erased: Tensor, mean: tuple[float, ...], std: tupl
 
     (B, H, H, 3) uint8 and boxes (B, 4), as `train_view` gives them, -> (B, 3, H, H) float32, channels last.
     """
-    images = normalise(_channels_first(pixels), mean, std)
+    images = normalise(pixels.movedim(-1, 1), mean, std)
     return images.masked_fill_(_box_mask(images.shape[-1], erased)[:, None], 0.0)
 
 
 def _resized_by_torch(picture: Picture, side: int, interpolation: str) -> Tensor:
     """Pixels squared to ``side``, antialiased, as Pillow 13 does it: what a bicubic filter overshoots is lost
     between the two passes, and the rows go first where they shrink by more than twice what the columns do."""
-    batch = _channels_first(as_pixels(picture)[None])
+    batch = as_pixels(picture)[None].movedim(-1, 1)
     height, width = batch.shape[-2:]
     if height - side > max(0, 2 * (width - side)):
         batch = interpolate(batch, (side, width), mode=interpolation, antialias=True)
@@ -253,11 +253,6 @@ def _resized_by_torch(picture: Picture, side: int, interpolation: str) -> Tensor
 def resized_by_pillow(picture: Picture, side: int, interpolation: str) -> Image.Image:
     """A picture squared to ``side``, antialiased, as Pillow does it."""
     return _as_image(picture).resize((side, side), Image.Resampling[interpolation.upper()])
-
-
-def _channels_first(pixels: Tensor) -> Tensor:
-    """(..., H, W, 3) seen as (..., 3, H, W)."""
-    return pixels.movedim(-1, -3)
 
 
 def _cropped(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:

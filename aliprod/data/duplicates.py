@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from aliprod.catalogue import alike
@@ -62,14 +61,9 @@ def hashed_groups(folder: Path, count: int, threshold: int) -> Integers:
 
 def _grey(images: Images, row: int) -> tuple[Tensor, bool]:
     try:
-        return gray32(decode(images.source(row))), True
+        return torch.from_numpy(alike.gray32(decode(images.source(row)))), True
     except Unreadable:
         return torch.zeros(32, 32, dtype=torch.uint8), False
-
-
-def gray32(image: Image.Image) -> Tensor:
-    """`alike.gray32`: what is hashed of an RGB image, (32, 32) uint8."""
-    return torch.from_numpy(alike.gray32(image))
 
 
 def dct_hash(gray32: Tensor) -> Tensor:

@@ -1,18 +1,56 @@
 """Which rows an epoch sees, and in which order: functions of seed and epoch, never of the file's order or a state.
 
 All draws come from splitmix64 (Steele, Lea, Flood, 2014) in integers of our own, so that another version of a
-library changes no batch.
+library changes no batch. Torch is imported where it is asked for, as a plan counts epochs too.
 """
 
 import hashlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
 from aliprod.catalogue.catalogue import Integers
+from aliprod.errors import Refused
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class EpochSize(NamedTuple):
+    """An epoch in batches of groups, each group so many images of one class.
+
+    Attributes:
+        groups_per_batch: over all shares.
+        steps: whole batches only, since a partial one disturbs the norm layers. Where the images make no whole batch,
+            all of them are the only one.
+    """
+
+    groups_per_batch: int
+    steps: int
+
+
+def epoch_size(class_counts: Integers, batch_size: int, group: int = 1, shares: int = 1) -> EpochSize:
+    """The size of an epoch of images with these counts; the same in every epoch.
+
+    Args:
+        class_counts: (K,) training images of each class; a class fills its last group up with images that it has.
+        batch_size: images, over all shares of a step.
+    Raises:
+        Refused: a batch cannot be dealt to the shares in equal parts of whole groups, or there are too few images.
+    """
+    groups, whole = int((-(-np.asarray(class_counts) // group)).sum()), batch_size // group
+    if whole < 1 or whole % shares:
+        raise Refused(
+            f"batch_size = {batch_size} cannot be dealt to {shares} shares in groups of {group} of one class.",
+            advice=f"Make it a multiple of {group * shares}.",
+        )
+    if groups < shares:
+        raise Refused(f"{groups * group} training images are too few for {shares} shares.", advice="Ask for fewer.")
+    groups_per_batch = min(whole, groups - groups % shares)
+    return EpochSize(groups_per_batch, groups // groups_per_batch)
 
 
 def balanced(labels: Integers, ids: pa.StringArray, class_ids: Integers, per_class: int, seed: int) -> Integers:
@@ -89,12 +127,14 @@ def _drawn_by_class(
     return np.take(by_class, (np.cumsum(counts) - counts)[drawn] + (of_image * counts[drawn]).astype(np.int64))
 
 
-def pseudo_labels(probabilities: torch.Tensor, threshold: float, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pseudo_labels(probabilities: "Tensor", threshold: float, per_class: int) -> "tuple[Tensor, Tensor]":
     """The rows of (N, K) that are predicted with confidence, at most ``per_class`` of each predicted class.
 
     Returns:
         Rows, ascending, and their predicted labels, both int64; of equals the first row and the first class.
     """
+    import torch
+
     table = torch.as_tensor(probabilities).detach().cpu().numpy()
     labels = table.argmax(axis=1)
     rows = surest(table[np.arange(len(table)), labels].astype(np.float64), labels, threshold, per_class)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.data.augment import normalise
-from aliprod.data.features import Features
 from aliprod.data.loader import Feed, squared_batches
+from aliprod.data.training_set import Features
 from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
