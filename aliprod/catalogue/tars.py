@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,13 +52,11 @@ class Tars:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the places."""
-        return hashlib.sha256(
-            b"".join(part.astype("<i8").tobytes() for part in (self.tar, self.start, self.size))
-        ).hexdigest()
+        places = np.stack([self.tar, self.start, self.size]).astype("<i8")
+        return hashlib.sha256(places.tobytes()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A picture in a tar, and its class as it is written; "" unknown."""
 
     name: str
@@ -77,10 +76,11 @@ def members(path: Path) -> Iterator[Member]:
                 if (here := f"{folder}/{stem}") != key:
                     yield from _pictures(picture, labels)
                     key, picture, labels = here, [], {}
-                if member.isreg() and not member.issparse() and kind.lower() in _LABELS and member.size <= _MOST_LABEL:
-                    file = tar.extractfile(member)
-                    labels[kind.lower()] = _label(kind.lower(), file.read() if file else b"")
-                elif member.isreg() and not member.issparse() and name.lower().endswith(PICTURE_SUFFIXES):
+                if not member.isreg() or member.issparse():
+                    continue
+                if kind.lower() in _LABELS and member.size <= _MOST_LABEL and (file := tar.extractfile(member)):
+                    labels[kind.lower()] = _label(kind.lower(), file.read())
+                elif name.lower().endswith(PICTURE_SUFFIXES):
                     picture.append(member)
             yield from _pictures(picture, labels)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
