@@ -80,9 +80,10 @@ def _groups(images: Images) -> Integers:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as readers:
         greys = list(readers.map(grey, range(len(images))))
-    found, rows = np.arange(len(images)), np.flatnonzero([grey is not None for grey in greys])
+    found, rows = np.arange(len(images)), np.flatnonzero([one is not None for one in greys])
     if len(rows):
-        found[rows] = rows[alike.groups(alike.dct_bits(np.stack([greys[row] for row in rows])), _ALIKE)]
+        bits = alike.dct_bits(np.stack([one for one in greys if one is not None]))
+        found[rows] = rows[alike.groups(bits, _ALIKE)]
     return found
 
 

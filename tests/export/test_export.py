@@ -51,6 +51,18 @@ def saved(folder: Path, network: str, seed: int = 0, branches: int = 1, **told: 
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(torch_as_before: None) -> None:
+    """As several wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def few_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the ensemble, which is made once."""
+    monkeypatch.setattr("aliprod.export.folder.COMPARED", 12)
+
+
 def pictures(count: int) -> list[Image.Image]:
     generator = np.random.default_rng(5)
     return [Image.fromarray(generator.integers(0, 256, (9 + n, 90 - n, 3), dtype=np.uint8)) for n in range(count)]
