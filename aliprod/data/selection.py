@@ -43,10 +43,8 @@ def epoch_size(class_counts: Integers, batch_size: int, group: int = 1, shares: 
     """
     groups, whole = int((-(-np.asarray(class_counts) // group)).sum()), batch_size // group
     if whole < 1 or whole % shares:
-        raise Refused(
-            f"batch_size = {batch_size} cannot be dealt to {shares} shares in groups of {group} of one class.",
-            advice=f"Make it a multiple of {group * shares}.",
-        )
+        what = f"batch_size = {batch_size} cannot be dealt to {shares} shares in groups of {group} of one class."
+        raise Refused(what, advice=f"Make it a multiple of {group * shares}.")
     if groups < shares:
         raise Refused(f"{groups * group} training images are too few for {shares} shares.", advice="Ask for fewer.")
     groups_per_batch = min(whole, groups - groups % shares)
