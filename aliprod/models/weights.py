@@ -193,7 +193,7 @@ def _fill(model: Classifier, own: Mapping[str, Tensor], found: Mapping[str, Tens
     """Load what is found for a model's ``own`` tensors, all or none of them."""
     wrong = [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]
     if wrong:
-        count = f"{len(wrong)} of its {len(own)} tensors are missing or of another shape, the first {wrong[0]}."
+        what = f"is not of {model.network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
         advice = "Give weights of this network, with as many classes, centres and branches"
-        raise Refused(f"is not of {model.network}: {count}", file, f"{advice}; of some, also of the same crop.")
+        raise Refused(f"{what}the first {wrong[0]}.", file, f"{advice}; of some, also of the same crop.")
     model.load_state_dict({name: found[name] for name in own}, strict=False)
