@@ -109,16 +109,14 @@ class TrainBatches:
             raise Refused(what, advice="The number of ranks divides shares: 1, 2, 4 ... as many as there are shares.")
         each = self.shares // feed.world_size
         self.mine = range(feed.rank * each, (feed.rank + 1) * each)
-        size = epoch_size(np.bincount(self.images.labels), stage.batch_size, group, self.shares)
-        self.groups_per_batch, self.steps_per_epoch = size.groups_per_batch, size.steps
+        counts = np.bincount(self.images.labels)
+        self.groups_per_batch, self.steps_per_epoch = epoch_size(counts, stage.batch_size, group, self.shares)
         self._steps = _Steps()
         read = partial(_train_view, self.images, stage, feed.interpolation)
         collate = _packed if stage.augment == "device" else None
-        self._loader: Iterable[Any] = (
-            data_loader(read, self._steps, feed.processes, feed.device, collate)
-            if data.features is None
-            else _Cached(data.features, self.images.labels, self._steps)
-        )
+        self._loader: Iterable[Any] = data_loader(read, self._steps, feed.processes, feed.device, collate)
+        if data.features is not None:
+            self._loader = _Cached(data.features, self.images.labels, self._steps)
 
     def epoch(self, epoch: int, skip: int = 0, shares: Sequence[int] | None = None) -> Iterator[TrainBatch]:
         """The shares of one epoch from step ``skip`` on, on the device, one after the other.

@@ -81,10 +81,6 @@ class Features:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def width(self) -> int:
-        return int(self.shards[0].shape[1])
-
     def of(self, rows: Integers) -> "Features":
         """Those of some of the images."""
         return replace(self, rows=self.rows[rows])
@@ -92,7 +88,7 @@ class Features:
     def take(self, rows: Integers) -> Tensor:
         """(len(rows), F) float16, in this order."""
         shards, places = np.divmod(self.rows[rows], SHARD_ROWS)
-        taken = np.empty((len(rows), self.width), np.float16)
+        taken = np.empty((len(rows), self.shards[0].shape[1]), np.float16)
         for shard in np.unique(shards):
             its = shards == shard
             taken[its] = self.shards[shard][places[its]]
