@@ -1,24 +1,29 @@
-"""A prepared catalogue on disk, and how single rows of it are read.
+"""Pictures that lie in no files of their own: in the shards of a prepared catalogue, and in tars.
 
-The folder holds Parquet shards that other tools open (``train-00000.parquet``: image_id, class_id, jpeg; pages with
-checksums), the rows of each split in order (``train.arrow``) and the manifest of `store.commit`. A random row of a
-Parquet file costs its row group, up to 9 ms (measured, pyarrow 25), so nothing is ever read from the shards one by
-one: the pictures of a split are laid out once, end to end, on the disk of each machine that reads them.
+A prepared catalogue holds Parquet shards that other tools open (``train-00000.parquet``: image_id, class_id, jpeg;
+pages with checksums), the rows of each split in order (``train.arrow``) and the manifest of `store.commit`. A random
+row of a Parquet file costs its row group, up to 9 ms (measured, pyarrow 25), so nothing is ever read from the shards
+one by one: the pictures of a split are laid out once, end to end, on the disk of each machine that reads them.
+
+A tar, as WebDataset writes it, has the members of one key together, ``KEY.jpg`` beside ``KEY.cls``. It is scanned once,
+header by header; a picture is then read where it lies. Compressed ones have no such places.
 """
 
 import hashlib
 import io
+import json
 import logging
 import os
 import shutil
 import struct
+import tarfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +31,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES
+from aliprod.catalogue.decode import MOST_BYTES, Unreadable
 from aliprod.errors import Failed, Refused
 from aliprod.processes import locked
 from aliprod.store import commit
@@ -35,6 +42,9 @@ SPLITS = ("train", "val", "test")
 FORMAT = 1
 _ROWS = {split: f"{split}.arrow" for split in SPLITS}  # the file of ids and labels of a split
 _AGAIN = "Copy it here once more, or prepare the catalogue again."
+_LABELS = ("cls", "json", "txt")  # of a picture in a tar: the first that is there
+_KEYS = ("label", "class", "cls", "class_id", "category")  # of a label in JSON
+_MOST_LABEL = 2**20  # bytes of one
 
 log = logging.getLogger(__name__)
 
@@ -204,3 +214,88 @@ def _content(path: Path, found: Manifest) -> bytes:
     if hashlib.sha256(content).hexdigest() != found.digests[path.name]:
         raise Failed("is damaged: its bytes are not those of the manifest.", path, _AGAIN)
     return content
+
+
+# Tars
+
+
+@dataclass(frozen=True, eq=False)
+class Tars:
+    """Where the pictures of tars lie: of each the tar, the first byte, and how many there are."""
+
+    root: Path
+    names: tuple[str, ...]
+    tar: NDArray[np.int64]
+    start: NDArray[np.int64]
+    size: NDArray[np.int64]
+
+    def jpeg(self, place: int) -> bytes:
+        """The file of a picture, whatever its format. Unreadable: it is cut short, or far too large."""
+        size = int(self.size[place])
+        if size > MOST_BYTES:
+            raise Unreadable(f"has {size:,} bytes; more than {MOST_BYTES:,} are refused")
+        try:
+            with (self.root / self.names[self.tar[place]]).open("rb") as file:
+                content = os.pread(file.fileno(), size, int(self.start[place]))
+        except OSError as error:
+            raise Unreadable(f"cannot be read from its tar: {error.strerror}") from error
+        if len(content) != size:
+            raise Unreadable("is cut short: its tar ends before it")
+        return content
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the places."""
+        places = np.stack([self.tar, self.start, self.size]).astype("<i8")
+        return hashlib.sha256(places.tobytes()).hexdigest()
+
+
+class Member(NamedTuple):
+    """A picture in a tar, and its class as it is written; "" unknown."""
+
+    name: str
+    start: int
+    size: int
+    written: str
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The pictures of a tar, in order. Refused: it is none, is compressed, or breaks off."""
+    key, picture, labels = "", list[tarfile.TarInfo](), dict[str, str]()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                if (here := f"{folder}/{stem}") != key:
+                    yield from _pictures(picture, labels)
+                    key, picture, labels = here, [], {}
+                if not member.isreg() or member.issparse():
+                    continue
+                if kind.lower() in _LABELS and member.size <= _MOST_LABEL and (file := tar.extractfile(member)):
+                    labels[kind.lower()] = _label(kind.lower(), file.read())
+                elif name.lower().endswith(PICTURE_SUFFIXES):
+                    picture.append(member)
+            yield from _pictures(picture, labels)
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        advice = "Unpack it, or write it again without compression: pictures are read from the middle of it."
+        raise Refused(f"is no tar that can be read: {str(error) or 'it breaks off'}.", path, advice) from error
+
+
+def _pictures(found: list[tarfile.TarInfo], labels: dict[str, str]) -> Iterator[Member]:
+    written = next((labels[kind] for kind in _LABELS if labels.get(kind)), "")
+    for member in found:
+        yield Member(member.name, member.offset_data, member.size, written)
+
+
+def _label(kind: str, content: bytes) -> str:
+    """A class as text: "" where it is none."""
+    text = content.decode("utf-8", "replace").strip()
+    if kind != "json":
+        return text
+    try:
+        says = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    label = next((says[key] for key in _KEYS if key in says), "") if isinstance(says, dict) else ""
+    return str(label) if isinstance(label, (str, int)) else ""
