@@ -21,6 +21,7 @@ from aliprod.catalogue import alike
 from aliprod.catalogue.catalogue import Images, Integers
 from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data.loader import data_loader
+from aliprod.data.selection import place_in_run
 from aliprod.errors import Refused
 from aliprod.store import commit
 
@@ -138,6 +139,5 @@ def kept(
     missing = np.minimum(had, least_images) - has
     dropped = np.flatnonzero(~stays)
     dropped = dropped[np.lexsort((place[dropped], ~alone[entry[dropped]], labels[dropped]))]
-    return_order = np.arange(len(dropped)) - np.searchsorted(labels[dropped], labels[dropped])  # within the class
-    stays[dropped[return_order < missing[labels[dropped]]]] = True
+    stays[dropped[place_in_run(labels[dropped]) < missing[labels[dropped]]]] = True
     return np.flatnonzero(stays)

@@ -207,10 +207,8 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
 def _repeats(rows: np.ndarray) -> np.ndarray:
     """How often each row stood earlier in ``rows``: a picture seen again gets another augmentation."""
     order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    first = np.searchsorted(ordered, ordered, side="left")
     repeats = np.empty(len(rows), dtype=np.int64)
-    repeats[order] = np.arange(len(rows)) - first
+    repeats[order] = selection.place_in_run(rows[order])
     return repeats
 
 

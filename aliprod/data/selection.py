@@ -67,7 +67,7 @@ def balanced(labels: Integers, ids: pa.StringArray, class_ids: Integers, per_cla
     digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     hashes = np.frombuffer(b"".join(digests), "<u8")
     order = among[np.lexsort((hashes, labels[among]))]  # class after class, its smallest hashes first
-    chosen = order[_place_in_run(labels[order]) < per_class]
+    chosen = order[place_in_run(labels[order]) < per_class]
     return np.sort(np.concatenate([np.flatnonzero(~crowded[labels]), chosen]))
 
 
@@ -89,7 +89,7 @@ def grouped(labels: Integers, group: int, seed: int, epoch: int) -> Integers:
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
     groups = -(-counts // group)
-    number = _place_in_run(np.repeat(np.arange(len(counts)), groups))  # of a group in its class
+    number = place_in_run(np.repeat(np.arange(len(counts)), groups))  # of a group in its class
     places = number[:, None] * group + np.arange(group)  # (G, group)
     start, size = np.repeat(np.cumsum(counts) - counts, groups)[:, None], np.repeat(counts, groups)[:, None]
     rows: Integers = by_class[start + places % size]
@@ -143,10 +143,10 @@ def surest(top: NDArray[np.float64], labels: Integers, threshold: float, per_cla
     """Rows, ascending, of at least ``threshold``, at most ``per_class`` of each label, of the highest ``top`` (N,)."""
     sure = np.flatnonzero(top >= threshold)
     ranked = sure[np.lexsort((-top[sure], labels[sure]))]
-    return np.sort(ranked[_place_in_run(labels[ranked]) < per_class])
+    return np.sort(ranked[place_in_run(labels[ranked]) < per_class])
 
 
-def _place_in_run(sorted_labels: Integers) -> Integers:
+def place_in_run(sorted_labels: Integers) -> Integers:
     """0, 1, 2, ... within each run of equal labels."""
     places = np.arange(len(sorted_labels))
     starts = np.flatnonzero(np.diff(sorted_labels, prepend=np.nan) != 0)
