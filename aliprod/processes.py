@@ -57,52 +57,34 @@ class ReadProgress:
         return f"{self.images:,} of {self.of:,} images{found}, {self.broken:,} unreadable, {left}"
 
 
-@dataclass(frozen=True)
-class Pool:
-    """``executor``: None where this process works alone. ``bystanders``: its children that were there before."""
+def ordered_map(
+    work: Callable[[Task], Result], tasks: Iterable[Task], processes: int, where: Callable[[Task], str], advice: str
+) -> Iterator[Result]:
+    """Results in the order of the tasks, of so many processes that start afresh ("spawn"), or of this one alone; never
+    more tasks in flight than they need. Whoever stops early waits for what is being worked on.
 
-    processes: int
-    executor: ProcessPoolExecutor | None
-    bystanders: frozenset[BaseProcess]
-
-    def ordered_map(
-        self, work: Callable[[Task], Result], tasks: Iterable[Task], where: Callable[[Task], str], advice: str
-    ) -> Iterator[Result]:
-        """Results in the order of the tasks; never more tasks in flight than the processes need.
-
-        Raises:
-            Failed: a process died; ``where`` names the first task without a result. The others are ended.
-        """
-        if self.executor is None:
-            yield from map(work, tasks)
-            return
-        ahead: deque[tuple[Task, Future[Result]]] = deque()
-        try:
-            for task in tasks:
-                ahead.append((task, self.executor.submit(work, task)))
-                if len(ahead) > 2 * self.processes:
-                    yield ahead[0][1].result()
-                    ahead.popleft()
-            while ahead:
-                yield ahead[0][1].result()
-                ahead.popleft()
-        except BrokenProcessPool as error:
-            for process in set(active_children()) - self.bystanders:
-                process.kill()  # CPython 3.11 else waits for ever for one that was just being started
-            advice = f"Was it out of memory? {advice}"
-            raise Failed("A process died at its work.", where(ahead[0][0] if ahead else task), advice) from error
-
-
-@contextmanager
-def pool(processes: int) -> Iterator[Pool]:
-    """Start so many processes afresh ("spawn"); at the end what is being worked on is finished."""
-    bystanders = frozenset(active_children())
+    Raises:
+        Failed: a process died; ``where`` names the first task without a result. The others are ended.
+    """
     if processes <= 1:
-        yield Pool(1, None, bystanders)
+        yield from map(work, tasks)
         return
+    bystanders, ahead = set(active_children()), deque[tuple[Task, Future[Result]]]()
     executor = ProcessPoolExecutor(processes, get_context("spawn"), _follow_parent)
     try:
-        yield Pool(processes, executor, bystanders)
+        for task in tasks:
+            ahead.append((task, executor.submit(work, task)))
+            if len(ahead) > 2 * processes:
+                yield ahead[0][1].result()
+                ahead.popleft()
+        while ahead:
+            yield ahead[0][1].result()
+            ahead.popleft()
+    except BrokenProcessPool as error:
+        for process in set(active_children()) - bystanders:
+            process.kill()  # CPython 3.11 else waits for ever for one that was just being started
+        advice = f"Was it out of memory? {advice}"
+        raise Failed("A process died at its work.", where(ahead[0][0] if ahead else task), advice) from error
     finally:
         executor.shutdown(cancel_futures=True)
 

@@ -28,7 +28,7 @@ from timm.models import list_modules
 from aliprod.data.loader import Feed, TrainBatch
 from aliprod.errors import Refused
 from aliprod.export import formats
-from aliprod.export.whole import WholeModel
+from aliprod.export.formats import WholeModel
 from aliprod.inference.classify import Recogniser
 from aliprod.inference.predict import Ready
 from aliprod.models.classifier import Classifier, _backbone, _made, check_network, normalisation, own_size

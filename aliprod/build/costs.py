@@ -6,7 +6,7 @@ import numpy as np
 
 from aliprod.build.target import Cost
 from aliprod.catalogue.catalogue import Catalogue, Integers
-from aliprod.data.epoch_size import epoch_size
+from aliprod.data.selection import epoch_size
 from aliprod.plan.jobs import Job
 from aliprod.recipe import STATISTICS_BATCHES, PerClass, Stage, options
 

@@ -134,8 +134,8 @@ def look(target: Target, site: Site) -> Made:
     import torch
     from torch import Tensor
 
-    from aliprod.data.features import write_features
     from aliprod.data.loader import Feed
+    from aliprod.data.training_set import write_features
     from aliprod.inference.predict import pooled, precision
     from aliprod.models import weights
     from aliprod.models.classifier import Classifier, normalisation

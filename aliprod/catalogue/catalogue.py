@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from aliprod.catalogue.decode import Unreadable
 from aliprod.catalogue.remote_folder import RemoteFolder
-from aliprod.catalogue.shards import Store
-from aliprod.catalogue.tars import Tars
+from aliprod.catalogue.shards import Store, Tars
 
 Integers = NDArray[np.int64]
 
@@ -69,7 +68,7 @@ class Images:
     def source(self, row: int) -> Path | bytes:
         """The picture of a row, as `decode` takes it: its file, the content of a remote one, or of a shard or tar.
 
-        It raises as `path`, `RemoteFolder.content` `shards.Store.jpeg` and `Tars.jpeg` do.
+        It raises as `path`, `RemoteFolder.content`, `Store.jpeg` and `Tars.jpeg` do.
         """
         if self.remote:
             return self.remote.content(self.paths[row].as_py())

@@ -5,7 +5,7 @@ split; those that are not followed are named.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,18 +62,11 @@ def from_folders(root: Path, tops: Mapping[str, str], links: Path | None) -> Ite
         _check_no_split_below(root, [folder.way for folder in folders])
     classes = Numbering.of(folder.way for folder in folders if folder.is_class)
     train.words = classes.words
-    for folder in folders:
-        if not folder.way:
-            _name_loose(train, folder)
-        elif folder.is_class and not _add(train, folder, classes.number(folder.way)):
-            train.note(folder.path, "holds no picture: the class is not made up")
-    yield train
+    yield _filled(train, folders, classes)
     for split in ("val", "test"):
         if split in tops:
             rows = Rows(split, classes.words, ids_are_unique=False)
-            for folder in _folders(rows, root, tops[split], links):
-                _add_known(rows, folder, classes)
-            yield rows
+            yield _filled(rows, _folders(rows, root, tops[split], links), classes)
 
 
 def _check_no_split_below(root: Path, ways: list[str]) -> None:
@@ -84,45 +77,41 @@ def _check_no_split_below(root: Path, ways: list[str]) -> None:
         raise Refused(f"has its splits below {above}: {deep}.", root, f"{advice}{deep.rpartition('/')[2]}/{above}.")
 
 
-def _name_loose(rows: Rows, folder: "_Folder") -> None:
-    """Name the pictures that lie beside the folders of classes."""
+def _filled(rows: Rows, folders: "Iterable[_Folder]", classes: Numbering) -> Rows:
+    """The rows with the pictures of all folders; those of val and test need not be classes of train."""
+    for folder in folders:
+        class_id = classes.number(folder.way) if folder.is_class else None
+        if class_id is not None:
+            if not _add(rows, folder, class_id) and rows.split == "train":
+                rows.note(folder.path, "holds no picture: the class is not made up")
+        elif rows.split == "test":
+            if folder.is_class:
+                rows.note(folder.path, "the class has no folder in train: its pictures are predicted, without a label")
+            _add(rows, folder, -1)
+        elif folder.is_class:
+            hint = classes.hint(folder.way)
+            rows.note(folder.path, f"the class has no folder in train: left out. {hint}".rstrip(". "), skipped=True)
+        elif not folder.way:
+            for name in folder.names:
+                if name.lower().endswith((*PICTURE_SUFFIXES, *UNREAD_SUFFIXES)):
+                    rows.note(_joined(folder.path, name), "lies in no folder of a class: not used", skipped=True)
+    return rows
+
+
+def _add(rows: Rows, folder: "_Folder", class_id: int) -> int:
+    """Add the pictures of a folder, name what else is there; how many there are. Of no class, an id has the folder."""
+    before = len(rows.ids)
     for name in folder.names:
-        if name.lower().endswith((*PICTURE_SUFFIXES, *UNREAD_SUFFIXES)):
-            rows.note(_joined(folder.path, name), "lies in no folder of a class: not used", skipped=True)
-
-
-def _add_known(rows: Rows, folder: "_Folder", classes: Numbering) -> None:
-    """The pictures of a folder of val or test, which need not be one of train."""
-    class_id = classes.number(folder.way)
-    if class_id is not None and folder.way:
-        _add(rows, folder, class_id)
-    elif rows.split == "test":
-        if folder.is_class:
-            rows.note(folder.path, "the class has no folder in train: its pictures are predicted, without a label")
-        _add(rows, folder, -1, f"{folder.way}/" if folder.way else "")
-    elif folder.is_class:
-        hint = classes.hint(folder.way)
-        rows.note(folder.path, f"the class has no folder in train: left out. {hint}".rstrip(". "), skipped=True)
-    elif not folder.way:
-        _name_loose(rows, folder)
-
-
-def _add(rows: Rows, folder: "_Folder", class_id: int | None, prefix: str = "") -> int:
-    """Add the pictures of a folder, name what else is there; how many there are."""
-    pictures = []
-    for name in folder.names:
+        path = f"{folder.path}/{name}"
         if fault := name_fault(name):
-            rows.note(f"{folder.path}/{name}", fault, skipped=True)
+            rows.note(path, fault, skipped=True)
         elif name.lower().endswith(PICTURE_SUFFIXES):
-            pictures.append(name)
+            rows.add(name if class_id >= 0 else _joined(folder.way, name), class_id, path)
         elif name.lower().endswith(UNREAD_SUFFIXES):
-            rows.note(f"{folder.path}/{name}", UNREAD, skipped=True)
+            rows.note(path, UNREAD, skipped=True)
         elif name.lower() not in _LEFT_BEHIND:
-            rows.note(f"{folder.path}/{name}", "its name is not that of a picture")
-    rows.ids += [prefix + name for name in pictures]
-    rows.class_ids += [-1 if class_id is None else class_id] * len(pictures)
-    rows.paths += [f"{folder.path}/{name}" for name in pictures]
-    return len(pictures)
+            rows.note(path, "its name is not that of a picture")
+    return len(rows.ids) - before
 
 
 class _Folder(NamedTuple):
@@ -136,44 +125,42 @@ class _Folder(NamedTuple):
 
 def _folders(rows: Rows, root: Path, top: str, links: Path | None) -> Iterator[_Folder]:
     """All folders below a split's, itself first, in the order of their names. What is not read is named."""
-    seen: set[str] = set()  # goals of links
-    stack: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root / top),))]
-    while stack:
-        way, above = stack.pop()
-        path = _joined(top, way)
-        names, inner = list[str](), list[tuple[str, tuple[str, ...]]]()
-        for entry in os.scandir(root / path):
-            name = entry.name
-            if name[0] == ".":
-                continue
-            if entry.is_file(follow_symlinks=False) or not os.path.isdir(entry.path):  # noqa: PTH112
-                names.append(name)
-                continue
-            below, real, fault = _joined(way, name), f"{above[-1]}/{name}", name_fault(name)
-            if entry.is_symlink() and not fault:
-                real = os.path.realpath(entry.path)
-                fault = _link_fault(real, (root, links), {*seen, *above})
-                seen.add(real)
+    goals = set[str]()  # of links
+    for folder, below, files in os.walk(root / top, onerror=_raise, followlinks=True):
+        path, way = (os.path.relpath(folder, start).removeprefix(".") for start in (root, root / top))
+        inner = []
+        for name in sorted(name for name in below if name[0] != "."):
+            fault = name_fault(name) or _link_fault(os.path.join(folder, name), (root, links), goals)  # noqa: PTH118
             if fault:
-                rows.note(_joined(top, below), fault, skipped=True)
+                rows.note(_joined(path, name), fault, skipped=True)
             else:
-                inner.append((below, (*above, real)))
+                inner.append(name)
+        names = sorted(name for name in files if name[0] != ".")
         pictures = any(name.lower().endswith(PICTURE_SUFFIXES) for name in names)
-        yield _Folder(way, path, sorted(names), bool(way) and (pictures or not inner))
-        if not (way and pictures):
-            stack += sorted(inner, reverse=True)
-            continue
-        for below, _ in inner:
-            what = "lies in the folder of a class, which has pictures of its own: not read"
-            rows.note(_joined(top, below), what, skipped=True)
+        yield _Folder(way, path, names, bool(way) and (pictures or not inner))
+        below[:] = inner
+        if way and pictures:
+            below.clear()
+            for name in inner:
+                what = "lies in the folder of a class, which has pictures of its own: not read"
+                rows.note(_joined(path, name), what, skipped=True)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _joined(*parts: str) -> str:
     return "/".join(filter(None, parts))
 
 
-def _link_fault(real: str, allowed: tuple[Path | None, ...], seen: set[str]) -> str:
-    """Why a link to a folder is not followed; '' where it is."""
-    if not is_inside(Path(real), allowed):
+def _link_fault(path: str, allowed: tuple[Path | None, ...], goals: set[str]) -> str:
+    """Why a folder is not read, where it is a link; '' where it is, and then its goal is one of ``goals``."""
+    if not os.path.islink(path):  # noqa: PTH114
+        return ""
+    goal = os.path.realpath(path)
+    known = goal in goals or Path(path).parent.resolve().is_relative_to(goal)
+    goals.add(goal)
+    if not is_inside(Path(goal), allowed):
         return "is a link that leads out of the catalogue: not followed, unless `links` names a folder above its goal"
-    return "is a link to a folder that is read already: not followed" if real in seen else ""
+    return "is a link to a folder that is read already: not followed" if known else ""

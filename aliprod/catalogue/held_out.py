@@ -79,12 +79,11 @@ def _groups(images: Images) -> Integers:
             return None
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as readers:
-        seen = list(readers.map(grey, range(len(images))))
-    rows = np.array([row for row, picture in enumerate(seen) if picture is not None], np.int64)
-    found: Integers = np.arange(len(images))
+        greys = list(readers.map(grey, range(len(images))))
+    found, rows = np.arange(len(images)), np.flatnonzero([one is not None for one in greys])
     if len(rows):
-        pictures = np.stack([picture for picture in seen if picture is not None])
-        found[rows] = rows[alike.groups(alike.dct_bits(pictures), _ALIKE)]
+        bits = alike.dct_bits(np.stack([one for one in greys if one is not None]))
+        found[rows] = rows[alike.groups(bits, _ALIKE)]
     return found
 
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from aliprod.catalogue import annotations
 from aliprod.catalogue.annotations import class_number, path_fault
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
-from aliprod.catalogue.tars import Tars
+from aliprod.catalogue.shards import Tars
 from aliprod.errors import Refused, did_you_mean, listing
 from aliprod.shown import escaped
 
@@ -71,13 +71,12 @@ class Numbering:
             return cls(class_number, {})
         return cls({name: place for place, name in enumerate(names)}.get, dict(enumerate(names)))
 
-    def hint(self, written: str, known: Iterable[str] = ()) -> str:
+    def hint(self, written: str) -> str:
         """'Did you mean X?' for a class that train has not; of 0.0, 0."""
         whole, _, zeros = written.partition(".")
-        names = self.words.values() or known
         if zeros and not zeros.strip("0") and self.number(whole) is not None:
             return f"Did you mean {whole}?"
-        return did_you_mean(written, names)
+        return did_you_mean(written, self.words.values())
 
 
 def line_of(file: Path, number: int) -> str:

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from aliprod.catalogue import annotations, shards
-from aliprod.catalogue.annotations import PICTURE_SUFFIXES, class_fault, class_number, name_fault
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES, class_number, name_fault
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
 from aliprod.catalogue.folders import by_split, folder_names, from_folders, is_inside, split_folders, split_of
 from aliprod.catalogue.held_out import hold_out
 from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.rows import ADVICE, Line, Numbering, Rows, assembled, of_lines
+from aliprod.catalogue.shards import Tars, members
 from aliprod.catalogue.tables import METADATA, TABLES, from_tables
-from aliprod.catalogue.tars import Tars, members
 from aliprod.errors import Refused, listing, near_file
 from aliprod.shown import escaped
 from aliprod.store import commit
@@ -86,12 +86,9 @@ def read(path: Path, reading: Reading = PLAIN, remote: RemoteFolder | None = Non
 def _no_catalogue(path: Path) -> Refused:
     """What is said of a path that is neither a folder nor a table."""
     if _URI.match(str(path)):
+        what = "is a URI, where a folder or a table of this machine is asked for."
         advice = "`aliprod data prepare URI OUT` reads it once and writes what can be checked and trained on."
-        return Refused(
-            "is a URI, where a folder or a table of this machine is asked for.",
-            str(path).replace(":/", "://", 1),
-            advice,
-        )
+        return Refused(what, str(path).replace(":/", "://", 1), advice)
     if path.suffix.lower() in _SPREADSHEETS:
         return Refused("is a spreadsheet.", path, "Save it as CSV.")
     if path.suffix.lower() == ".zip":
@@ -138,16 +135,16 @@ def _from_json(root: Path) -> Iterator[Rows]:
 def _rows_of(file: Path, rows: Rows, folders: dict[int, str]) -> Rows:
     split, labelled = rows.split, rows.split != "test"
     for number, row in enumerate(annotations.rows(file), 1):
-        if not isinstance(row, dict) or isinstance(row, annotations.Repeated):
-            no_row = "is no object with an image_id and a class_id"
-            fault = f"has the key {row.twice} twice" if isinstance(row, annotations.Repeated) else no_row
-            rows.note(file.name, f"row {number} {fault}", skipped=True)
+        if not isinstance(row, dict):
+            rows.note(file.name, f"row {number} is no object with an image_id and a class_id", skipped=True)
             continue
-        image_id = row["image_id"] if "image_id" in row else row.get("id")
-        class_id = row["class_id"] if "class_id" in row else row.get("category_id")
+        image_id = row.get("image_id", row.get("id"))
+        class_id = row.get("class_id", row.get("category_id"))
         known = class_number(class_id) if labelled else -1
         folder = split if known is None or known < 0 else f"{split}/{folders.get(known) or f'{known:05d}'}"
-        fault = name_fault(image_id) or (class_fault(class_id) if known is None else "")
+        fault = name_fault(image_id)
+        if known is None and not fault:
+            fault = f"its class id is {annotations.shown(class_id)}, not a number such as 7 or 00007"
         if not isinstance(image_id, str):
             rows.note(file.name, f"row {number}: {fault}", skipped=True)
         elif fault or known is None:
@@ -231,12 +228,11 @@ def _from_tars(root: Path, names: list[str]) -> Iterator[Rows]:
     found = [(tar, member) for tar, name in enumerate(names) for member in members(root / name)]
     places = np.array([(tar, member.start, member.size) for tar, member in found], np.int64).reshape(-1, 3)
     tars = Tars(root, tuple(names), *places.T)
+    place_of = {f"{names[tar]}/{member.name}": place for place, (tar, member) in enumerate(found)}
     lines: dict[str, list[Line]] = {"train": []}
-    place_of: dict[str, int] = {}
-    for place, (tar, member) in enumerate(found):
+    for number, (tar, member) in enumerate(found, 1):
         path = f"{names[tar]}/{member.name}"
-        place_of[path] = place
-        lines.setdefault(_split_of_tar(names[tar]) or "train", []).append((place + 1, path, member.written))
+        lines.setdefault(_split_of_tar(names[tar]) or "train", []).append((number, path, member.written))
     classes = Numbering.of({written for _, _, written in lines["train"] if written})
     for split, of_split in lines.items():
         rows = of_lines(Rows(split, classes.words, tars=tars), of_split, classes, root)

@@ -5,11 +5,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from operator import itemgetter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +28,7 @@ _GUESSED = {
 _PROBED = 20  # rows of a table whose files are looked for
 _MOST_FOLDERS = 100  # that they are looked for in
 
-Cells = Callable[[list[str]], Iterator[tuple[int, Sequence[str]]]]  # number of each row, and what these columns say
+Cells = Iterator[tuple[int, Sequence[str]]]  # number of each row, and what these columns say
 
 
 def from_tables(
@@ -62,19 +59,18 @@ def from_tables(
 
 def paths(file: Path) -> Iterator[str]:
     """The paths of a table that need have no class. Refused: it cannot be read, or lacks a column of paths."""
-    header, cells = _opened(file)
-    column = _chosen(file, header, {}, ("path",))["path"]
-    return (path for _, (path,) in cells([column]))
+    column = _chosen(file, {}, ("path",))["path"]
+    return (path for _, (path,) in _cells(file, [column]))
 
 
-def _opened(file: Path) -> tuple[list[str], Cells]:
-    return {".parquet": _parquet, ".jsonl": _jsonl}.get(file.suffix.lower(), _csv)(file)
+def _cells(file: Path, names: list[str] | None) -> Cells:
+    """The columns of a table with these names; None: its header alone."""
+    return {".parquet": _parquet, ".jsonl": _jsonl}.get(file.suffix.lower(), _csv)(file, names)
 
 
 def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], notes: list[str]) -> dict[str, list[Line]]:
     """The lines of a table, by split."""
-    header, cells = _opened(file)
-    chosen = _chosen(file, header, columns, ("path",) if split == "test" else ("path", "class", *columns))
+    chosen = _chosen(file, columns, ("path",) if split == "test" else ("path", "class", *columns))
     if not alone:  # each table is a split
         chosen.pop("split", None)
     guessed = [role for role in chosen if role not in columns and chosen[role] != role]
@@ -82,19 +78,14 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
         taken = listing(f"{chosen[role]} is taken for the {role}" for role in guessed)
         notes.append(f"{file.name}: the column {taken}.")
     found: dict[str, list[Line]] = {split: []}
-    if chosen.keys() == {"path"}:
-        found[split] = [(number, path, "") for number, (path,) in cells([chosen["path"]])]
-    elif "split" not in chosen:
-        places = cells([chosen["path"], chosen["class"]])
-        found[split] = [(number, path, written.strip()) for number, (path, written) in places]
-    else:
-        for number, (path, said, *written) in cells(
-            [chosen[role] for role in ("path", "split", "class") if role in chosen]
-        ):
-            if not (of := split_of(said)):
-                advice = "A split is train, val or test."
-                raise Refused(f"the split of {path!r} is {said!r}.", f"{file}, {line_of(file, number)}", advice)
-            found.setdefault(of, []).append((number, path, "".join(written).strip()))
+    for number, cells in _cells(file, list(chosen.values())):
+        row = dict(zip(chosen, cells, strict=True))
+        of = split_of(row["split"]) if "split" in row else split
+        if not of:
+            advice = "A split is train, val or test."
+            where = f"{file}, {line_of(file, number)}"
+            raise Refused(f"the split of {row['path']!r} is {row['split']!r}.", where, advice)
+        found.setdefault(of, []).append((number, row["path"], row.get("class", "").strip()))
     return found
 
 
@@ -114,9 +105,10 @@ def _below(table: Path, lines: Mapping[str, list[Line]], links: Path | None) -> 
     return found
 
 
-def _chosen(file: Path, header: list[str], columns: Mapping[str, str], needed: Iterable[str]) -> dict[str, str]:
+def _chosen(file: Path, columns: Mapping[str, str], needed: Iterable[str]) -> dict[str, str]:
     """The name of each column that is read: as `columns` says, else the first of the usual ones. Refused: it has no
     such column."""
+    header = next(_cells(file, None), (0, ()))[1]
     known = {name.strip().lower(): name for name in reversed(header)}
     chosen = {role: known[name] for role, names in _GUESSED.items() for name in reversed(names) if name in known}
     chosen |= {role: name for role, name in columns.items() if name in header or role in needed}
@@ -131,77 +123,61 @@ def _chosen(file: Path, header: list[str], columns: Mapping[str, str], needed: I
     return chosen
 
 
-def _csv(file: Path) -> tuple[list[str], Cells]:
+def _csv(file: Path, names: list[str] | None) -> Cells:
     text = annotations.utf8(file)
     first = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=first.count))
-
-    def cells(names: list[str]) -> Iterator[tuple[int, Sequence[str]]]:
-        places = [header.index(name) for name in names]
-        wide, of = max(places) + 1, itemgetter(*places, places[0])  # the first again: of one it gives no tuple
-        with _reading(file, reader):
-            for row in reader:
-                if row:
-                    full = row if len(row) >= wide else row + [""] * wide
-                    yield reader.line_num, of(full)[:-1]
-
-    with _reading(file, reader):
-        header = next(reader, [])
-    return header, cells
-
-
-@contextmanager
-def _reading(file: Path, reader: Any) -> Iterator[None]:
     try:
-        yield
+        header = next(reader, [])
+        if names is None:
+            yield 1, header
+            return
+        places = [header.index(name) for name in names]
+        for row in filter(None, reader):
+            yield reader.line_num, [row[place] if place < len(row) else "" for place in places]
     except csv.Error as error:
         where = f"{file}, line {reader.line_num}"
         raise Refused(f"is not CSV: {error}.", where, "Quote it as RFC 4180 says.") from error
 
 
-def _jsonl(file: Path) -> tuple[list[str], Cells]:
+def _jsonl(file: Path, names: list[str] | None) -> Cells:
     """An object a line; its keys are the columns, those of the first line the header."""
-
-    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, line in enumerate(annotations.utf8(file).split("\n"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if not isinstance(row, dict):
-                    advice = 'Each line should be like {"file_name": "1.jpg", "label": "apple"}.'
-                    raise Refused("is no JSON object.", f"{file}, line {number}", advice)
-                yield number, row
-
-    def cells(names: list[str]) -> Iterator[tuple[int, Sequence[str]]]:
-        for number, row in rows():
-            said = ["" if row.get(name) is None else str(row[name]) for name in names]
-            yield number, [cell.encode("utf-8", "replace").decode() for cell in said]  # no halves of characters
-
-    return list(next(rows(), (0, dict[str, Any]()))[1]), cells
-
-
-def _parquet(file: Path) -> tuple[list[str], Cells]:
-    def cells(names: list[str]) -> Iterator[tuple[int, Sequence[str]]]:
-        number = 0
+    for number, line in enumerate(annotations.utf8(file).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            for batch in table.iter_batches(columns=names):
-                texts = [batch.column(name).cast(pa.string()).fill_null("").to_pylist() for name in names]
-                yield from enumerate(zip(*texts, strict=True), number + 1)
-                number += len(batch)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            what = f"its columns {listing(names)} cannot be read as text: {str(error).splitlines()[0]}."
-            raise Refused(
-                what, file, "A path is a text, a class a text or a number; pictures themselves are files."
-            ) from error
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            advice = 'Each line should be like {"file_name": "1.jpg", "label": "apple"}.'
+            raise Refused("is no JSON object.", f"{file}, line {number}", advice)
+        if names is None:
+            yield number, list(row)
+            return
+        said = ("" if row.get(name) is None else str(row[name]) for name in names)
+        yield number, [cell.encode("utf-8", "replace").decode() for cell in said]  # no halves of characters
 
+
+def _parquet(file: Path, names: list[str] | None) -> Cells:
     try:
         table = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         advice = "Was its download or its writing cut short? Write or fetch it again."
         raise Refused(f"is not Parquet: {str(error).splitlines()[0]}.", file, advice) from error
-    return table.schema_arrow.names, cells
+    if names is None:
+        yield 0, table.schema_arrow.names
+        return
+    number = 0
+    try:
+        for batch in table.iter_batches(columns=names):
+            texts = [batch.column(name).cast(pa.string()).fill_null("").to_pylist() for name in names]
+            yield from enumerate(zip(*texts, strict=True), number + 1)
+            number += len(batch)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        what = f"its columns {listing(names)} cannot be read as text: {str(error).splitlines()[0]}."
+        advice = "A path is a text, a class a text or a number; pictures themselves are files."
+        raise Refused(what, file, advice) from error
 
 
 def _base(root: Path, table: Path, split: str, paths: list[str]) -> str:

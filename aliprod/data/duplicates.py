@@ -15,13 +15,13 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from aliprod.catalogue import alike
 from aliprod.catalogue.catalogue import Images, Integers
 from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data.loader import data_loader
+from aliprod.data.selection import place_in_run
 from aliprod.errors import Refused
 from aliprod.store import commit
 
@@ -62,14 +62,9 @@ def hashed_groups(folder: Path, count: int, threshold: int) -> Integers:
 
 def _grey(images: Images, row: int) -> tuple[Tensor, bool]:
     try:
-        return gray32(decode(images.source(row))), True
+        return torch.from_numpy(alike.gray32(decode(images.source(row)))), True
     except Unreadable:
         return torch.zeros(32, 32, dtype=torch.uint8), False
-
-
-def gray32(image: Image.Image) -> Tensor:
-    """`alike.gray32`: what is hashed of an RGB image, (32, 32) uint8."""
-    return torch.from_numpy(alike.gray32(image))
 
 
 def dct_hash(gray32: Tensor) -> Tensor:
@@ -144,6 +139,5 @@ def kept(
     missing = np.minimum(had, least_images) - has
     dropped = np.flatnonzero(~stays)
     dropped = dropped[np.lexsort((place[dropped], ~alone[entry[dropped]], labels[dropped]))]
-    return_order = np.arange(len(dropped)) - np.searchsorted(labels[dropped], labels[dropped])  # within the class
-    stays[dropped[return_order < missing[labels[dropped]]]] = True
+    stays[dropped[place_in_run(labels[dropped]) < missing[labels[dropped]]]] = True
     return np.flatnonzero(stays)

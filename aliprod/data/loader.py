@@ -23,9 +23,8 @@ from aliprod.catalogue.decode import LEAST_SIDE, Unreadable, decode_anyway
 from aliprod.data import augment, augment_batch, selection
 from aliprod.data.augment import GREY, Picture, picture_of
 from aliprod.data.augment_batch import Cut, Packed
-from aliprod.data.epoch_size import epoch_size
-from aliprod.data.features import Features
-from aliprod.data.training_set import TrainingSet, spread
+from aliprod.data.selection import epoch_size
+from aliprod.data.training_set import Features, TrainingSet, spread
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
 from aliprod.recipe import Stage
@@ -110,16 +109,14 @@ class TrainBatches:
             raise Refused(what, advice="The number of ranks divides shares: 1, 2, 4 ... as many as there are shares.")
         each = self.shares // feed.world_size
         self.mine = range(feed.rank * each, (feed.rank + 1) * each)
-        size = epoch_size(np.bincount(self.images.labels), stage.batch_size, group, self.shares)
-        self.groups_per_batch, self.steps_per_epoch = size.groups_per_batch, size.steps
+        counts = np.bincount(self.images.labels)
+        self.groups_per_batch, self.steps_per_epoch = epoch_size(counts, stage.batch_size, group, self.shares)
         self._steps = _Steps()
         read = partial(_train_view, self.images, stage, feed.interpolation)
         collate = _packed if stage.augment == "device" else None
-        self._loader: Iterable[Any] = (
-            data_loader(read, self._steps, feed.processes, feed.device, collate)
-            if data.features is None
-            else _Cached(data.features, self.images.labels, self._steps)
-        )
+        self._loader: Iterable[Any] = data_loader(read, self._steps, feed.processes, feed.device, collate)
+        if data.features is not None:
+            self._loader = _Cached(data.features, self.images.labels, self._steps)
 
     def epoch(self, epoch: int, skip: int = 0, shares: Sequence[int] | None = None) -> Iterator[TrainBatch]:
         """The shares of one epoch from step ``skip`` on, on the device, one after the other.
@@ -192,10 +189,8 @@ class TrainBatches:
 def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
     """A split in order, squared to ``side`` for validation and ten-crop; each picture once, over all ranks.
 
-    Blocks of rows are dealt to the ranks whole: a picture stands beside the same others whatever their number.
-
-    Of an unreadable picture what can be seen is shown, and it is named in the log: its row may not vanish from a
-    submission.
+    Blocks of rows are dealt to the ranks whole: a picture stands beside the same others whatever their number. Of an
+    unreadable one what can be seen is shown, and it is named in the log: its row may not vanish from a submission.
 
     Yields:
         Rows (n,) int64 and pixels (n, 3, side, side) uint8 on the device.
@@ -212,10 +207,8 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
 def _repeats(rows: np.ndarray) -> np.ndarray:
     """How often each row stood earlier in ``rows``: a picture seen again gets another augmentation."""
     order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    first = np.searchsorted(ordered, ordered, side="left")
     repeats = np.empty(len(rows), dtype=np.int64)
-    repeats[order] = np.arange(len(rows)) - first
+    repeats[order] = selection.place_in_run(rows[order])
     return repeats
 
 
@@ -261,16 +254,23 @@ def _packed(seen: list[tuple[Cut, int, Tensor, int]]) -> tuple[Any, ...]:
 
 def _picture(images: Images, row: int, side: int) -> Picture:
     """A picture; of an unreadable one the next readable one of its class, or grey."""
-    if (picture := _readable(images, row)) is not None:
-        return picture
-    same = np.flatnonzero(images.labels == images.labels[row])
-    after = np.roll(same, -int(np.searchsorted(same, row)) - 1)[:_SUBSTITUTES]
-    pictures = (_readable(images, int(other)) for other in after)
-    return next((picture for picture in pictures if picture is not None), _grey(side))
+    if (picture := _readable(images, row)) is None:
+        same = np.flatnonzero(images.labels == images.labels[row])
+        after = np.roll(same, -int(np.searchsorted(same, row)) - 1)[:_SUBSTITUTES]
+        pictures = (_readable(images, int(other)) for other in after)
+        picture = next((found for found in pictures if found is not None), _grey(side))
+    return picture
 
 
 def _square(images: Images, side: int, interpolation: str, row: int) -> Tensor:
-    return augment.square(_visible(images, row), side, interpolation)
+    """What can be seen of a picture, which may not be left out, squared."""
+    try:
+        picture, reason = decode_anyway(images.source(row))
+    except Unreadable as leads_out:
+        picture, reason = _grey(LEAST_SIDE), str(leads_out)
+    if reason:
+        _warn(images, row, reason)
+    return augment.square(picture, side, interpolation)
 
 
 def _readable(images: Images, row: int) -> Picture | None:
@@ -279,17 +279,6 @@ def _readable(images: Images, row: int) -> Picture | None:
     except Unreadable as reason:
         _warn(images, row, reason)
         return None
-
-
-def _visible(images: Images, row: int) -> Image.Image:
-    """What can be seen of a picture that may not be left out."""
-    try:
-        picture, reason = decode_anyway(images.source(row))
-    except Unreadable as leads_out:
-        picture, reason = _grey(LEAST_SIDE), str(leads_out)
-    if reason:
-        _warn(images, row, reason)
-    return picture
 
 
 def _warn(images: Images, row: int, reason: object) -> None:

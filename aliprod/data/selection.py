@@ -1,18 +1,54 @@
 """Which rows an epoch sees, and in which order: functions of seed and epoch, never of the file's order or a state.
 
 All draws come from splitmix64 (Steele, Lea, Flood, 2014) in integers of our own, so that another version of a
-library changes no batch.
+library changes no batch. Torch is imported where it is asked for, as a plan counts epochs too.
 """
 
 import hashlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
 from aliprod.catalogue.catalogue import Integers
+from aliprod.errors import Refused
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class EpochSize(NamedTuple):
+    """An epoch in batches of groups, each group so many images of one class.
+
+    Attributes:
+        groups_per_batch: over all shares.
+        steps: whole batches only, since a partial one disturbs the norm layers. Where the images make no whole batch,
+            all of them are the only one.
+    """
+
+    groups_per_batch: int
+    steps: int
+
+
+def epoch_size(class_counts: Integers, batch_size: int, group: int = 1, shares: int = 1) -> EpochSize:
+    """The size of an epoch of images with these counts; the same in every epoch.
+
+    Args:
+        class_counts: (K,) training images of each class; a class fills its last group up with images that it has.
+        batch_size: images, over all shares of a step.
+    Raises:
+        Refused: a batch cannot be dealt to the shares in equal parts of whole groups, or there are too few images.
+    """
+    groups, whole = int((-(-np.asarray(class_counts) // group)).sum()), batch_size // group
+    if whole < 1 or whole % shares:
+        what = f"batch_size = {batch_size} cannot be dealt to {shares} shares in groups of {group} of one class."
+        raise Refused(what, advice=f"Make it a multiple of {group * shares}.")
+    if groups < shares:
+        raise Refused(f"{groups * group} training images are too few for {shares} shares.", advice="Ask for fewer.")
+    groups_per_batch = min(whole, groups - groups % shares)
+    return EpochSize(groups_per_batch, groups // groups_per_batch)
 
 
 def balanced(labels: Integers, ids: pa.StringArray, class_ids: Integers, per_class: int, seed: int) -> Integers:
@@ -31,7 +67,7 @@ def balanced(labels: Integers, ids: pa.StringArray, class_ids: Integers, per_cla
     digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     hashes = np.frombuffer(b"".join(digests), "<u8")
     order = among[np.lexsort((hashes, labels[among]))]  # class after class, its smallest hashes first
-    chosen = order[_place_in_run(labels[order]) < per_class]
+    chosen = order[place_in_run(labels[order]) < per_class]
     return np.sort(np.concatenate([np.flatnonzero(~crowded[labels]), chosen]))
 
 
@@ -53,7 +89,7 @@ def grouped(labels: Integers, group: int, seed: int, epoch: int) -> Integers:
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
     groups = -(-counts // group)
-    number = _place_in_run(np.repeat(np.arange(len(counts)), groups))  # of a group in its class
+    number = place_in_run(np.repeat(np.arange(len(counts)), groups))  # of a group in its class
     places = number[:, None] * group + np.arange(group)  # (G, group)
     start, size = np.repeat(np.cumsum(counts) - counts, groups)[:, None], np.repeat(counts, groups)[:, None]
     rows: Integers = by_class[start + places % size]
@@ -89,12 +125,14 @@ def _drawn_by_class(
     return np.take(by_class, (np.cumsum(counts) - counts)[drawn] + (of_image * counts[drawn]).astype(np.int64))
 
 
-def pseudo_labels(probabilities: torch.Tensor, threshold: float, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pseudo_labels(probabilities: "Tensor", threshold: float, per_class: int) -> "tuple[Tensor, Tensor]":
     """The rows of (N, K) that are predicted with confidence, at most ``per_class`` of each predicted class.
 
     Returns:
         Rows, ascending, and their predicted labels, both int64; of equals the first row and the first class.
     """
+    import torch
+
     table = torch.as_tensor(probabilities).detach().cpu().numpy()
     labels = table.argmax(axis=1)
     rows = surest(table[np.arange(len(table)), labels].astype(np.float64), labels, threshold, per_class)
@@ -105,10 +143,10 @@ def surest(top: NDArray[np.float64], labels: Integers, threshold: float, per_cla
     """Rows, ascending, of at least ``threshold``, at most ``per_class`` of each label, of the highest ``top`` (N,)."""
     sure = np.flatnonzero(top >= threshold)
     ranked = sure[np.lexsort((-top[sure], labels[sure]))]
-    return np.sort(ranked[_place_in_run(labels[ranked]) < per_class])
+    return np.sort(ranked[place_in_run(labels[ranked]) < per_class])
 
 
-def _place_in_run(sorted_labels: Integers) -> Integers:
+def place_in_run(sorted_labels: Integers) -> Integers:
     """0, 1, 2, ... within each run of equal labels."""
     places = np.arange(len(sorted_labels))
     starts = np.flatnonzero(np.diff(sorted_labels, prepend=np.nan) != 0)

@@ -1,11 +1,15 @@
-"""A folder for those who do not have aliprod: a model, its classes and its card, compared before it is there."""
+"""A folder for those who do not have aliprod: a model, its classes and its card (what it is, how to feed it, where it
+comes from), compared before it is there."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,14 +18,13 @@ from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data.augment import square
 from aliprod.errors import AliprodError, Failed, Refused
 from aliprod.export import formats
-from aliprod.export.card import card
-from aliprod.export.whole import WholeModel
 from aliprod.inference.classify import Recogniser
 from aliprod.inference.pictures import listed
-from aliprod.recipe import Views
+from aliprod.recipe import VIEWS, Views
 from aliprod.store import commit
 from aliprod.store.layout import MODEL
 from aliprod.store.lineage import Voice
+from aliprod.version import VERSION
 
 COMPARED = 100  # pictures
 MOST = 1e-4  # that a probability may differ by
@@ -52,7 +55,7 @@ def export(
     if folder.exists():
         raise Refused("is there already.", folder, "Name a folder that is not.")
     recogniser = Recogniser.load(voices, views, device=torch.device("cpu"))
-    whole = WholeModel(recogniser).eval()
+    whole = formats.WholeModel(recogniser).eval()
     formats.check(whole, form)
     pictures = list(islice(_random() if images is None else _readable(images), COMPARED))
     if not pictures:
@@ -77,7 +80,7 @@ def export(
             apart = f"{told['largest_difference']:.1e}, more than {MOST:.0e}"
             what = f"its probabilities differ from aliprod's by up to {apart}."
             raise Failed(what, folder, _OTHERWISE)
-        (staging / "README.md").write_text(card(whole, told, worth), encoding="utf-8")
+        (staging / "README.md").write_text(_card(whole, told, worth), encoding="utf-8")
 
     commit.write(folder, fill, told)  # where `told` gets its largest difference before it is written
     return {"path": str(folder), "bytes": sum(file.stat().st_size for file in folder.iterdir()), **told}
@@ -121,3 +124,23 @@ def _readable(images: str) -> Iterable[Image.Image]:
             yield decode(picture.source())
         except Unreadable:
             continue
+
+
+def _card(whole: formats.WholeModel, told: Mapping[str, Any], worth: Mapping[str, Any] | None) -> str:
+    """The model card, as the Hugging Face hub reads it: of what `export` returns, and of an ensemble, its worth."""
+    environment = jinja2.Environment(  # noqa: S701 - it is Markdown
+        loader=jinja2.PackageLoader("aliprod.export", "."),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("card.md").render(
+        members=list(zip((member.config for member in whole.members), told["members"], strict=True)),
+        classes=len(whole.members[0].classes.ids),
+        sizes=whole.sizes,
+        told=told,
+        worth=worth,
+        views=VIEWS,
+        today=datetime.now(UTC).date(),
+        versions=(VERSION, torch.__version__, timm.__version__),
+    )

@@ -28,7 +28,7 @@ from aliprod.inference.pictures import Picture, Size, Squares, read
 from aliprod.inference.predict import BATCH, Ready, ready, seen
 from aliprod.inference.probabilities import tempered
 from aliprod.models.weights import MODEL
-from aliprod.processes import ReadProgress, pool
+from aliprod.processes import ReadProgress, ordered_map
 from aliprod.recipe import Views
 from aliprod.store import commit
 from aliprod.store.lineage import Voice
@@ -110,14 +110,14 @@ def classify(recogniser: Recogniser, pictures: Sequence[Picture], processes: int
         Failed: a process died of a picture. Unreachable: a place elsewhere does not answer.
     """
     chunks = [pictures[low : low + CHUNK] for low in range(0, len(pictures), CHUNK)]
-    with pool(processes if len(chunks) > 1 else 1) as readers:
-        advice = "Take out the picture that kills it."
-        seen = readers.ordered_map(partial(read, recogniser.sizes), chunks, lambda chunk: chunk[0].shown, advice)
-        for chunk, found in zip(chunks, seen, strict=True):
-            sound = [one for one in found if not isinstance(one, str)]
-            answers = iter(recogniser.answers(sound) if sound else ())
-            for picture, one in zip(chunk, found, strict=True):
-                yield {"path": picture.shown, **({"error": one} if isinstance(one, str) else next(answers))}
+    processes, look = processes if len(chunks) > 1 else 1, partial(read, recogniser.sizes)
+    advice = "Take out the picture that kills it."
+    seen = ordered_map(look, chunks, processes, lambda chunk: chunk[0].shown, advice)
+    for chunk, found in zip(chunks, seen, strict=True):
+        sound = [one for one in found if not isinstance(one, str)]
+        answers = iter(recogniser.answers(sound) if sound else ())
+        for picture, one in zip(chunk, found, strict=True):
+            yield {"path": picture.shown, **({"error": one} if isinstance(one, str) else next(answers))}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from aliprod.catalogue.catalogue import Images
 from aliprod.data.augment import normalise
-from aliprod.data.features import Features
 from aliprod.data.loader import Feed, squared_batches
+from aliprod.data.training_set import Features
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier

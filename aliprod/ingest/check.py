@@ -20,7 +20,7 @@ from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.catalogue.decode import Unreadable, animated, content_of, decode
 from aliprod.catalogue.sources import PLAIN, Reading, read
 from aliprod.errors import listing
-from aliprod.processes import pool
+from aliprod.processes import ordered_map
 from aliprod.shown import escaped
 
 _CHUNK = 64  # images that a process is handed at once
@@ -69,9 +69,9 @@ def check(path: Path, processes: int, reading: Reading = PLAIN, groups: Mapping[
     """
     catalogue = read(path, reading)
     chunks = (chunk for images in catalogue.splits for chunk in images.chunks(_CHUNK))
-    with pool(processes if sum(map(len, catalogue.splits)) > _CHUNK else 1) as readers:
-        advice = "Try fewer processes, or take out the picture that kills it."
-        looks = list(chain.from_iterable(readers.ordered_map(_looks, chunks, first_picture, advice)))
+    processes = processes if sum(map(len, catalogue.splits)) > _CHUNK else 1
+    advice = "Try fewer processes, or take out the picture that kills it."
+    looks = list(chain.from_iterable(ordered_map(_looks, chunks, processes, first_picture, advice)))
     readable = np.array([bool(look.digest) for look in looks], bool)
     return Report(
         images=len(looks),

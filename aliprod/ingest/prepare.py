@@ -32,7 +32,7 @@ from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
 from aliprod.catalogue.sources import PLAIN, Reading, read
 from aliprod.errors import Refused
 from aliprod.ingest.check import first_picture, judged, not_listed
-from aliprod.processes import Pool, ReadProgress, pool
+from aliprod.processes import ReadProgress, ordered_map
 from aliprod.store import commit
 from aliprod.store.layout import cache, key_of
 
@@ -41,7 +41,6 @@ ROW_GROUP = 128  # rows, measured best in order: 64 to 256
 MOST_SIDE = 65_500  # that a JPEG can have in libjpeg
 MOST_STORED = 8 * 2**20  # bytes of a JPEG that is kept as it is; what has more is mostly no picture
 
-_RESULT = "made.json"
 _SCHEMA = pa.schema(
     [pa.field("image_id", pa.string(), nullable=False), ("class_id", pa.int64()), pa.field("jpeg", pa.binary(), False)]
 )
@@ -143,8 +142,7 @@ def _prepare(
     with shards.alone(work / "lock", wait=False):
         if not (out / commit.MANIFEST).exists():
             try:
-                with pool(processes) as makers:
-                    yield from _Run(catalogue, work, settings, max_skipped, makers).write(out)
+                yield from _Run(catalogue, work, settings, max_skipped, processes).write(out)
             except Refused:  # shards that were made while a mount was gone are not to be found the next time
                 shutil.rmtree(work, ignore_errors=True)
                 raise
@@ -154,9 +152,11 @@ def _prepare(
 class _Run:
     """One call, and the count of what has been done."""
 
-    def __init__(self, catalogue: Catalogue, work: Path, settings: Settings, max_skipped: float, makers: Pool) -> None:
-        self.catalogue, self.work, self.settings, self.makers = catalogue, work, settings, makers
-        self.max_skipped = max_skipped
+    def __init__(
+        self, catalogue: Catalogue, work: Path, settings: Settings, max_skipped: float, processes: int
+    ) -> None:
+        self.catalogue, self.work, self.settings = catalogue, work, settings
+        self.max_skipped, self.processes = max_skipped, processes
         notes = (Flaw(catalogue.root.name, note) for note in catalogue.notes)
         self.problems = [*notes, *catalogue.problems, *not_listed(catalogue)]
         self.images = self.broken = sum(flaw.skipped for flaw in self.problems)
@@ -180,7 +180,8 @@ class _Run:
             ShardRecipe(self.work / f"{images.split}-{number:05}", part, class_ids[part.labels], self.settings)
             for number, part in enumerate(images.chunks(SHARD))
         )
-        made = self.makers.ordered_map(make_shard, recipes, lambda recipe: first_picture(recipe.images), advice)
+        processes = min(self.processes, -(-len(images) // SHARD))
+        made = ordered_map(make_shard, recipes, processes, lambda recipe: first_picture(recipe.images), advice)
         for number, result in enumerate(made):
             left_out += [number * SHARD + row for row in result.left_out]
             sizes.append((result.rows - len(result.left_out), result.jpeg_bytes))
@@ -188,19 +189,17 @@ class _Run:
             self.found += result.rows if result.found else 0
             self._count_broken(result.problems, len(result.left_out) + result.shown_anyway)
             yield ReadProgress(self.images, self.of, self.found, self.broken)
-        return images.take(np.delete(np.arange(len(images)), left_out)) if left_out else images
+        return images.take(np.delete(np.arange(len(images)), left_out))
 
     def _count_broken(self, problems: list[Flaw], images: int) -> None:
         """Refuse as soon as it is certain that too much is broken, not after hours: perhaps a mount is gone."""
         self.problems += problems
         self.broken += images
         if self.broken > self.max_skipped * self.of:
+            what = f"{self.broken:,} of {self.of:,} images cannot be used, and --max-skipped is {self.max_skipped:g}."
             first = next((f"The first: {p.path} {p.problem}. " for p in self.problems if p.skipped), "")
-            raise Refused(
-                f"{self.broken:,} of {self.of:,} images cannot be used, and --max-skipped is {self.max_skipped:g}.",
-                self.catalogue.train.location,
-                f"{first}Is all of the catalogue there? `aliprod data check` lists what is wrong. Nothing was written.",
-            )
+            advice = "Is all of the catalogue there? `aliprod data check` lists what is wrong. Nothing was written."
+            raise Refused(what, self.catalogue.train.location, first + advice)
 
     def _of_classes(self, train: Images) -> Images:
         """The val images of classes of which a training image is left."""
@@ -215,7 +214,7 @@ class _Run:
         paths = val.paths.filter(pa.array(without)).to_pylist()
         self.images += len(paths)
         self._count_broken([Flaw(path, "its class has no training image: skipped", True) for path in paths], len(paths))
-        return val.take(np.flatnonzero(~without)) if paths else val
+        return val.take(np.flatnonzero(~without))
 
     def _publish(self, out: Path, left: Catalogue) -> None:
         record = shards.Record(
@@ -273,12 +272,9 @@ def _prepared(
     record = found.record
     asked = (catalogue.fingerprint, settings.short_side, settings.quality)
     if (record.source, record.short_side, record.quality) != asked:
-        raise Refused(
-            f"holds another catalogue, or one that was prepared otherwise: short side {record.short_side}, "
-            f"quality {record.quality}.",
-            out,
-            "Name another folder, or remove this one first.",
-        )
+        otherwise = f"short side {record.short_side}, quality {record.quality}"
+        what = f"holds another catalogue, or one that was prepared otherwise: {otherwise}."
+        raise Refused(what, out, "Name another folder, or remove this one first.")
     return PreparedCatalogue(
         path=out,
         images=sum(rows for split in record.shards.values() for rows, _ in split),
@@ -322,13 +318,18 @@ def make_shard(recipe: ShardRecipe) -> ShardResult:
         "source": [images.location, images.store and images.store.fingerprint],
         "rows": [images.ids.to_pylist(), recipe.class_ids.tolist(), images.paths.to_pylist()],
     }
-    record = {"digest": key_of(facts)}
-    if commit.read(folder) == record and not commit.verify(folder):
-        made = (folder / _RESULT).read_text(encoding="utf-8")
-        return ShardResult.model_validate_json(made).model_copy(update={"found": True})
+    record: dict[str, Any] = {"facts": key_of(facts)}
+    there = commit.read(folder) or {}
+    if there.get("facts") == record["facts"] and not commit.verify(folder):
+        return ShardResult.model_validate(there["result"] | {"found": True})
     shutil.rmtree(folder, ignore_errors=True)
     result = ShardResult(rows=len(images))
-    commit.write(folder, lambda staging: _write(staging, recipe, result), record)
+
+    def fill(staging: Path) -> None:
+        _write(staging, recipe, result)
+        record["result"] = result.model_dump()  # before it is written
+
+    commit.write(folder, fill, record)
     return result
 
 
@@ -350,7 +351,6 @@ def _write(folder: Path, recipe: ShardRecipe, result: ShardResult) -> None:
                 known = pa.array(class_ids, pa.int64(), mask=class_ids < 0)
                 table = pa.table([ids, known, pa.array(jpegs.values(), pa.binary())], schema=_SCHEMA)
                 file.write_table(table, row_group_size=ROW_GROUP)
-    (folder / _RESULT).write_text(result.model_dump_json(), encoding="utf-8")
 
 
 def _jpeg(recipe: ShardRecipe, row: int, result: ShardResult) -> bytes | None:

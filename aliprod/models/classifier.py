@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aliprod.errors import Refused, did_you_mean, listing
-from aliprod.models.bank import Bank
+from aliprod.recipe import Needs
+
+_PLAIN = Needs()
+_AT_ONCE = 16_384  # features that are compared with a bank's: 128 MB at 2048 of them
 
 
 class Classifier(nn.Module):
@@ -30,15 +33,12 @@ class Classifier(nn.Module):
 
     Args:
         network: timm's name, with or without a weights tag.
+        needs: of an objective: branches (BBN), unit_weights (A-softmax), scale and centres (ArcFace).
+        crop: side of the images in pixels, which position embeddings are made for; None: the network's own.
         drop_rate: dropout before the classifier. drop_path_rate: stochastic depth of the backbone.
         zero_init_last: zero the last norm scale of each residual bottleneck (where timm has not done so), without
             which deep squeeze-and-excitation networks do not learn from scratch.
-        branches: copies of the last block side by side (BBN); the classifier sees their features in a row.
-        unit_weights: the classifier's rows count as scaled to unit length (A-softmax).
-        scale: length that pooled features count as scaled to (ArcFace); 0: their own.
-        centres: rows of the classifier that each class has, of which the largest logit counts (sub-centre ArcFace).
         bank: so many training images vote in place of a linear classifier; 0: none.
-        crop: side of the images in pixels, which position embeddings are made for; None: the network's own.
     Raises:
         Refused: timm has no such network, or it takes no images of that size, or it has no stochastic depth or block
             to be branched.
@@ -48,19 +48,17 @@ class Classifier(nn.Module):
         self,
         network: str,
         num_classes: int,
+        needs: Needs = _PLAIN,
+        *,
+        crop: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
-        branches: int = 1,
-        unit_weights: bool = False,
-        crop: int | None = None,
-        scale: float = 0.0,
-        centres: int = 1,
         bank: int = 0,
     ) -> None:
         super().__init__()
         made = check_network(network, network, crop)
-        self.network = network
+        self.network, self.num_classes = network, num_classes
         try:
             depth: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
             self.backbone = _backbone(network, **made.options, **depth)
@@ -74,14 +72,13 @@ class Classifier(nn.Module):
             if isinstance(last, nn.BatchNorm2d) and residual:  # a block without a way around it would be silenced
                 nn.init.zeros_(last.weight)
         self.num_features, self.side = made.channels, made.side
-        self.unit_weights, self.scale, self.centres = unit_weights, scale, centres
+        self.unit_weights, self.scale, self.centres = needs.unit_weights, needs.scale, needs.centres
         self.branches = nn.ModuleList()
-        if branches > 1:
+        if needs.branches > 1:
             last = _cut_last(network, self.backbone)
-            self.branches.extend(copy.deepcopy(last) for _ in range(branches))
+            self.branches.extend(copy.deepcopy(last) for _ in range(needs.branches))
         self.dropout = nn.Dropout(drop_rate)
-        self.num_classes = num_classes
-        self.classifier = nn.Linear(made.pooled * branches, num_classes * centres, bias=False)
+        self.classifier = nn.Linear(made.pooled * needs.branches, num_classes * needs.centres, bias=False)
         self.reset_classifier()
         if bank:
             self.classifier = Bank(made.pooled, bank, num_classes)
@@ -267,3 +264,62 @@ def branched(tensors: Mapping[str, Tensor], model: Classifier) -> dict[str, Tens
         branches = len(model.branches)
         wide["classifier.weight"] = torch.cat([weight / branches] * branches, dim=1)
     return wide
+
+
+def votes(features: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
+    """p_c, the share of the votes exp(cos / temperature) of the k most similar features that are of class c (weighted
+    k-NN, Wu et al., CVPR 2018, section 3.4).
+
+    Args:
+        features: (B, F). bank: (N, F), of any dtype. labels: (N,) int64, whose features these are.
+    Returns:
+        (B, K), rows sum to 1.
+    """
+    unit, near = functional.normalize(features), features.new_empty(len(features), 0)
+    owners = labels.new_empty(len(features), 0)
+    for some, its in zip(bank.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):
+        cosines = torch.cat([near, unit @ functional.normalize(some.to(unit.dtype)).T], dim=1)
+        owners = torch.cat([owners, its.expand(len(unit), -1)], dim=1)
+        near, places = cosines.topk(min(k, cosines.shape[1]), dim=1)
+        owners = owners.gather(1, places)
+    shares, total = (near / temperature).softmax(dim=1), unit.new_zeros(len(unit), num_classes)
+    for column, share in zip(owners.split(1, dim=1), shares.split(1, dim=1), strict=True):
+        total.scatter_add_(1, column, share)  # a neighbour at a time: no place twice, so the order of adding is one
+    return total
+
+
+class Bank(nn.Linear):
+    """Training images that vote in place of a classifier: a layer whose rows are their features, (N, F) float16, as
+    they were cached.
+
+    Its logits are logarithms of `votes`: (B, F) -> (B, K), -inf for a class of which no neighbour is.
+    """
+
+    labels: Tensor
+    k: Tensor
+    temperature: Tensor
+
+    def __init__(self, num_features: int, images: int, num_classes: int) -> None:
+        super().__init__(num_features, images, bias=False, dtype=torch.float16)
+        self.num_classes = num_classes
+        self.weight.requires_grad_(False)
+        self.register_buffer("labels", torch.zeros(images, dtype=torch.int64))
+        self.register_buffer("k", torch.tensor(1))
+        self.register_buffer("temperature", torch.tensor(1.0, dtype=torch.float64))
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: `fill` follows, or weights are loaded."""
+
+    def fill(self, blocks: Iterator[Tensor], labels: Tensor, k: int, temperature: float) -> None:
+        """Remember features, block after block, and whose they are."""
+        done = 0
+        for block in blocks:
+            self.weight[done : done + len(block)] = block
+            done += len(block)
+        self.labels.copy_(labels)
+        self.k.fill_(k)
+        self.temperature.fill_(temperature)
+
+    def forward(self, features: Tensor) -> Tensor:
+        k, temperature = int(self.k), float(self.temperature)
+        return votes(features, self.weight, self.labels, self.num_classes, k, temperature).log()

@@ -21,11 +21,8 @@ def misfit(network: str, crop: int) -> str:
         near = [] if crop > facts["above"] else [facts["above"] + 32]
     else:
         asked = "sizes" in facts and crop % 16 == 0 and crop <= 512  # of others the table knows nothing
-        near = (
-            sorted(facts["sizes"], key=lambda size: abs(size - crop))[:3]
-            if asked and crop not in facts["sizes"]
-            else []
-        )
+        unfit = asked and crop not in facts["sizes"]
+        near = sorted(facts["sizes"], key=lambda size: abs(size - crop))[:3] if unfit else []
     fits = " or ".join(map(str, sorted(set(near))))
     return f"{network} takes no images of {crop} x {crop} pixels; crop = {fits} would fit" if fits else ""
 

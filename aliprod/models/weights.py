@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 from safetensors import SafetensorError
@@ -19,12 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from aliprod.errors import Refused, did_you_mean
-from aliprod.models.bank import Bank
-from aliprod.models.classifier import Classifier, branched
-from aliprod.recipe import Inputs
+from aliprod.models.classifier import Bank, Classifier, branched
+from aliprod.recipe import Inputs, Needs
 from aliprod.store import commit
 
-_OWNERS = "classifier.labels"  # of a bank
 MODEL, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.json"
 
 
@@ -74,10 +71,10 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Config, classes: C
 def load(folder: Path) -> tuple[Classifier, Config, Classes]:
     """The classifier of a weights folder, in eval mode. Refused: it is no weights folder, or one that is damaged."""
     config, classes = describe(folder)
-    shape = ("branches", "unit_weights", "scale", "centres", "crop")
-    kind: dict[str, Any] = {name: getattr(config, name) for name in shape}
     tensors = read(folder)
-    model = Classifier(config.network, len(classes.ids), **kind, bank=len(tensors.get(_OWNERS, ())))
+    needs = Needs(**{name: getattr(config, name) for name in ("branches", "unit_weights", "scale", "centres")})
+    bank = len(tensors.get("classifier.labels", ()))
+    model = Classifier(config.network, len(classes.ids), needs, crop=config.crop, bank=bank)
     _fill(model, model.state_dict(), tensors, folder / MODEL)
     return model.eval(), config, classes
 
@@ -92,9 +89,8 @@ def describe(folder: Path) -> tuple[Config, Classes]:
         config |= {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
         return Config(**config), Classes(tuple(classes["ids"]), tuple(classes["names"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        advice = (
-            f"A weights folder holds {MODEL}, {CONFIG} and {CLASSES}, as in STORAGE/jobs/BACKBONE/STAGE/KEY/weights."
-        )
+        holds = f"A weights folder holds {MODEL}, {CONFIG} and {CLASSES}"
+        advice = f"{holds}, as in STORAGE/jobs/BACKBONE/STAGE/KEY/weights."
         raise Refused(f"is no weights folder ({type(error).__name__}: {error}).", folder, advice) from error
 
 
@@ -145,20 +141,16 @@ def fetch_pretrained(network: str, folder: Path) -> None:
         return
     config = timm.get_pretrained_cfg(network)
     if config is None or not config.has_weights:
-        others = timm.list_pretrained(f"*{network.split('.')[0].split('_')[-1]}*")
-        advice = (
-            f"{did_you_mean(network, others)} Or set pretrained = false, or a safetensors file of your own.".strip()
-        )
+        near = did_you_mean(network, timm.list_pretrained(f"*{network.split('.')[0].split('_')[-1]}*"))
+        advice = f"{near} Or set pretrained = false, or a safetensors file of your own.".strip()
         raise Refused(f"timm {timm.__version__} has no pretrained weights for {network}.", network, advice)
     try:
         backbone = timm.create_model(network, pretrained=True, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
-        raise Refused(
-            f"its ImageNet weights cannot be fetched: {str(error).splitlines()[0]}",
-            network,
-            "Without internet, put its safetensors file where every node reads it and set pretrained = "
-            f'"PATH" in the plan: a file, or a folder with {network}.safetensors.',
-        ) from error
+        advice = "Without internet, put its safetensors file where every node reads it and set pretrained = "
+        advice += f'"PATH" in the plan: a file, or a folder with {network}.safetensors.'
+        what = f"its ImageNet weights cannot be fetched: {str(error).splitlines()[0]}"
+        raise Refused(what, network, advice) from error
     tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     commit.write(folder, lambda new: save_file(tensors, new / f"{network}.safetensors"), {"network": network})
 
@@ -201,10 +193,7 @@ def _fill(model: Classifier, own: Mapping[str, Tensor], found: Mapping[str, Tens
     """Load what is found for a model's ``own`` tensors, all or none of them."""
     wrong = [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]
     if wrong:
-        raise Refused(
-            f"is not of {model.network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
-            f"the first {wrong[0]}.",
-            file,
-            "Give weights of this network, with as many classes, centres and branches; of some, also of the same crop.",
-        )
+        what = f"is not of {model.network}: {len(wrong)} of its {len(own)} tensors are missing or of another shape, "
+        advice = "Give weights of this network, with as many classes, centres and branches"
+        raise Refused(f"{what}the first {wrong[0]}.", file, f"{advice}; of some, also of the same crop.")
     model.load_state_dict({name: found[name] for name in own}, strict=False)

@@ -5,11 +5,9 @@ Look and face are functions of (seed, class number); the fonts are those that Pi
 
 import colorsys
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -119,10 +117,10 @@ class Look:
 
 def family_of(number: int) -> tuple[int, int]:
     """The family of a class and its place among the members; both from 0."""
-    starts = [0, *accumulate(FAMILY_SIZES)]
-    round_, place = divmod(number, starts[-1])
-    family = bisect_right(starts, place) - 1
-    return round_ * len(FAMILY_SIZES) + family, place - starts[family]
+    members = [(family, place) for family, size in enumerate(FAMILY_SIZES) for place in range(size)]
+    round_, among = divmod(number, len(members))
+    family, place = members[among]
+    return round_ * len(FAMILY_SIZES) + family, place
 
 
 def look(seed: int, number: int) -> Look:

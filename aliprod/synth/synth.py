@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from aliprod.errors import Refused
-from aliprod.processes import pool
+from aliprod.processes import ordered_map
 from aliprod.randomness import seed_of
 from aliprod.store.commit import storage
 from aliprod.synth.packages import face, look, photograph
@@ -58,12 +58,9 @@ def synthesise(out: Path, classes: int, images: int, seed: int, processes: int =
     if classes < 2:
         raise Refused(f"{classes} classes cannot be told apart.", "classes", "Ask for 2 or more.")
     if images < LEAST * classes:
-        advice = (
-            f"Every class has {LEAST} training images or more: ask for {LEAST * classes:,} images, or fewer classes."
-        )
+        least = f"Every class has {LEAST} training images or more"
+        advice = f"{least}: ask for {LEAST * classes:,} images, or fewer classes."
         raise Refused(f"{images:,} images are too few for {classes:,} classes.", "images", advice)
-    if processes < 1:
-        raise Refused(f"{processes} processes render nothing.", "processes", "Ask for 1 or more.")
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise _taken(out)
     val, test = (6, 10) if classes <= 100 else (2, 4)
@@ -73,10 +70,9 @@ def synthesise(out: Path, classes: int, images: int, seed: int, processes: int =
         _write_annotations(folder, ids, seed)
         (folder / "test").mkdir()
         tasks = ((number, {split: ids[split][number] for split in ids}) for number in range(classes))
-        with pool(processes) as renderers:
-            advice, render = "Try fewer processes.", partial(_render, folder, seed)
-            for _ in renderers.ordered_map(render, tasks, lambda task: f"class {task[0]}", advice):
-                pass
+        render = partial(_render, folder, seed)
+        for _ in ordered_map(render, tasks, processes, lambda task: f"class {task[0]}", "Try fewer processes."):
+            pass
     return Counts(str(out), classes, images, classes * val, classes * test)
 
 

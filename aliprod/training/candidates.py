@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 
 from aliprod.inference.predict import autocast
 from aliprod.models import weights
-from aliprod.models.bank import Bank
+from aliprod.models.classifier import Bank
 from aliprod.randomness import seed_of
 from aliprod.recipe import STATISTICS_BATCHES, Inputs
 from aliprod.store.epochs import TOP1

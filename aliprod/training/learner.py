@@ -85,19 +85,16 @@ class Learner(nn.Module):
         torch.manual_seed(seed_of(stage.seed, "init", network))
         self.stage, self.place = stage, place
         self.dtype = precision(place.device, stage.precision)
-        self.needs = asked = needs(stage.objective.name, stage.objective.options)
+        self.needs = needs(stage.objective.name, stage.objective.options)
         counts = catalogue.class_counts if class_counts is None else class_counts
         self.model = Classifier(
             network,
             catalogue.num_classes,
-            stage.drop_rate,
-            stage.drop_path_rate,
-            stage.zero_init_last,
-            asked.branches,
-            asked.unit_weights,
-            stage.crop,
-            asked.scale,
-            asked.centres,
+            self.needs,
+            crop=stage.crop,
+            drop_rate=stage.drop_rate,
+            drop_path_rate=stage.drop_path_rate,
+            zero_init_last=stage.zero_init_last,
             bank=int(counts.sum()) if stage.neighbours else 0,
         )
         if stage.trains != "all":

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from aliprod.catalogue.catalogue import Catalogue
-from aliprod.data.features import Features
 from aliprod.data.loader import Feed, TrainBatch
-from aliprod.data.training_set import LARGEST, SoftLabels, TrainingSet, training_set
+from aliprod.data.training_set import LARGEST, Features, SoftLabels, TrainingSet, training_set
 from aliprod.inference.predict import BATCH, precision, predict
 from aliprod.models.classifier import Classifier, check_network, normalisation
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Part, Stage, Views, without_training
@@ -82,7 +81,7 @@ def measure_prediction(
     here, processes = place(without_training(machine)), machine.loader_processes
     _forget_peak_memory()
     asked, (resize, crop) = needs(stage.objective.name, stage.objective.options), stage.test_view
-    model = Classifier(network, catalogue.num_classes, branches=asked.branches, crop=crop).eval()
+    model = Classifier(network, catalogue.num_classes, asked, crop=crop).eval()
     model = model.to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     feed = Feed(here.device, *normalisation(network), processes=processes, dtype=precision(here.device))
     before = 1 + 2 * processes  # a process reads two batches ahead

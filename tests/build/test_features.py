@@ -18,8 +18,7 @@ from aliprod.build.target import Site, Target, lacking
 from aliprod.catalogue.decode import decode
 from aliprod.cluster.tune import _wrong
 from aliprod.data.augment import eval_view, normalise
-from aliprod.data.features import open_features, write_features
-from aliprod.data.training_set import training_set
+from aliprod.data.training_set import open_features, training_set, write_features
 from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import open_store
 from aliprod.models.classifier import normalisation
@@ -235,7 +234,7 @@ def test_features_that_were_broken_off_or_made_in_parts_are_the_same_bytes(
     shop: Opened, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards of eight rows in place of 8192: the images are few."""
-    monkeypatch.setattr("aliprod.data.features.SHARD_ROWS", 8)
+    monkeypatch.setattr("aliprod.data.training_set.SHARD_ROWS", 8)
     images = shop.read_catalogue().train
     whole = torch.randn(len(images), 5, generator=torch.Generator().manual_seed(0))
 

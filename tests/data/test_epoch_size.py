@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aliprod.data.epoch_size import EpochSize, epoch_size
-from aliprod.data.selection import grouped
+from aliprod.data.selection import EpochSize, epoch_size, grouped
 from aliprod.errors import Refused
 
 
@@ -42,6 +41,6 @@ def test_a_batch_that_cannot_be_dealt_in_whole_groups_is_refused(batch_size: int
 
 
 def test_counting_steps_imports_no_torch() -> None:
-    loaded = "import sys, aliprod.data.epoch_size; print('torch' in sys.modules)"
+    loaded = "import sys, aliprod.data.selection; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from aliprod.catalogue.alike import gray32
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
 from aliprod.data import duplicates, loader
-from aliprod.data.duplicates import dct_hash, gray32
+from aliprod.data.duplicates import dct_hash
 from aliprod.data.duplicates import groups as grouped
 from aliprod.errors import Refused
 
@@ -41,7 +42,7 @@ def test_groups_from_disk_are_those_of_the_pictures_and_the_unreadable_are_alone
     duplicates.write_hashes(tmp_path / "hashes", copied.train, 0)
     found = duplicates.hashed_groups(tmp_path / "hashes", 32, 6)
     readable = [row for row in range(32) if row != 11]
-    bits = dct_hash(torch.stack([gray32(decode(copied.train.path(row))) for row in readable]))
+    bits = dct_hash(torch.from_numpy(np.stack([gray32(decode(copied.train.path(row))) for row in readable])))
     assert np.array_equal(found[readable], np.array(readable)[grouped(bits, 6).numpy()])
     assert found[20] == found[3]
     assert (found == 11).sum() == 1

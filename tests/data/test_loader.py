@@ -18,9 +18,8 @@ from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
 from aliprod.data import selection
 from aliprod.data.augment import normalise, on_device, picture_of, square, train_view
-from aliprod.data.features import Features
 from aliprod.data.loader import Feed, TrainBatch, TrainBatches, squared_batches
-from aliprod.data.training_set import TrainingSet, training_set, write_soft_labels
+from aliprod.data.training_set import Features, TrainingSet, training_set, write_soft_labels
 from aliprod.errors import Refused
 from aliprod.randomness import seed_of
 from aliprod.recipe import Inputs, PerClass, Stage

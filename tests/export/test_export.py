@@ -25,6 +25,7 @@ from aliprod.errors import Failed, Refused
 from aliprod.export.folder import export
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
+from aliprod.recipe import Needs
 from aliprod.store import commit
 from aliprod.store.lineage import Voice
 
@@ -38,8 +39,8 @@ def saved(folder: Path, network: str, seed: int = 0, branches: int = 1, **told: 
     """A weights folder of a network that is sure of what it sees."""
     config = replace(CONFIG, network=network, branches=branches, **told)
     torch.manual_seed(seed)
-    kind = {"branches": branches, "unit_weights": config.unit_weights, "crop": config.crop}
-    model = Classifier(network, len(CLASSES.ids), **kind)
+    needs = Needs(branches=branches, unit_weights=config.unit_weights)
+    model = Classifier(network, len(CLASSES.ids), needs, crop=config.crop)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
             buffer.uniform_(*((0.5, 1.5) if name.endswith("var") else (-0.5, 0.5)))
@@ -48,6 +49,18 @@ def saved(folder: Path, network: str, seed: int = 0, branches: int = 1, **told: 
     record = {"stage": {"objective": {"name": "cross_entropy"}}}
     commit.write(folder, lambda new: weights.save(new, model.state_dict(), config, CLASSES), record)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(torch_as_before: None) -> None:
+    """As several wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def few_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the ensemble, which is made once."""
+    monkeypatch.setattr("aliprod.export.folder.COMPARED", 12)
 
 
 def pictures(count: int) -> list[Image.Image]:

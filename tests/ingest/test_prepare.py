@@ -241,7 +241,8 @@ def test_other_tools_open_the_shards(packages: Catalogue, tmp_path: Path, small_
     assert pq.read_table(tmp_path / "out/test-00000.parquet")["class_id"].null_count == 8
 
 
-def test_processes_change_no_byte(packages: Catalogue, tmp_path: Path) -> None:
+def test_processes_change_no_byte(packages: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aliprod.ingest.prepare.SHARD", 24)  # train and test have two
     one = prepared(packages.root, tmp_path / "one", Settings(short_side=64), processes=1)
     two = prepared(packages.root, tmp_path / "two", Settings(short_side=64), processes=2)
     assert one.fingerprint == two.fingerprint

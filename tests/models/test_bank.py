@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from aliprod.errors import Refused
-from aliprod.models import bank, weights
-from aliprod.models.bank import votes
-from aliprod.models.classifier import Classifier
+from aliprod.models import classifier, weights
+from aliprod.models.classifier import Classifier, votes
 from aliprod.store import commit
 
 CONFIG = weights.Config("test_resnet", (0.5,) * 3, (0.25,) * 3, "bilinear", 40, 32)
@@ -38,7 +37,7 @@ def test_votes_are_the_papers_equation_however_many_are_compared_at_once(
     memory, features = (torch.randn(n, 4, dtype=torch.float64, generator=generator) for n in (images, 3))
     labels = torch.randint(5, (images,), generator=generator)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(bank, "_AT_ONCE", at_once)
+        patched.setattr(classifier, "_AT_ONCE", at_once)
         found = votes(features, memory, labels, 5, k, temperature)
     torch.testing.assert_close(found, written_out(features, memory, labels, 5, k, temperature))
 

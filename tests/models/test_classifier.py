@@ -7,6 +7,7 @@ from torch import nn
 
 from aliprod.errors import Refused
 from aliprod.models.classifier import Classifier, branched, check_network, normalisation
+from aliprod.recipe import Needs
 
 # methods.md, the table of backbones: features, and parameters in millions with a head of 50,030 classes.
 BACKBONES = {
@@ -187,7 +188,7 @@ def test_mean_std_and_interpolation_are_the_weights_own() -> None:
 @pytest.mark.parametrize("network", BACKBONES)
 def test_every_backbone_of_the_seed_can_be_branched_before_its_pooling(network: str) -> None:
     with torch.device("meta"):
-        plain, double = (Classifier(network, 10, branches=count) for count in (1, 2))
+        plain, double = (Classifier(network, 10, Needs(branches=count)) for count in (1, 2))
         images = torch.zeros(2, 3, 96, 64)
         channels = BACKBONES[network][0]
         assert double.features(images).shape == (2, 2 * channels, 3, 2)
@@ -201,7 +202,7 @@ def test_every_backbone_of_the_seed_can_be_branched_before_its_pooling(network: 
 
 def test_branches_begin_alike_and_learn_apart() -> None:
     torch.manual_seed(0)
-    model = Classifier("test_resnet", num_classes=4, branches=2)
+    model = Classifier("test_resnet", num_classes=4, needs=Needs(branches=2))
     first, second = (list(branch.parameters()) for branch in model.branches)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     model.branch(model.trunk(torch.randn(2, 3, 32, 32)), 0).square().sum().backward()
@@ -213,7 +214,7 @@ def test_branches_begin_alike_and_learn_apart() -> None:
 @pytest.mark.parametrize("network", ["test_vit", "test_vit2"])
 def test_a_transformer_is_branched_behind_its_last_block_but_one(network: str) -> None:
     torch.manual_seed(0)
-    plain, double = (Classifier(network, 10, branches=count, crop=64).eval() for count in (1, 2))
+    plain, double = (Classifier(network, 10, Needs(branches=count), crop=64).eval() for count in (1, 2))
     double.load_state_dict(branched(plain.state_dict(), double), strict=False)
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
@@ -226,13 +227,13 @@ def test_a_transformer_is_branched_behind_its_last_block_but_one(network: str) -
 @pytest.mark.parametrize("network", ["mobilenetv3_small_050", "convnext_atto"])
 def test_a_family_whose_last_block_is_not_known_is_refused_with_those_that_are(network: str) -> None:
     with pytest.raises(Refused, match=rf"{network} \(\w+\) has no last block that can be branched") as raised:
-        Classifier(network, num_classes=3, branches=2)
+        Classifier(network, num_classes=3, needs=Needs(branches=2))
     assert "ResNet, SENet, EfficientNet, VisionTransformer" in raised.value.advice
 
 
 def test_rows_of_unit_length_make_logits_of_directions_alone() -> None:
     torch.manual_seed(0)
-    model = Classifier("test_resnet", num_classes=7, unit_weights=True).eval()
+    model = Classifier("test_resnet", num_classes=7, needs=Needs(unit_weights=True)).eval()
     features = torch.randn(3, model.num_features, 2, 2)
     weight = model.classifier.weight.detach()
     unit = weight / weight.square().sum(dim=1, keepdim=True).sqrt()
@@ -249,7 +250,7 @@ def test_under_autocast_the_logits_are_the_float32_product_of_the_features(
     dtype: torch.dtype, unit_weights: bool
 ) -> None:
     torch.manual_seed(0)
-    model = Classifier("test_resnet", num_classes=7, unit_weights=unit_weights).eval()
+    model = Classifier("test_resnet", num_classes=7, needs=Needs(unit_weights=unit_weights)).eval()
     with torch.no_grad():
         model.classifier.weight *= 1000
     with torch.autocast("cpu", dtype):

@@ -17,6 +17,7 @@ from aliprod.errors import Refused
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
 from aliprod.models.weights import Classes, Config, fetch_pretrained, load_parent, load_pretrained
+from aliprod.recipe import Needs
 from aliprod.store import commit
 
 NETWORK = "test_resnet.r160_in1k"
@@ -28,7 +29,7 @@ def classifier(
     seed: int, network: str = NETWORK, num_classes: int = 3, branches: int = 1, unit_weights: bool = False
 ) -> Classifier:
     torch.manual_seed(seed)
-    model = Classifier(network, num_classes, branches=branches, unit_weights=unit_weights)
+    model = Classifier(network, num_classes, Needs(branches=branches, unit_weights=unit_weights))
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
             buffer.uniform_(*((0.5, 1.5) if name.endswith("var") else (-0.5, 0.5)))

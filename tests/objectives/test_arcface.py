@@ -43,7 +43,7 @@ def test_every_gradient_is_finite_at_the_angles_0_and_pi(angle):
 def test_at_inference_logits_are_scaled_cosines(context):
     torch.manual_seed(0)
     needs = build("arcface", {}, context).needs
-    model = Classifier("test_resnet", 7, unit_weights=needs.unit_weights, scale=needs.scale).eval()
+    model = Classifier("test_resnet", 7, needs).eval()
     features = torch.randn(3, model.num_features, 2, 2)
     cosines = cosine_similarity(features.mean(dim=(2, 3))[:, None], model.classifier.weight[None], dim=2)
     torch.testing.assert_close(model.classify(features), needs.scale * cosines)
@@ -59,7 +59,7 @@ def test_a_margin_that_is_no_angle_is_refused(context):
 def test_of_several_centres_the_nearest_counts_in_training_and_at_inference(context):
     torch.manual_seed(0)
     needs = build("arcface", {"centres": 3}, context).needs
-    model = Classifier("test_resnet", 7, unit_weights=True, scale=needs.scale, centres=needs.centres).eval()
+    model = Classifier("test_resnet", 7, needs).eval()
     assert model.num_classes == 7
     features, labels = torch.randn(5, model.num_features, 2, 2), torch.tensor([0, 1, 2, 6, 6])
     cosines = cosine_similarity(features.mean(dim=(2, 3))[:, None], model.classifier.weight[None], dim=2)
