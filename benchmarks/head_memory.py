@@ -75,7 +75,8 @@ def main() -> None:
     for step in range(asked.steps):
         with autocast(here.device, head.dtype):
             (loss,) = head.objective(head.model, TrainBatch(images, labels, labels, epoch=0, step=0, seed=0)).values()
-        optimizer.step(loss, step)
+        optimizer.backward(loss)
+        optimizer.update(step)
         del loss
     if optimizer.first_bad_step() is not None:
         raise SystemExit("the loss was not finite")
