@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check format docs hashes audit images clean
+.PHONY: demo test check format docs reference hashes audit images clean
 
 demo: $(INSTALLED)  ## render a small catalogue, train sixteen jobs, add eleven members up
 	$(BIN)/aliprod run jobs/quickstart.toml
@@ -23,6 +23,9 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)  ## docs/ as a site: python -m http.server --directory build/site
 	$(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+
+reference: $(INSTALLED)  ## docs/plan.md and docs/plan.schema.json anew, of what a plan may say
+	$(BIN)/python docs/site/reference.py docs
 
 hashes: build/tools  ## hashes.txt anew, of constraints.txt
 	@sed -n 's/^#/#/p' hashes.txt > build/hashes.txt

@@ -1,4 +1,4 @@
-"""Which images are the same photograph, and which of them stay (methods.md, 5.6).
+"""Which images are the same photograph, and which of them stay.
 
 An image becomes 64 bits that survive another size and another JPEG; images that a chain of near hashes connects are
 one group; of a group one image stays, or none where its images bear several labels. The report filtered "duplicated

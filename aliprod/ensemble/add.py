@@ -1,4 +1,4 @@
-"""The sum of the members' probabilities, what it predicts, and the submission (methods.md, 8).
+"""The sum of the members' probabilities, what it predicts, and the submission.
 
 Rows are matched by image id and columns by class id, never by position; the sum has its ids in the order of the
 submission and its class ids ascending. It is exact, so neither the order of members, rows or columns nor the size

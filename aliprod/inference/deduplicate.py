@@ -1,6 +1,6 @@
 """Filtering duplicates for a stage: near hashes, confirmed by the parent's embeddings, judged by the stage's rule.
 
-Packs on white are alike to a hash, so a pair counts only where the parent's embeddings agree too (methods.md, 5.6);
+Packs on white are alike to a hash, so a pair counts only where the parent's embeddings agree too;
 without a parent the hash alone decides. Images that the rule drops are listed by id, each with the first of its group,
 which may be dropped itself.
 """

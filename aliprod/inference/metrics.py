@@ -1,4 +1,4 @@
-"""Top-1 error per image and per class, and top-k error: the metrics of a classifier (methods.md, 8)."""
+"""Top-1 error per image and per class, and top-k error: the metrics of a classifier."""
 
 import numpy as np
 import pyarrow as pa

@@ -177,7 +177,7 @@ def as_labels(labels: Sequence[int] | Rows, classes: Rows) -> pa.Int64Array:
 
 
 def tolerance(num_classes: int) -> float:
-    """How far from one the sum of a row of float16 may lie (methods.md, 8): rounding, and what flushed to zero."""
+    """How far from one the sum of a row of float16 may lie: rounding, and what flushed to zero."""
     return float(2**-11 + num_classes * 2**-25)
 
 

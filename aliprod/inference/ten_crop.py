@@ -1,4 +1,4 @@
-"""Test-time augmentation: ten crops of an image, and the mean of their softmaxes (methods.md, 7)."""
+"""Test-time augmentation: ten crops of an image, and the mean of their softmaxes."""
 
 import torch
 from torch import Tensor

@@ -116,7 +116,7 @@ class Needs:
 
 
 class PseudoLabels(Frozen):
-    """Test images that a stage also trains on, as what other jobs together take them for (methods.md, 6.1)."""
+    """Test images that a stage also trains on, as what other jobs together take them for."""
 
     by: tuple[str, ...] = Field(
         strict=False, min_length=1, description="jobs, each BACKBONE/STAGE, whose ten-crop probabilities are averaged"

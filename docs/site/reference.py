@@ -15,7 +15,7 @@ Schema = dict[str, Any]
 
 _HEAD = """# The plan, key by key
 
-Made by `python docs/site/reference.py docs`, and `plan.schema.json` with it; change the descriptions in
+Made by `make reference`, and `plan.schema.json` with it; change the descriptions in
 `aliprod/plan/schema.py` and in `aliprod/recipe/`, not these files.
 Any value can be given on the command line: `--set stages.dcl.epochs=4`. Paths in a plan count from the plan's
 file, those of `--set` from the current folder. Names of plans, stages and backbones become folders: letters,

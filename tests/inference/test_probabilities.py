@@ -104,7 +104,7 @@ def test_row_that_is_no_distribution_is_named_and_nothing_is_left(tmp_path, row,
 
 
 def test_rows_as_far_from_one_as_rounding_can_take_them_are_accepted(tmp_path):
-    assert tolerance(50_030) == pytest.approx(2e-3, rel=0.02)  # methods.md, 8
+    assert tolerance(50_030) == pytest.approx(2e-3, rel=0.02)
     uniform = torch.full((1, 50_030), 1 / 50_030)  # every entry is rounded the same way
     confident = torch.full((1, 50_030), 2**-25)  # every small entry is flushed to zero
     confident[0, 0] = 1 - 50_029 * 2**-25

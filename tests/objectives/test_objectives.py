@@ -11,22 +11,7 @@ from aliprod.errors import Refused
 from aliprod.objectives import Context, build, reduced
 from aliprod.recipe import Needs, options
 
-NAMES = [
-    "accuracy",
-    "angular",
-    "arcface",
-    "bbn",
-    "bi_tempered",
-    "class_balanced",
-    "cross_entropy",
-    "dcl",
-    "distillation",
-    "focal",
-    "hierarchy",
-    "lio",
-    "logit_adjustment",
-    "mixup",
-]
+NAMES = options.names()
 OPTIONS = {"dcl": {"parts": 2}, "lio": {"positives": 1}}
 
 

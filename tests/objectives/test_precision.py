@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from aliprod.objectives import (
     bbn,
     bi_tempered,
     build,
+    class_balanced,
     cross_entropy,
     dcl,
     distillation,
@@ -25,22 +27,7 @@ from aliprod.objectives import (
 )
 from aliprod.recipe import options
 
-OBJECTIVES = [
-    "accuracy",
-    "angular",
-    "arcface",
-    "bbn",
-    "bi_tempered",
-    "class_balanced",
-    "cross_entropy",
-    "dcl",
-    "distillation",
-    "focal",
-    "hierarchy",
-    "lio",
-    "logit_adjustment",
-    "mixup",
-]
+OBJECTIVES = options.names()
 HALVES = [torch.bfloat16, torch.float16]
 LABELS, OTHERS = torch.tensor([0, 39, 7, 7, 20, 1]), torch.tensor([39, 39, 0, 8, 2, 1])
 COUNTS = torch.arange(1, 41) ** 2
@@ -60,6 +47,7 @@ OF_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
     "focal 0": lambda z: focal.loss(z, LABELS, 0.0, "none"),
     "focal 0.5": lambda z: focal.loss(z, LABELS, 0.5, "none"),
     "focal 2": lambda z: focal.loss(z, LABELS, 2.0, "none"),
+    "class_balanced": lambda z: class_balanced.loss(z, LABELS, COUNTS, 0.999, "none"),
     "logit_adjustment": lambda z: logit_adjustment.loss(z, LABELS, COUNTS, 1.0, "none"),
     "bi_tempered": lambda z: bi_tempered.loss(z, LABELS, 0.8, 1.2, reduction="none"),
     "bi_tempered smoothed": lambda z: bi_tempered.loss(z, LABELS, 0.2, 4.0, 0.1, reduction="none"),
@@ -173,6 +161,13 @@ OF_FEATURES = {
     "dcl": OfFeatures(dcl_loss, (6, 8, 7, 7)),
     "lio": OfFeatures(lio_loss, (2, 3, 8, 7, 7)),
 }
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_loss_of_an_objective_is_a_case_here(name):
+    module = import_module(f"aliprod.objectives.{name}")
+    cases = {case.split()[0] for case in (*OF_LOGITS, *OF_FEATURES)}
+    assert name in cases or not any(hasattr(module, loss) for loss in ("loss", "losses", "logits"))
 
 
 @pytest.mark.parametrize("name", OF_FEATURES)
