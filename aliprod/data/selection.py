@@ -1,7 +1,7 @@
 """Which rows an epoch sees, and in which order: functions of seed and epoch, never of the file's order or a state.
 
-Orders come from splitmix64 (Steele, Lea, Flood, 2014) in integers of our own, the images of a class by their hashes, so
-that another version of a library changes no batch. Torch is imported where it is asked for, as a plan counts epochs too.
+Orders come from splitmix64 (Steele, Lea, Flood, 2014) in integers of our own, the images of a class from hashes, so
+that another version of a library changes no batch. Torch is imported where it is asked for: a plan counts epochs too.
 """
 
 import hashlib
