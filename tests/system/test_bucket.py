@@ -25,7 +25,8 @@ SETS = (
     'jobs={efficientnet=["full"], resnet=["full"]}',
     f"ensemble.members={json.dumps(JOBS)}",
     "cluster.cpus_per_worker=2",  # a node each
-    "stages.full.epochs=8",
+    "stages.full.epochs=6",
+    "cluster.save_every_steps=16",
 )
 
 
