@@ -67,8 +67,8 @@ def test_a_run_that_is_interrupted_ends_at_its_next_step_with_a_checkpoint_and_l
     assert cluster.workers() == [], "the other Ray was left alone"
 
 
-def test_a_ray_that_does_not_come_up_is_started_once_more() -> None:
-    script = """
+STARTING = """
+import json, psutil
 import ray._private.services as services
 from aliprod.cluster import session
 from aliprod.errors import Unreachable
@@ -83,6 +83,9 @@ get_node, services.get_node = services.get_node, not_at_first
 late = []
 session.join(None)
 print(len(session.nodes()))
+session.ray.get(session.ray.remote(num_cpus=0)(lambda: None).remote())
+family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+print(json.dumps([one.laddr.ip for each in family for one in each.net_connections("inet") if one.status == "LISTEN"]))
 session.ray.shutdown()
 
 def never(**_):
@@ -94,26 +97,16 @@ try:
 except Unreachable as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
-    first, *rest = done.stdout.splitlines()
-    assert first == "1"
-    assert rest[0].startswith("local Ray: Ray does not start here: The current node timed out during startup.")
 
 
-LISTENING = """
-import json, psutil, ray
-from aliprod.cluster.session import join
-join(None)
-ray.get(ray.remote(num_cpus=0)(lambda: None).remote())
-family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-found = [one.laddr.ip for process in family for one in process.net_connections("inet") if one.status == "LISTEN"]
-print(json.dumps(found))
-"""
-
-
-def test_a_local_ray_is_open_on_loopback_alone(cluster: Any) -> None:
+def test_a_local_ray_is_open_on_loopback_alone_and_one_that_does_not_come_up_is_started_once_more(
+    cluster: Any,
+) -> None:
     own = {name: value for name, value in cluster.environment.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-c", LISTENING]
-    found = json.loads(subprocess.check_output(command, env=own, cwd=cluster.home, text=True).splitlines()[-1])
+    command = [sys.executable, "-c", STARTING]
+    nodes, listening, told, *_ = subprocess.check_output(command, env=own, cwd=cluster.home, text=True).splitlines()
+    assert nodes == "1"
+    found = json.loads(listening)
     assert len(found) > 5
     assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert told.startswith("local Ray: Ray does not start here: The current node timed out during startup.")
