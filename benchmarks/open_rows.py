@@ -112,14 +112,14 @@ def write_catalogue(out: Path, rows: int) -> None:
     numbers = draw.permutation(np.arange(1_000_000, 1_000_000 + rows))
     ids = pa.array([f"{number}.jpg" for number in numbers.tolist()])
     labels = np.sort(np.append(np.arange(CLASSES), draw.integers(0, CLASSES, rows - CLASSES)))
-    none = Images("val", pa.array([], pa.string()), np.empty(0, np.int64), pa.array([], pa.string()), out)
+    none, nothing = pa.array([], pa.string()), np.empty(0, np.int64)
     catalogue = Catalogue(
         root=out,
         classes=np.arange(CLASSES),
         names=("a name of some length",) * CLASSES,
         train=Images("train", ids, labels, ids, out),
-        val=none,
-        test=none,
+        val=Images("val", none, nothing, none, out),
+        test=Images("test", none, nothing, none, out),
         test_labels=None,
         ancestor=np.stack([np.arange(CLASSES) // 1000, np.arange(CLASSES) // 100, np.arange(CLASSES)]),
         problems=(),
