@@ -59,7 +59,7 @@ def load(path: Path, sets: Sequence[str] = ()) -> Plan:
     source = read(path, sets)
     found: dict[Key, Problem] = {}
     for problem in islice(_problems(source), 10 * MOST_PROBLEMS):  # some say the same of several jobs
-        found.setdefault((*problem.key, problem.quoted or ""), problem)
+        found.setdefault((*problem.key, problem.quoted or "", problem.sentence), problem)
     if found:
         raise _refusal(source, list(found.values()))
     _make_paths_absolute(source)

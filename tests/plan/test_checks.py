@@ -140,6 +140,14 @@ def test_what_does_not_is_said_with_line_key_and_nearest_name(
         assert words in message
 
 
+def test_all_that_does_not_go_together_in_a_stage_is_said(load_text: Load, small: str) -> None:
+    said = refusal(
+        load_text, with_stage(small, 'start = "full"', "crop = 999", "epochs = 2", "lr = { warmup_epochs = 9 }")
+    )
+    assert "crop = 999 is larger than resize" in said
+    assert "lr.warmup_epochs = 9 is longer than the stage: epochs = 2" in said
+
+
 def test_a_soup_ignores_the_epochs_of_the_defaults(load_text: Load, small: str) -> None:
     plan = load_text(with_stage(small, 'soup = { of = ["full", "dcl"] }'), ["defaults.epochs=7"])
     assert [plan.stage("resnet", name).epochs for name in ("full", "more")] == [2, 1]
