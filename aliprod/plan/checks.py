@@ -80,7 +80,7 @@ def unknown_networks(plan: Plan) -> Iterator[Problem]:
         yield Problem(key, f"{dotted(key)}: {sentence}", advice)
 
 
-def targets(plan: Plan) -> Iterator[Problem]:
+def names_of_jobs(plan: Plan) -> Iterator[Problem]:
     """Overrides, ranks and members that are of no job, or stand there twice."""
     jobs = list(plan.job_names())
     known = dict.fromkeys([*plan.backbones, *jobs])

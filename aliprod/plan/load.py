@@ -98,7 +98,7 @@ def _problems(source: Source) -> Iterator[Problem]:
         yield from checks.unknown_networks(plan)
         yield from checks.edges(plan)
         yield from checks.together(plan, wrong)
-        yield from checks.targets(plan)
+        yield from checks.names_of_jobs(plan)
         yield from _search(plan.tune.search, dict.fromkeys(_named_objectives(source.data, plan.tune.search)))
 
 
