@@ -24,7 +24,6 @@ JOBS = ("efficientnet/full", "resnet/full")
 SETS = (
     'jobs={efficientnet=["full"], resnet=["full"]}',
     f"ensemble.members={json.dumps(JOBS)}",
-    "cluster.cpus_per_worker=2",  # a node each
     "stages.full.epochs=6",
     "cluster.save_every_steps=16",
 )
@@ -37,7 +36,7 @@ def opened(plan: Path, storage: Path, sets: Sequence[str] = SETS) -> Opened:
 
 @pytest.fixture
 def two(s3: str, heads: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """A cluster of two machines with two CPUs each: the second one's cache is a disk of its own."""
+    """A cluster of two machines with a CPU each, so that each has a job: the second one's cache is a disk of its own."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
         pytest.skip("needs the right to make a mount namespace (unshare --mount, as root)")
     for name, value in s3_environment(s3).items():
@@ -45,8 +44,8 @@ def two(s3: str, heads: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("ALIPROD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     with ExitStack() as stack:
-        cluster = stack.enter_context(heads(2))
-        stack.enter_context(cluster.node("--num-cpus=2", mount=f"mount -t tmpfs tmpfs {tmp_path / 'cache'}"))
+        cluster = stack.enter_context(heads(1))
+        stack.enter_context(cluster.node("--num-cpus=1", mount=f"mount -t tmpfs tmpfs {tmp_path / 'cache'}"))
         cluster.environment["ALIPROD_CACHE"] = str(tmp_path / "cache")
         yield cluster
 
