@@ -36,7 +36,7 @@ def opened(plan: Path, storage: Path, sets: Sequence[str] = SETS) -> Opened:
 
 @pytest.fixture
 def two(s3: str, heads: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """A cluster of two machines with a CPU each, so that each has a job: the second one's cache is a disk of its own."""
+    """A cluster of two machines with a CPU each, so that each has a job; the second has a cache of its own."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
         pytest.skip("needs the right to make a mount namespace (unshare --mount, as root)")
     for name, value in s3_environment(s3).items():
