@@ -1,9 +1,9 @@
 """(seed, epoch, image id) becomes a transform: what a model sees of a picture, and nothing else decides it.
 
 The views are those of torchvision's transforms on PIL images, draw for draw; what is resized differs by two grey levels
-at most. Pixels lie as (H, W, 3) in memory, so that a crop is a view and a batch is channels last, and stay 8 bit until
-they are on the device, where they are normalised and cut out. To turn a Pillow image into pixels costs a large one a
-tenth of its decoding, so it is done to a crop.
+at most. Pixels lie as (H, W, 3), so that a crop is a view and a batch is channels last, and stay 8 bit until they are
+on the device, where they are normalised and cut out. To turn a Pillow image into pixels costs a large one a tenth of
+its decoding, so it is done to a crop.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -39,7 +40,7 @@ try:
 except ImportError:
     simplejpeg = None
 
-Picture = Tensor | Image.Image  # (3, H, W) uint8, or RGB: the same pixels
+Picture = Tensor | Image.Image  # (H, W, 3) uint8, or RGB: the same pixels
 Step = tuple[str, Any]  # what is done to a picture, and what was drawn for it
 
 GREY = (128, 128, 128)  # fills what is uncovered (JDAI-CV/DCL, ImageNetPolicy)
@@ -62,7 +63,7 @@ def picture_of(source: Path | bytes) -> Picture:
     content = content_of(source)
     if simplejpeg and baseline_jpeg(content):
         try:
-            return torch.from_numpy(simplejpeg.decode_jpeg(content)).movedim(-1, 0)
+            return torch.from_numpy(simplejpeg.decode_jpeg(content))
         except ValueError:
             pass  # it is damaged, and Pillow judges how much
     return decode(content)
@@ -84,13 +85,13 @@ def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) ->
     stretched = any(name in _SEEDED or (name == "auto_augment" and what[0] not in _EVEN) for name, what in steps)
     by_torch = stage.resizing == "torch" or not stretched
     resized = partial(_resized_by_torch if by_torch else resized_by_pillow, interpolation=interpolation)
-    return as_pixels(stepped(picture, steps, resized)).movedim(0, -1).contiguous(), erased
+    return as_pixels(stepped(picture, steps, resized)).contiguous(), erased
 
 
 def drawn(picture: Picture, stage: Stage, seed: int) -> tuple[list[Step], Tensor]:
     """What makes a view of a picture, step by step, and the box that is erased, as `train_view`."""
     torch.default_generator.manual_seed(seed)
-    steps = list(_drawn(stage, *F.get_size(picture)))
+    steps = list(_drawn(stage, *size_of(picture)))
     boxes = [what for name, what in steps if name == "erase"]  # on the device, after normalising
     return [step for step in steps if step[0] != "erase"], torch.tensor(boxes[0] if boxes else (0, 0, 0, 0))
 
@@ -101,13 +102,13 @@ def stepped(picture: Picture, steps: list[Step], resized: Callable[[Picture, int
     for name, what in steps:
         match name:
             case "crop":
-                seen = F.crop(seen, *what)
+                seen = _cropped(seen, *what)
             case "resize":
                 seen = resized(seen, what)
             case "rotation":
                 seen = F.rotate(_as_image(seen), what, InterpolationMode.BILINEAR, fill=GREY)
             case "flip":
-                seen = F.horizontal_flip(seen)
+                seen = F.horizontal_flip(seen) if isinstance(seen, Image.Image) else seen.flip(1)
             case "aug_mix":
                 torch.default_generator.manual_seed(what)
                 seen = _AUG_MIX(_as_image(seen))
@@ -196,7 +197,7 @@ def _space(name: str, height: int, width: int) -> dict[str, tuple[list[float], b
 
 def square(image: Image.Image, side: int, interpolation: str) -> Tensor:
     """A picture squared to ``side``, its ratio not kept (the report): (3, side, side) uint8."""
-    return as_pixels(resized_by_pillow(image, side, interpolation))
+    return _channels_first(as_pixels(resized_by_pillow(image, side, interpolation)))
 
 
 def eval_view(image: Tensor, resize: int, crop: int, interpolation: str = "bicubic") -> Tensor:
@@ -235,18 +236,18 @@ def on_device(pixels: Tensor, erased: Tensor, mean: tuple[float, ...], std: tupl
 
     (B, H, H, 3) uint8 and boxes (B, 4), as `train_view` gives them, -> (B, 3, H, H) float32, channels last.
     """
-    images = normalise(pixels.movedim(-1, 1), mean, std)
+    images = normalise(_channels_first(pixels), mean, std)
     return images.masked_fill_(_box_mask(images.shape[-1], erased)[:, None], 0.0)
 
 
 def _resized_by_torch(picture: Picture, side: int, interpolation: str) -> Tensor:
     """Pixels squared to ``side``, antialiased, as Pillow 13 does it: what a bicubic filter overshoots is lost
     between the two passes, and the rows go first where they shrink by more than twice what the columns do."""
-    batch = as_pixels(picture)[None]
+    batch = _channels_first(as_pixels(picture)[None])
     height, width = batch.shape[-2:]
     if height - side > max(0, 2 * (width - side)):
         batch = interpolate(batch, (side, width), mode=interpolation, antialias=True)
-    return interpolate(batch, (side, side), mode=interpolation, antialias=True)[0]
+    return interpolate(batch, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
 
 
 def resized_by_pillow(picture: Picture, side: int, interpolation: str) -> Image.Image:
@@ -254,10 +255,27 @@ def resized_by_pillow(picture: Picture, side: int, interpolation: str) -> Image.
     return _as_image(picture).resize((side, side), Image.Resampling[interpolation.upper()])
 
 
+def _channels_first(pixels: Tensor) -> Tensor:
+    """(..., H, W, 3) seen as (..., 3, H, W)."""
+    return pixels.movedim(-1, -3)
+
+
+def _cropped(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
+    """A part of a picture, on the side it is on; of pixels a view."""
+    if isinstance(picture, Image.Image):
+        return picture.crop((left, top, left + width, top + height))
+    return picture[top : top + height, left : left + width]
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Height and width."""
+    return (picture.height, picture.width) if isinstance(picture, Image.Image) else (picture.shape[0], picture.shape[1])
+
+
 def as_pixels(picture: Picture) -> Tensor:
-    """(3, H, W) uint8."""
-    return F.pil_to_tensor(picture) if isinstance(picture, Image.Image) else picture
+    """(H, W, 3) uint8."""
+    return torch.from_numpy(np.array(picture)) if isinstance(picture, Image.Image) else picture
 
 
 def _as_image(picture: Picture) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture.movedim(0, -1).numpy())
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture.numpy())

@@ -19,9 +19,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.functional import _get_inverse_affine_matrix
-from torchvision.transforms.v2 import functional as F
 
-from aliprod.data.augment import GREY, Picture, Step, as_pixels, drawn, resized_by_pillow, stepped
+from aliprod.data.augment import GREY, Picture, Step, as_pixels, drawn, resized_by_pillow, size_of, stepped
 from aliprod.recipe import Stage
 
 _WEIGHT_BITS, _PLACE_BITS = 22, 16
@@ -71,10 +70,9 @@ def cut(picture: Picture, stage: Stage, seed: int, interpolation: str) -> tuple[
     resized = partial(resized_by_pillow, interpolation=interpolation)
     seen = stepped(picture, steps[:place], resized)
     side = steps[place][1]
-    if max(F.get_size(seen)) > _MOST_TIMES * side:
+    if max(size_of(seen)) > _MOST_TIMES * side:
         seen = resized(seen, side)
-    pixels = as_pixels(seen).movedim(0, -1)
-    return Cut(pixels.reshape(-1, 3), (pixels.shape[0], pixels.shape[1]), side, steps[place + 1 :]), erased
+    return Cut(as_pixels(seen).reshape(-1, 3), size_of(seen), side, steps[place + 1 :]), erased
 
 
 def pack(cuts: Sequence[Cut]) -> Packed:

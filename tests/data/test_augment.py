@@ -89,7 +89,7 @@ def photograph(seed: int) -> Image.Image:
 
 
 def pixels_of(seed: int) -> Tensor:
-    return F.pil_to_tensor(photograph(seed))
+    return torch.from_numpy(np.array(photograph(seed)))
 
 
 def auto_augment(image: Image.Image) -> Image.Image:
@@ -189,7 +189,7 @@ def older_view(image: Image.Image, stage: Stage, interpolation: str) -> tuple[Te
 
 def assert_equal_work(image: Image.Image, stage: Stage, interpolation: str, seed: int) -> None:
     """The tolerance of the whole pipeline: 0.05 of 255 in the mean, 2 at most."""
-    pixels, erased = train_view(F.pil_to_tensor(image), stage, seed, interpolation)
+    pixels, erased = train_view(torch.from_numpy(np.array(image)), stage, seed, interpolation)
     assert torch.equal(train_view(image, stage, seed, interpolation)[0], pixels), "an image is not seen as its pixels"
     torch.manual_seed(seed)
     expected, expected_box = older_view(image, stage, interpolation)
@@ -239,7 +239,7 @@ def test_torchs_resizing_differs_from_pillows_only_where_auto_augment_makes_more
 def test_the_hardest_edges_are_resized_as_pillow_does(height: int, width: int, seed: int) -> None:
     noise = np.random.default_rng(seed).integers(0, 2, (height, width, 3), np.uint8) * 255
     stage = Stage(augmentation=("random_resized_crop",), resize=40, crop=32)
-    pixels, _ = train_view(torch.from_numpy(noise).permute(2, 0, 1), stage, seed, "bicubic")
+    pixels, _ = train_view(torch.from_numpy(noise), stage, seed, "bicubic")
     torch.manual_seed(seed)
     expected, _ = older_view(Image.fromarray(noise), stage, "bicubic")
     assert (pixels.int() - expected.int()).abs().max() <= 2
@@ -259,7 +259,7 @@ def test_a_view_hangs_on_its_seed_and_on_nothing_before_it(names: tuple[str, ...
 
 def test_cutout_centres_are_uniform_over_the_crop() -> None:
     stage = Stage(augmentation=("resize", "cutout"), resize=8, crop=8)
-    image = F.pil_to_tensor(photograph(0).resize((8, 8)))
+    image = torch.from_numpy(np.array(photograph(0).resize((8, 8))))
     centres = torch.stack([train_view(image, stage, seed, "bilinear")[1][:2] + 1 for seed in range(4000)])
     counts = torch.bincount(centres[:, 0] * 8 + centres[:, 1], minlength=64)
     assert ((counts - 4000 / 64) ** 2 / (4000 / 64)).sum() < 63 + 4 * math.sqrt(2 * 63)  # chi-square, four sigma

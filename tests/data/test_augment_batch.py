@@ -65,8 +65,7 @@ def assert_views(pictures: list[Image.Image], stage: Stage, interpolation: str) 
 @pytest.mark.parametrize(("interpolation", "number"), CASES)
 def test_a_picture_is_squared_as_the_golden_one(shared: Path, interpolation: str, number: int) -> None:
     with np.load(shared / "golden" / "transforms.npz", allow_pickle=False) as golden:
-        picture = torch.from_numpy(golden[f"image_{number}"]).permute(2, 0, 1)
-        side, crop = golden[f"resize_crop_{number}"].tolist()
+        picture, (side, crop) = torch.from_numpy(golden[f"image_{number}"]), golden[f"resize_crop_{number}"].tolist()
         expected, offset = golden[f"pixels_{interpolation}_{number}"], (side - crop) // 2
     (squared,) = seen([picture], Stage(augmentation=("resize",), resize=side, crop=side), [0], interpolation)
     assert np.array_equal(squared[offset : offset + crop, offset : offset + crop].numpy(), expected)
