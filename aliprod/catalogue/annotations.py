@@ -30,11 +30,22 @@ _NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,255}")
 _CLASS = re.compile(r"[0-9]{1,18}")  # fits int64
 
 
+class Repeated(dict[str, Any]):
+    """A JSON object that says a key twice, of which Python's parser would keep the last."""
+
+    twice: str
+
+
 def rows(file: Path) -> list[Any]:
-    """The list under ``images``; its rows are not yet looked at. Refused: as `document`, or no list ``images``."""
+    """The list under ``images``; its rows are not yet looked at. Refused: not UTF-8, not JSON, no list ``images``, or a
+    key twice at the top."""
     top = document(file)
     if not isinstance(top, dict):
         raise Refused(f"has {_kind(top)} at the top, so there is no key images.", file, _LAYOUT)
+    if isinstance(top, Repeated):
+        text, key = utf8(file), f'"{top.twice}"'
+        line = text.count("\n", 0, max(text.find(key, text.find(key) + 1), 0)) + 1
+        raise Refused(f"has the key {top.twice} twice.", f"{file}, line {line}", "Keep one of them.")
     if "images" not in top:
         near = did_you_mean("images", top)
         raise Refused(f"has no key images; its keys are: {listing(top) or 'none'}.", file, f"{near} {_LAYOUT}".strip())
@@ -44,18 +55,20 @@ def rows(file: Path) -> list[Any]:
 
 
 def document(file: Path) -> Any:
-    """Any JSON file. Refused: empty, not UTF-8, not JSON (the line is named), or an object says a key twice, of which
-    Python's parser would keep the last."""
+    """Any JSON file; an object that says a key twice is `Repeated`. Refused: empty, not UTF-8 or not JSON; the line is
+    named."""
     text = utf8(file)
     if not text.strip():
         raise Refused("is empty.", file, _LAYOUT)
     advice = "Was its download or its writing cut short? Write or fetch it again."
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = f"{file}, line {error.lineno}"
         raise Refused(f"is not JSON: {error.msg} at column {error.colno}.", where, advice) from error
-    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, nested too deeply
+    except RecursionError as error:
+        raise Refused("is nested too deeply to be read.", file, _LAYOUT) from error
+    except ValueError as error:  # a number of thousands of digits
         raise Refused(f"is not JSON that can be read: {error}.", file, advice) from error
 
 
@@ -74,12 +87,13 @@ def utf8(file: Path) -> str:
         raise Refused(what, f"{file}, line {line}", "Save it as UTF-8.") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"an object has the key {key} twice")
-    return found
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    repeated = Repeated(plain)
+    repeated.twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+    return repeated
 
 
 def _kind(value: Any) -> str:
@@ -90,7 +104,7 @@ def _kind(value: Any) -> str:
 def name_fault(name: Any) -> str:
     """Why a text cannot be the name of a file inside its folder; '' where it can."""
     if type(name) is not str:
-        return f"its id is {shown(name)}, not a text"
+        return f"its id is {_shown(name)}, not a text"
     if _NAME.fullmatch(name) and name not in (".", "..") and (len(name) < 64 or len(name.encode()) <= 255):
         return ""
     if not name:
@@ -116,8 +130,12 @@ def class_number(class_id: Any) -> int | None:
     return class_id if type(class_id) is int and 0 <= class_id < 10**18 else None
 
 
-def shown(value: Any) -> str:
-    """A value of a row, for people, in 60 characters."""
+def class_fault(class_id: Any) -> str:
+    """Why a value is no class id."""
+    return f"its class id is {_shown(class_id)}, not a number such as 7 or 00007"
+
+
+def _shown(value: Any) -> str:
     if value is None:
         return "missing"
     text = escaped(repr(value))

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from aliprod.catalogue.annotations import PICTURE_SUFFIXES
 from aliprod.catalogue.decode import MOST_BYTES, Unreadable
@@ -67,6 +68,15 @@ class Record(BaseModel):
     shards: dict[str, list[tuple[int, int]]]  # of each split: rows and bytes of JPEG in each shard
     skipped: list[tuple[str, str]]  # path, reason
     problems: list[tuple[str, str]]  # what is odd about images that are used
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Record":
+        levels = self.ancestor or []
+        rising = all(one < next_ for one, next_ in pairwise(self.classes))
+        sizes = {len(self.names), *map(len, levels), *map(len, self.counts.values())}
+        if not rising or sizes != {len(self.classes)} or set(self.shards) != set(SPLITS):
+            raise ValueError("its lists do not match its classes")
+        return self
 
     def file_names(self) -> list[str]:
         """All shards, in order."""
@@ -119,10 +129,18 @@ def write_rows(folder: Path, split: str, ids: pa.StringArray, labels: NDArray[np
 
 def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, NDArray[np.int64]]:
     """The ids and labels of a split. Failed: the file is not the one that was written."""
-    rows = pa.ipc.open_file(_content(root / _ROWS[split], found)).get_batch(0)
-    ids = rows.column("image_id")
-    ids.validate(full=True)
-    return ids, np.from_dlpack(rows.column("label")).astype(np.int64)  # `to_numpy` imports pandas: 34 MB a process
+    path = root / _ROWS[split]
+    with _reading(path):
+        if commit.sha256(path) != found.digests[path.name]:
+            raise _damaged(path)
+        labels = np.from_dlpack(_column(path, 0)).astype(np.int64)  # `to_numpy` imports pandas: 34 MB a process
+        ids = _column(path, 1)
+        ids.validate(full=True)
+    count = sum(shard[0] for shard in found.record.shards[split])
+    least, most = (-1 if split == "test" else 0), len(found.record.classes) - 1
+    if not len(labels) == len(ids) == count or (count and not least <= labels.min() <= labels.max() <= most):
+        raise _damaged(path)
+    return ids, labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,18 +192,17 @@ class Store:
         if found.fingerprint != self.fingerprint:
             raise Failed("has changed since it was opened.", self.root, "Start the same command again.")
         shards = found.record.shards[self.split]
-        total = sum(size for _, size in shards)
+        total = sum(shard[1] for shard in shards)
         log.info("laying out %s bytes of %s of %s in %s, once", f"{total:,}", self.split, self.root, folder.parent)
-        names = [shard_name(self.split, number) for number in range(len(shards))]
-        sizes = [0]
-        with (folder / "jpegs").open("wb") as pictures:
+        with (folder / "jpegs").open("wb") as pictures, (folder / "ends").open("wb") as ends:
             os.posix_fallocate(pictures.fileno(), 0, total)  # no room is said at once
-            for path in commit.borrowed(self.root, names):
-                table = pq.read_table(io.BytesIO(_content(path, found)), columns=["jpeg"])
-                jpegs = table.column("jpeg").to_pylist()
+            ends.write(bytes(8))
+            names = [shard_name(self.split, number) for number in range(len(shards))]
+            for path, (rows, _) in zip(commit.borrowed(self.root, names), shards, strict=True):
+                jpegs = _jpegs(path, found.digests[path.name], rows)
+                base = pictures.tell()
                 pictures.writelines(jpegs)
-                sizes += map(len, jpegs)
-        (folder / "ends").write_bytes(np.cumsum(sizes, dtype="<i8").tobytes())
+                ends.write((base + np.cumsum([len(jpeg) for jpeg in jpegs], dtype="<i8")).tobytes())
 
 
 @contextmanager
@@ -205,15 +222,36 @@ def remove_partials(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _content(path: Path, found: Manifest) -> bytes:
-    """A file, held against its checksum: those of Parquet's pages leave out the footer. Failed: it is another."""
-    try:
+def _jpegs(path: Path, digest: str, rows: int) -> list[bytes]:
+    """The pictures of a shard, read once and held against its checksum: page checksums alone leave out the footer."""
+    with _reading(path):
         content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise _damaged(path)
+        jpegs: list[bytes] = pq.read_table(io.BytesIO(content), columns=["jpeg"]).column("jpeg").to_pylist()
+    if len(jpegs) != rows or not all(isinstance(jpeg, bytes) for jpeg in jpegs):
+        raise _damaged(path)
+    return jpegs
+
+
+def _column(path: Path, number: int) -> pa.Array:
+    """Alone: the other would stay in memory."""
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[number])).get_batch(0).column(0)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise Failed(f"cannot be read: {error.strerror or error}.", path, _AGAIN) from error
-    if hashlib.sha256(content).hexdigest() != found.digests[path.name]:
-        raise Failed("is damaged: its bytes are not those of the manifest.", path, _AGAIN)
-    return content
+    except (pa.ArrowException, KeyError, IndexError, ValueError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> Failed:
+    return Failed("is damaged: its bytes are not those of the manifest.", path, _AGAIN)
 
 
 # Tars

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aliprod.catalogue import annotations, shards
-from aliprod.catalogue.annotations import PICTURE_SUFFIXES, class_number, name_fault
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES, class_fault, class_number, name_fault
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
 from aliprod.catalogue.folders import by_split, folder_names, from_folders, is_inside, split_folders, split_of
 from aliprod.catalogue.held_out import hold_out
@@ -135,16 +135,16 @@ def _from_json(root: Path) -> Iterator[Rows]:
 def _rows_of(file: Path, rows: Rows, folders: dict[int, str]) -> Rows:
     split, labelled = rows.split, rows.split != "test"
     for number, row in enumerate(annotations.rows(file), 1):
-        if not isinstance(row, dict):
-            rows.note(file.name, f"row {number} is no object with an image_id and a class_id", skipped=True)
+        if not isinstance(row, dict) or isinstance(row, annotations.Repeated):
+            no_row = "is no object with an image_id and a class_id"
+            fault = f"has the key {row.twice} twice" if isinstance(row, annotations.Repeated) else no_row
+            rows.note(file.name, f"row {number} {fault}", skipped=True)
             continue
         image_id = row.get("image_id", row.get("id"))
         class_id = row.get("class_id", row.get("category_id"))
         known = class_number(class_id) if labelled else -1
         folder = split if known is None or known < 0 else f"{split}/{folders.get(known) or f'{known:05d}'}"
-        fault = name_fault(image_id)
-        if known is None and not fault:
-            fault = f"its class id is {annotations.shown(class_id)}, not a number such as 7 or 00007"
+        fault = name_fault(image_id) or (class_fault(class_id) if known is None else "")
         if not isinstance(image_id, str):
             rows.note(file.name, f"row {number}: {fault}", skipped=True)
         elif fault or known is None:

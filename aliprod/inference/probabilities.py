@@ -60,7 +60,9 @@ class Probabilities:
         return str(self.record.get("split", ""))
 
     def rows(self, low: int, high: int) -> Half:
-        """Rows low to high (exclusive): (high - low, K), as `take`."""
+        """Rows low to high (exclusive): (high - low, K), as `take`. IndexError: there are no such rows."""
+        if not 0 <= low <= high <= len(self):
+            raise IndexError(f"rows {low} to {high} of {len(self)}")
         return self.take(np.arange(low, high))
 
     def take(self, rows: Rows) -> Half:
@@ -158,7 +160,7 @@ def open_store(folder: Path) -> Probabilities:
         raise Failed(what, folder, _ADVICE)
     try:
         rows, classes = pq.read_table(folder / "rows.parquet"), pq.read_table(folder / "classes.parquet")
-        return Probabilities(
+        store = Probabilities(
             folder,
             rows["image_id"].combine_chunks(),
             classes["class_id"].to_numpy(),
@@ -166,8 +168,14 @@ def open_store(folder: Path) -> Probabilities:
             record,
             int(rows.schema.metadata[b"rows_per_shard"]),
         )
+        for number, low in enumerate(range(0, len(store), store.rows_per_shard)):
+            expected = (min(store.rows_per_shard, len(store) - low), len(store.classes))
+            shard = np.load(shard_file(folder / STEM, number), mmap_mode="r")
+            if shard.shape != expected or shard.dtype != np.float16:
+                raise ValueError(f"shard {number} is {shard.shape} {shard.dtype}, not {expected}")
     except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors and KeyErrors
         raise Failed(f"the probabilities are damaged: {error}.", folder, _ADVICE) from error
+    return store
 
 
 def as_labels(labels: Sequence[int] | Rows, classes: Rows) -> pa.Int64Array:

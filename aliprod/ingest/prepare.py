@@ -180,7 +180,8 @@ class _Run:
             ShardRecipe(self.work / f"{images.split}-{number:05}", part, class_ids[part.labels], self.settings)
             for number, part in enumerate(images.chunks(SHARD))
         )
-        processes = min(self.processes, -(-len(images) // SHARD))
+        # Two at least, as a picture that kills its decoder is then named.
+        processes = min(self.processes, max(2, -(-len(images) // SHARD)))
         made = ordered_map(make_shard, recipes, processes, lambda recipe: first_picture(recipe.images), advice)
         for number, result in enumerate(made):
             left_out += [number * SHARD + row for row in result.left_out]

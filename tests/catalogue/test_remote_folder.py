@@ -116,6 +116,11 @@ def test_pictures_are_listed_there_and_read_from_there(bucket: Callable[[str], s
     assert one.source() == found[3].source() == (packages.root / "test" / names[3]).read_bytes()
 
 
+def test_a_bucket_that_s3_does_not_find_is_told_in_a_sentence() -> None:
+    with pytest.raises((Refused, Unreachable), match=r"cannot be reached|is not there"):  # without internet, and with
+        folder_at("s3://no-such-bucket-of-aliprod/photos")
+
+
 def test_an_upload_that_broke_off_is_no_catalogue_and_the_next_call_makes_it_one(
     bucket: Callable[[str], str], packages: Catalogue, tmp_path: Path
 ) -> None:

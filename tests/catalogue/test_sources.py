@@ -95,7 +95,7 @@ def test_one_id_under_two_classes_is_two_images_and_a_row_twice_is_one(shared: P
         ("images_empty", None, "no row"),
         ("rows_are_lists", None, "row 1"),
         ("latin1", 1, "not UTF-8"),
-        ("images_key_twice", None, "images twice"),
+        ("images_key_twice", 1, "images twice"),
     ],
 )
 def test_a_whole_annotation_file_is_refused_in_one_sentence(
@@ -114,16 +114,7 @@ def test_a_byte_order_mark_is_no_error(shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "[" * 100_000,
-        '{"images": [{"image_id": "a.jpg", "class_id": 1, "class_id": 2}]}',
-        '{"images": ' + "1" * 5000 + "}",
-        "\x00",
-        '{"images": [NaN]}',
-        "{}",
-        "7",
-    ],
+    "text", ["[" * 100_000, '{"images": ' + "1" * 5000 + "}", "\x00", '{"images": [NaN]}', "{}", "7"]
 )
 def test_hostile_json_is_refused_and_never_a_traceback(tmp_path: Path, text: str) -> None:
     (tmp_path / "train.json").write_text(text)
@@ -157,6 +148,15 @@ def test_no_id_leads_out_of_its_folder(image_id: object) -> None:
     assert len(catalogue.train) + len(catalogue.problems) == 2
     for problem in catalogue.problems:
         (problem.path + problem.problem).encode()
+
+
+def test_a_key_that_a_row_says_twice_costs_the_row(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(
+        '{"images": [{"image_id": "a.jpg", "class_id": 1, "class_id": 2}, {"image_id": "b.jpg", "class_id": 2}]}'
+    )
+    catalogue = read(tmp_path)
+    assert catalogue.train.ids.to_pylist() == ["b.jpg"]
+    assert "class_id twice" in catalogue.problems[0].problem
 
 
 def test_the_folder_of_a_class_may_be_its_number_without_padding(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_verify_notices_a_changed_byte(tmp_path):
     assert commit.verify(tmp_path / "p") == ["probabilities-00001.npy"]
 
 
-@pytest.mark.parametrize(("low", "high"), [(-1, 2), (0, 5)])
+@pytest.mark.parametrize(("low", "high"), [(-1, 2), (2, 1), (0, 5)])
 def test_rows_that_are_not_there_are_refused(tmp_path, low, high):
     write(tmp_path / "p", ids(4), range(3), blocks_of(softmax(4, 3)))
     with pytest.raises(IndexError):

@@ -148,6 +148,11 @@ def test_all_that_does_not_go_together_in_a_stage_is_said(load_text: Load, small
     assert "lr.warmup_epochs = 9 is longer than the stage: epochs = 2" in said
 
 
+def test_an_objective_of_a_kind_that_is_none_is_refused_with_the_nearest(load_text: Load, small: str) -> None:
+    said = refusal(load_text, with_stage(small, 'objective = { name = "hierarchy", kind = "margnal" }'))
+    assert "Did you mean marginal?" in said
+
+
 def test_a_soup_ignores_the_epochs_of_the_defaults(load_text: Load, small: str) -> None:
     plan = load_text(with_stage(small, 'soup = { of = ["full", "dcl"] }'), ["defaults.epochs=7"])
     assert [plan.stage("resnet", name).epochs for name in ("full", "more")] == [2, 1]
