@@ -18,8 +18,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+from aliprod.build.graph import targets
+from aliprod.build.target import Site, lacking
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.sources import read
+from aliprod.plan.load import load
+from aliprod.plan.open import Opened, Request, open_plan
+from aliprod.plan.places import resolve
 from aliprod.store import mirror
 from aliprod.store.bucket import opened
 from aliprod.synth.synth import synthesise
@@ -99,6 +104,26 @@ def machines(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
         return mirrored
 
     return machine
+
+
+def open_file(file: Path, storage: Path, sets: Sequence[str] = ()) -> Opened:
+    """A plan's file, with the jobs of its catalogue."""
+    plan = load(file, sets)
+    return open_plan(Request(plan, file.read_text(), resolve(plan, storage, None, None)))
+
+
+def make_all(opened: Opened) -> list[str]:
+    """Make what is missing without Ray, the first that has all it needs; the names in order."""
+    site = Site.of(opened)
+    made = []
+    while todo := lacking(targets(opened, False), site.storage):
+        target = next(t for t in todo.values() if not any(need.name in todo for need in t.needed()))
+        assert target.folder(site.storage).parent  # known by now
+        for metrics in target.make(target, site):
+            assert metrics["epoch"] >= 0
+        assert target.record(site.storage) is not None, f"{target.name} is there"
+        made.append(target.name)
+    return made
 
 
 @contextmanager

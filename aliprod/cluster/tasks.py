@@ -176,7 +176,9 @@ class RayRunner:
     def _displaced(self, handles: Sequence[Pending]) -> Iterator[Pending]:
         """Trainings that have not begun, and whose room another driver has taken meanwhile."""
         waiting = [handle for handle in handles if not self.has_begun(handle)]
-        room = Room(self.nodes() if waiting else ())
+        if not waiting:
+            return
+        room = Room(self.nodes())
         for handle in (one for one in handles if one not in waiting):
             room.take(handle.start.target.resources, handle.start.nodes)
         for handle in waiting:

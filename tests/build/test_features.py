@@ -23,13 +23,13 @@ from aliprod.errors import Failed, Refused
 from aliprod.inference.probabilities import open_store
 from aliprod.models.classifier import normalisation
 from aliprod.plan.load import load
-from aliprod.plan.open import Opened, Request, open_plan
-from aliprod.plan.places import resolve
+from aliprod.plan.open import Opened
 from aliprod.recipe import Inputs, Machine
 from aliprod.store import commit, lineage
 from aliprod.synth.synth import synthesise
 from aliprod.training.candidates import Candidate
 from aliprod.training.learner import set_up
+from tests.conftest import open_file
 
 NETWORK = "test_efficientnet.r160_in1k"
 pytestmark = pytest.mark.usefixtures("torch_as_before")
@@ -73,8 +73,7 @@ score = "val"
 
 
 def opened_in(folder: Path, *sets: str) -> Opened:
-    plan = load(folder / "plan.toml", list(sets))
-    return open_plan(Request(plan, PLAN, resolve(plan, folder / "runs", None, None)))
+    return open_file(folder / "plan.toml", folder / "runs", sets)
 
 
 @pytest.fixture(scope="module")

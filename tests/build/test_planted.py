@@ -26,7 +26,8 @@ from aliprod.models.classifier import Classifier
 from aliprod.models.weights import load_pretrained
 from aliprod.plan.open import Opened
 from aliprod.store import commit
-from tests.build.test_products import make_all, shop
+from tests.build.test_products import shop
+from tests.conftest import make_all
 
 __all__ = ["shop"]
 pytestmark = pytest.mark.usefixtures("torch_as_before")

@@ -9,9 +9,8 @@ from aliprod.build.target import Site
 from aliprod.catalogue.sources import Reading, read
 from aliprod.errors import Refused
 from aliprod.plan.load import load
-from aliprod.plan.open import Request, open_plan
-from aliprod.plan.places import resolve
 from aliprod.synth.synth import synthesise
+from tests.conftest import open_file
 
 PLAN = """\
 format = 1
@@ -32,8 +31,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "plan.toml").write_text(PLAN)
 
     def checked(*sets: str) -> None:
-        plan = load(tmp_path / "plan.toml", sets)
-        opened = open_plan(Request(plan, PLAN, resolve(plan, tmp_path / "runs", None, None)))
+        opened = open_file(tmp_path / "plan.toml", tmp_path / "runs", sets)
         make_first(opened, [], Site.of(opened))
 
     return checked

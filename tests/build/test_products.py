@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from aliprod.build.graph import Chosen, targets
-from aliprod.build.target import Site, Target, lacking
 from aliprod.catalogue import sources
 from aliprod.ensemble.guesses import read_predictions
 from aliprod.errors import Refused
@@ -21,10 +20,10 @@ from aliprod.inference.metrics import score
 from aliprod.inference.probabilities import open_store
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
-from aliprod.plan.open import Opened, Request, open_plan
-from aliprod.plan.places import resolve
+from aliprod.plan.open import Opened
 from aliprod.store import commit, lineage
 from aliprod.synth.synth import synthesise
+from tests.conftest import make_all, open_file
 
 MEMBERS = ("net/soup", "net/student")
 TWICE = "another-label.jpg"  # a picture that stands under two labels
@@ -59,8 +58,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     synthesise(folder / "photos", classes=3, images=30, seed=0)
     show_twice(folder / "photos")
     (folder / "plan.toml").write_text(PLAN)
-    plan = load(folder / "plan.toml")
-    return open_plan(Request(plan, PLAN, resolve(plan, folder / "runs", None, None)))
+    return open_file(folder / "plan.toml", folder / "runs")
 
 
 def show_twice(catalogue: Path) -> None:
@@ -86,24 +84,6 @@ def weights_of(opened: Opened, job: str) -> dict[str, torch.Tensor]:
 def prints(opened: Opened) -> tuple[str, str]:
     catalogue = opened.read_catalogue()
     return catalogue.fingerprint, catalogue.tree_fingerprint
-
-
-def missing(opened: Opened, **chosen: Chosen) -> dict[str, Target]:
-    return lacking(targets(opened, False, chosen), opened.places.storage)
-
-
-def make_all(opened: Opened) -> list[str]:
-    """Make what is missing, the first that has all it needs; the names in order."""
-    site = Site.of(opened)
-    made = []
-    while todo := missing(opened):
-        target = next(t for t in todo.values() if not any(need.name in todo for need in t.needed()))
-        assert target.folder(site.storage).parent  # known by now
-        for metrics in target.make(target, site):
-            assert metrics["epoch"] >= 0
-        assert target.record(site.storage) is not None, f"{target.name} is there"
-        made.append(target.name)
-    return made
 
 
 @pytest.fixture(scope="module")

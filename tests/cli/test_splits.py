@@ -9,13 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from aliprod.build.preflight import prepare
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.cli import app
-from aliprod.plan.load import load
-from aliprod.plan.open import Request, open_plan
-from aliprod.plan.places import resolve
-from tests.build.test_products import make_all
+from tests.conftest import make_all, open_file
 
 pytestmark = pytest.mark.usefixtures("torch_as_before")
 PLAN = """\
@@ -38,8 +34,7 @@ def run_without(packages: Catalogue, folder: Path, *missing: str) -> tuple[str, 
     for name in missing:
         (folder / "photos" / name).unlink()
     (folder / "tiny.toml").write_text(PLAN)
-    plan = load(folder / "tiny.toml")
-    make_all(prepare(open_plan(Request(plan, PLAN, resolve(plan, folder / "storage", None, None)))))
+    make_all(open_file(folder / "tiny.toml", folder / "storage"))
     ran = CliRunner().invoke(app, ["run", str(folder / "tiny.toml"), "--storage", str(folder / "storage")])
     assert ran.exit_code == 0, ran.output
     return ran.output, json.loads((folder / "storage" / "tiny" / "result.json").read_text())["ensemble"]

@@ -4,21 +4,16 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aliprod.build.preflight import prepare
-from aliprod.plan.load import load
-from aliprod.plan.open import Opened, Request, open_plan
-from aliprod.plan.places import resolve
 from aliprod.store import commit, mirror
 from aliprod.store.layout import RESUME, WEIGHTS
-from tests.build.test_products import make_all
-from tests.conftest import s3_environment
+from tests.conftest import make_all, open_file, s3_environment
 
 JOBS = ("efficientnet/full", "resnet/full")
 SETS = (
@@ -27,11 +22,6 @@ SETS = (
     "stages.full.epochs=6",
     "cluster.save_every_steps=16",
 )
-
-
-def opened(plan: Path, storage: Path, sets: Sequence[str] = SETS) -> Opened:
-    found = load(plan, sets)
-    return open_plan(Request(found, plan.read_text(), resolve(found, storage, None, None)))
 
 
 @pytest.fixture
@@ -56,7 +46,7 @@ def test_a_plan_in_a_bucket_is_killed_and_taken_up_by_another_machine_to_the_byt
 ) -> None:
     arguments: tuple[str | Path, ...] = ("run", plan, "--storage", "s3://team/killed", "--json")
     arguments += tuple(word for text in SETS for word in ("--set", text))
-    expected = prepare(opened(plan, tmp_path / "folder"))
+    expected = open_file(plan, tmp_path / "folder", SETS)
     make_all(expected)
 
     first = two.start(*arguments)
@@ -77,7 +67,7 @@ def test_a_plan_in_a_bucket_is_killed_and_taken_up_by_another_machine_to_the_byt
     assert outcome["ensemble"]["submission"] == "s3://team/killed/tiny/submission.csv"
 
     shutil.rmtree(tmp_path / "cache" / mirrored.relative_to(tmp_path / "cache").parts[0])  # whoever looks now
-    found = opened(plan, Path("s3://team/killed"))
+    found = open_file(plan, Path("s3://team/killed"), SETS)
     assert found.places.storage == mirrored
     for name in JOBS:
         folders = [one.job_folder(name) / WEIGHTS for one in (expected, found)]

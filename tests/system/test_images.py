@@ -21,9 +21,7 @@ from services import PROGRAMS, Postgres
 
 from aliprod.build.preflight import prepare
 from aliprod.version import VERSION
-from tests.build.test_products import make_all
-from tests.conftest import s3_environment
-from tests.system.test_bucket import opened
+from tests.conftest import make_all, open_file, s3_environment
 
 if shutil.which("buildah") is None:
     pytest.skip("needs buildah, and the images that it builds", allow_module_level=True)
@@ -154,7 +152,7 @@ def test_a_job_submitted_in_one_is_killed_twice_and_ends_with_the_bytes_of_a_fol
     finally:
         buildah("rm", name)
     quickstart = Path(__file__).parents[2] / "jobs" / "quickstart.toml"
-    expected = prepare(opened(quickstart, tmp_path / "folder", SMALL))
+    expected = prepare(open_file(quickstart, tmp_path / "folder", SMALL))
     make_all(expected)
     submission = bucket.get_object(Bucket="team", Key="runs/quickstart/submission.csv")["Body"].read()
     assert submission == (expected.folder / "ensemble" / "submission.csv").read_bytes()

@@ -27,13 +27,12 @@ from aliprod.build.target import Resources, Site, lacking
 from aliprod.cluster import session, tasks
 from aliprod.cluster.launch import Start, start_launcher
 from aliprod.cluster.tasks import Pending, RayRunner
-from aliprod.plan.load import load
-from aliprod.plan.open import Opened, Request, open_plan
-from aliprod.plan.places import resolve
+from aliprod.plan.open import Opened
 from aliprod.plan.schema import Cluster
 from aliprod.store import commit
 from aliprod.store.layout import newest_step
 from aliprod.store.lease import Leases
+from tests.conftest import open_file
 
 JOB = "efficientnet/full"
 SETS = (
@@ -58,9 +57,7 @@ GROWS = {
 
 @pytest.fixture(scope="module")
 def opened(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    storage = tmp_path_factory.mktemp("moved")
-    loaded = load(plan, SETS)
-    return open_plan(Request(loaded, plan.read_text(), resolve(loaded, storage, None, None)))
+    return open_file(plan, tmp_path_factory.mktemp("moved"), SETS)
 
 
 @pytest.fixture(scope="module")
