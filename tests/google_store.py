@@ -52,6 +52,10 @@ class Answers(BaseHTTPRequestHandler):
             self._answer(404)
         elif self.headers.get("If-None-Match") == found.tag:
             self._answer(304, headers=found.headers)
+        elif asked := self.headers.get("Range"):
+            first, last = map(int, asked.removeprefix("bytes=").split("-"))
+            part = {"Content-Range": f"bytes {first}-{last}/{len(found.content)}"}
+            self._answer(206, found.content[first : last + 1], found.headers | part)
         else:
             self._answer(200, found.content, found.headers)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from aliprod.catalogue.decode import Unreadable
 from aliprod.catalogue.remote_folder import RemoteFolder
-from aliprod.catalogue.shards import Store, Tars
+from aliprod.catalogue.shards import Store
+from aliprod.catalogue.tars import Tars
 
 Integers = NDArray[np.int64]
 
@@ -75,6 +76,11 @@ class Images:
         if self.store is None:
             return self.path(row)
         return self.store.jpeg(row if self.places is None else int(self.places[row]))
+
+    def ask(self, rows: Iterable[int]) -> None:
+        """Say which rows are read next: what lies far away is brought side by side."""
+        if isinstance(self.store, Store):
+            self.store.ask(rows if self.places is None else map(int, self.places[list(rows)]))
 
     def chunks(self, rows: int) -> "Iterator[Images]":
         """All images in order, so many at a time."""

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from aliprod.catalogue import annotations
 from aliprod.catalogue.annotations import class_number, path_fault
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
-from aliprod.catalogue.shards import Tars
+from aliprod.catalogue.tars import Tars
 from aliprod.errors import Refused, did_you_mean, listing
 from aliprod.shown import escaped
 

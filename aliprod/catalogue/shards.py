@@ -1,24 +1,21 @@
-"""Pictures that lie in no files of their own: in the shards of a prepared catalogue, and in tars.
+"""The shards of a prepared catalogue.
 
-A prepared catalogue holds Parquet shards that other tools open (``train-00000.parquet``: image_id, class_id, jpeg;
-pages with checksums), the rows of each split in order (``train.arrow``) and the manifest of `store.commit`. A random
-row of a Parquet file costs its row group, up to 9 ms (measured, pyarrow 25), so nothing is ever read from the shards
-one by one: the pictures of a split are laid out once, end to end, on the disk of each machine that reads them.
-
-A tar, as WebDataset writes it, has the members of one key together, ``KEY.jpg`` beside ``KEY.cls``. It is scanned once,
-header by header; a picture is then read where it lies. Compressed ones have no such places.
+It holds Parquet shards that other tools open (``train-00000.parquet``: image_id, class_id, jpeg; pages with checksums),
+the rows of each split in order (``train.arrow``) and the manifest of `store.commit`. A random row of a Parquet file
+costs its row group, up to 9 ms (measured, pyarrow 25), so no row is ever read by way of Parquet: each machine goes
+through the shards once, lays their pictures out end to end on its own disk, as far as it has room, and notes where in
+its shard each of the others lies.
 """
 
 import hashlib
 import io
-import json
 import logging
 import os
 import shutil
 import struct
-import tarfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,20 +29,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from aliprod.catalogue.annotations import PICTURE_SUFFIXES
-from aliprod.catalogue.decode import MOST_BYTES, Unreadable
 from aliprod.errors import Failed, Refused
 from aliprod.processes import locked
 from aliprod.store import commit
-from aliprod.store.layout import check_cache
+from aliprod.store.layout import cache_room, check_cache
 
 SPLITS = ("train", "val", "test")
 FORMAT = 1
 _ROWS = {split: f"{split}.arrow" for split in SPLITS}  # the file of ids and labels of a split
+_ROW = struct.Struct("<iiq8s")  # of a picture: its shard, bytes, the first of them, the beginning of their sha256
+_READERS = 32  # pictures that a process reads side by side: an object store answers after 20 to 100 ms
 _AGAIN = "Copy it here once more, or prepare the catalogue again."
-_LABELS = ("cls", "json", "txt")  # of a picture in a tar: the first that is there
-_KEYS = ("label", "class", "cls", "class_id", "category")  # of a label in JSON
-_MOST_LABEL = 2**20  # bytes of one
 
 log = logging.getLogger(__name__)
 
@@ -143,9 +137,19 @@ def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, 
     return ids, labels
 
 
+class _Open(NamedTuple):
+    """A split on this machine: two open files, and how many rows, from the first on, have their pictures here."""
+
+    rows: int
+    pictures: int
+    here: int
+
+
 @dataclass(frozen=True, eq=False)
 class Store:
-    """The pictures of one split, read row by row from this machine's own disk.
+    """The pictures of one split, read row by row: those that this machine's own disk has room for from there, the
+    others from their shards, wherever these are. An epoch shows each once, so a cache that keeps the same ones for good
+    serves as many of them as any other of its size.
 
     Travels to other processes as texts alone; each opens the files for itself. They are read with ``pread``, not
     mapped: a disk error is an exception then, where a map ends the process without a word.
@@ -157,52 +161,105 @@ class Store:
     cache: Path
 
     def jpeg(self, place: int) -> bytes:
-        """The picture in a row of the shards. Failed: one is not what the manifest says. StorageFull: no room here."""
-        ends, pictures = self._files
-        start, end = struct.unpack("<qq", os.pread(ends, 16, 8 * place))
-        return os.pread(pictures, end - start, start)
+        """The picture in a row of the shards. Failed: one is not what the manifest says. StorageFull: no room here.
+        Unreachable: the bucket does not answer."""
+        asked = self._asked.pop(place, None)
+        return asked.result() if asked else self._read(place)
+
+    def ask(self, places: Iterable[int]) -> None:
+        """Begin to read those of these pictures that are not on this machine, side by side."""
+        for place in places:
+            if place >= self._open.here:
+                self._asked[place] = self._threads.submit(self._read, place)
 
     def laid_out(self) -> Path:
         """The folder with the pictures end to end; filled where it is not there, by one process of this machine.
         Refused: somebody else owns the cache, and would choose what we train on."""
-        folder = self.cache / self.fingerprint / self.split
+        folder = self.cache / "pictures" / self.fingerprint / self.split
         with commit.storage(folder):
             check_cache(self.cache)
-            folder.parent.mkdir(exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
         if commit.read(folder) is None:
             with alone(folder.with_suffix(".lock"), wait=True):
                 remove_partials(folder)
                 if commit.read(folder) is None:
-                    commit.write(folder, self._fill)
+                    self._lay_out(folder)
         return folder
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("root", "split", "fingerprint", "cache")}  # no open files
 
     @cached_property
-    def _files(self) -> tuple[int, int]:
+    def _open(self) -> _Open:
         folder = self.laid_out()
-        ends, pictures = (os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC) for name in ("ends", "jpegs"))
-        for file in (ends, pictures):
+        rows, pictures = (os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC) for name in ("rows", "jpegs"))
+        for file in (rows, pictures):
             weakref.finalize(self, os.close, file)
-        return ends, pictures
+        return _Open(rows, pictures, (commit.read(folder) or {})["here"])
 
-    def _fill(self, folder: Path) -> None:
+    @cached_property
+    def _asked(self) -> dict[int, Future[bytes]]:
+        return {}
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_READERS)
+
+    @cached_property
+    def _part(self) -> Callable[[str, int, int], bytes]:
+        return commit.part_reader(self.root)
+
+    def _read(self, place: int) -> bytes:
+        shard, size, start, digest = _ROW.unpack(os.pread(self._open.rows, _ROW.size, _ROW.size * place))
+        if place < self._open.here:
+            return os.pread(self._open.pictures, size, start)
+        path = self.root / shard_name(self.split, shard)
+        with _reading(path):
+            content = self._part(path.name, start, size)
+        if hashlib.sha256(content).digest()[: len(digest)] != digest:
+            raise _damaged(path)
+        return content
+
+    def _lay_out(self, folder: Path) -> None:
         found = manifest(self.root)
         if found.fingerprint != self.fingerprint:
             raise Failed("has changed since it was opened.", self.root, "Start the same command again.")
         shards = found.record.shards[self.split]
-        total = sum(shard[1] for shard in shards)
-        log.info("laying out %s bytes of %s of %s in %s, once", f"{total:,}", self.split, self.root, folder.parent)
-        with (folder / "jpegs").open("wb") as pictures, (folder / "ends").open("wb") as ends:
-            os.posix_fallocate(pictures.fileno(), 0, total)  # no room is said at once
-            ends.write(bytes(8))
-            names = [shard_name(self.split, number) for number in range(len(shards))]
-            for path, (rows, _) in zip(commit.borrowed(self.root, names), shards, strict=True):
-                jpegs = _jpegs(path, found.digests[path.name], rows)
-                base = pictures.tell()
-                pictures.writelines(jpegs)
-                ends.write((base + np.cumsum([len(jpeg) for jpeg in jpegs], dtype="<i8")).tobytes())
+        room = cache_room(self.cache, (file.stat().st_size for file in self.cache.glob("pictures/*/*/jpegs")))
+        ends = np.cumsum([size for _, size in shards], dtype=np.int64)
+        whole = int(np.searchsorted(ends, room, side="right"))  # shards whose pictures come here
+        total, here = (int(ends[number - 1]) if number else 0 for number in (len(shards), whole))
+        log.info("laying out %s of %s bytes of %s in %s", f"{here:,}", f"{total:,}", self.root / self.split, folder)
+
+        def fill(staging: Path) -> None:
+            with (staging / "jpegs").open("wb") as pictures, (staging / "rows").open("wb") as rows:
+                if here:
+                    os.posix_fallocate(pictures.fileno(), 0, here)  # no room is said at once
+                names = [shard_name(self.split, number) for number in range(len(shards))]
+                for number, path in enumerate(commit.borrowed(self.root, names)):
+                    content, jpegs = _jpegs(path, found.digests[path.name], shards[number][0])
+                    if number < whole:
+                        sizes = np.array([len(jpeg) for jpeg in jpegs], np.int64)
+                        places = (pictures.tell() + np.cumsum(sizes) - sizes).tolist()
+                        pictures.writelines(jpegs)
+                    else:
+                        places = _places(jpegs, content, path)
+                    for jpeg, place in zip(jpegs, places, strict=True):
+                        rows.write(_ROW.pack(number, len(jpeg), place, hashlib.sha256(jpeg).digest()[:8]))
+
+        commit.write(folder, fill, {"here": sum(rows for rows, _ in shards[:whole])})
+
+
+def _places(jpegs: list[bytes], shard: bytes, path: Path) -> list[int]:
+    """Where each picture begins in the bytes of its shard, in which they lie in order, as they are. Failed: they do
+    not."""
+    places, end = list[int](), 0
+    for jpeg in jpegs:
+        if (place := shard.find(jpeg, end)) < 0:
+            raise _damaged(path)
+        places.append(place)
+        end = place + len(jpeg)
+    return places
 
 
 @contextmanager
@@ -222,8 +279,8 @@ def remove_partials(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _jpegs(path: Path, digest: str, rows: int) -> list[bytes]:
-    """The pictures of a shard, read once and held against its checksum: page checksums alone leave out the footer."""
+def _jpegs(path: Path, digest: str, rows: int) -> tuple[bytes, list[bytes]]:
+    """A shard and its pictures, read once and held against its checksum: page checksums alone leave out the footer."""
     with _reading(path):
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
@@ -231,7 +288,7 @@ def _jpegs(path: Path, digest: str, rows: int) -> list[bytes]:
         jpegs: list[bytes] = pq.read_table(io.BytesIO(content), columns=["jpeg"]).column("jpeg").to_pylist()
     if len(jpegs) != rows or not all(isinstance(jpeg, bytes) for jpeg in jpegs):
         raise _damaged(path)
-    return jpegs
+    return content, jpegs
 
 
 def _column(path: Path, number: int) -> pa.Array:
@@ -252,88 +309,3 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _damaged(path: Path) -> Failed:
     return Failed("is damaged: its bytes are not those of the manifest.", path, _AGAIN)
-
-
-# Tars
-
-
-@dataclass(frozen=True, eq=False)
-class Tars:
-    """Where the pictures of tars lie: of each the tar, the first byte, and how many there are."""
-
-    root: Path
-    names: tuple[str, ...]
-    tar: NDArray[np.int64]
-    start: NDArray[np.int64]
-    size: NDArray[np.int64]
-
-    def jpeg(self, place: int) -> bytes:
-        """The file of a picture, whatever its format. Unreadable: it is cut short, or far too large."""
-        size = int(self.size[place])
-        if size > MOST_BYTES:
-            raise Unreadable(f"has {size:,} bytes; more than {MOST_BYTES:,} are refused")
-        try:
-            with (self.root / self.names[self.tar[place]]).open("rb") as file:
-                content = os.pread(file.fileno(), size, int(self.start[place]))
-        except OSError as error:
-            raise Unreadable(f"cannot be read from its tar: {error.strerror}") from error
-        if len(content) != size:
-            raise Unreadable("is cut short: its tar ends before it")
-        return content
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of the places."""
-        places = np.stack([self.tar, self.start, self.size]).astype("<i8")
-        return hashlib.sha256(places.tobytes()).hexdigest()
-
-
-class Member(NamedTuple):
-    """A picture in a tar, and its class as it is written; "" unknown."""
-
-    name: str
-    start: int
-    size: int
-    written: str
-
-
-def members(path: Path) -> Iterator[Member]:
-    """The pictures of a tar, in order. Refused: it is none, is compressed, or breaks off."""
-    key, picture, labels = "", list[tarfile.TarInfo](), dict[str, str]()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                if (here := f"{folder}/{stem}") != key:
-                    yield from _pictures(picture, labels)
-                    key, picture, labels = here, [], {}
-                if not member.isreg() or member.issparse():
-                    continue
-                if kind.lower() in _LABELS and member.size <= _MOST_LABEL and (file := tar.extractfile(member)):
-                    labels[kind.lower()] = _label(kind.lower(), file.read())
-                elif name.lower().endswith(PICTURE_SUFFIXES):
-                    picture.append(member)
-            yield from _pictures(picture, labels)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        advice = "Unpack it, or write it again without compression: pictures are read from the middle of it."
-        raise Refused(f"is no tar that can be read: {str(error) or 'it breaks off'}.", path, advice) from error
-
-
-def _pictures(found: list[tarfile.TarInfo], labels: dict[str, str]) -> Iterator[Member]:
-    written = next((labels[kind] for kind in _LABELS if labels.get(kind)), "")
-    for member in found:
-        yield Member(member.name, member.offset_data, member.size, written)
-
-
-def _label(kind: str, content: bytes) -> str:
-    """A class as text: "" where it is none."""
-    text = content.decode("utf-8", "replace").strip()
-    if kind != "json":
-        return text
-    try:
-        says = json.loads(text)
-    except (ValueError, RecursionError):
-        return ""
-    label = next((says[key] for key in _KEYS if key in says), "") if isinstance(says, dict) else ""
-    return str(label) if isinstance(label, (str, int)) else ""

@@ -18,8 +18,8 @@ from aliprod.catalogue.folders import by_split, folder_names, from_folders, is_i
 from aliprod.catalogue.held_out import hold_out
 from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.rows import ADVICE, Line, Numbering, Rows, assembled, of_lines
-from aliprod.catalogue.shards import Tars, members
 from aliprod.catalogue.tables import METADATA, TABLES, from_tables
+from aliprod.catalogue.tars import Tars, members
 from aliprod.errors import Refused, listing, near_file
 from aliprod.shown import escaped
 from aliprod.store import commit

@@ -18,7 +18,7 @@ import psutil
 
 from aliprod.errors import AliprodError
 from aliprod.store import commit, mirror
-from aliprod.store.layout import cache
+from aliprod.store.layout import cache, cache_room
 from aliprod.version import VERSION
 
 _PACKAGES = ("ray", "torch", "timm", "pillow", "numpy")  # what pickles, trains, and makes pixels
@@ -83,7 +83,7 @@ def facts(folder: Path, name: str, size: int, catalogue: Path | None) -> Facts:
         memory=min(limit, memory.total),
         free_memory=min(limit, memory.available),
         shared_memory=shutil.disk_usage("/dev/shm").total,  # noqa: S108  Ray's object store
-        free_cache=shutil.disk_usage(nearest_folder(cache())).free,
+        free_cache=cache_room(nearest_folder(cache()), ()),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         catalogue=catalogue is not None and mirror.here(catalogue).exists(),
         seen=seen,

@@ -112,7 +112,7 @@ class TrainBatches:
         counts = np.bincount(self.images.labels)
         self.groups_per_batch, self.steps_per_epoch = epoch_size(counts, stage.batch_size, group, self.shares)
         self._steps = _Steps()
-        read = partial(_train_view, self.images, stage, feed.interpolation)
+        read = partial(_train_views, self.images, stage, feed.interpolation)
         collate = _packed if stage.augment == "device" else None
         self._loader: Iterable[Any] = data_loader(read, self._steps, feed.processes, feed.device, collate)
         if data.features is not None:
@@ -198,7 +198,7 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
     rows = np.arange(len(images))
     starts = range(feed.rank * batch_size, len(rows), feed.world_size * batch_size)
     batches = [rows[start : start + batch_size].tolist() for start in starts]
-    read = partial(_square, images, side, feed.interpolation)
+    read = partial(_squares, images, side, feed.interpolation)
     loader = data_loader(read, batches, feed.processes, feed.device)
     for chunk, pixels in zip(batches, loader, strict=True):
         yield np.asarray(chunk, dtype=np.int64), pixels.to(feed.device, non_blocking=True)
@@ -236,6 +236,13 @@ class _Cached:
             yield self.features.take(rows), torch.from_numpy(self.labels[rows]), torch.empty(0), torch.from_numpy(rows)
 
 
+def _train_views(
+    images: Images, stage: Stage, interpolation: str, views: list[View]
+) -> list[tuple[Tensor | Cut, int, Tensor, int]]:
+    images.ask(row for row, *_ in views)
+    return [_train_view(images, stage, interpolation, view) for view in views]
+
+
 def _train_view(images: Images, stage: Stage, interpolation: str, view: View) -> tuple[Tensor | Cut, int, Tensor, int]:
     """Pixels (or what the device makes them from), label, erased box, and row of a view."""
     row, epoch, repeat = view
@@ -260,6 +267,11 @@ def _picture(images: Images, row: int, side: int) -> Picture:
         pictures = (_readable(images, int(other)) for other in after)
         picture = next((found for found in pictures if found is not None), _grey(side))
     return picture
+
+
+def _squares(images: Images, side: int, interpolation: str, rows: list[int]) -> list[Tensor]:
+    images.ask(rows)
+    return [_square(images, side, interpolation, row) for row in rows]
 
 
 def _square(images: Images, side: int, interpolation: str, row: int) -> Tensor:
@@ -290,21 +302,21 @@ def _grey(side: int) -> Image.Image:
 
 
 class _Mapped(Dataset[Any]):
-    def __init__(self, read: Callable[[Any], Any]) -> None:
+    def __init__(self, read: Callable[[list[Any]], list[Any]]) -> None:
         self.read = read
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.read(key)
+    def __getitems__(self, keys: list[Any]) -> list[Any]:  # PyTorch's loaders ask for a batch at once where they can
+        return self.read(keys)
 
 
 def data_loader(
-    read: Callable[[Any], Any],
+    read: Callable[[list[Any]], list[Any]],
     batches: Sampler[Any] | Sequence[Any],
     processes: int,
     device: torch.device = _CPU,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A PyTorch loader of what ``read`` makes of each entry of a batch, for a device.
+    """A PyTorch loader of what ``read`` makes of the entries of a batch, for a device.
 
     It waits an hour for a batch of its processes, then raises. They are forked from a clean server, since forking a
     training process can hang. The server has imported this module: else every process would, for seconds, and again at

@@ -116,6 +116,11 @@ class _Joined(Images):
         first, second = self.parts
         return first.source(row) if row < len(first) else second.source(row - len(first))
 
+    def ask(self, rows: Iterable[int]) -> None:
+        (first, second), both = self.parts, list(rows)
+        first.ask(row for row in both if row < len(first))
+        second.ask(row - len(first) for row in both if row >= len(first))
+
 
 def training_set(catalogue: Catalogue, stage: Stage, inputs: Inputs = NO_INPUTS) -> TrainingSet:
     """The images that a stage trains on. Refused: the soft labels are of other images."""

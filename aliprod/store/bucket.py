@@ -135,6 +135,11 @@ class Bucket:
             except FileNotFoundError:
                 return ""
 
+    def part(self, key: str, start: int, end: int) -> bytes:
+        """The bytes of an object from ``start`` to before ``end``. FileNotFoundError: it is not there."""
+        with self._asked(key):
+            return _whole(lambda: bytes(obstore.get_range(self.store, key, start=start, end=end)))
+
     def list(self, prefix: str) -> dict[str, Mapping[str, Any]]:
         """The objects below a prefix, by name: ``size``, ``e_tag`` and ``last_modified`` of each."""
 

@@ -98,6 +98,19 @@ def borrowed(folder: Path, names: Sequence[str]) -> Iterator[Path]:
             (folder / name).unlink(missing_ok=True)
 
 
+def part_reader(folder: Path) -> Callable[[str, int, int], bytes]:
+    """A function that reads a part of a file of a committed folder: its name, the first byte, how many. In a bucket's
+    mirror it asks the bucket. It raises OSError, and Unreachable where the bucket does not answer."""
+    if (mirrored := mirror.of(folder)) is not None:
+        return mirrored.part_reader(folder)
+
+    def read(name: str, start: int, size: int) -> bytes:
+        with (folder / name).open("rb") as file:
+            return os.pread(file.fileno(), size, start)
+
+    return read
+
+
 def refresh(*folders: Path) -> None:
     """Have what others have written below folders on this machine, but for large files; for folders in a bucket's
     mirror. Unreachable: the bucket does not answer."""

@@ -14,7 +14,9 @@ PLAN/                       submission.csv, result.json, ensemble/, ...: what pe
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,17 @@ def check_cache(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid not in (os.getuid(), 0):
         raise Refused("belongs to another user.", folder, "Name a folder of your own in ALIPROD_CACHE.")
+
+
+def cache_room(folder: Path, used: Iterable[int]) -> int:
+    """Bytes of pictures that the cache may still take: all but a tenth of its disk, and with those in ``used`` no more
+    than ``ALIPROD_CACHE_GB``. Refused: that is no number."""
+    disk, most = shutil.disk_usage(folder), os.environ.get("ALIPROD_CACHE_GB", "inf")
+    try:
+        limit = float(most) * 1e9 - sum(used)
+    except ValueError as error:
+        raise Refused(f"is no number: {most!r}.", "ALIPROD_CACHE_GB", "Name gigabytes, such as 100.") from error
+    return max(0, int(min(disk.free - disk.total // 10, limit)))
 
 
 def job_place(name: str, key: str) -> str:

@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -198,6 +198,25 @@ class Mirror:
         for one in wanted:
             with suppress(OSError):
                 os.utime(folder / one.name)  # it is used: others are removed first
+
+    def part_reader(self, folder: Path) -> Callable[[str, int, int], bytes]:
+        """A function that reads a part of a file of a committed folder from the bucket: its name, the first byte, how
+        many. It raises FileNotFoundError, and Unreachable where the bucket does not answer."""
+        self.take(folder)
+        files = {file.name: file for file in self._files(folder, (folder / MANIFEST).read_bytes())}
+
+        def read(name: str, start: int, size: int) -> bytes:
+            first, last = start // _PART, (start + size - 1) // _PART
+            try:
+                found = (
+                    self.bucket.part(key, max(0, start - number * _PART), min(_PART, start + size - number * _PART))
+                    for number, key in enumerate(files[name].keys[first : last + 1], first)
+                )
+                return b"".join(found)
+            except FileNotFoundError:
+                return self.bucket.part(files[name].plain, start, start + size)
+
+        return read
 
     def refresh(self, folder: Path) -> None:
         """Bring what others have written below a folder: single files, and manifests with their small files. What

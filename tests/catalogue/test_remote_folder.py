@@ -65,8 +65,9 @@ def test_a_training_reads_a_prepared_catalogue_from_a_bucket(
     plain = read(tmp_path / "prepared")
     for name, value in s3_environment(f"http://127.0.0.1:{port}").items():
         monkeypatch.setenv(name, value)
-    for machine in ("one", "two"):
+    for machine, room in (("one", "1"), ("two", "0")):
         monkeypatch.setenv("ALIPROD_CACHE", str(tmp_path / machine))
+        monkeypatch.setenv("ALIPROD_CACHE_GB", room)
         place = mirror.local("s3://shop/for-training")
         assert not place.exists()
         commit.read(place)
@@ -74,6 +75,7 @@ def test_a_training_reads_a_prepared_catalogue_from_a_bucket(
         assert found.fingerprint == plain.fingerprint
         for split in ("train", "val", "test"):
             ours, theirs = getattr(found, split), getattr(plain, split)
+            ours.ask(range(len(ours)))
             assert [ours.source(row) for row in range(len(ours))] == [theirs.source(row) for row in range(len(theirs))]
         assert not list(place.glob("*.parquet")), "what was laid out is kept twice"
 

@@ -449,14 +449,59 @@ def test_many_processes_lay_a_split_out_once_and_clear_what_a_killed_one_left(
     packages: Catalogue, tmp_path: Path, cache: Path
 ) -> None:
     done = prepared(packages.root, tmp_path / "out")
-    left = cache / done.fingerprint / ".train.0123.partial"
+    folder = cache / "pictures" / done.fingerprint
+    left = folder / ".train.0123.partial"
     left.mkdir(parents=True)
     train = read(tmp_path / "out").train
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         jpegs = [pool.submit(train.source, 0) for _ in range(4)]
         assert {jpeg.result() for jpeg in jpegs} == {packages.train.path(0).read_bytes()}
-    assert sorted(path.name for path in (cache / done.fingerprint).iterdir()) == ["train", "train.lock"]
-    assert commit.verify(cache / done.fingerprint / "train") == []
+    assert sorted(path.name for path in folder.iterdir()) == ["train", "train.lock"]
+    assert commit.verify(folder / "train") == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_disk_without_room_for_all_pictures_keeps_some_and_what_is_seen_is_the_same(
+    packages: Catalogue, tmp_path: Path, cache: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    prepared(packages.root, tmp_path / "out")
+    sizes = [size for _, size in record(tmp_path / "out")["shards"]["train"]]
+    monkeypatch.setenv("ALIPROD_CACHE_GB", str(share * sum(sizes) / 1e9))
+    expected = next(iter(TrainBatches(training_set(packages, STAGE), STAGE, FEED).epoch(0)))
+    found = read(tmp_path / "out")
+    seen = next(iter(TrainBatches(training_set(found, STAGE), STAGE, FEED).epoch(0)))
+    assert torch.equal(seen.images, expected.images)
+    (kept,) = cache.glob("pictures/*/train/jpegs")
+    assert kept.stat().st_size <= share * sum(sizes)
+    assert (kept.stat().st_size > 0) == (share > 0)
+    assert [found.train.source(row) for row in range(len(found.train))] == [
+        path.read_bytes() for path in map(packages.train.path, range(len(found.train)))
+    ]
+
+
+def test_a_picture_that_is_read_from_its_shard_is_held_against_its_checksum(
+    packages: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(packages.root, tmp_path / "out")
+    monkeypatch.setenv("ALIPROD_CACHE_GB", "0")
+    train = read(tmp_path / "out").train
+    jpeg = train.source(3)
+    shard = tmp_path / "out/train-00000.parquet"
+    assert isinstance(jpeg, bytes)
+    flip(shard, (shard.read_bytes().index(jpeg) + 100) / shard.stat().st_size)
+    train.ask([2, 3])
+    assert train.source(2) == packages.train.path(2).read_bytes()
+    with pytest.raises(Failed, match=r"train-00000\.parquet: is damaged"):
+        train.source(3)
+
+
+def test_a_room_that_is_no_number_is_refused(
+    packages: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(packages.root, tmp_path / "out")
+    monkeypatch.setenv("ALIPROD_CACHE_GB", "ten")
+    with pytest.raises(Refused, match="ALIPROD_CACHE_GB: is no number: 'ten'"):
+        read(tmp_path / "out").train.source(0)
 
 
 def test_a_cache_is_private_and_one_of_another_user_is_not_read(

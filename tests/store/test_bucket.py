@@ -131,6 +131,10 @@ def test_a_large_file_is_sent_in_parts_of_which_those_that_are_there_are_not_sen
     machines("c")
     assert commit.fetch(machines("c") / "job/weights") == {}
     assert (machines("c") / "job/weights/large").read_bytes() == content
+    part = commit.part_reader(machines("d") / "job/weights")
+    for start, size in ((0, 7), ((1 << 20) - 3, 4), (5, 1 << 20), (1 << 20, 1)):
+        assert part("large", start, size) == content[start : start + size]
+    assert not (machines("d") / "job/weights/large").exists()
     commit.replace(here, writes(large=b"x"), {})
     assert len(objects(here)) == 2
 
@@ -423,6 +427,7 @@ def test_what_goes_wrong_on_the_way_is_done_again_and_the_bytes_are_the_same(
             assert commit.write(folder, writes(large=content, small=b"s"), {"number": number}) == {"number": number}
             commit.replace(here / "plan/ensemble", writes(large=content + bytes([number])), {"target": number})
             commit.write_file(here / "plan/state.json", str(number))
+            assert commit.part_reader(there / f"job/{number}")("large", 9, 99) == content[9:108]
             assert commit.verify(there / f"job/{number}") == []
             assert (there / f"job/{number}/large").read_bytes() == content
             assert commit.fetch(there / "plan/ensemble") == {"target": number}
