@@ -31,7 +31,8 @@ def epoch_of(stage: Stage, catalogue: Catalogue) -> Epoch:
     elif stage.soup is not None:
         seen = (len(stage.soup.of) if stage.soup.greedy and val else 1) * (restated + val)
     else:
-        seen = (val + (restated + val if needs.distorts else 0)) * (1 if stage.ema is None else 2)
+        again = restated + val if needs.distorts and stage.norm_statistics == "batch" else 0
+        seen = (val + again) * (1 if stage.ema is None else 2)
     return Epoch(steps, seen)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aliprod.errors import Refused
-from aliprod.plan.schema import Edge, Plan
+from aliprod.plan.schema import EDGES, Edge, Plan
 from aliprod.recipe import ADDED, ADDED_BELOW, RECIPE_VERSION, PerClass, Stage
 from aliprod.recipe.options import needs
 from aliprod.store.commit import sha256
@@ -87,6 +87,7 @@ def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | No
     stage = plan.stage(backbone, stage_name)
     if isinstance(stage.pretrained, str) and not stage.pretrained.endswith(".safetensors"):  # a file of each network
         stage = stage.model_copy(update={"pretrained": str(Path(stage.pretrained) / f"{network}.safetensors")})
+    start, soup, _, labellers = (edges[edge] for edge in EDGES)
     keys = {edge: [before[parent].key for parent in names] for edge, names in edges.items()}
     facts = None
     if fingerprint is not None:
@@ -100,9 +101,9 @@ def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | No
         stage_name=stage_name,
         stage=stage,
         parents=plan.parents(name),
-        start=next(iter(edges["start",]), None),
-        soup=edges["soup", "of"],
-        labellers=edges["pseudo_labels", "by"],
+        start=next(iter(start), None),
+        soup=soup,
+        labellers=labellers,
         member=name in plan.ensemble.members,
         facts=facts,
     )
@@ -112,7 +113,7 @@ def _facts(
     stage: Stage, network: str, keys: Mapping[Edge, list[str | None]], fingerprint: str, tree: str
 ) -> dict[str, Any]:
     """What the key hashes. The names of other jobs are no part of it, their keys are."""
-    out: dict[str, Any] = {"start": True, "teachers": True, "soup": {"of"}, "pseudo_labels": {"by"}}
+    out: dict[str, Any] = {setting: set(below) or True for setting, *below in EDGES}
     out |= {name: True for name in ADDED if getattr(stage, name) == Stage.model_fields[name].default}
     for table, names in ADDED_BELOW.items():
         out[table] = {name for name in names if getattr(getattr(stage, table), name) is None}

@@ -24,7 +24,7 @@ from aliprod.recipe.settings import Soup as Soup
 RECIPE_VERSION = 2  # part of every key: raise it when the same settings would give other results
 ADDED = (  # since version 1: part of a key only where they say other than their default
     "shares", "gradients", "duplicates", "pseudo_labels", "sampler", "trains", "teachers", "soup", "resizing", "crops",
-    "test_crop", "features", "neighbours", "augment",
+    "test_crop", "features", "neighbours", "augment", "norm_statistics",
 )  # fmt: skip
 ADDED_BELOW = {"optimizer": ("betas", "layer_decay", "sharpness"), "lr": ("warmup_steps",)}  # the same, of its tables
 
@@ -73,6 +73,11 @@ class Stage(Frozen):
         "all",
         description="all weights; the classifier alone, drawn anew: cRT, or a linear probe of pretrained weights; the "
         "classifier as it is and the norm layers: FixRes, for images of another size",
+    )
+    norm_statistics: Literal["batch", "frozen"] = Field(
+        "batch",
+        description="of batch norm while it trains: those of each batch; frozen: those of the weights that it starts "
+        "from, which tens of images a batch, of few classes, would spoil",
     )
     features: Literal["computed", "cached"] = Field(
         "computed",
@@ -243,6 +248,8 @@ def _inconsistent_sources(stage: Stage) -> Iterator[str]:
         yield 'trains = "classifier" needs a backbone that has learned something: a start, or pretrained = true'
     if stage.start is None and stage.trains == "norms":
         yield 'trains = "norms" needs a classifier that has learned something: a start'
+    if stage.start is None and not stage.pretrained and stage.norm_statistics == "frozen":
+        yield 'norm_statistics = "frozen" needs weights that have some: a start, or pretrained = true'
     if stage.start is None and stage.duplicates == "teacher":
         yield 'duplicates = "teacher" needs a start: it is the teacher'
     if stage.soup is not None and (stage.start is not None or stage.epochs != 1 or stage.teachers):

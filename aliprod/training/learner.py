@@ -126,8 +126,13 @@ class Learner(nn.Module):
         return parts
 
     def train(self, mode: bool = True) -> "Learner":
-        """Set the mode of all modules; a backbone that is not trained stays as it is at inference."""
+        """Set the mode of all modules; a backbone that is not trained, and norms whose statistics are frozen, stay as
+        they are at inference."""
         super().train(mode)
+        if self.stage.norm_statistics == "frozen":
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         if self.stage.trains == "classifier":
             self.model.backbone.eval()
             self.model.branches.eval()
@@ -159,8 +164,9 @@ class Setup:
     def share_mean(self, trained: Iterable[nn.Parameter] = ()) -> ShareMean:
         """What takes the mean of a step's shares: of norm statistics, losses, and the gradients of ``trained``."""
         stage, ranks = self.learner.stage, self.learner.place.world_size
+        moves = self.learner if stage.norm_statistics == "batch" else self.learner.objective
         sent = stage.gradients if stage.shares == "ranks" else "tree"
-        return ShareMean(self.learner, trained, self.batches.shares, ranks, sent)
+        return ShareMean(moves, trained, self.batches.shares, ranks, sent)
 
     def of_val(self) -> Iterator[tuple[np.ndarray, Tensor]]:
         """What the learner's weights, in eval mode, make of val by the centre crop: as `predict` yields it."""
@@ -190,7 +196,7 @@ class Setup:
                 own = probabilities.gather(1, labels[rows, None])
                 above, loss = (probabilities > own).sum(dim=1), -own.clamp(min=torch.finfo(own.dtype).tiny).log()[:, 0]
                 scores[:, rows] = torch.stack([probabilities.argmax(dim=1).double(), above.double(), loss.double()])
-        model.train(was_training)
+        self.learner.train(was_training)
         everywhere = scores.to(feed.device)
         if feed.world_size > 1:
             dist.all_reduce(everywhere)  # each rank filled its own rows, the others are zero

@@ -94,6 +94,11 @@ def test_what_goes_together_is_accepted(load_text: Load, small: str, settings: t
             'trains = "classifier" needs a backbone that has learned something: a start, or pretrained = true',
         ),
         (('trains = "norms"',), "[stages.more]", 'trains = "norms" needs a classifier that has learned something: a'),
+        (
+            ('norm_statistics = "frozen"', "pretrained = false"),
+            "[stages.more]",
+            'norm_statistics = "frozen" needs weights that have some: a start, or pretrained = true',
+        ),
         (("crops = [16, 48]", "crop = 32", "epochs = 2"), "[stages.more]", "crops = [16, 48]: the last is crop = 32"),
         (("crops = [16, 32]", "crop = 32", "epochs = 1"), "[stages.more]", "and there is an epoch for each"),
         (

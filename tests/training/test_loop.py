@@ -260,7 +260,7 @@ def untrained(folder: Path, packages: Catalogue, seed: int) -> Path:
     model = Classifier(NETWORK, packages.num_classes)
     for name, buffer in model.named_buffers():
         if "running" in name:
-            buffer.uniform_(0.5, 1.5)
+            buffer.uniform_(0.5, 1.5).sub_(1.0 if "mean" in name else 0.0)
     return kept(folder, packages, model.state_dict())
 
 
@@ -289,6 +289,33 @@ def test_a_stage_that_trains_the_norms_goes_on_with_the_classifier_it_is_given(
     *_, last = train(changed(stage, start="full", trains="norms", ema=None), NETWORK, packages, Inputs(start=start))
     moved = {name for name, tensor in last.last.tensors.items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name, tensor in before.items() if tensor.ndim != 4}  # all but the convolutions
+
+
+def test_frozen_norm_statistics_stay_those_of_the_start_to_the_bit(
+    packages: Catalogue, stage: Stage, tmp_path: Path
+) -> None:
+    start = untrained(tmp_path / "parent", packages, 0)
+    before = weights.read(start)
+    frozen = changed(stage, start="full", norm_statistics="frozen", shares="ranks")
+    for progress in train(frozen, NETWORK, packages, Inputs(start=start)):
+        after = progress.last.tensors
+        moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+        assert not {name for name in moved if "running_" in name or "num_batches" in name}
+        assert {name for name, tensor in before.items() if tensor.ndim == 4} < moved  # all convolutions
+
+
+def test_a_stage_with_frozen_norm_statistics_sees_what_inference_sees(
+    packages: Catalogue, stage: Stage, tmp_path: Path
+) -> None:
+    start = untrained(tmp_path / "parent", packages, 0)
+    alone = changed(stage, start="full", norm_statistics="frozen", ema=None, drop_path_rate=0.0)
+    setup = learner.set_up(alone, NETWORK, packages, Machine())
+    setup.learner.model.load_state_dict(weights.read(start))
+    setup.top1_errors()  # which sets the mode, and sets it back
+    images = torch.randn(4, 3, 32, 32)
+    trained = setup.learner.model(images)
+    setup.learner.model.eval()
+    assert torch.equal(trained, setup.learner.model(images))
 
 
 def test_a_stage_is_scored_and_predicts_at_its_own_size_of_tests(packages: Catalogue, stage: Stage) -> None:
