@@ -13,6 +13,7 @@ from aliprod.plan.source import toml_of
 
 _LOOKED_AT = 64  # pictures whose sizes are read
 _GB = 1e9
+_FEW = 100_000  # photographs that are too few to take norm statistics anew from
 _PROBE_EPOCHS = 30  # seconds on thousands of images: benchmarks/RESULTS.md, features.py
 _LARGE = {  # our name = timm's name, of the seed's five
     "resnet50": "resnet50.tv_in1k",
@@ -69,9 +70,12 @@ def draft(name: str, path: str, photographs: Photographs, computer: Computer, re
     backbones = _LARGE if gpus else _SMALL if online else _FROM_SCRATCH
     crop, resize = _sizes(photographs, computer)
     batch_size = _batch_size(photographs, computer)
+    frozen = online and photographs.train < _FEW
     shares, epochs = max(1, batch_size // 32), _epochs(photographs, computer, len(backbones) * (1 + uneven))
     machine = f"{gpus} GPUs" if gpus else f"{computer.cpus} CPUs and no GPU"
     dealt = f"\nshares = {shares}  # a job may have as many GPUs; the result does not depend on how many"
+    norms = """
+norm_statistics = "frozen"  # those of the pretrained weights: few photographs would spoil them"""
     loaders = f"loader_processes = {min(8, computer.cpus // max(1, gpus))}"
     alone = """use_gpu = false
 cpus_per_worker = 1
@@ -92,7 +96,7 @@ seed = 0
 {_settings(backbones)}
 
 [defaults]  # of every stage
-pretrained = {toml_of(online)}{"" if online else "  # the hub of weights was not reached; true is far better"}
+pretrained = {toml_of(online)}{"" if online else "  # the hub of weights was not reached; true is far better"}{norms * frozen}
 resize = {resize}
 crop = {crop}  # pixels; the pictures' short side is {photographs.short_side} or more in most
 augmentation = ["random_resized_crop", "flip", "auto_augment"]
