@@ -1,5 +1,6 @@
 """Fixtures that any test may ask for."""
 
+import json
 import os
 import signal
 import socket
@@ -144,6 +145,14 @@ def store_server(command: Sequence[str | Path]) -> Iterator[str]:
                 time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def gs() -> Iterator[dict[str, str]]:
+    """What reaches a server that answers as Google's does."""
+    with store_server([sys.executable, Path(__file__).with_name("google_store.py")]) as address:
+        nobody = {"client_email": "", "private_key": "", "private_key_id": "", "disable_oauth": True}
+        yield {"GOOGLE_BASE_URL": address, "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(nobody)}
 
 
 def s3_environment(address: str) -> dict[str, str]:

@@ -64,7 +64,7 @@ class Images:
     @property
     def location(self) -> str:
         """The folder of the files, for people."""
-        return self.remote.shown if self.remote else str(self.root)
+        return self.remote.uri if self.remote else str(self.root)
 
     def source(self, row: int) -> Path | bytes:
         """The picture of a row, as `decode` takes it: its file, the content of a remote one, or of a shard or tar.

@@ -133,7 +133,7 @@ def prepare_command(
     Every image is read once and written upright, RGB, of a bounded size.
 
     What cannot be read is skipped and listed. A call that was killed goes on where it was: start it again.
-    Both may be URIs, such as s3://bucket/photos?endpoint_override=HOST:PORT.
+    Both may be URIs: s3://BUCKET/photos, gs://, az://.
 
     \b
     Example: aliprod data prepare photos prepared

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -31,7 +30,7 @@ class Picture(NamedTuple):
     @property
     def shown(self) -> str:
         """Its path in answers: as it was given, or as its table writes it."""
-        return f"{self.folder.shown}/{self.name}" if isinstance(self.folder, RemoteFolder) else self.name
+        return f"{self.folder.uri}/{self.name}" if isinstance(self.folder, RemoteFolder) else self.name
 
     def source(self) -> Path | bytes:
         """As `decode` takes it. It raises as `RemoteFolder.content` does."""
@@ -48,8 +47,7 @@ def listed(inputs: Sequence[str]) -> list[Picture]:
     """
     found = [picture for given in inputs for picture in _below(given)]
     if not found:
-        shown = listing(RemoteFolder(one).shown if "://" in one else one for one in inputs)
-        raise Refused("holds no picture.", shown, f"Pictures are {listing(PICTURE_SUFFIXES)}.")
+        raise Refused("holds no picture.", listing(inputs), f"Pictures are {listing(PICTURE_SUFFIXES)}.")
     return found
 
 
@@ -72,7 +70,7 @@ def _seen(sizes: set[Size], picture: Picture) -> Squares | str:
 
 
 def _below(given: str) -> Iterator[Picture]:
-    if "://" in given and given.partition("?")[0].lower().endswith(PICTURE_SUFFIXES):
+    if "://" in given and given.lower().endswith(PICTURE_SUFFIXES):
         yield _elsewhere(given)
         return
     place = folder_at(given)
@@ -94,6 +92,7 @@ def _is_picture(path: str) -> bool:
 
 
 def _elsewhere(uri: str) -> Picture:
-    parts = urlsplit(uri)
-    folder, _, name = parts.path.rpartition("/")
-    return Picture(RemoteFolder(parts._replace(path=folder).geturl()), name)
+    """A picture at a URI. Refused: as `folder_at`."""
+    folder, _, name = uri.rpartition("/")
+    place = folder_at(folder)
+    return Picture(place if isinstance(place, RemoteFolder) else str(place), name)

@@ -89,8 +89,8 @@ def prepare(
     """Write the shards of a catalogue; what is written already, by a call that was killed, is verified and kept.
 
     Args:
-        path, out: of this machine, or URIs of what pyarrow reaches: pictures are read from there one by one, and
-            shards are made on this machine's disk first (`layout.cache`). ``out`` must not exist, be empty, or hold
+        path, out: of this machine, or URIs of buckets: pictures are read from there one by one, and shards are made on
+            this machine's disk first (`layout.cache`). ``out`` must not exist, be empty, or hold
             what this very call has written before.
         max_skipped: the share of all images that may be unreadable.
         processes: that work side by side; they change no byte.
@@ -105,18 +105,18 @@ def prepare(
         elif (says := target.manifest()) is not None:
             files = says.get("files", {})
             sizes, digests = ({name: file[what] for name, file in files.items()} for what in ("bytes", "sha256"))
-            found = shards.parsed(says.get("record"), digests, target.shown)
-            yield _prepared(found, sizes, target.shown, catalogue, settings)
+            found = shards.parsed(says.get("record"), digests, target.uri)
+            yield _prepared(found, sizes, target.uri, catalogue, settings)
             return
         else:
-            local = cache() / "uploads" / hashlib.sha256(target.shown.encode()).hexdigest()
+            local = cache() / "uploads" / hashlib.sha256(target.uri.encode()).hexdigest()
         yield from _prepare(catalogue, local, settings, max_skipped, processes)
         sizes = {file.name: file.stat().st_size for file in local.iterdir()}
         done = _prepared(shards.manifest(local), sizes, str(local), catalogue, settings)
         if isinstance(target, RemoteFolder):
             target.upload(local)
             shutil.rmtree(local)
-            done = replace(done, path=target.shown)
+            done = replace(done, path=target.uri)
         yield done
 
 

@@ -74,6 +74,7 @@ def draft(name: str, path: str, photographs: Photographs, computer: Computer, re
     shares, epochs = max(1, batch_size // 32), _epochs(photographs, computer, len(backbones) * (1 + uneven))
     machine = f"{gpus} GPUs" if gpus else f"{computer.cpus} CPUs and no GPU"
     dealt = f"\nshares = {shares}  # a job may have as many GPUs; the result does not depend on how many"
+    offline = "  # the hub of weights was not reached; true is far better"
     norms = """
 norm_statistics = "frozen"  # those of the pretrained weights: few photographs would spoil them"""
     loaders = f"loader_processes = {min(8, computer.cpus // max(1, gpus))}"
@@ -96,7 +97,7 @@ seed = 0
 {_settings(backbones)}
 
 [defaults]  # of every stage
-pretrained = {toml_of(online)}{"" if online else "  # the hub of weights was not reached; true is far better"}{norms * frozen}
+pretrained = {toml_of(online)}{offline * (not online)}{norms * frozen}
 resize = {resize}
 crop = {crop}  # pixels; the pictures' short side is {photographs.short_side} or more in most
 augmentation = ["random_resized_crop", "flip", "auto_augment"]

@@ -77,6 +77,18 @@ class Bucket:
             except NotModifiedError:
                 return None
 
+    def whole(self, key: str, most: int) -> bytes:
+        """The bytes of an object. FileNotFoundError: it is not there. OverflowError: it has more than ``most``."""
+
+        def read() -> bytes:
+            found = obstore.get(self.store, key)
+            if found.meta["size"] > most:
+                raise OverflowError(f"has {found.meta['size']:,} bytes; more than {most:,} are refused")
+            return bytes(found.bytes())
+
+        with self._asked(key):
+            return _whole(read)
+
     def find(self, key: str) -> tuple[bytes, str] | None:
         """The bytes of an object and its version; None where it is not there."""
         try:

@@ -4,9 +4,7 @@ import base64
 import email.utils
 import hashlib
 import hmac
-import json
 import shutil
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,14 +25,6 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         return tmp_path
     mirrored: Path = request.getfixturevalue("machines")("a")
     return mirrored
-
-
-@pytest.fixture(scope="session")
-def gs() -> Iterator[dict[str, str]]:
-    """What reaches a server that answers as Google's does."""
-    with store_server([sys.executable, Path(__file__).parents[1] / "google_store.py"]) as address:
-        nobody = {"client_email": "", "private_key": "", "private_key_id": "", "disable_oauth": True}
-        yield {"GOOGLE_BASE_URL": address, "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(nobody)}
 
 
 @pytest.fixture(scope="session")
