@@ -3,6 +3,7 @@
 Heavy modules are imported inside the commands, so that help and a refused plan stay fast.
 """
 
+import errno
 import os
 import sys
 from io import TextIOWrapper
@@ -12,9 +13,10 @@ import click
 from click.shell_completion import get_completion_class
 
 from aliprod.cli import clusters, data, experiments, plans, results
-from aliprod.errors import AliprodError
+from aliprod.errors import AliprodError, StorageFull
 
 INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Commands(click.Group):
@@ -73,5 +75,12 @@ def main() -> NoReturn:
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
-    app(prog_name="aliprod")
+    try:
+        app(prog_name="aliprod")
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        full = StorageFull(f"cannot be written: {error.strerror}.", error.filename or "standard output", "Make room.")
+        click.echo(f"Error: {full}", err=True)
+        os._exit(full.status)  # what is left of the answer would be written once more
     sys.exit(0)

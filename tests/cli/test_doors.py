@@ -121,3 +121,14 @@ def test_where_no_file_can_grow_one_sentence_says_so_and_nothing_half_made_stand
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("arguments", [["plan", "jobs/aliproducts.toml", "--json"], ["--help"]])
+def test_an_answer_that_a_full_disk_does_not_take_is_one_sentence(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "aliprod", *arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    said = "Error: standard output: cannot be written: No space left on device.\n  Make room."
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(said)
+    assert "Traceback" not in done.stderr
