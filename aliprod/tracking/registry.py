@@ -77,7 +77,8 @@ class Registry:
         if missing := [self.name(name) for name, version in found.items() if version is None]:
             raise Refused(
                 f"{listing(missing)}: no version has the alias `member`, so nothing says which one the ensemble takes.",
-                advice=f"Give it to a version, under Aliases, on {self._server.page(f'models/{missing[0]}')}",
+                advice=f"Give it to a version, under Aliases, on {self._server.page(f'models/{missing[0]}')}\n"
+                "The same command again gives it to the best, also where somebody has deleted the model.",
             )
         return {name: self._choice(version) for name, version in found.items() if version is not None}
 

@@ -100,6 +100,21 @@ def test_deleting_the_chosen_version_leaves_no_member(place, job, trained):
         tracking.registry.members(["resnet50/full"])
 
 
+def test_a_model_that_is_deleted_while_its_plan_runs_comes_back_with_the_same_command(place, job, trained):
+    tracking, folder = send(place, job(), trained(job())), trained(job())
+    client = MlflowClient(place.uri)
+    client.delete_registered_model(MODEL)
+    with pytest.raises(Refused, match="no version has the alias `member`") as told:
+        tracking.registry.members(["resnet50/full"])
+    assert "The same command again gives it to the best" in told.value.advice
+    tracking = place.driver()
+    place.show(tracking, JobProgress(job(), folder, "reused"))
+    assert tracking.flush(60) == []
+    choice = tracking.registry.members(["resnet50/full"])["resnet50/full"]
+    assert (choice.key, choice.epoch) == (job().key, 1)
+    assert aliases(client) == {"best": 1, "member": 1}
+
+
 def test_a_version_that_aliprod_did_not_write_is_refused(place, job, trained):
     tracking = send(place, job(), trained(job()))
     client = MlflowClient(place.uri)
