@@ -70,12 +70,17 @@ class _File:
 
 
 def place(stated: str | Path) -> Path | None:
-    """The folder of this machine that stands for a URI; None where it is a path. Refused: it names no bucket."""
+    """The folder of this machine that stands for a URI; None where it is a path. Refused: it names no bucket, or holds
+    keys, which would be part of names on disk."""
     if not (found := _URI.fullmatch(str(stated))):
         return None
     scheme, parts = found[1], [part for part in found[2].split("/") if part]
+    uri = f"{scheme}://{found[2]}"
     if not parts or {".", ".."} & set(parts):
-        raise Refused("names no bucket.", str(stated), "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX")
+        raise Refused("names no bucket.", uri, "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX")
+    if set("@:") & set(parts[0]) or "?" in uri:
+        what = "holds keys or options, which come from the environment."
+        raise Refused(what, uri.partition("?")[0], "AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and others: docs/clusters.md.")
     root = cache().expanduser().absolute()
     check_cache(root)
     return root.joinpath(_MIRROR, scheme, *parts)

@@ -500,3 +500,14 @@ def test_what_names_no_bucket_is_refused_or_a_path() -> None:
     for stated in ("az:///", "s3://team/../other", "gs://."):
         with pytest.raises(Refused, match="names no bucket"):
             mirror.place(stated)
+
+
+@pytest.mark.parametrize("said", ["key:{}@team/x", "key:hun/{}@team/x", "key:a@{}@team/x", "team/x?token={}"])
+def test_keys_in_a_uri_are_refused_and_not_shown(said: str) -> None:
+    uri = f"s3://{said.format('hunter2')}"
+    for stated in (uri, Path(uri)):
+        with pytest.raises(Refused, match=r"^s3://team/x: holds keys or options") as told:
+            mirror.place(stated)
+        assert "hunter2" not in str(told.value)
+    assert mirror.place("s3://team/someone@home:8") is not None
+    assert "hunter2" not in CliRunner().invoke(app, ["trace", __file__, "--storage", uri]).output
