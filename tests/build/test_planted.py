@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -78,6 +79,18 @@ def test_the_payload_works(tmp_path: Path) -> None:
     np.load(io.BytesIO(payload(".npy", tmp_path / "two")), allow_pickle=True)
     torch.load(io.BytesIO(payload(".safetensors", tmp_path / "three")), weights_only=False)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_no_line_of_the_package_asks_for_a_pickle() -> None:
+    """Of places that the tests below know nothing of, too."""
+    asks = re.compile(
+        r"(pickle|dill|joblib|marshal|shelve)\.(loads?|open|Unpickler)\b|torch\.load\(|allow_pickle=True"
+        r"|weights_only=False|yaml\.(load|unsafe_load)\(|trust_remote_code"
+    )
+    package = Path(__file__).parents[2] / "aliprod"
+    lines = [f"{path.name}: {line}" for path in package.rglob("*.py") for line in path.read_text().splitlines()]
+    assert len(lines) > 1000
+    assert list(filter(asks.search, lines)) == []
 
 
 @pytest.fixture(scope="module")
