@@ -11,6 +11,10 @@ PASSWORD, CANARIES = (
     {
         "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflow",
         "AWS_SECRET_ACCESS_KEY": "canary-of-aws",
+        "AZURE_STORAGE_ACCOUNT_KEY": "canary-of-azure",
+        "GOOGLE_SERVICE_ACCOUNT_KEY": "canary-of-google",
+        "RAY_AUTH_TOKEN": "canary-of-ray",
+        "PGPASSWORD": "canary-of-postgres",
         "HF_TOKEN": "canary-of-the-hub",
     },
 )
