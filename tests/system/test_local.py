@@ -24,13 +24,21 @@ SETS = (
 )
 
 
+def scarce() -> list[str]:
+    """What gives a command 256 open files and, where we may mount, 64 MB of shared memory."""
+    few = ["prlimit", "--nofile=256"]
+    if subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        return few
+    return ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh", *few]
+
+
 @pytest.mark.usefixtures("attended")
 @pytest.mark.parametrize("way", ["Ctrl-C", "closed terminal"])
 def test_a_run_that_is_interrupted_ends_at_its_next_step_with_a_checkpoint_and_leaves_nothing_behind(
     way: str, cluster: Any, plan: Path, tmp_path: Path
 ) -> None:
     sets = [word for one in SETS for word in ("--set", one)]
-    command = [sys.executable, "-m", "aliprod", "run", str(plan), "--storage", str(tmp_path), *sets]
+    command = [*scarce(), sys.executable, "-m", "aliprod", "run", str(plan), "--storage", str(tmp_path), *sets]
     terminal, its = pty.openpty()
     streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), its)
     process = subprocess.Popen(["setsid", "--ctty", *command], env=cluster.environment, cwd=cluster.home, **streams)
@@ -106,3 +114,12 @@ def test_a_local_ray_is_open_on_loopback_alone_and_one_that_does_not_come_up_is_
     assert len(found) > 5
     assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert told.startswith("local Ray: Ray does not start here: The current node timed out during startup.")
+
+
+def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": "/proc/none"}
+    command = [sys.executable, "-m", "aliprod", "doctor", "--storage", tmp_path]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "local Ray: Ray does not start here: No such file or directory (/proc/none)." in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
