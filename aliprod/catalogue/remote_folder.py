@@ -14,11 +14,9 @@ from urllib.parse import unquote, urlsplit
 from aliprod.catalogue.decode import MOST_BYTES, Unreadable
 from aliprod.errors import Refused
 from aliprod.store import commit
-from aliprod.store.bucket import Bucket, opened
+from aliprod.store.bucket import Bucket, check_uri, opened
 
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-_SCHEMES = ("s3", "gs", "az")
-_FORM = "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or az://CONTAINER/FOLDER"
 
 
 @dataclass(frozen=True)
@@ -93,18 +91,12 @@ class RemoteFolder:
 
 
 def folder_at(path: str | Path) -> Path | RemoteFolder:
-    """A path of this machine, also where it is written as ``file://``, or a folder in a bucket. Refused: a URI of
-    something else, or one that says more than where it is."""
+    """A path of this machine, also where it is written as ``file://``, or a folder in a bucket. Refused: as
+    `check_uri`."""
     text = str(path)
     if not _URI.match(text):
         return Path(path)
-    parts = urlsplit(text)
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    if parts.scheme == "file":
-        return Path(unquote(parts.path))
-    if parts.scheme not in _SCHEMES or not parts.netloc:
-        raise Refused("is no place that can be read.", shown, _FORM)
-    if "@" in parts.netloc or parts.query:
-        what = "holds keys or options, which come from the environment."
-        raise Refused(what, shown, "AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and others: docs/clusters.md.")
+    if text.startswith("file://"):
+        return Path(unquote(urlsplit(text).path))
+    check_uri(text)
     return RemoteFolder(text.rstrip("/"))

@@ -19,10 +19,11 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotModifiedError, PreconditionError
 from obstore.store import ObjectStore, from_url
 
-from aliprod.errors import AliprodError, StorageFull, Unreachable
+from aliprod.errors import AliprodError, Refused, StorageFull, Unreachable
 
 _T = TypeVar("_T")
 
+SCHEMES = ("s3", "gs", "az")
 THREADS = 4  # requests at a time
 _SILENT_SECONDS = 20, 120  # without an answer, of reading and of writing: more than an object takes to send
 _NAMES = ("e_tag", "version")
@@ -32,6 +33,17 @@ _ADVICE = "Are its name, the credentials and the endpoint right (AWS_..., GOOGLE
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 _BROKEN = re.compile(r"body error|retries: 0,.*kind: Timeout", re.DOTALL)  # what obstore does not ask for again
 _TRIED = re.compile(r" in [\d.]+m?s.*? - ")  # in what obstore says of a request
+
+
+def check_uri(uri: str) -> None:
+    """Refused: it names no bucket, or holds keys or options, which would be part of names on disk."""
+    scheme, _, place = uri.partition("://")
+    parts = [part for part in place.split("/") if part]
+    if scheme not in SCHEMES or not parts or {".", ".."} & set(parts):
+        raise Refused("names no bucket.", uri, "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX")
+    if set("@:") & set(parts[0]) or "?" in uri:
+        what = "holds keys or options, which come from the environment."
+        raise Refused(what, uri.partition("?")[0], "AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and others: docs/clusters.md.")
 
 
 @functools.cache

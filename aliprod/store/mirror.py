@@ -30,9 +30,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from aliprod.errors import AliprodError, Refused
+from aliprod.errors import AliprodError
 from aliprod.processes import locked
-from aliprod.store.bucket import THREADS, Bucket, opened
+from aliprod.store.bucket import THREADS, Bucket, check_uri, opened
 from aliprod.store.layout import cache, check_cache
 
 MANIFEST = "manifest.json"
@@ -70,20 +70,13 @@ class _File:
 
 
 def place(stated: str | Path) -> Path | None:
-    """The folder of this machine that stands for a URI; None where it is a path. Refused: it names no bucket, or holds
-    keys, which would be part of names on disk."""
+    """The folder of this machine that stands for a URI; None where it is a path. Refused: as `check_uri`."""
     if not (found := _URI.fullmatch(str(stated))):
         return None
-    scheme, parts = found[1], [part for part in found[2].split("/") if part]
-    uri = f"{scheme}://{found[2]}"
-    if not parts or {".", ".."} & set(parts):
-        raise Refused("names no bucket.", uri, "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX")
-    if set("@:") & set(parts[0]) or "?" in uri:
-        what = "holds keys or options, which come from the environment."
-        raise Refused(what, uri.partition("?")[0], "AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and others: docs/clusters.md.")
+    check_uri(f"{found[1]}://{found[2]}")
     root = cache().expanduser().absolute()
     check_cache(root)
-    return root.joinpath(_MIRROR, scheme, *parts)
+    return root.joinpath(_MIRROR, found[1], *filter(None, found[2].split("/")))
 
 
 def local(stated: str | Path) -> Path:

@@ -173,10 +173,10 @@ def free_port() -> int:
     [
         ("s3://nobody/photos", 3, "s3://nobody/photos: does not answer"),
         ("s3://team/nothing", 2, "s3://team/nothing: holds nothing"),
-        ("xyz://key:secret@team/photos", 2, "xyz://team/photos: is no place that can be read"),
+        ("xyz://key:secret@team/photos", 2, "xyz://team/photos: names no bucket"),
         ("s3://key:secret@team/photos", 2, "s3://team/photos: holds keys or options"),
         ("s3://team/photos?secret=1", 2, "s3://team/photos: holds keys or options"),
-        ("s3://", 2, "is no place that can be read"),
+        ("s3://", 2, "names no bucket"),
     ],
 )
 def test_a_place_that_is_not_there_is_one_sentence_without_the_keys(
