@@ -1,4 +1,4 @@
-"""MLflow as a team has it, with PostgreSQL and passwords, while one thing after the other goes wrong: all is counted.
+"""MLflow as a team has it, with PostgreSQL, passwords and artifacts in a bucket, while much goes wrong: all is counted.
 
 Beside it, since that mostly waits, a SQLite that another process keeps locked.
 """
@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -26,9 +27,12 @@ from aliprod.errors import Unreachable
 from aliprod.plan.jobs import Job
 from aliprod.recipe import Stage
 from aliprod.store import commit
+from aliprod.store.bucket import opened
 from aliprod.store.layout import job_folder
 from aliprod.tracking.runs import JobProgress, PlanProgress
+from aliprod.tracking.server import connect
 from aliprod.tracking.sync import Tracking
+from tests.conftest import s3_environment
 
 if PROGRAMS is None:
     pytest.skip("needs PostgreSQL: Debian's package postgresql", allow_module_level=True)
@@ -37,6 +41,7 @@ import psycopg
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "correct-horse-battery"
+ARTIFACTS = f"s3://team/{uuid.uuid4().hex}"
 OUTAGE = float(os.environ.get("ALIPROD_OUTAGE_SECONDS", "0"))  # that each fault goes on, once it was noticed
 FAULTS, EACH = 5, 10  # and how many epochs are trained before them, and while each lasts
 METRICS = ("train/class", "train/loss", "val/top1_error")
@@ -94,13 +99,14 @@ class Story:
 
 @pytest.fixture(scope="module")
 def stories(
-    servers: Any, free_ports: Callable[[int], list[int]], tmp_path_factory: pytest.TempPathFactory
+    servers: Any, s3: str, free_ports: Callable[[int], list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Story]]:
     ports, folder = free_ports(3), Path(tempfile.mkdtemp(prefix="pg-"))
     store = {"PGHOST": "127.0.0.1", "PGPORT": str(ports[0]), "PGUSER": "mlflow"}
     secrets = {"MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD, "MLFLOW_FLASK_SERVER_SECRET_KEY": "session"}
     environment = store | secrets | {"MLFLOW_AUTH_CONFIG_PATH": str(ROOT / "docker" / "mlflow.ini")}
-    basic = ("--app-name", "basic-auth")
+    environment |= s3_environment(s3)
+    basic = ("--app-name", "basic-auth", "--artifacts-destination", ARTIFACTS)
     server = servers(tmp_path_factory.mktemp("team"), ports[1], "postgresql+psycopg:///mlflow", basic, environment)
     with ExitStack() as ending:
         postgres = Postgres(folder, ports[0])
@@ -112,12 +118,13 @@ def stories(
         proxy = ending.enter_context(Proxy(ports[2], ports[1]))
         ending.callback(proxy.shutdown)
         patch = ending.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         with pytest.raises(Unreachable, match="not authenticated") as stranger:
             Tracking(f"http://127.0.0.1:{ports[2]}", "shop", None)
         assert "MLFLOW_TRACKING_PASSWORD" in stranger.value.advice
         patch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         patch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+        connect(f"http://127.0.0.1:{ports[2]}", "shop", None)  # its first file takes the server seconds
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         with locked(tmp_path_factory.mktemp("locked")) as alone:
             team = suffered(tmp_path_factory.mktemp("storage"), server, postgres, proxy)
         with closing(psycopg.connect(host="127.0.0.1", port=ports[0], user="mlflow", dbname="mlflow")) as database:
@@ -193,6 +200,17 @@ def test_each_fault_is_told_when_it_comes_and_when_it_goes(stories: dict[str, St
     told = [line.split(" (")[0].split(";")[0] for line in stories["team"].lines]
     assert told == FAULTS * ["MLflow is away", "MLflow is back"]
     assert stories["team"].lost > 0
+
+
+@pytest.mark.usefixtures("stories")
+def test_the_files_of_its_weights_are_in_the_bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3_environment(s3).items():
+        monkeypatch.setenv(name, value)
+    opened.cache_clear()
+    bucket, _, folder = ARTIFACTS.rpartition("/")
+    held = opened(bucket)
+    files = {key.rpartition("/")[2]: held.whole(key, 1 << 20) for key in held.list(folder)}
+    assert files["model.safetensors"] == b"weights"
 
 
 @pytest.mark.parametrize(("kind", "epochs"), [("team", (1 + FAULTS) * EACH), ("alone", 2 * EACH)])
