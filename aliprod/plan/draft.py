@@ -13,6 +13,7 @@ from aliprod.plan.source import toml_of
 
 _LOOKED_AT = 64  # pictures whose sizes are read
 _GB = 1e9
+_MANY_EPOCHS = 10  # in which heavy augmentation pays: benchmarks/RESULTS.md, transfer.py
 _FEW = 100_000  # photographs that are too few to take norm statistics anew from
 _PROBE_EPOCHS = 30  # seconds on thousands of images: benchmarks/RESULTS.md, features.py
 _LARGE = {  # our name = timm's name, of the seed's five
@@ -68,15 +69,9 @@ def draft(name: str, path: str, photographs: Photographs, computer: Computer, re
     uneven = counts[-1] > 3 * median  # then classes are balanced in a stage of its own
     last = "balanced" if uneven else "full"
     backbones = _LARGE if gpus else _SMALL if online else _FROM_SCRATCH
-    crop, resize = _sizes(photographs, computer)
-    batch_size = _batch_size(photographs, computer)
-    frozen = online and photographs.train < _FEW
-    shares, epochs = max(1, batch_size // 32), _epochs(photographs, computer, len(backbones) * (1 + uneven))
+    epochs = _epochs(photographs, computer, len(backbones) * (1 + uneven))
+    shares = max(1, _batch_size(photographs, computer) // 32)
     machine = f"{gpus} GPUs" if gpus else f"{computer.cpus} CPUs and no GPU"
-    dealt = f"\nshares = {shares}  # a job may have as many GPUs; the result does not depend on how many"
-    offline = "  # the hub of weights was not reached; true is far better"
-    norms = """
-norm_statistics = "frozen"  # those of the pretrained weights: few photographs would spoil them"""
     loaders = f"loader_processes = {min(8, computer.cpus // max(1, gpus))}"
     alone = """use_gpu = false
 cpus_per_worker = 1
@@ -97,13 +92,7 @@ seed = 0
 {_settings(backbones)}
 
 [defaults]  # of every stage
-pretrained = {toml_of(online)}{offline * (not online)}{norms * frozen}
-resize = {resize}
-crop = {crop}  # pixels; the pictures' short side is {photographs.short_side} or more in most
-augmentation = ["random_resized_crop", "flip", "auto_augment"]
-objective = {{ name = "cross_entropy", smoothing = 0.1 }}
-batch_size = {batch_size}{dealt if shares > 1 else ""}
-ema = 0.99
+{_defaults(photographs, computer, epochs)}
 {_stages(online, shares, epochs, median if uneven else None)}
 [jobs]
 {_settings(dict.fromkeys(backbones, ["probe"] * online + ["full"] + ["balanced"] * uneven))}
@@ -114,6 +103,31 @@ members = {toml_of([f"{backbone}/{last}" for backbone in backbones])}
 [cluster]
 {loaders if gpus else alone}
 """
+
+
+def _defaults(photographs: Photographs, computer: Computer, epochs: int) -> str:
+    """The settings of every stage, line by line."""
+    crop, resize = _sizes(photographs, computer)
+    batch_size = _batch_size(photographs, computer)
+    shares = f"shares = {batch_size // 32}  # a job may have as many GPUs; the result does not depend on how many"
+    offline = "" if computer.online else "  # the hub of weights was not reached; true is far better"
+    lines = [
+        f"pretrained = {toml_of(computer.online)}{offline}",
+        f"resize = {resize}",
+        f"crop = {crop}  # pixels; the pictures' short side is {photographs.short_side} or more in most",
+        'objective = { name = "cross_entropy", smoothing = 0.1 }',
+        "ema = 0.99",
+        f"batch_size = {batch_size}",
+        *([shares] if batch_size > 32 else []),
+    ]
+    if computer.online and photographs.train < _FEW:
+        lines.append('norm_statistics = "frozen"  # of the pretrained weights: few photographs would spoil them')
+    if epochs < _MANY_EPOCHS:
+        lines.append('augmentation = ["random_resized_crop", "flip"]  # no more: photographs are seen a few times')
+        lines.append("scale = [0.25, 1.0]")
+    else:
+        lines.append('augmentation = ["random_resized_crop", "flip", "auto_augment"]')
+    return "\n".join(lines)
 
 
 def plain(name: str) -> str:

@@ -38,6 +38,8 @@ def test_any_draft_is_a_plan_that_fits_what_it_was_drafted_from(  # type: ignore
     assert plan.catalogue.columns == {"class": folder + "x"}
     for job in plan.job_names():
         stage = plan.stage(*job.split("/"))
+        heavy = stage.features == "computed" and plan.stages["full"]["epochs"] >= 10
+        assert ("auto_augment" in stage.augmentation) == heavy
         assert (stage.norm_statistics == "frozen") == (computer.online and seen.train < 100_000)
         assert stage.crop <= max(64, seen.short_side / 0.8)
         assert stage.batch_size <= max(8, seen.train // 8)
