@@ -79,7 +79,9 @@ class Images:
 
     def ask(self, rows: Iterable[int]) -> None:
         """Say which rows are read next: what lies far away is brought side by side."""
-        if isinstance(self.store, Store):
+        if self.remote:
+            self.remote.ask(self.paths[row].as_py() for row in rows)
+        elif isinstance(self.store, Store):
             self.store.ask(rows if self.places is None else map(int, self.places[list(rows)]))
 
     def chunks(self, rows: int) -> "Iterator[Images]":

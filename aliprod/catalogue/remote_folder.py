@@ -6,13 +6,16 @@ no manifest there finds no catalogue, however far an upload came.
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from aliprod.catalogue.decode import MOST_BYTES, Unreadable
 from aliprod.errors import Refused
+from aliprod.processes import Ahead
 from aliprod.store import commit
 from aliprod.store.bucket import Bucket, check_uri, opened
 
@@ -38,8 +41,22 @@ class RemoteFolder:
         prefix = self.uri.partition("://")[2].partition("/")[2]
         return f"{prefix}/" if prefix else ""
 
+    @cached_property
+    def _ahead(self) -> Ahead[str, bytes]:
+        return Ahead(self._read)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri}  # no threads
+
+    def ask(self, paths: Iterable[str]) -> None:
+        """Begin to read these files, side by side."""
+        self._ahead.ask(paths)
+
     def content(self, path: str) -> bytes:
         """The bytes of a file below. Unreadable: it is not there, or far too large."""
+        return self._ahead.take(path)
+
+    def _read(self, path: str) -> bytes:
         try:
             return self._bucket.whole(self._prefix + path, MOST_BYTES)
         except FileNotFoundError as error:

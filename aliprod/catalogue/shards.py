@@ -15,7 +15,6 @@ import shutil
 import struct
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from aliprod.errors import Failed, Refused
-from aliprod.processes import locked
+from aliprod.processes import Ahead, locked
 from aliprod.store import commit
 from aliprod.store.layout import cache_room, check_cache
 
@@ -38,7 +37,6 @@ SPLITS = ("train", "val", "test")
 FORMAT = 1
 _ROWS = {split: f"{split}.arrow" for split in SPLITS}  # the file of ids and labels of a split
 _ROW = struct.Struct("<iiq8s")  # of a picture: its shard, bytes, the first of them, the beginning of their sha256
-_READERS = 32  # pictures that a process reads side by side: an object store answers after 20 to 100 ms
 _AGAIN = "Copy it here once more, or prepare the catalogue again."
 
 log = logging.getLogger(__name__)
@@ -163,14 +161,11 @@ class Store:
     def jpeg(self, place: int) -> bytes:
         """The picture in a row of the shards. Failed: one is not what the manifest says. StorageFull: no room here.
         Unreachable: the bucket does not answer."""
-        asked = self._asked.pop(place, None)
-        return asked.result() if asked else self._read(place)
+        return self._ahead.take(place)
 
     def ask(self, places: Iterable[int]) -> None:
         """Begin to read those of these pictures that are not on this machine, side by side."""
-        for place in places:
-            if place >= self._open.here:
-                self._asked[place] = self._threads.submit(self._read, place)
+        self._ahead.ask(place for place in places if place >= self._open.here)
 
     def laid_out(self) -> Path:
         """The folder with the pictures end to end; filled where it is not there, by one process of this machine.
@@ -198,12 +193,8 @@ class Store:
         return _Open(rows, pictures, (commit.read(folder) or {})["here"])
 
     @cached_property
-    def _asked(self) -> dict[int, Future[bytes]]:
-        return {}
-
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_READERS)
+    def _ahead(self) -> Ahead[int, bytes]:
+        return Ahead(self._read)
 
     @cached_property
     def _part(self) -> Callable[[str, int, int], bytes]:

@@ -345,6 +345,7 @@ def _write(folder: Path, recipe: ShardRecipe, result: ShardResult) -> None:
     ) as file:
         for start in range(0, result.rows, ROW_GROUP):
             rows = range(start, min(start + ROW_GROUP, result.rows))
+            recipe.images.ask(rows)
             jpegs = {row: jpeg for row in rows if (jpeg := _jpeg(recipe, row, result)) is not None}
             result.jpeg_bytes += sum(map(len, jpegs.values()))
             if jpegs:
