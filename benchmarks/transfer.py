@@ -1,8 +1,8 @@
 """jobs/transfer.toml on a catalogue with labelled test images, several seeds: what each stage and their sum is worth.
 
-    python benchmarks/transfer.py CATALOGUE --storage FOLDER [--seeds 3] [--set SETTING ...]
+    python benchmarks/transfer.py CATALOGUE --storage FOLDER [--seeds 3] [--views ten_crop] [--set SETTING ...]
 
-A line a job: the top-1 error on the test images by ten crops of the best epoch by val, per cent, a mean over the seeds;
+A line a job: the top-1 error on the test images of the best epoch by val, per cent, a mean over the seeds;
 its gain on the job that it starts from and, of what has one beside it, on `control`. Negative is better. Intervals are
 of 95 %, by the draws of the images that the project's own comparisons have, for classes of as many test images each.
 """
@@ -19,6 +19,7 @@ from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.ensemble.compare import drawn_errors
 from aliprod.inference.predict import predicted, ready
+from aliprod.recipe import Views
 
 PLAN = Path(__file__).resolve().parents[1] / "jobs" / "transfer.toml"
 Values = np.ndarray[Any, np.dtype[np.float64]]
@@ -30,14 +31,16 @@ def main() -> None:
     parser.add_argument("catalogue", type=Path)
     parser.add_argument("--storage", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--views", choices=["ten_crop", "center"], default="ten_crop")
     parser.add_argument("--set", action="append", default=[])
     asked = parser.parse_args()
     catalogue, wrong, parents = sources.read(asked.catalogue), dict[str, list[Values]](), dict[str, str]()
     for seed in range(asked.seeds):
         own = [f"name='transfer-{seed}'", f"seed={seed}", f"catalogue.path='{asked.catalogue.resolve()}'"]
+        own.append(f"ensemble.views='{asked.views}'")
         jobs = run(PLAN, asked.storage, [*own, *asked.set])
         found = {
-            name: probabilities(asked.storage / "jobs" / name / job["key"] / "weights", catalogue)
+            name: probabilities(asked.storage / "jobs" / name / job["key"] / "weights", catalogue, asked.views)
             for name, job in jobs.items()
         }
         found["ensemble"] = np.sum([found[name] for name, job in jobs.items() if job["member"]], axis=0)
@@ -50,10 +53,10 @@ def main() -> None:
     show(means, wrong, parents, catalogue.test_labels)
 
 
-def probabilities(folder: Path, catalogue: Catalogue) -> Values:
-    """Of the test images by ten crops (n, K)."""
+def probabilities(folder: Path, catalogue: Catalogue, views: Views) -> Values:
+    """Of the test images (n, K)."""
     member = ready(folder)
-    blocks = [block.double().numpy() for block in predicted(member, catalogue.test, "ten_crop")]
+    blocks = [block.double().numpy() for block in predicted(member, catalogue.test, views)]
     return np.concatenate(blocks)
 
 
