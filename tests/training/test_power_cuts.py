@@ -16,9 +16,10 @@ import pytest
 from obstore.store import MemoryStore
 
 from aliprod.store import commit, mirror
-from aliprod.store.bucket import Bucket
+from aliprod.store.bucket import Bucket, opened
 from aliprod.training import checkpoint
 from aliprod.training.checkpoint import TrainingState
+from tests.conftest import s3_environment
 
 Tree = dict[str, Any]  # a folder: a File or the Tree of a folder, by name
 Objects = dict[str, tuple[int, bytes]]  # of a bucket: a number that grows with each write, and what was written
@@ -63,6 +64,17 @@ class Store:
 
     def _read(self, path: str) -> bytes:
         return bytes(obstore.get(self.memory, path).bytes())
+
+
+@dataclass
+class Server(Store):
+    """A bucket of a program that speaks S3, in which what was in memory is taken up."""
+
+    def restore(self, objects: Objects) -> None:
+        there = opened("s3://team")
+        there.delete(there.list("power-cuts"))
+        for key, (_, written) in objects.items():
+            there.put(key, written)
 
 
 class Disk:
@@ -243,17 +255,23 @@ def test_after_every_power_cut_the_newest_acknowledged_checkpoint_or_a_newer_one
 @pytest.mark.parametrize("gone", [False, True], ids=["its own disk", "another machine"])
 @pytest.mark.parametrize("small", [1 << 20, 0], ids=["files that come with the manifest", "large files"])
 def test_after_every_power_cut_it_is_found_in_a_bucket_too(
-    gone: bool, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gone: bool, small: int, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store()
     monkeypatch.setattr(mirror, "opened", lambda uri: Bucket(uri, store.memory, store.memory))
     monkeypatch.setattr(mirror, "_SMALL", small)
     monkeypatch.setattr(mirror, "_mirror", cache(mirror.Mirror))  # of this test's bucket
     monkeypatch.setenv("ALIPROD_CACHE", str(tmp_path))
-    folder = mirror.local("s3://team/storage/resume")
+    folder = mirror.local("s3://team/power-cuts/resume")
     disk = written_with_power_cuts(folder, monkeypatch, 3, 4, 6, store=store)
     shutil.rmtree(tmp_path / "aliprod-mirror")
     monkeypatch.setattr(os, "fsync", lambda _: None)  # no second power cut
+    if gone:  # versions of objects, which the own disk has noted, are the server's
+        for name, value in s3_environment(s3).items():
+            monkeypatch.setenv(name, value)
+        opened.cache_clear()
+        monkeypatch.setattr(mirror, "opened", opened)
+        disk.store = Server()
     cuts, lost, false = recovered(disk, folder, gone=gone)
     assert cuts > (12 if gone else 300)
     assert (lost, false) == (0, 0)
