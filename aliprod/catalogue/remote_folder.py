@@ -1,7 +1,7 @@
 """A folder of pictures in a bucket: s3://, gs:// or az://, with credentials and endpoint from the environment.
 
-Pictures are read from it side by side, where it is told which come next, and a prepared catalogue is written to it with the manifest last: whoever finds
-no manifest there finds no catalogue, however far an upload came.
+Pictures are read from it side by side, where it is told which come next, and a prepared catalogue is written to it with
+the manifest last: whoever finds no manifest there finds no catalogue, however far an upload came.
 """
 
 import json
