@@ -22,7 +22,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
-_AT_ONCE = 32  # images that may come together, a while after the start, or are read side by side
+_AT_ONCE = 32  # images that may come together, a while after the start
+_READERS = 32  # threads that read side by side
 
 
 @contextmanager
@@ -62,7 +63,7 @@ class Ahead(Generic[Task, Result]):
 
     def __init__(self, read: Callable[[Task], Result]) -> None:
         self.read, self.asked = read, dict[Task, Future[Result]]()
-        self.threads = ThreadPoolExecutor(_AT_ONCE)
+        self.threads = ThreadPoolExecutor(_READERS)
 
     def ask(self, tasks: Iterable[Task]) -> None:
         """Begin to read, without waiting."""

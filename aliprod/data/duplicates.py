@@ -8,7 +8,6 @@ Reading every picture is all of the cost, so it is done once for a catalogue: a 
 (N, 8) uint8, the 64 bits of each training image, and ``readable.npy`` (N,) bool.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -37,7 +36,7 @@ _READ = 256  # pictures that a process is handed at once
 def write_hashes(folder: Path, images: Images, processes: int) -> None:
     """Hash all images of a split with this many processes beside this one (0: this one alone)."""
     rows = [range(low, min(low + _READ, len(images))) for low in range(0, len(images), _READ)]
-    loader = data_loader(partial(_greys, images), rows, processes)
+    loader = data_loader(images, partial(_grey, images), rows, processes)
 
     def fill(staging: Path) -> None:
         bits, readable = zip(*((dct_hash(grey), known) for grey, known in loader), strict=True)
@@ -59,11 +58,6 @@ def hashed_groups(folder: Path, count: int, threshold: int) -> Integers:
     rows = np.flatnonzero(readable)
     found[rows] = rows[groups(torch.from_numpy(np.unpackbits(bits[rows], axis=1)), threshold).numpy()]
     return found
-
-
-def _greys(images: Images, rows: Sequence[int]) -> list[tuple[Tensor, bool]]:
-    images.ask(rows)
-    return [_grey(images, row) for row in rows]
 
 
 def _grey(images: Images, row: int) -> tuple[Tensor, bool]:

@@ -112,9 +112,9 @@ class TrainBatches:
         counts = np.bincount(self.images.labels)
         self.groups_per_batch, self.steps_per_epoch = epoch_size(counts, stage.batch_size, group, self.shares)
         self._steps = _Steps()
-        read = partial(_train_views, self.images, stage, feed.interpolation)
+        read = partial(_train_view, self.images, stage, feed.interpolation)
         collate = _packed if stage.augment == "device" else None
-        self._loader: Iterable[Any] = data_loader(read, self._steps, feed.processes, feed.device, collate)
+        self._loader: Iterable[Any] = data_loader(self.images, read, self._steps, feed.processes, feed.device, collate)
         if data.features is not None:
             self._loader = _Cached(data.features, self.images.labels, self._steps)
 
@@ -198,8 +198,8 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
     rows = np.arange(len(images))
     starts = range(feed.rank * batch_size, len(rows), feed.world_size * batch_size)
     batches = [rows[start : start + batch_size].tolist() for start in starts]
-    read = partial(_squares, images, side, feed.interpolation)
-    loader = data_loader(read, batches, feed.processes, feed.device)
+    read = partial(_square, images, side, feed.interpolation)
+    loader = data_loader(images, read, batches, feed.processes, feed.device)
     for chunk, pixels in zip(batches, loader, strict=True):
         yield np.asarray(chunk, dtype=np.int64), pixels.to(feed.device, non_blocking=True)
 
@@ -236,13 +236,6 @@ class _Cached:
             yield self.features.take(rows), torch.from_numpy(self.labels[rows]), torch.empty(0), torch.from_numpy(rows)
 
 
-def _train_views(
-    images: Images, stage: Stage, interpolation: str, views: list[View]
-) -> list[tuple[Tensor | Cut, int, Tensor, int]]:
-    images.ask(row for row, *_ in views)
-    return [_train_view(images, stage, interpolation, view) for view in views]
-
-
 def _train_view(images: Images, stage: Stage, interpolation: str, view: View) -> tuple[Tensor | Cut, int, Tensor, int]:
     """Pixels (or what the device makes them from), label, erased box, and row of a view."""
     row, epoch, repeat = view
@@ -267,11 +260,6 @@ def _picture(images: Images, row: int, side: int) -> Picture:
         pictures = (_readable(images, int(other)) for other in after)
         picture = next((found for found in pictures if found is not None), _grey(side))
     return picture
-
-
-def _squares(images: Images, side: int, interpolation: str, rows: list[int]) -> list[Tensor]:
-    images.ask(rows)
-    return [_square(images, side, interpolation, row) for row in rows]
 
 
 def _square(images: Images, side: int, interpolation: str, row: int) -> Tensor:
@@ -302,21 +290,23 @@ def _grey(side: int) -> Image.Image:
 
 
 class _Mapped(Dataset[Any]):
-    def __init__(self, read: Callable[[list[Any]], list[Any]]) -> None:
-        self.read = read
+    def __init__(self, images: Images, read: Callable[[Any], Any]) -> None:
+        self.images, self.read = images, read
 
-    def __getitems__(self, keys: list[Any]) -> list[Any]:  # PyTorch's loaders ask for a batch at once where they can
-        return self.read(keys)
+    def __getitems__(self, keys: Sequence[int | View]) -> list[Any]:  # what PyTorch asks for a whole batch
+        self.images.ask(key if isinstance(key, int) else key[0] for key in keys)
+        return [self.read(key) for key in keys]
 
 
 def data_loader(
-    read: Callable[[list[Any]], list[Any]],
+    images: Images,
+    read: Callable[[Any], Any],
     batches: Sampler[Any] | Sequence[Any],
     processes: int,
     device: torch.device = _CPU,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A PyTorch loader of what ``read`` makes of the entries of a batch, for a device.
+    """A PyTorch loader of what ``read`` makes of each entry of a batch, a row of the images or a view, for a device.
 
     It waits an hour for a batch of its processes, then raises. They are forked from a clean server, since forking a
     training process can hang. The server has imported this module: else every process would, for seconds, and again at
@@ -326,7 +316,7 @@ def data_loader(
     context.set_forkserver_preload([__name__])
     workers: dict[str, Any] = {"persistent_workers": True, "multiprocessing_context": context} if processes else {}
     return DataLoader(
-        _Mapped(read),
+        _Mapped(images, read),
         batch_sampler=batches,
         num_workers=processes,
         collate_fn=collate,

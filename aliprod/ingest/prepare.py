@@ -89,9 +89,9 @@ def prepare(
     """Write the shards of a catalogue; what is written already, by a call that was killed, is verified and kept.
 
     Args:
-        path, out: of this machine, or URIs of buckets: pictures are read from there one by one, and shards are made on
-            this machine's disk first (`layout.cache`). ``out`` must not exist, be empty, or hold
-            what this very call has written before.
+        path, out: of this machine, or URIs of buckets: pictures are read from there as they are needed, and shards are
+            made on this machine's disk first (`layout.cache`). ``out`` must not exist, be empty, or hold what this very
+            call has written before.
         max_skipped: the share of all images that may be unreadable.
         processes: that work side by side; they change no byte.
     Raises:
