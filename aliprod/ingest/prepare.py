@@ -1,7 +1,7 @@
 """The images of a catalogue become shards: each is read once, judged and normalised.
 
 A JPEG that is upright RGB and small enough is stored byte for byte: encoding it again would lose detail for nothing.
-All others are written anew, without chroma subsampling, so that the second loss stays small beside the first.
+All others are written anew, their colours at half the size as in most photographs, which decode in 0.8 of the time.
 
 A shard is a function of its rows and the settings, whichever process makes it: a committed folder beside OUT, so that a
 call that was killed goes on after the last of them. OUT itself appears when all are there.
@@ -38,6 +38,7 @@ from aliprod.store.layout import cache, key_of
 
 SHARD = 512  # rows: some 25 MB of photographs, what one process makes in seconds
 ROW_GROUP = 128  # rows, measured best in order: 64 to 256
+SUBSAMPLING = "4:2:0"
 MOST_SIDE = 65_500  # that a JPEG can have in libjpeg
 MOST_STORED = 8 * 2**20  # bytes of a JPEG that is kept as it is; what has more is mostly no picture
 
@@ -314,7 +315,7 @@ def make_shard(recipe: ShardRecipe) -> ShardResult:
     """Make a shard, or find it: by all that its bytes depend on but the pictures' contents, with its bytes verified."""
     folder, images = recipe.folder, recipe.images
     facts = {
-        "versions": [shards.FORMAT, SHARD, ROW_GROUP, PIL.__version__, features.version("jpg"), pa.__version__],
+        "versions": [shards.FORMAT, SUBSAMPLING, SHARD, ROW_GROUP, PIL.__version__, features.version("jpg"), pa.__version__],
         "settings": asdict(recipe.settings),
         "source": [images.location, images.store and images.store.fingerprint],
         "rows": [images.ids.to_pylist(), recipe.class_ids.tolist(), images.paths.to_pylist()],
@@ -381,5 +382,5 @@ def _encoded(image: Image.Image, settings: Settings) -> bytes:
         width, height = (max(LEAST_SIDE, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=settings.quality, subsampling="4:4:4", comment=b"")
+    image.save(file, "JPEG", quality=settings.quality, subsampling=SUBSAMPLING, comment=b"")
     return file.getvalue()
