@@ -19,6 +19,7 @@ from aliprod.store.lineage import weights_folder
 from aliprod.store.resumable import SHARD_ROWS, shards
 
 LEAST_VAL = 5  # images that weights of members are fitted on: one in each fold
+TINY = ("checkpoint", "comparison", "hashes", "kept_rows", "pseudo_labels", "weights")  # kinds that take no room
 _UNKNOWN = Cost(known=False)
 
 

@@ -29,9 +29,8 @@ ADDED = (  # since version 1: part of a key only where they say other than their
 ADDED_BELOW = {"optimizer": ("betas", "layer_decay", "sharpness"), "lr": ("warmup_steps",)}  # the same, of its tables
 
 STATISTICS_BATCHES = 200  # that norm statistics are taken anew from, where an objective distorts images
-NO_COST = (  # of a step
-    "start", "pretrained", "images", "duplicates", "pseudo_labels", "sampler", "epochs", "seed", "crops", "test_crop",
-)  # fmt: skip
+TAKEN = ("start", "pretrained", "duplicates", "pseudo_labels")  # from other jobs or elsewhere, before the first step
+NO_COST = (*TAKEN, "images", "sampler", "epochs", "seed", "crops", "test_crop")  # of a step
 CROPS = ("random_resized_crop", "random_crop", "resize")
 Augmentation = Literal[
     "random_resized_crop", "random_crop", "resize", "rotation", "flip", "color_jitter", "auto_augment", "rand_augment",

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from aliprod.recipe import Frozen, Stage
+from aliprod.recipe import TAKEN, Frozen, Stage
 
 MOST_CHOICES = 100
 TRIES = 100  # draws in a row that may be refused, or known
@@ -17,10 +17,7 @@ UNSEARCHED = {  # settings of a stage that a search leaves as they are, and why
     "epochs": "those of a trial are tune.epochs",
     "images": "those of a trial are tune.per_class",
     "seed": "finalists are trained with tune.seeds of them",
-} | dict.fromkeys(
-    ("start", "pretrained", "duplicates", "pseudo_labels", "teachers", "soup", "gradients"),
-    "it is no matter of how a stage is trained on one rank",
-)
+} | dict.fromkeys((*TAKEN, "teachers", "soup", "gradients"), "it is no matter of how a stage is trained on one rank")
 Way = tuple[str, ...]  # names of tables and, last, of a setting: ("lr", "backbone")
 
 
