@@ -176,9 +176,11 @@ def run(serving: Serving, host: str, port: int, replicas: int, address: str | No
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
     try:
-        if replicas > (room := int(has.get("GPU", has["CPU"]))) and not address:  # it would wait for ever
+        if replicas > (room := int(has.get("GPU", has["CPU"]))):
             what = f"{replicas} replicas take a core or GPU each, and here are {room}."
-            raise Refused(what, "--replicas", "Give less, or the --address of a cluster.")
+            if not address:  # it would wait for ever
+                raise Refused(what, "--replicas", "Give less, or the --address of a cluster.")
+            print(f"{what} Waiting until the cluster has grown (Ctrl-C ends it).", flush=True)
         serve.start(http_options=HTTPOptions(host=host, port=port, location="HeadOnly"))
         serve.run(deployment(Endpoint).bind(serving), name=_APP)
         print(f"{serving.model} is at http://{host}:{port}/ (Ctrl-C ends it).", flush=True)

@@ -13,6 +13,7 @@ PLAN/                       submission.csv, result.json, ensemble/, ...: what pe
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -60,6 +61,8 @@ def cache_room(folder: Path, used: Iterable[int]) -> int:
     disk, most = shutil.disk_usage(folder), os.environ.get("ALIPROD_CACHE_GB", "inf")
     try:
         limit = float(most) * 1e9 - sum(used)
+        if math.isnan(limit):
+            raise ValueError(most)
     except ValueError as error:
         raise Refused(f"is no number: {most!r}.", "ALIPROD_CACHE_GB", "Name gigabytes, such as 100.") from error
     return max(0, int(min(disk.free - disk.total // 10, limit)))

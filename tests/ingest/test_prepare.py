@@ -495,12 +495,13 @@ def test_a_picture_that_is_read_from_its_shard_is_held_against_its_checksum(
         train.source(3)
 
 
+@pytest.mark.parametrize("said", ["ten", "nan"])
 def test_a_room_that_is_no_number_is_refused(
-    packages: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    said: str, packages: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared(packages.root, tmp_path / "out")
-    monkeypatch.setenv("ALIPROD_CACHE_GB", "ten")
-    with pytest.raises(Refused, match="ALIPROD_CACHE_GB: is no number: 'ten'"):
+    monkeypatch.setenv("ALIPROD_CACHE_GB", said)
+    with pytest.raises(Refused, match=f"ALIPROD_CACHE_GB: is no number: '{said}'"):
         read(tmp_path / "out").train.source(0)
 
 
