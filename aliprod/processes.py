@@ -1,5 +1,6 @@
-"""Work that processes and threads do side by side."""
+"""Work that processes and threads do side by side, and the memory that they keep."""
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -24,6 +25,23 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 _AT_ONCE = 32  # images that may come together, a while after the start
 _READERS = 32  # threads that read side by side
+_MALLOC = {  # of glibc (malloc.h, mallopt(3)): a variable, its number, a value
+    "MALLOC_MMAP_THRESHOLD_": (-3, 2**30),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_ARENA_MAX": (-8, 1),
+}
+KEEPING = {name: str(value) for name, (_, value) in _MALLOC.items()}  # variables, for processes that are not yet there
+
+
+def keep_freed_memory() -> None:
+    """Keep what this process frees, for itself: all threads that are not yet there and the first one share one heap.
+
+    A step on CPUs frees gigabytes that the next one needs. glibc would give them back to the system, which clears each
+    page anew: up to a half of the CPU's time (benchmarks/freed_memory.py). Another C library is left as it is.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for number, value in _MALLOC.values():
+            mallopt(number, value)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from aliprod.build.room import Node
 from aliprod.build.target import NOTHING, Resources
 from aliprod.errors import AliprodError, Unreachable
 from aliprod.plan.schema import Cluster
+from aliprod.processes import KEEPING
 from aliprod.store import commit, mirror
 
 _PROBE_SECONDS = 60
@@ -33,6 +34,11 @@ _KNOCK_SECONDS = 10
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _HEAD = "node:__internal_head__"  # a resource of the head alone
 _CONFIG = "~/ray_bootstrap_config.yaml"  # on the head, by `ray up`
+_LOCAL = {  # variables that a Ray of our own is started with
+    "RAY_worker_maximum_startup_concurrency": "8",  # by default one a core
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # for a dashboard, which is not started
+    **KEEPING,  # Ray Train trains in a thread of its own, for which it is too late once it is there
+}
 
 
 def join(address: str | None) -> None:
@@ -49,8 +55,7 @@ def join(address: str | None) -> None:
             _knock(address)
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # tries, of 40 s: Ray's default are 20
         else:
-            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # by default one a core
-            os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # for a dashboard, which is not started
+            os.environ |= _LOCAL | os.environ  # what is set already stays
         try:
             _init(address)
         except Exception:

@@ -1,7 +1,8 @@
 """Probabilities of images: one forward path for validation, test-time augmentation and files of any kind."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from aliprod.data.training_set import Features
 from aliprod.inference.ten_crop import crops, mean_probabilities
 from aliprod.models import weights
 from aliprod.models.classifier import Classifier
+from aliprod.processes import keep_freed_memory
 from aliprod.recipe import Views
 from aliprod.store.resumable import SHARD_STEP
 
 # Pictures in one forward pass, 256 or 320 crops: they bound the memory of activations, and divide a shard's rows. The
 # last batch of a split may be smaller: no padding, since nothing here compiles or tunes itself for a shape.
 BATCH = {"center": SHARD_STEP, "ten_crop": SHARD_STEP // 8}
+_CPU_PASSES = 8  # a CPU's share of a batch: larger ones take as long or longer, and gigabytes
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ def ready(folder: Path, processes: int = 0, device: torch.device | None = None) 
     """Load a weights folder onto a device, None: this process's GPU where it has one; ``processes`` of them read
     pictures. Refused: it is no weights folder, or one that is damaged."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     model, config, classes = weights.load(folder)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes, dtype=precision(device))
@@ -67,18 +72,23 @@ def predict(
     Yields:
         Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
     """
+    look = partial(seen, model, crop=crop, views=views, feed=feed)
     for rows, pixels in squared_batches(images, resize, feed, BATCH[views]):
         with autocast(feed.device, feed.dtype):
-            probabilities = seen(model, pixels, crop, views, feed)
+            probabilities = in_passes(look, pixels, views)
         yield rows, probabilities.cpu()
 
 
 @torch.inference_mode()
 def pooled(model: Classifier, images: Images, resize: int, crop: int, feed: Feed) -> Iterator[Tensor]:
     """Features (n, F) of a split's centre crops in order, block after block, by a model in eval mode."""
+
+    def look(part: Tensor) -> Tensor:
+        return model.pool(model.features(_normalised(_cut(part, crop, "center"), feed)))
+
     for _, pixels in squared_batches(images, resize, feed, BATCH["center"]):
         with autocast(feed.device, feed.dtype):
-            yield model.pool(model.features(_normalised(_cut(pixels, crop, "center"), feed)))
+            yield in_passes(look, pixels, "center")
 
 
 @torch.inference_mode()
@@ -96,6 +106,12 @@ def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
     config, feed = member.config, member.feed
     for _, block in predict(member.model, images, config.resize, config.crop, views, feed):
         yield block
+
+
+def in_passes(look: Callable[[Tensor], Tensor], pixels: Tensor, views: Views) -> Tensor:
+    """What ``look`` makes of at least one squared picture (n, ...): of a few at a time where it works on a CPU."""
+    size = BATCH[views] // _CPU_PASSES if pixels.device.type == "cpu" else len(pixels)
+    return torch.cat([look(part) for part in pixels.split(size)])
 
 
 def seen(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:

@@ -19,6 +19,7 @@ from aliprod.inference.metrics import mean_class_error
 from aliprod.inference.predict import BATCH, autocast, of_features, precision, predict
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, build
+from aliprod.processes import keep_freed_memory
 from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Stage
 from aliprod.recipe.options import needs
@@ -53,7 +54,8 @@ class Place:
 def place(machine: Machine) -> Place:
     """This process's place: its GPU where there is one, its rank where a process group is up.
 
-    Sets the number of threads (sums differ with it) and, where ``exact``, kernels that give the same bytes each time.
+    Sets the number of threads (sums differ with it) and, where ``exact``, kernels that give the same bytes each time;
+    on a CPU, that freed memory is kept.
     """
     torch.set_num_threads(machine.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -64,6 +66,8 @@ def place(machine: Machine) -> Place:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     return Place(device, rank, world_size, machine)
 
 
