@@ -19,9 +19,9 @@ NETWORK = "test_resnet.r160_in1k"
 @pytest.fixture(autouse=True)
 def _no_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs are captured, differentiated and guarded as ever; only the C++ compiler is left out, which takes minutes.
-    Validation has whole batches and a partial one."""
+    Validation has whole passes, of 16, and a partial one."""
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **_: aot_eager(graph, inputs))
-    monkeypatch.setitem(predict.BATCH, "center", 16)
+    monkeypatch.setitem(predict.BATCH, "center", 128)
     torch._dynamo.reset()
     counters.clear()
     yield
