@@ -41,6 +41,14 @@ def test_parents_come_before_children_and_members_are_the_plans() -> None:
     assert found["resnet50/full"].parents == ()
 
 
+def test_the_seed_takes_a_probe_as_its_floor_and_keeps_its_keys() -> None:
+    floor = 'jobs.resnet50=["probe", "full", "balanced", "dcl", "lio", "accuracy"]'
+    assert f"--set '{floor}'" in SEED.read_text(encoding="utf-8")
+    found = jobs_of(load(SEED, [floor]), PRINT)
+    assert [job.name for job in found.values() if job.is_floor] == ["resnet50/probe"]
+    assert {name: job.key for name, job in found.items() if not job.is_floor} == keys()
+
+
 def test_no_two_jobs_share_a_key() -> None:
     assert len(set(keys().values())) == 16
 
