@@ -50,6 +50,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing aliprod and what it needs into .venv (torch, Ray, MLflow: gigabytes, minutes the first time) ..."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@$(BIN)/python -m compileall -q aliprod
 	@touch $@
 	@echo "installed: `$(BIN)/python --version`, `du -sh .venv | cut -f1` in .venv"
 
