@@ -315,16 +315,8 @@ def make_shard(recipe: ShardRecipe) -> ShardResult:
     """Make a shard, or find it: by all that its bytes depend on but the pictures' contents, with its bytes verified."""
     folder, images = recipe.folder, recipe.images
     facts = {
-        "versions": [
-            shards.FORMAT,
-            SUBSAMPLING,
-            SHARD,
-            ROW_GROUP,
-            PIL.__version__,
-            features.version("jpg"),
-            pa.__version__,
-        ],
-        "settings": asdict(recipe.settings),
+        "versions": [shards.FORMAT, SHARD, ROW_GROUP, PIL.__version__, features.version("jpg"), pa.__version__],
+        "settings": asdict(recipe.settings) | {"subsampling": SUBSAMPLING},
         "source": [images.location, images.store and images.store.fingerprint],
         "rows": [images.ids.to_pylist(), recipe.class_ids.tolist(), images.paths.to_pylist()],
     }

@@ -143,6 +143,7 @@ class Cluster:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={self.address}"]
         ray += ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0", *options]
         ray += [f"--dashboard-agent-listen-port={port}", "--object-store-memory=100000000"]
+        ray += ["--include-log-monitor=false"]
         if mount:
             ray = ["unshare", "--mount", "sh", "-c", f"{mount} && exec {shlex.join(ray)}"]
         before, log = self.alive(), self.home / f"node-{port}.log"
@@ -268,7 +269,7 @@ def head(cpus: int, grows: dict[str, Any] | None = None) -> Iterator[Cluster]:
         *(f"--num-cpus={cpus}", "--num-gpus=0", f"--port={gcs}", f"--temp-dir={folder}"),
         *("--include-dashboard=true", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
         *(f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
-        "--object-store-memory=200000000",
+        *("--object-store-memory=200000000", "--include-log-monitor=false"),
     ]
     if grows is not None:
         environment |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -198,23 +199,17 @@ def test_a_second_run_trains_nothing_and_touches_no_job(whole: Run, cluster: Any
     assert digests(whole.storage) == whole.bytes
 
 
-def test_a_changed_stage_is_trained_again_and_nothing_else(whole: Run, cluster: Any, plan: Path) -> None:
-    before = times(whole.storage)
-    changed = ["--set", "stages.lio.seed=1", "--set", 'name="changed"']
-    outcome = last_line(cluster.aliprod("run", plan, "--storage", whole.storage, "--json", *changed))
-    assert outcome["trained"] == ["resnet/lio"]
-    assert outcome["reused"] == [name for name in JOBS if name != "resnet/lio"]
-    touched = {path for path, time in times(whole.storage).items() if before.get(path) != time}
-    assert {path.relative_to(whole.storage / "jobs").parts[:2] for path in touched} == {("resnet", "lio")}
-
-
 def test_a_job_that_fails_for_good_stops_its_descendants_alone(whole: Run, cluster: Any, plan: Path) -> None:
     sets = ["--set", "stages.dcl.optimizer.weight_decay=1e38", "--set", "stages.lio.seed=2", "--set", 'name="failing"']
+    before = times(whole.storage)
     process = cluster.aliprod("run", plan, "--storage", whole.storage, "--json", *sets)
     outcome = last_line(process)
     assert process.returncode == 1
     assert (outcome["failed"], outcome["not_run"]) == (["resnet/dcl"], ["resnet/accuracy"])
     assert (outcome["trained"], outcome["reused"]) == (["resnet/lio"], ["resnet/full", "efficientnet/full"])
+    touched = {path for path, time in times(whole.storage).items() if before.get(path) != time}
+    changed = {path.relative_to(whole.storage / "jobs").parts[:2] for path in touched}
+    assert changed == {("resnet", "lio"), ("resnet", "dcl")}, "a changed stage is trained again and nothing else"
     assert outcome["ensemble"] is None
     left = sorted(path.name for path in (whole.storage / "failing").iterdir())
     assert left == ["forecast.json", "report.html", "result.json", "state.json"]
@@ -279,13 +274,14 @@ class Disturbed:
     rival: str  # the log of the one that waited for the killed one
     workers_killed: int
     resumed: dict[str, int]
+    launchers: list[int]  # process ids: of the one that was killed, of the one in its place
     outcome: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
-    """Interrupted at its first checkpoint; started again, twice at once; workers killed, driver killed; finished by the
-    other driver."""
+    """Interrupted at its first checkpoint; started again, twice at once; its workers, its launcher and itself killed;
+    finished by the other driver."""
     storage = tmp_path_factory.mktemp("disturbed")
     command = ("run", plan, "--storage", storage, "--json")
     before = cluster.left()
@@ -309,6 +305,7 @@ def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory
     workers = cluster.workers()  # those of now: one that began later would not be killed, and need not start again
     for worker in workers:
         worker.kill()
+    killed = len(workers)
     at_kill = {
         path.parent.parent: path.name
         for path in sorted(checkpoints(storage) - seen)
@@ -316,12 +313,25 @@ def disturbed(cluster: Any, plan: Path, tmp_path_factory: pytest.TempPathFactory
     }
     cluster.until(lambda: any(_further(folder, at) for folder, at in at_kill.items()), second)
     resumed = {"/".join(folder.parts[-3:-1]): int(at.removeprefix("step-")) for folder, at in at_kill.items()}
+
+    workers, [launcher] = cluster.workers(), launchers(cluster)
+    psutil.Process(launcher).kill()
+    cluster.until(lambda: not any(worker.is_running() for worker in workers), second, seconds=60)
+    seen = checkpoints(storage)
+    cluster.until(lambda: checkpoints(storage) - seen, second)
+    launched = [launcher, *launchers(cluster)]
     os.killpg(second.pid, signal.SIGKILL)
     second.communicate()
     out, log = rival.communicate(timeout=900)
     last = subprocess.CompletedProcess(command, rival.returncode, out, log)
     statuses = (first.returncode, second.returncode)
-    return Disturbed(storage, statuses, seconds, lost, log, len(workers), resumed, last_line(last))
+    return Disturbed(storage, statuses, seconds, lost, log, killed, resumed, launched, last_line(last))
+
+
+def launchers(cluster: Any) -> list[int]:
+    """Process ids of those that live."""
+    actors = cluster.ask("/api/v0/actors?limit=999&detail=1")["data"]["result"]["result"]
+    return [actor["pid"] for actor in actors if (actor["class_name"], actor["state"]) == ("Launcher", "ALIVE")]
 
 
 def _further(folder: Path, checkpoint: str) -> bool:
@@ -350,6 +360,11 @@ def test_a_killed_worker_is_started_again_by_ray(disturbed: Disturbed, cluster: 
     here = [run for run in runs if str(disturbed.storage) in run["run_settings"]["run_config"]["storage_path"]]
     again = {run["name"].rpartition("-")[0] for run in here if len(run["attempts"]) > 1}
     assert again & {name.replace("/", ".") for name in disturbed.resumed}
+
+
+def test_a_killed_launcher_is_replaced_and_its_jobs_go_on(disturbed: Disturbed) -> None:
+    before, after = disturbed.launchers
+    assert before != after
 
 
 def test_a_killed_driver_leaves_nothing_that_trains(disturbed: Disturbed, cluster: Any) -> None:
