@@ -162,7 +162,6 @@ def run(serving: Serving, host: str, port: int, replicas: int, address: str | No
     signals = Signals()
     if not address:
         _look_at_port(host, port)
-        _look_for_room(replicas, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
     Version.load(serving, serving.find())  # of a replica that cannot start, Ray Serve does not say why
     for name in _LEAN:
         os.environ.setdefault(name, "0")
@@ -178,7 +177,10 @@ def run(serving: Serving, host: str, port: int, replicas: int, address: str | No
     )
     try:
         if replicas > (room := int(has.get("GPU", has["CPU"]))):
-            print(f"{_lacking(replicas, room)} Waiting until the cluster has grown (Ctrl-C ends it).", flush=True)
+            what = f"{replicas} replicas take a core or GPU each, and here are {room}."
+            if not address:  # it would wait for ever
+                raise Refused(what, "--replicas", "Give less, or the --address of a cluster.")
+            print(f"{what} Waiting until the cluster has grown (Ctrl-C ends it).", flush=True)
         serve.start(http_options=HTTPOptions(host=host, port=port, location="HeadOnly"))
         serve.run(deployment(Endpoint).bind(serving), name=_APP)
         print(f"{serving.model} is at http://{host}:{port}/ (Ctrl-C ends it).", flush=True)
@@ -196,15 +198,6 @@ def _look_at_port(host: str, port: int) -> None:
         socket.create_server((host, port)).close()
     except OSError as error:
         raise Refused(f"cannot be listened at: {error.strerror}.", f"{host}:{port}", "Give another --port.") from error
-
-
-def _look_for_room(replicas: int, room: int) -> None:
-    if replicas > room:  # they would be waited for, for ever
-        raise Refused(_lacking(replicas, room), "--replicas", "Give less, or the --address of a cluster.")
-
-
-def _lacking(replicas: int, room: int) -> str:
-    return f"{replicas} replicas take a core or GPU each, and here are {room}."
 
 
 def _limited(request: Request) -> Request:
