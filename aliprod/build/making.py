@@ -136,14 +136,14 @@ def look(target: Target, site: Site) -> Made:
 
     from aliprod.data.loader import Feed
     from aliprod.data.training_set import write_features
-    from aliprod.inference.predict import pooled, precision
+    from aliprod.inference.predict import own_device, pooled, precision
     from aliprod.models import weights
     from aliprod.models.classifier import Classifier, normalisation
 
     torch.set_num_threads(site.cluster.threads)
     catalogue, job, record = site.read(), target.owner, dict(target.facts or {})
     images: Images = getattr(catalogue, record["split"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     model = Classifier(job.network, catalogue.num_classes, crop=job.stage.crop)
     weights.load_inputs(model, inputs_of(target, site), catalogue.classes.tolist())
     model = model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -19,7 +19,7 @@ from torch.nn import functional
 from aliprod.data.augment import square
 from aliprod.errors import Refused
 from aliprod.inference.classify import Recogniser, mean
-from aliprod.inference.predict import Ready, seen
+from aliprod.inference.predict import Ready, seen_at_once
 from aliprod.models.classifier import Bank, check_network
 
 Format: TypeAlias = Literal["onnx", "torch", "timm"]
@@ -58,7 +58,7 @@ class WholeModel(nn.Module):
     def forward(self, *pictures: Tensor) -> Tensor:
         pixels = {name: given.movedim(-1, 1) for name, given in zip(self.sizes, pictures, strict=True)}
         parts = [
-            seen(member.model, pixels[_name(member)], member.config.crop, self.views, member.feed)
+            seen_at_once(member.model, pixels[_name(member)], member.config.crop, self.views, member.feed)
             for member in self.members
         ]
         return mean(parts, self.voices)

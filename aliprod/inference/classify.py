@@ -25,7 +25,7 @@ from torch import Tensor
 
 from aliprod.errors import Refused
 from aliprod.inference.pictures import Picture, Size, Squares, read
-from aliprod.inference.predict import BATCH, Ready, in_passes, ready, seen
+from aliprod.inference.predict import BATCH, Ready, ready, seen
 from aliprod.inference.probabilities import tempered
 from aliprod.models.weights import MODEL
 from aliprod.processes import ReadProgress, ordered_map
@@ -74,10 +74,9 @@ class Recogniser:
         """The weighted mean (n, K) of the members' probabilities of pictures, at least one, in float32."""
         parts = []
         for member in self.members:
-            model, config, feed = member.model, member.config, member.feed
+            config, feed = member.config, member.feed
             pixels = torch.from_numpy(np.stack([one[config.resize, config.interpolation] for one in pictures]))
-            look = partial(seen, model, crop=config.crop, views=self.views, feed=feed)
-            parts.append(in_passes(look, pixels.to(feed.device), self.views).cpu())
+            parts.append(seen(member.model, pixels.to(feed.device), config.crop, self.views, feed).cpu())
         return mean(parts, self.voices)
 
     def answers(self, pictures: Sequence[Squares]) -> list[Answer]:

@@ -39,13 +39,19 @@ class Ready:
 def ready(folder: Path, processes: int = 0, device: torch.device | None = None) -> Ready:
     """Load a weights folder onto a device, None: this process's GPU where it has one; ``processes`` of them read
     pictures. Refused: it is no weights folder, or one that is damaged."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
+    device = device or own_device()
     model, config, classes = weights.load(folder)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     feed = Feed(device, config.mean, config.std, config.interpolation, processes=processes, dtype=precision(device))
     return Ready(model, config, classes, feed)
+
+
+def own_device() -> torch.device:
+    """This process's GPU; where it has none the CPU, for which it then keeps the memory that it frees."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    keep_freed_memory()
+    return torch.device("cpu")
 
 
 def precision(device: torch.device, stated: str = "auto") -> torch.dtype:
@@ -72,10 +78,9 @@ def predict(
     Yields:
         Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
     """
-    look = partial(seen, model, crop=crop, views=views, feed=feed)
     for rows, pixels in squared_batches(images, resize, feed, BATCH[views]):
         with autocast(feed.device, feed.dtype):
-            probabilities = in_passes(look, pixels, views)
+            probabilities = seen(model, pixels, crop, views, feed)
         yield rows, probabilities.cpu()
 
 
@@ -88,7 +93,7 @@ def pooled(model: Classifier, images: Images, resize: int, crop: int, feed: Feed
 
     for _, pixels in squared_batches(images, resize, feed, BATCH["center"]):
         with autocast(feed.device, feed.dtype):
-            yield in_passes(look, pixels, "center")
+            yield _in_passes(look, pixels, "center")
 
 
 @torch.inference_mode()
@@ -108,17 +113,23 @@ def predicted(member: Ready, images: Images, views: Views) -> Iterator[Tensor]:
         yield block
 
 
-def in_passes(look: Callable[[Tensor], Tensor], pixels: Tensor, views: Views) -> Tensor:
-    """What ``look`` makes of at least one squared picture (n, ...): of a few at a time where it works on a CPU."""
-    size = BATCH[views] // _CPU_PASSES if pixels.device.type == "cpu" else len(pixels)
-    return torch.cat([look(part) for part in pixels.split(size)])
-
-
 def seen(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
-    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8, on the device of ``feed``."""
+    """Probabilities (n, K) float32 of squared pictures (n, 3, side, side) uint8, at least one, on the device of
+    ``feed``."""
+    return _in_passes(partial(seen_at_once, model, crop=crop, views=views, feed=feed), pixels, views)
+
+
+def seen_at_once(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
+    """`seen` in one forward pass, whatever the number of pictures: what an export records."""
     cut = _cut(pixels, crop, views)
     logits: Tensor = model(_normalised(cut, feed))
     return mean_probabilities(logits.float().view(*cut.shape[:2], -1))
+
+
+def _in_passes(look: Callable[[Tensor], Tensor], pixels: Tensor, views: Views) -> Tensor:
+    """What ``look`` makes of at least one squared picture (n, ...): of a few at a time where it works on a CPU."""
+    size = BATCH[views] // _CPU_PASSES if pixels.device.type == "cpu" else len(pixels)
+    return torch.cat([look(part) for part in pixels.split(size)])
 
 
 def _cut(pixels: Tensor, crop: int, views: Views) -> Tensor:

@@ -16,10 +16,9 @@ from aliprod.data.loader import Feed, TrainBatches
 from aliprod.data.training_set import TrainingSet, training_set
 from aliprod.errors import Refused
 from aliprod.inference.metrics import mean_class_error
-from aliprod.inference.predict import BATCH, autocast, of_features, precision, predict
+from aliprod.inference.predict import BATCH, autocast, of_features, own_device, precision, predict
 from aliprod.models.classifier import Classifier, normalisation
 from aliprod.objectives import Batch, Context, build
-from aliprod.processes import keep_freed_memory
 from aliprod.randomness import seed_of
 from aliprod.recipe import DEFAULT_MACHINE, Machine, Stage
 from aliprod.recipe.options import needs
@@ -65,10 +64,7 @@ def place(machine: Machine) -> Place:
     torch.backends.cudnn.benchmark = not machine.exact
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-    return Place(device, rank, world_size, machine)
+    return Place(own_device(), rank, world_size, machine)
 
 
 class Learner(nn.Module):
