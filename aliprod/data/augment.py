@@ -7,6 +7,7 @@ its decoding, so it is done to a crop.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,8 @@ def picture_of(source: Path | bytes) -> Picture:
     Unreadable: as `decode`."""
     content = content_of(source)
     if simplejpeg and baseline_jpeg(content):
-        try:
+        with suppress(ValueError):  # of a damaged one, whose damage Pillow judges
             return torch.from_numpy(simplejpeg.decode_jpeg(content))
-        except ValueError:
-            pass  # it is damaged, and Pillow judges how much
     return decode(content)
 
 
