@@ -142,8 +142,11 @@ class Cluster:
         [port] = _free_ports(1)
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={self.address}"]
         ray += ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0", *options]
-        ray += [f"--dashboard-agent-listen-port={port}", "--object-store-memory=100000000"]
-        ray += ["--include-log-monitor=false"]
+        ray += [
+            f"--dashboard-agent-listen-port={port}",
+            "--object-store-memory=100000000",
+            "--include-log-monitor=false",
+        ]
         if mount:
             ray = ["unshare", "--mount", "sh", "-c", f"{mount} && exec {shlex.join(ray)}"]
         before, log = self.alive(), self.home / f"node-{port}.log"
