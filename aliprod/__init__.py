@@ -3,6 +3,7 @@
 import atexit
 import gc
 
+from aliprod.lazy_dynamo import import_when_compiling
 from aliprod.version import VERSION as __version__
 
 __all__ = ["__version__"]
@@ -11,3 +12,4 @@ __all__ = ["__version__"]
 # third of the time that a process needs to import them, and to end.
 gc.set_threshold(50_000)
 atexit.register(gc.freeze)
+import_when_compiling()

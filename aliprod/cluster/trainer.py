@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -16,6 +17,7 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2._internal.logging import LoggingManager
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -25,9 +27,11 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from aliprod.build.schedule import Outcome
 from aliprod.build.target import Site
 from aliprod.cluster import session
+from aliprod.cluster.barrier import Barrier
 from aliprod.cluster.launch import Start, train_rank
 
 _making = threading.Lock()
+worker_group.SynchronizationActor = ray.remote(num_cpus=0)(Barrier)  # type: ignore[assignment,attr-defined]
 
 
 def _stay_configured(context: TrainRunContext) -> None:

@@ -5,6 +5,7 @@ inference. A bank: features of the training images, whose nearest vote.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -102,7 +103,8 @@ def restated(setup: Setup, epoch: int) -> dict[str, Tensor]:
     def take(share: int) -> Losses:
         torch.manual_seed(seed_of(learner.stage.seed, "statistics", epoch))  # stochastic depth draws
         # Norm layers that count their batches in Python break a graph apart, and each count would be compiled anew.
-        with torch.compiler.set_stance("force_eager"), autocast(learner.place.device, learner.dtype):
+        eager = torch.compiler.set_stance("force_eager") if learner.place.machine.compile else nullcontext()
+        with eager, autocast(learner.place.device, learner.dtype):
             update_bn(images(share), learner.model)
         return {}
 

@@ -58,7 +58,10 @@ def place(machine: Machine) -> Place:
     """
     torch.set_num_threads(machine.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(machine.exact, warn_only=True)
+    if machine.compile:
+        torch.use_deterministic_algorithms(machine.exact, warn_only=True)
+    else:  # the same without the compiler's part, which takes a second to import
+        torch.set_deterministic_debug_mode("warn" if machine.exact else "default")
     # nothing here reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not machine.exact

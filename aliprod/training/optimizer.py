@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from timm.models._manipulate import group_with_matcher
-from timm.optim.lamb import Lamb
-from timm.optim.lion import Lion
-from timm.optim.muon import Muon
 from torch import Tensor, nn
 
 from aliprod.errors import Refused
@@ -187,10 +184,16 @@ def _kernel(groups: list[dict[str, Any]], recipe: OptimizerRecipe) -> torch.opti
         case "adamw":
             return torch.optim.AdamW(groups, lr=0.0, fused=True, **own)
         case "lamb":
+            from timm.optim.lamb import Lamb  # here: timm's optimizers import much that no other needs
+
             return Lamb(groups, lr=0.0, max_grad_norm=None, **own)
         case "lion":
+            from timm.optim.lion import Lion
+
             return Lion(groups, lr=0.0, **own)
         case "muon":
+            from timm.optim.muon import Muon
+
             return Muon(groups, lr=0.0, momentum=recipe.momentum, **own)
 
 
