@@ -102,7 +102,7 @@ def read(ensemble: MatchedMembers) -> None:
     buffer = np.empty(BUFFER, np.float16)
     for member in ensemble.members:
         for low in range(0, len(member), 256):
-            flat = member.rows(low, min(low + 256, len(member))).reshape(-1)
+            flat = member.take(np.arange(low, min(low + 256, len(member)))).reshape(-1)
             for start in range(0, len(flat), BUFFER):
                 piece = flat[start : start + BUFFER]
                 np.copyto(buffer[: len(piece)], piece)

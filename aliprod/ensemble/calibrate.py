@@ -63,10 +63,8 @@ def _powers() -> tuple[Floats, Floats]:
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     """Expected calibration error of the top-1 confidence: mean of |accuracy - confidence| over bins (lo, hi] of equal
-    width, each weighted by its images.
-
-    Probabilities (N, K) and labels (N,), below 0 unknown -> () float64 in 0 to 1; NaN without images.
-    """
+    width, each weighted by its images. Probabilities (N, K) and labels (N,), below 0 unknown -> () float64 in 0 to 1;
+    NaN without images."""
     known = labels >= 0
     predicted = probabilities[known].argmax(dim=1, keepdim=True)  # ties to the first, as in the submission
     confidence = probabilities[known].double().gather(1, predicted)[:, 0]

@@ -36,10 +36,8 @@ def fit(members: Sequence[Probabilities], combine: Literal["greedy", "weights"],
     """Fit temperatures, then weights, by the log loss of the true classes; beside one number an image, a temperature
     and a member, a few rows are in memory at once.
 
-    Returns:
-        FOLDS combinations, each fitted without the images of a fold (`folds`), and one of all.
-    Raises:
-        Failed: members that do not match, a row that is no distribution.
+    Returns FOLDS combinations, each fitted without the images of a fold (`folds`), and one of all. Failed: members that
+    do not match, a row that is no distribution.
     """
     ensemble = match(members)
     known, columns = labelled(ensemble)
@@ -128,14 +126,12 @@ def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll
 def weights(picks: Tensor, scores: Tensor, members: int) -> list[int]:
     """Count how often each member was picked up to the first best round: the weights of `write_ensemble`."""
     best = int(scores.argmin()) + 1 if len(scores) else 0
-    return [int(count) for count in torch.bincount(picks[:best], minlength=members)]
+    return torch.bincount(picks[:best], minlength=members).tolist()
 
 
 def fitted(combine: Literal["greedy", "weights"], own: Floats) -> tuple[int, ...]:
-    """Whole weights of members by the probabilities (M, N) that they give the true classes.
-
-    The mixture of members gives a true class the mixture of these, so that no others are needed.
-    """
+    """Whole weights of members by the probabilities (M, N) that they give the true classes: the members' mixture gives
+    a true class the mixture of these."""
     if combine == "greedy":
         labels = torch.zeros(own.shape[1], dtype=torch.int64)
         picks, scores = greedy(torch.from_numpy(own)[:, :, None], labels, ROUNDS)
@@ -160,10 +156,8 @@ def mixture(own: Floats) -> Floats:
 
 
 def forward(own: Floats, weights: Sequence[int]) -> list[int]:
-    """Members of a weight above 0, each next one that with which the weighted mean has the lowest log loss.
-
-    own (M, N): probabilities of the true classes, above 0.
-    """
+    """Members of a weight above 0, each next one that with which the weighted mean has the lowest log loss. own (M, N):
+    probabilities of the true classes, above 0."""
     left, order = [member for member, weight in enumerate(weights) if weight], list[int]()
     total, mass = np.zeros(own.shape[1]), 0
     while left:

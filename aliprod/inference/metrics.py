@@ -8,15 +8,12 @@ from torch import Tensor
 
 
 def class_errors(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """Top-1 error of each class.
+    """Top-1 error of each class: (num_classes,) float64 in 0 to 1, NaN for a class without images.
 
     Args:
-        labels: (N,) int64, rows of the class list; images with a label below 0 (unknown) are left out.
+        labels: (N,) int64, rows of the class list; images with a label below 0 (unknown) are left out. ValueError: one
+            is not below num_classes.
         predicted: (N,) int64; anything but the label is an error, a number outside the class list too.
-    Returns:
-        (num_classes,) float64 in 0 to 1, NaN for a class without images.
-    Raises:
-        ValueError: a label is not below num_classes.
     """
     known = labels >= 0
     labels, predicted = labels[known], predicted[known]

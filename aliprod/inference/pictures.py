@@ -40,11 +40,8 @@ class Picture(NamedTuple):
 
 
 def listed(inputs: Sequence[str]) -> list[Picture]:
-    """The pictures that are given: a folder's by path, a table's in its order.
-
-    Raises:
-        Refused: there is none; a table cannot be read, or a place is not there.
-    """
+    """The pictures that are given: a folder's by path, a table's in its order. Refused: there is none; a table cannot
+    be read, or a place is not there."""
     found = [picture for given in inputs for picture in _below(given)]
     if not found:
         raise Refused("holds no picture.", listing(inputs), f"Pictures are {listing(PICTURE_SUFFIXES)}.")
