@@ -45,9 +45,6 @@ def export(
     Args:
         images: what `listed` takes, to compare on; None: random ones.
         worth: of an ensemble, `aliprod.store.lineage.comparison`.
-    Returns:
-        path, bytes, format, views, members, images (100), compared ("random pictures"), and the largest_difference
-        of two probabilities.
     Raises:
         Refused: the folder is there already, the format does not hold this, or there are no pictures.
         Failed: the format does not take this, or the probabilities differ by more than MOST; nothing is left.

@@ -43,13 +43,8 @@ def top_k_error(labels: Tensor, scores: Tensor, k: int) -> Tensor:
 
 
 def score(labels: pa.Int64Array, predicted: NDArray[np.int64]) -> dict[str, float | int] | None:
-    """Count the errors of predicted class ids.
-
-    Args:
-        labels: (N,) class ids, null where unknown: left out. predicted: (N,) class ids.
-    Returns:
-        top1_error (mean over classes), top1_error_per_image, images, classes; None without any label.
-    """
+    """Errors of predicted class ids (N,): top1_error (mean over classes), top1_error_per_image, images, classes. Labels
+    (N,) that are null (unknown) are left out; None where all are."""
     known = labels.is_valid().to_numpy(zero_copy_only=False)
     if not known.any():
         return None

@@ -119,7 +119,8 @@ def seen(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed)
 def seen_at_once(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
     """`seen` in one forward pass, whatever the number of pictures: what an export records."""
     logits: Tensor = model(_cut(pixels, crop, views, feed))
-    return mean_probabilities(logits.float().view(len(pixels), -1, logits.shape[-1]))
+    views_of_each = logits.float().view(pixels.shape[0], -1, logits.shape[1])  # len() would fix it in an export
+    return mean_probabilities(views_of_each)
 
 
 def _in_passes(look: Callable[[Tensor], Tensor], pixels: Tensor, views: Views) -> Tensor:

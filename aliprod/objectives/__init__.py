@@ -80,7 +80,7 @@ def build(name: str, options: Mapping[str, Any], context: Context) -> nn.Module:
     """The objective that a plan names, whose options the plan has checked. Refused: no such objective, or an option
     that does not fit the context."""
     objective = find(name)
-    bare = objective.__init__ is nn.Module.__init__  # it has nothing to set up
+    bare = objective.__init__ is nn.Module.__init__  # a user's own that has nothing to set up
     return objective() if bare else objective(context, **options)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from aliprod.objectives import Batch, Model, Reduction, mean_over, precise, reduced
+from aliprod.objectives import Batch, Context, Model, Reduction, mean_over, precise, reduced
 
 
 def loss(logits: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -15,6 +15,9 @@ def loss(logits: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tenso
 
 class Objective(nn.Module):
     """1 - p_t of the classifier's logits, to finetune a balanced checkpoint."""
+
+    def __init__(self, context: Context) -> None:  # noqa: ARG002 (every objective is built with its context)
+        super().__init__()
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         return {"accuracy": mean_over(loss(model(batch.images), batch.labels, reduction="none"), batch)}

@@ -16,11 +16,9 @@ NEWTON_STEPS = 8  # sums within 1e-14 of 1 at 2 to 50,030 classes, t2 of 1.0001 
 def probabilities(logits: Tensor, t2: float, iterations: int | None = None) -> Tensor:
     """The tempered softmax p = exp_t2(z - lambda), (B, K), with lambda such that the sum is 1 (equation 5).
 
-    Args:
-        t2: 1 is the softmax, above 1 the tail is heavier.
-        iterations: None solves for lambda by Newton; a number takes that many fixed-point steps (Algorithm 1).
-    Raises:
-        Refused: t2 is below 1, or above what the dtype can hold: 8.0 at 50,030 classes in float32.
+    ``t2``: 1 is the softmax, above 1 the tail is heavier. ``iterations``: None solves for lambda by Newton; a number
+    takes that many fixed-point steps (Algorithm 1). Refused: t2 is below 1, or above what the dtype can hold: 8.0 at
+    50,030 classes in float32.
     """
     return _log_probabilities(precise(logits), t2, iterations).exp()
 

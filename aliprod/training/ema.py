@@ -5,13 +5,8 @@ from torch import Tensor, nn
 
 
 def update(ema: Tensor, weights: Tensor, decay: float, step: int | None = None) -> Tensor:
-    """ema <- d ema + (1 - d) weights.
-
-    Args:
-        step: number of this update, from 1, for the warm-up d = min(decay, (1 + step) / (10 + step)); None: none.
-    Returns:
-        The new average, a new tensor of the same shape.
-    """
+    """The new average d ema + (1 - d) weights, a new tensor. ``step``: number of this update, from 1, for the warm-up
+    d = min(decay, (1 + step) / (10 + step)); None: none."""
     return ema.lerp(weights.to(ema.dtype), 1 - warmed_up(decay, step))
 
 

@@ -134,13 +134,9 @@ class _Results:
             self.writer.wait()
             self._finish(progress, last)
         elif last is None or time.time() - self.saved >= self.job.machine.save_seconds:
-            self.writer.start(partial(self._copied, progress))
+            place_of, key = checkpoint.place_of(self.job.folder / RESUME, progress.state), {"key": self.job.key}
+            self.writer.start(lambda: partial(checkpoint.write, place_of, progress.snapshot(), key))
             self.saved = time.time()
-
-    def _copied(self, progress: Progress) -> Callable[[], None]:
-        """Copy the resume state now; calling the result writes it."""
-        place = checkpoint.place_of(self.job.folder / RESUME, progress.state)
-        return partial(checkpoint.write, place, progress.snapshot(), {"key": self.job.key})
 
     def _finish(self, progress: Progress, last: Candidate) -> None:
         job, best = self.job, progress.state.best or last

@@ -1,7 +1,4 @@
-"""The speed of this machine: of the loader alone, the step alone, the training of both, and of predictions.
-
-A plan's forecast is made of it.
-"""
+"""The speed of this machine, of which a forecast is made: of loader, step, the training of both, and predictions."""
 
 import time
 from collections import deque
