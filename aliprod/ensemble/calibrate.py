@@ -22,10 +22,8 @@ def temperature(logits: Tensor, labels: Tensor) -> Tensor:
     That is convex in 1/T, so its slope there grows from below to above zero; the zero is found by bisection over
     log T. For probabilities give their logarithms: the calibrated ones are p**(1/T), made to sum to one.
 
-    Args:
-        logits: (N, K); -inf is a probability of zero. labels: (N,) int64, rows below 0 (unknown) are left out.
-    Returns:
-        T, () float64; e**20 or e**-20 where a higher or lower one is always better.
+    Logits (N, K), -inf a probability of zero, and labels (N,) int64, rows below 0 (unknown) left out -> () float64;
+    e**20 or e**-20 where a higher or lower one is always better.
     """
     known = labels >= 0
     values = logits[known].double()

@@ -1,7 +1,5 @@
-"""Members chosen, weighted and tempered by the log loss of what they give the true classes (methods.md, Combining).
-
-Fitted on labelled images, a fold held out in turn.
-"""
+"""Members chosen, weighted and tempered by the log loss of what they give the true classes of labelled images, a fold
+held out in turn (methods.md, Combining)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -93,11 +91,9 @@ def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll
     Scores are compared at 12 decimals, ties go to the lowest member; the best round is the first minimum of the
     scores, and the weights are how often each member was picked until then (`weights`). Caruana et al. 2004, section 2.
 
-    Args:
-        probabilities: (M, N, K) of M members. labels: (N,) int64, rows below 0 (unknown) are left out.
-        score: "nll", mean of -log p at the label, or "error", mean over classes of the top-1 error.
-    Returns:
-        picks (rounds,) int64, scores (rounds,) float64 of the mean of all picks so far.
+    Probabilities (M, N, K) and labels (N,) int64, rows below 0 (unknown) left out -> picks (rounds,) int64 and
+    scores (rounds,) float64 of the mean of all picks so far: "nll", mean of -log p at the label, or "error", mean over
+    classes of the top-1 error.
     """
     if score not in ("nll", "error"):
         raise ValueError(f'score must be "nll" or "error", not {score!r}')

@@ -26,10 +26,8 @@ def crops(image: Tensor, crop: int) -> Tensor:
 
 
 def mean_probabilities(logits: Tensor) -> Tensor:
-    """Mean over crops of their softmaxes, not softmax of their mean: a member's row stays a distribution.
-
-    (B, V, K) -> (B, K) float32, or float64 where the logits are.
-    """
+    """Mean over crops of their softmaxes, not softmax of their mean, so that a row stays a distribution: (B, V, K) ->
+    (B, K) float32, or float64 where the logits are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=2).mean(dim=1)
 
 

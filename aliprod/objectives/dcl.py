@@ -165,6 +165,7 @@ class Objective(nn.Module):
             pairs = pairs.contiguous(memory_format=torch.channels_last)
         features = model.features(pairs)
         maps, labels = model.maps(features), batch.labels.repeat_interleave(2)
+        unmoved = torch.arange(self.parts**2, device=sources.device).view(self.parts, self.parts).expand_as(sources)
         logits = precise(model.classify(features))
         parts = losses(
             logits,
@@ -172,7 +173,7 @@ class Objective(nn.Module):
             _locations(maps, self.location_weight, self.location_bias, self.parts),
             labels,
             self._swap_labels(labels),
-            self._targets(sources),
+            location_targets(_interleaved(unmoved, sources)),
         )
         if batch.weights is not None:
             classes = functional.cross_entropy(logits, labels, reduction="none").view(-1, 2).mean(dim=1)
@@ -183,8 +184,3 @@ class Objective(nn.Module):
         """(2B,); with classes, those of destructed images follow all those of originals."""
         destructed = torch.arange(len(labels), device=labels.device) % 2
         return labels + self.classes * destructed if self.classes else 1 - destructed
-
-    def _targets(self, sources: Tensor) -> Tensor:
-        """(2B, N²); an original's source is the identity."""
-        identity = torch.arange(self.parts**2, device=sources.device).view(self.parts, self.parts)
-        return location_targets(_interleaved(identity.expand_as(sources), sources))

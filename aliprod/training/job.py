@@ -134,8 +134,8 @@ class _Results:
             self.writer.wait()
             self._finish(progress, last)
         elif last is None or time.time() - self.saved >= self.job.machine.save_seconds:
-            place_of, key = checkpoint.place_of(self.job.folder / RESUME, progress.state), {"key": self.job.key}
-            self.writer.start(lambda: partial(checkpoint.write, place_of, progress.snapshot(), key))
+            target, key = checkpoint.place_of(self.job.folder / RESUME, progress.state), {"key": self.job.key}
+            self.writer.start(lambda: partial(checkpoint.write, target, progress.snapshot(), key))
             self.saved = time.time()
 
     def _finish(self, progress: Progress, last: Candidate) -> None:
@@ -209,7 +209,7 @@ class _Pace:
 def _append(path: Path, record: dict[str, Any]) -> None:
     with commit.storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         with path.open("a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + json.dumps(record) + "\n")
             file.flush()

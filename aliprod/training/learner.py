@@ -68,10 +68,8 @@ def place(machine: Machine) -> Place:
 class Learner(nn.Module):
     """The module that is trained: a classifier and the auxiliary heads of its objective.
 
-    Args:
-        class_counts: (K,) of the images that it is trained on; None: of all training images.
-    Attributes:
-        dtype: in which the forward pass runs (autocast); weights, losses and sums stay float32.
+    ``class_counts``: (K,) of the images that it is trained on; None: of all training images. ``dtype``: in which the
+    forward pass runs (autocast); weights, losses and sums stay float32.
     """
 
     def __init__(

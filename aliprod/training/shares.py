@@ -32,10 +32,8 @@ class ShareMean:
     Args:
         module: whose buffers each share begins with as they are, and ends with as its own.
         trained: parameters whose gradients count.
-        shares: of a step; a power of two where they are added by the tree.
-        world_size: ranks, each with as many shares.
-        sent: ``tree``, or what is added up by all-reduce, as DDP does: quicker by a little, but the bytes depend on
-            the ranks.
+        shares: of a step; a power of two where they are added by the tree. world_size: ranks, each with as many.
+        sent: ``tree``, or what all-reduce adds up, as DDP does: quicker by a little, but the bytes depend on the ranks.
     """
 
     def __init__(
