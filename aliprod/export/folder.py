@@ -120,13 +120,9 @@ def _readable(images: str) -> Iterable[Image.Image]:
 
 def _card(whole: formats.WholeModel, told: Mapping[str, Any], worth: Mapping[str, Any] | None) -> str:
     """The model card, as the Hugging Face hub reads it: of what `export` returns, and of an ensemble, its worth."""
-    environment = jinja2.Environment(  # noqa: S701 - it is Markdown
-        loader=jinja2.PackageLoader("aliprod.export", "."),
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("card.md").render(
+    source, strict = Path(__file__).with_name("card.md").read_text(encoding="utf-8"), jinja2.StrictUndefined
+    card: jinja2.Template = jinja2.Template(source, trim_blocks=True, keep_trailing_newline=True, undefined=strict)
+    return card.render(
         members=list(zip((member.config for member in whole.members), told["members"], strict=True)),
         classes=len(whole.members[0].classes.ids),
         sizes=whole.sizes,

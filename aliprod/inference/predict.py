@@ -131,7 +131,9 @@ def _in_passes(look: Callable[[Tensor], Tensor], pixels: Tensor, views: Views) -
 
 def _cut(pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
     """Views of squared pictures as a network takes them, (n V, 3, crop, crop)."""
-    offset = round((pixels.shape[-1] - crop) / 2)
-    centre = pixels[..., offset : offset + crop, offset : offset + crop]
-    cut = crops(pixels, crop).flatten(0, 1) if views == "ten_crop" else centre
+    if views == "ten_crop":
+        cut = crops(pixels, crop).flatten(0, 1)
+    else:
+        offset = round((pixels.shape[-1] - crop) / 2)
+        cut = pixels[..., offset : offset + crop, offset : offset + crop]
     return normalise(cut, feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
