@@ -62,13 +62,10 @@ def _labels(path: Path) -> tuple[pa.StringArray, pa.Int64Array]:
     if path.suffix != ".json":
         ids, numbers = _csv(path, "class_id")
         return ids, pa.array(numbers, pa.int64())
-    names: list[str] = []
-    class_ids: list[int] = []
-    for row in rows(path):
-        if isinstance(row, dict) and (number := class_number(row.get("class_id", row.get("category_id")))) is not None:
-            names.append(str(row.get("image_id", row.get("id"))))
-            class_ids.append(number)
-    return pa.array(names, pa.string()), pa.array(class_ids, pa.int64())
+    said = [row for row in rows(path) if isinstance(row, dict)]
+    names = pa.array([str(row.get("image_id", row.get("id"))) for row in said], pa.string())
+    known = pa.array([class_number(row.get("class_id", row.get("category_id"))) for row in said], pa.int64())
+    return names.filter(known.is_valid()), known.drop_null()
 
 
 def _csv(path: Path, column: str) -> tuple[pa.StringArray, np.ndarray]:
