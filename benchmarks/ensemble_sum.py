@@ -102,7 +102,7 @@ def read(ensemble: MatchedMembers) -> None:
     buffer = np.empty(BUFFER, np.float16)
     for member in ensemble.members:
         for low in range(0, len(member), 256):
-            flat = member.rows(low, min(low + 256, len(member))).reshape(-1)
+            flat = member.take(np.arange(low, min(low + 256, len(member)))).reshape(-1)
             for start in range(0, len(flat), BUFFER):
                 piece = flat[start : start + BUFFER]
                 np.copyto(buffer[: len(piece)], piece)
@@ -111,7 +111,7 @@ def read(ensemble: MatchedMembers) -> None:
 def check(ensemble: MatchedMembers) -> None:
     """Sums and arg max against float64."""
     for block in each_block(ensemble, 16):
-        rows = [member.rows(block.low, block.high).astype(np.float64) for member in ensemble.members]
+        rows = [member.take(np.arange(block.low, block.high)).astype(np.float64) for member in ensemble.members]
         sums = np.sum(rows, axis=0)
         if not np.array_equal(block.rounded.numpy(), sums.astype(np.float32)):
             sys.exit("the sums are not exact")

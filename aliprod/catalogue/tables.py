@@ -60,10 +60,10 @@ def from_tables(
 def paths(file: Path) -> Iterator[str]:
     """The paths of a table that need have no class. Refused: it cannot be read, or lacks a column of paths."""
     column = _chosen(file, {}, ("path",))["path"]
-    return (path for _, (path,) in _cells(file, [column]))
+    return (path for _, (path,) in cells_of(file, [column]))
 
 
-def _cells(file: Path, names: list[str] | None) -> Cells:
+def cells_of(file: Path, names: list[str] | None) -> Cells:
     """The columns of a table with these names; None: its header alone."""
     return {".parquet": _parquet, ".jsonl": _jsonl}.get(file.suffix.lower(), _csv)(file, names)
 
@@ -78,7 +78,7 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
         taken = listing(f"{chosen[role]} is taken for the {role}" for role in guessed)
         notes.append(f"{file.name}: the column {taken}.")
     found: dict[str, list[Line]] = {split: []}
-    for number, cells in _cells(file, list(chosen.values())):
+    for number, cells in cells_of(file, list(chosen.values())):
         row = dict(zip(chosen, cells, strict=True))
         of = split_of(row["split"]) if "split" in row else split
         if not of:
@@ -108,7 +108,7 @@ def _below(table: Path, lines: Mapping[str, list[Line]], links: Path | None) -> 
 def _chosen(file: Path, columns: Mapping[str, str], needed: Iterable[str]) -> dict[str, str]:
     """The name of each column that is read: as `columns` says, else the first of the usual ones. Refused: it has no
     such column."""
-    header = next(_cells(file, None), (0, ()))[1]
+    header = next(cells_of(file, None), (0, ()))[1]
     known = {name.strip().lower(): name for name in reversed(header)}
     chosen = {role: known[name] for role, names in _GUESSED.items() for name in reversed(names) if name in known}
     chosen |= {role: name for role, name in columns.items() if name in header or role in needed}

@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -77,11 +78,7 @@ class MatchedMembers:
 
     def part(self, number: int, places: Places | slice) -> Tensor:
         """A member's rows (n, K) float16 of those places in ``ids``; tempered, they are rounded to float16 too, so that
-        their sums stay exact.
-
-        Raises:
-            Failed: a row that is to be tempered is no distribution.
-        """
+        their sums stay exact. Failed: a row that is to be tempered is no distribution."""
         columns = self.columns[number]
         part = from_dlpack(self.members[number].take(self.rows[number][places]))
         part = part if columns is None else part.index_select(1, columns)
@@ -98,10 +95,8 @@ class MatchedMembers:
     def sums(self, low: int, high: int, out: Tensor | None = None) -> Sums:
         """Add up rows low to high (exclusive). Memory: 4 bytes an entry, and 2 for each member of another order.
 
-        Args:
-            out: (high - low or more, K) float32, to hold the sums; used again, it saves a third of the time.
-        Raises:
-            Failed: as `check`.
+        ``out``: (high - low or more, K) float32, to hold the sums; used again, it saves a third of the time. Failed: as
+        `check`.
         """
         parts = [self.part(number, slice(low, high)) for number in range(len(self.members))]
         rounded = torch.empty(high - low, len(self.classes)) if out is None else out[: high - low]
@@ -119,12 +114,8 @@ class MatchedMembers:
 def match(
     members: Sequence[Probabilities], weights: Sequence[int] | None = None, temperatures: Sequence[float] = ()
 ) -> MatchedMembers:
-    """Find each image's row and each class's column in every member; those of weight 0 are not looked at.
-
-    Raises:
-        Refused: no member, or weights that cannot be added exactly.
-        Failed: a member lacks an image or has another class list.
-    """
+    """Find each image's row and each class's column in every member; those of weight 0 are not looked at. Refused: no
+    member, or weights that cannot be added exactly. Failed: a member lacks an image or has another class list."""
     weights = [1] * len(members) if weights is None else list(weights)
     if len(weights) != len(members) or not 1 <= sum(weights) <= MOST or any(w < 0 or w != int(w) for w in weights):
         raise Refused(
@@ -132,19 +123,19 @@ def match(
             advice=f"Each member needs a whole number from 0 on; together at least 1 and at most {MOST}: "
             "so many float16 numbers add up exactly.",
         )
-    members = [member for member, weight in zip(members, weights, strict=True) if weight]
+    members = list(compress(members, weights))
     names = [member.name for member in members]
     ids, rows = _match_rows(names, [member.ids for member in members])
     classes, columns = _match_columns(names, [member.classes for member in members])
     in_order = np.arange(len(classes))
     return MatchedMembers(
         tuple(members),
-        tuple(int(weight) for weight in weights if weight),
+        tuple(map(int, compress(weights, weights))),
         ids,
         classes,
         tuple(rows),
         tuple(None if np.array_equal(places, in_order) else torch.from_numpy(places) for places in columns),
-        tuple(one for one, weight in zip(temperatures, weights, strict=False) if weight),
+        tuple(compress(temperatures, weights)),
     )
 
 
@@ -174,10 +165,8 @@ def write_ensemble(
         predictions.parquet  image_id, class_id, top_classes (five class ids), shares (their sums over the weights' sum)
         submission.csv       id, predicted
 
-    Args:
-        record: further facts of the manifest, beside the members' records, weights and digests.
-    Raises:
-        Failed, Refused, StorageFull: as in `match` and `MatchedMembers.sums`, or no room; nothing was written.
+    ``record``: further facts of the manifest, beside the members' records, weights and digests. Failed, Refused,
+    StorageFull: as in `match` and `MatchedMembers.sums`, or no room; nothing was written.
     """
     ensemble = match(members, weights, temperatures)
     origins = [
@@ -208,10 +197,8 @@ def confident(
 def add_members(members: Sequence[tuple[Sequence[str], Tensor, Tensor]]) -> tuple[list[str], Tensor, Tensor]:
     """Add members in memory, exactly: (ids, classes (K,), probabilities (N, K)) each, rows and columns in any order.
 
-    Returns:
-        ids in the order of the submission, classes (K,) ascending, sums (N, K) float64.
-    Raises:
-        Refused, Failed: as in `match`; a row is no distribution.
+    Returns ids in the order of the submission, classes (K,) ascending, sums (N, K) float64. Refused, Failed: as in
+    `match`; a row is no distribution.
     """
     if not 1 <= len(members) <= MOST:
         raise Refused(f"{len(members)} members cannot be added exactly.", advice=f"Take 1 to {MOST}.")
@@ -244,8 +231,7 @@ def submission(ids: Sequence[str] | pa.StringArray, predicted: Tensor | Places |
 
 def _add(parts: Sequence[Tensor], weights: Sequence[int], sums: Tensor) -> tuple[Tensor, Tensor]:
     """Write float32 sums (n, K); return each part's row sums (members, n) and the columns of the k highest (n, k), such
-    that every sum of one or more is among them: all sums of a row add up to the weights' sum.
-    """
+    that every sum of one or more is among them: all sums of a row add up to the weights' sum."""
     rows, num_classes = parts[0].shape
     k = min(num_classes, max(TOP + 1, int(sum(weights) * (1 + tolerance(num_classes)))))
     step = max(1, TILE // max(1, num_classes))

@@ -22,10 +22,8 @@ def temperature(logits: Tensor, labels: Tensor) -> Tensor:
     That is convex in 1/T, so its slope there grows from below to above zero; the zero is found by bisection over
     log T. For probabilities give their logarithms: the calibrated ones are p**(1/T), made to sum to one.
 
-    Args:
-        logits: (N, K); -inf is a probability of zero. labels: (N,) int64, rows below 0 (unknown) are left out.
-    Returns:
-        T, () float64; e**20 or e**-20 where a higher or lower one is always better.
+    Logits (N, K), -inf a probability of zero, and labels (N,) int64, rows below 0 (unknown) left out -> () float64;
+    e**20 or e**-20 where a higher or lower one is always better.
     """
     known = labels >= 0
     values = logits[known].double()
@@ -63,10 +61,8 @@ def _powers() -> tuple[Floats, Floats]:
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     """Expected calibration error of the top-1 confidence: mean of |accuracy - confidence| over bins (lo, hi] of equal
-    width, each weighted by its images.
-
-    Probabilities (N, K) and labels (N,), below 0 unknown -> () float64 in 0 to 1; NaN without images.
-    """
+    width, each weighted by its images. Probabilities (N, K) and labels (N,), below 0 unknown -> () float64 in 0 to 1;
+    NaN without images."""
     known = labels >= 0
     predicted = probabilities[known].argmax(dim=1, keepdim=True)  # ties to the first, as in the submission
     confidence = probabilities[known].double().gather(1, predicted)[:, 0]

@@ -1,7 +1,5 @@
-"""Members chosen, weighted and tempered by the log loss of what they give the true classes (methods.md, Combining).
-
-Fitted on labelled images, a fold held out in turn.
-"""
+"""Members chosen, weighted and tempered by the log loss of what they give the true classes of labelled images, a fold
+held out in turn (methods.md, Combining)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,10 +34,8 @@ def fit(members: Sequence[Probabilities], combine: Literal["greedy", "weights"],
     """Fit temperatures, then weights, by the log loss of the true classes; beside one number an image, a temperature
     and a member, a few rows are in memory at once.
 
-    Returns:
-        FOLDS combinations, each fitted without the images of a fold (`folds`), and one of all.
-    Raises:
-        Failed: members that do not match, a row that is no distribution.
+    Returns FOLDS combinations, each fitted without the images of a fold (`folds`), and one of all. Failed: members that
+    do not match, a row that is no distribution.
     """
     ensemble = match(members)
     known, columns = labelled(ensemble)
@@ -95,11 +91,9 @@ def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll
     Scores are compared at 12 decimals, ties go to the lowest member; the best round is the first minimum of the
     scores, and the weights are how often each member was picked until then (`weights`). Caruana et al. 2004, section 2.
 
-    Args:
-        probabilities: (M, N, K) of M members. labels: (N,) int64, rows below 0 (unknown) are left out.
-        score: "nll", mean of -log p at the label, or "error", mean over classes of the top-1 error.
-    Returns:
-        picks (rounds,) int64, scores (rounds,) float64 of the mean of all picks so far.
+    Probabilities (M, N, K) and labels (N,) int64, rows below 0 (unknown) left out -> picks (rounds,) int64 and
+    scores (rounds,) float64 of the mean of all picks so far: "nll", mean of -log p at the label, or "error", mean over
+    classes of the top-1 error.
     """
     if score not in ("nll", "error"):
         raise ValueError(f'score must be "nll" or "error", not {score!r}')
@@ -128,14 +122,12 @@ def greedy(probabilities: Tensor, labels: Tensor, rounds: int, score: str = "nll
 def weights(picks: Tensor, scores: Tensor, members: int) -> list[int]:
     """Count how often each member was picked up to the first best round: the weights of `write_ensemble`."""
     best = int(scores.argmin()) + 1 if len(scores) else 0
-    return [int(count) for count in torch.bincount(picks[:best], minlength=members)]
+    return torch.bincount(picks[:best], minlength=members).tolist()
 
 
 def fitted(combine: Literal["greedy", "weights"], own: Floats) -> tuple[int, ...]:
-    """Whole weights of members by the probabilities (M, N) that they give the true classes.
-
-    The mixture of members gives a true class the mixture of these, so that no others are needed.
-    """
+    """Whole weights of members by the probabilities (M, N) that they give the true classes: the members' mixture gives
+    a true class the mixture of these."""
     if combine == "greedy":
         labels = torch.zeros(own.shape[1], dtype=torch.int64)
         picks, scores = greedy(torch.from_numpy(own)[:, :, None], labels, ROUNDS)
@@ -160,10 +152,8 @@ def mixture(own: Floats) -> Floats:
 
 
 def forward(own: Floats, weights: Sequence[int]) -> list[int]:
-    """Members of a weight above 0, each next one that with which the weighted mean has the lowest log loss.
-
-    own (M, N): probabilities of the true classes, above 0.
-    """
+    """Members of a weight above 0, each next one that with which the weighted mean has the lowest log loss. own (M, N):
+    probabilities of the true classes, above 0."""
     left, order = [member for member, weight in enumerate(weights) if weight], list[int]()
     total, mass = np.zeros(own.shape[1]), 0
     while left:

@@ -54,7 +54,9 @@ def compare(
         combined[:, rows] = _predicted(replace(ensemble, temperatures=chosen.temperatures), weightings, known[rows])
     last = combinations[-1]
     plain = _predicted(ensemble, np.concatenate([np.ones((1, count)), np.eye(count)]), known)
-    below = [_guesses(floor, ensemble.ids.take(pa.array(known)), ensemble.classes)[None] for floor in floors]
+    ids = ensemble.ids.take(pa.array(known))
+    floored = [floor.predicted()[pc.index_in(ids, value_set=floor.ids).to_numpy()] for floor in floors]
+    below = [np.searchsorted(ensemble.classes, predicted)[None] for predicted in floored]
     told, spread = _told(np.concatenate([combined, plain, *below]), columns, seed)
     whole, without, first, plainly, alone = 0, 1, 1 + count, 1 + 2 * count, 2 + 2 * count  # where each kind begins
     order, error = forward(own, last.weights), [one["top1_error"] for one in told]
@@ -80,12 +82,6 @@ def compare(
         },
         "disagreement": [(plain[1:] != one).mean(axis=1).tolist() for one in plain[1:]],
     }
-
-
-def _guesses(store: Probabilities, ids: pa.StringArray, classes: Places) -> Places:
-    """The columns (n,) of ``classes`` that a store predicts for these images."""
-    found: Places = np.searchsorted(classes, store.predicted()[pc.index_in(ids, value_set=store.ids).to_numpy()])
-    return found
 
 
 def _weightings(weights: Sequence[int], order: Sequence[int]) -> Floats:
@@ -149,7 +145,7 @@ class Gain:
 
 
 def gains(wrong: Floats, truth: Places, seed: int) -> list[Gain]:
-    """Compare settings with the first of them.
+    """Compare settings with the first of them: each of those behind it.
 
     The spread of a gain has two sources, which are added. Images: a paired bootstrap of the errors' means over seeds
     (Efron and Tibshirani 1993, chapter 13). Seeds: Student's t with the residual variance of errors by settings and
@@ -157,11 +153,8 @@ def gains(wrong: Floats, truth: Places, seed: int) -> list[Gain]:
     image owes to the seed is in both: the interval is rather too wide. It is Bonferroni's: each of k others misses in
     5 % / k.
 
-    Args:
-        wrong: (A, S, n) for A settings, S > 1 seeds, n images: 1 where an image is taken for another class, else 0.
-        truth: (n,) classes.
-    Returns:
-        For each of the settings behind the first.
+    ``wrong``: (A, S, n) for A settings, S > 1 seeds, n images: 1 where an image is taken for another class, else 0.
+    ``truth``: (n,) classes.
     """
     arms, seeds, _ = wrong.shape
     _, rows, images = np.unique(truth, return_inverse=True, return_counts=True)

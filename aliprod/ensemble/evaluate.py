@@ -1,14 +1,13 @@
 """The errors of a submission, or of a folder of probabilities, against labels."""
 
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aliprod.catalogue.annotations import class_number, rows, utf8
+from aliprod.catalogue import tables
+from aliprod.catalogue.annotations import class_number, rows
 from aliprod.ensemble.guesses import read_predictions
 from aliprod.errors import Refused, listing
 from aliprod.inference.metrics import score
@@ -20,11 +19,9 @@ from aliprod.store.layout import PREDICTIONS
 def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
     """Errors of predictions on all images that have a label; predictions of others are left out.
 
-    Args:
-        predictions: submission.csv (id, predicted), an ensemble's folder or a member's probabilities.
-        labels: test_labels.json of a catalogue, or a CSV with the columns id and class_id.
-    Raises:
-        Refused: neither can be read, they have no image in common, or a labelled image has no prediction.
+    ``predictions``: submission.csv, an ensemble's folder or a member's probabilities. ``labels``: test_labels.json of a
+    catalogue, or a CSV with the columns id and class_id. Refused: either cannot be read, no image is in both, or a
+    labelled image has no prediction.
     """
     ids, predicted = _predictions(predictions)
     known_ids, known = _labels(labels)
@@ -65,31 +62,23 @@ def _labels(path: Path) -> tuple[pa.StringArray, pa.Int64Array]:
     if path.suffix != ".json":
         ids, numbers = _csv(path, "class_id")
         return ids, pa.array(numbers, pa.int64())
-    names: list[str] = []
-    class_ids: list[int] = []
-    for row in rows(path):
-        if isinstance(row, dict) and (number := class_number(row.get("class_id", row.get("category_id")))) is not None:
-            names.append(str(row.get("image_id", row.get("id"))))
-            class_ids.append(number)
-    return pa.array(names, pa.string()), pa.array(class_ids, pa.int64())
+    said = [row for row in rows(path) if isinstance(row, dict)]
+    names = pa.array([str(row.get("image_id", row.get("id"))) for row in said], pa.string())
+    known = pa.array([class_number(row.get("class_id", row.get("category_id"))) for row in said], pa.int64())
+    return names.filter(known.is_valid()), known.drop_null()
 
 
 def _csv(path: Path, column: str) -> tuple[pa.StringArray, np.ndarray]:
     """The images of a table with the columns id and ``column``, and the class id of each."""
+    _, header = next(tables.cells_of(path, None), (0, ()))
+    if not {"id", column} <= set(header):
+        raise Refused(f"has no columns id and {column}.", path, f"Its first line is {listing(header or ['empty'])}.")
     numbers: dict[str, int] = {}
-    lines = csv.DictReader(io.StringIO(utf8(path), newline=""), restval="", strict=True)
-    try:
-        if not {"id", column} <= set(lines.fieldnames or ()):
-            header = listing(lines.fieldnames or ["empty"])
-            raise Refused(f"has no columns id and {column}.", path, f"Its first line is {header}.")
-        for row in lines:
-            where, name, number = f"{path}, line {lines.line_num}", row["id"], class_number(row[column])
-            if number is None:
-                raise Refused(f'{column} "{row[column]}" is no class id.', where, "Class ids are whole numbers from 0.")
-            if name in numbers:
-                raise Refused(f"has the image {name} twice.", where, "Keep one line for each image.")
-            numbers[name] = number
-    except csv.Error as error:
-        where = f"{path}, line {lines.reader.line_num}"
-        raise Refused(f"is not CSV: {error}.", where, "Quote it as RFC 4180 says.") from error
+    for line, (name, said) in tables.cells_of(path, ["id", column]):
+        where, number = f"{path}, line {line}", class_number(said)
+        if number is None:
+            raise Refused(f'{column} "{said}" is no class id.', where, "Class ids are whole numbers from 0.")
+        if name in numbers:
+            raise Refused(f"has the image {name} twice.", where, "Keep one line for each image.")
+        numbers[name] = number
     return pa.array(numbers.keys(), pa.string()), np.array(list(numbers.values()), np.int64)

@@ -17,7 +17,7 @@ _ANEW = "Submit jobs/ensemble.py: it is added up anew."
 
 
 class Predictions(NamedTuple):
-    """What an ensemble predicts: ids (N,) in the order of the submission, predicted class ids (N,) int64."""
+    """Ids (N,) in the order of the submission, predicted class ids (N,) int64."""
 
     ids: pa.StringArray
     predicted: Integers
@@ -42,12 +42,9 @@ def read_columns(folder: Path, *columns: str) -> pa.Table:
 def guesses(
     ids: pa.StringArray, predicted: Integers, catalogue: Catalogue, split: str
 ) -> tuple[Integers, Integers, Integers, Integers]:
-    """Match the predicted class ids (N,) of images with the labels of a split.
-
-    Returns:
-        Of the images whose label is known and that are predicted, (n,) each: their rows in the split and places among
-        the predictions; their true and predicted rows of the class list.
-    """
+    """Match the predicted class ids (N,) of images with the labels of a split. Of the images whose label is known and
+    that are predicted, (n,) each: their rows in the split and places among the predictions; their true and predicted
+    rows of the class list."""
     images, labels = getattr(catalogue, split), catalogue.labels(split)
     if labels is None:
         labels = np.full(len(images), -1)

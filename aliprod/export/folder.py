@@ -2,6 +2,7 @@
 comes from), compared before it is there."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from torch import Tensor
 
 from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.data.augment import square
@@ -45,9 +45,6 @@ def export(
     Args:
         images: what `listed` takes, to compare on; None: random ones.
         worth: of an ensemble, `aliprod.store.lineage.comparison`.
-    Returns:
-        path, bytes, format, views, members, images (100), compared ("random pictures"), and the largest_difference
-        of two probabilities.
     Raises:
         Refused: the folder is there already, the format does not hold this, or there are no pictures.
         Failed: the format does not take this, or the probabilities differ by more than MOST; nothing is left.
@@ -76,9 +73,8 @@ def export(
         except Exception as error:  # of three libraries, which have no common one
             what = f"{form} does not take this model: {str(error).strip().splitlines()[0]}"
             raise Failed(what, folder, _OTHERWISE) from error
-        if not told["largest_difference"] <= MOST:  # NaN too
-            apart = f"{told['largest_difference']:.1e}, more than {MOST:.0e}"
-            what = f"its probabilities differ from aliprod's by up to {apart}."
+        if not (apart := told["largest_difference"]) <= MOST:  # NaN too
+            what = f"its probabilities differ from aliprod's by up to {apart:.1e}, more than {MOST:.0e}."
             raise Failed(what, folder, _OTHERWISE)
         (staging / "README.md").write_text(_card(whole, told, worth), encoding="utf-8")
 
@@ -89,14 +85,12 @@ def export(
 @torch.no_grad()
 def _difference(answers: formats.Answers, recogniser: Recogniser, pictures: Sequence[Image.Image]) -> float:
     """The largest of two probabilities; NaN where one is."""
-    blocks = (pictures[low : low + _AT_ONCE] for low in range(0, len(pictures), _AT_ONCE))
-
-    def ours(pictures: Sequence[Image.Image]) -> Tensor:
-        return recogniser.probabilities(
-            [{size: square(picture, *size).numpy() for size in recogniser.sizes} for picture in pictures]
-        )
-
-    return float(torch.stack([(answers(some) - ours(some)).abs().max() for some in blocks]).max())
+    differences = []
+    for low in range(0, len(pictures), _AT_ONCE):
+        some = pictures[low : low + _AT_ONCE]
+        squared = [{size: square(picture, *size).numpy() for size in recogniser.sizes} for picture in some]
+        differences.append((answers(some) - recogniser.probabilities(squared)).abs().max())
+    return float(torch.stack(differences).max())
 
 
 def _said(voice: Voice) -> dict[str, Any]:
@@ -120,21 +114,15 @@ def _readable(images: str) -> Iterable[Image.Image]:
     """Pictures from all over a place, without those that are none."""
     found = listed([images])
     for picture in found[:: max(1, len(found) // COMPARED)]:
-        try:
+        with suppress(Unreadable):
             yield decode(picture.source())
-        except Unreadable:
-            continue
 
 
 def _card(whole: formats.WholeModel, told: Mapping[str, Any], worth: Mapping[str, Any] | None) -> str:
     """The model card, as the Hugging Face hub reads it: of what `export` returns, and of an ensemble, its worth."""
-    environment = jinja2.Environment(  # noqa: S701 - it is Markdown
-        loader=jinja2.PackageLoader("aliprod.export", "."),
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("card.md").render(
+    source, strict = Path(__file__).with_name("card.md").read_text(encoding="utf-8"), jinja2.StrictUndefined
+    card: jinja2.Template = jinja2.Template(source, trim_blocks=True, keep_trailing_newline=True, undefined=strict)
+    return card.render(
         members=list(zip((member.config for member in whole.members), told["members"], strict=True)),
         classes=len(whole.members[0].classes.ids),
         sizes=whole.sizes,

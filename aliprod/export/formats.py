@@ -29,17 +29,13 @@ _EXTRA = ("onnx", "onnxscript", "onnxruntime")
 
 
 class WholeModel(nn.Module):
-    """A member, or an ensemble with all of its members.
-
-    Pictures (N, side, side, 3) uint8, once for each of ``sizes``, to the probabilities (N, K) float32.
+    """A member, or an ensemble with all of its members: pictures (N, side, side, 3) uint8, once for each of ``sizes``,
+    to the probabilities (N, K) float32.
 
     What is between is in it: crops, normalisation, networks, softmax, the mean over crops, temperatures and the
     weighted mean over members. What is not: decoding, and squaring by Pillow's antialiased filter, whose pixels no
-    operator of ONNX or torch makes (at hard edges they are 10 grey levels off).
-
-    Attributes:
-        sizes: the distinct sides and interpolations that the members want pictures squared to and by, by the names of
-            the inputs, such as bicubic_256.
+    operator of ONNX or torch makes (at hard edges they are 10 grey levels off). ``sizes``: the distinct sides and
+    interpolations that the members want, by the names of the inputs, such as bicubic_256.
     """
 
     def __init__(self, recogniser: Recogniser) -> None:

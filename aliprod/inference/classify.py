@@ -9,7 +9,7 @@ lie beside it, an answer a line, and a call that was killed goes on behind the l
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -104,10 +104,8 @@ def mean(parts: Sequence[Tensor], voices: Sequence[Voice]) -> Tensor:
 def classify(recogniser: Recogniser, pictures: Sequence[Picture], processes: int) -> Iterator[Answer]:
     """Classify pictures, read by so many processes; memory does not grow with their number.
 
-    Yields:
-        path, class_id, name, probability and the top classes; or path and error, for what is no picture.
-    Raises:
-        Failed: a process died of a picture. Unreachable: a place elsewhere does not answer.
+    Yields path, class_id, name, probability and the top classes; or path and error, for what is no picture. Failed: a
+    process died of a picture. Unreachable: a place elsewhere does not answer.
     """
     chunks = [pictures[low : low + CHUNK] for low in range(0, len(pictures), CHUNK)]
     processes, look = processes if len(chunks) > 1 else 1, partial(read, recogniser.sizes)
@@ -134,10 +132,7 @@ def write_answers(
 ) -> Iterator[ReadProgress | Answered]:
     """Write what `classify` answers to ``out``, whose ending says how. Whole chunks of pictures are kept from a call
     that was killed, as far as the pictures are still the same, and so is the model: the bytes are those of a single
-    call.
-
-    Raises:
-        StorageFull: no room, or no right to write; what is there is kept.
+    call. StorageFull: no room, or no right to write; what is there is kept.
     """
     unfinished = out.with_name(f".{out.name}.unfinished")
     head = json.dumps(recogniser.facts).encode() + b"\n"
@@ -194,16 +189,13 @@ def _convert(lines: IO[bytes], fresh: Path, suffix: str, top: int) -> None:
         with fresh.open("wb") as file:
             shutil.copyfileobj(lines, file)
         return
-    schema = pa.schema([("path", pa.string()), *_columns(top), ("error", pa.string())])
+    kinds = {"class_id": pa.int64(), "name": pa.string(), "probability": pa.float64()}
+    columns = [(f"{name}{_place(rank)}", kind) for rank in range(top) for name, kind in kinds.items()]
+    schema = pa.schema([("path", pa.string()), *columns, ("error", pa.string())])
     writer = csv.CSVWriter if suffix == ".csv" else pq.ParquetWriter
     with writer(fresh, schema) as file:
         while some := [_row(json.loads(line)) for line in islice(lines, _ROWS)]:
             file.write_table(pa.Table.from_pylist(some, schema))
-
-
-def _columns(top: int) -> Iterable[tuple[str, pa.DataType]]:
-    kinds = {"class_id": pa.int64(), "name": pa.string(), "probability": pa.float64()}
-    return ((f"{name}{_place(rank)}", kind) for rank in range(top) for name, kind in kinds.items())
 
 
 def _row(answer: Answer) -> dict[str, Any]:

@@ -8,15 +8,12 @@ from torch import Tensor
 
 
 def class_errors(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """Top-1 error of each class.
+    """Top-1 error of each class: (num_classes,) float64 in 0 to 1, NaN for a class without images.
 
     Args:
-        labels: (N,) int64, rows of the class list; images with a label below 0 (unknown) are left out.
+        labels: (N,) int64, rows of the class list; images with a label below 0 (unknown) are left out. ValueError: one
+            is not below num_classes.
         predicted: (N,) int64; anything but the label is an error, a number outside the class list too.
-    Returns:
-        (num_classes,) float64 in 0 to 1, NaN for a class without images.
-    Raises:
-        ValueError: a label is not below num_classes.
     """
     known = labels >= 0
     labels, predicted = labels[known], predicted[known]
@@ -46,13 +43,8 @@ def top_k_error(labels: Tensor, scores: Tensor, k: int) -> Tensor:
 
 
 def score(labels: pa.Int64Array, predicted: NDArray[np.int64]) -> dict[str, float | int] | None:
-    """Count the errors of predicted class ids.
-
-    Args:
-        labels: (N,) class ids, null where unknown: left out. predicted: (N,) class ids.
-    Returns:
-        top1_error (mean over classes), top1_error_per_image, images, classes; None without any label.
-    """
+    """Errors of predicted class ids (N,): top1_error (mean over classes), top1_error_per_image, images, classes. Labels
+    (N,) that are null (unknown) are left out; None where all are."""
     known = labels.is_valid().to_numpy(zero_copy_only=False)
     if not known.any():
         return None

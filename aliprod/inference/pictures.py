@@ -40,11 +40,8 @@ class Picture(NamedTuple):
 
 
 def listed(inputs: Sequence[str]) -> list[Picture]:
-    """The pictures that are given: a folder's by path, a table's in its order.
-
-    Raises:
-        Refused: there is none; a table cannot be read, or a place is not there.
-    """
+    """The pictures that are given: a folder's by path, a table's in its order. Refused: there is none; a table cannot
+    be read, or a place is not there."""
     found = [picture for given in inputs for picture in _below(given)]
     if not found:
         raise Refused("holds no picture.", listing(inputs), f"Pictures are {listing(PICTURE_SUFFIXES)}.")
@@ -53,20 +50,19 @@ def listed(inputs: Sequence[str]) -> list[Picture]:
 
 def read(sizes: set[Size], pictures: Sequence[Picture]) -> list[Squares | str]:
     """Each picture at these sizes, or why it cannot be read."""
-    return [_seen(sizes, picture) for picture in pictures]
+    found = list[Squares | str]()
+    for picture in pictures:
+        try:
+            found.append(squares(sizes, picture.source()))
+        except Unreadable as reason:
+            found.append(str(reason))
+    return found
 
 
 def squares(sizes: set[Size], source: Path | bytes) -> Squares:
     """A picture at each of these sizes. Unreadable: as `decode`."""
     image = decode(source)
     return {size: square(image, *size).numpy() for size in sizes}
-
-
-def _seen(sizes: set[Size], picture: Picture) -> Squares | str:
-    try:
-        return squares(sizes, picture.source())
-    except Unreadable as reason:
-        return str(reason)
 
 
 def _below(given: str) -> Iterator[Picture]:

@@ -72,11 +72,8 @@ def predict(
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Probabilities of a split in order, this rank's share of it, by a model in eval mode on ``feed.device``.
 
-    Each picture is decoded and squared once and sent as 8-bit pixels; it is cropped on the device. The probabilities
-    of ten crops (test-time augmentation) are averaged after the softmax.
-
-    Yields:
-        Rows (n,) int64 and probabilities (n, K) float32 on the CPU.
+    Each picture is decoded and squared once and sent as 8-bit pixels; it is cropped on the device. Yields rows (n,)
+    int64 and probabilities (n, K) float32 on the CPU.
     """
     for rows, pixels in squared_batches(images, resize, feed, BATCH[views]):
         with autocast(feed.device, feed.dtype):
@@ -89,7 +86,7 @@ def pooled(model: Classifier, images: Images, resize: int, crop: int, feed: Feed
     """Features (n, F) of a split's centre crops in order, block after block, by a model in eval mode."""
 
     def look(part: Tensor) -> Tensor:
-        return model.pool(model.features(_normalised(_cut(part, crop, "center"), feed)))
+        return model.pool(model.features(_cut(part, crop, "center", feed)))
 
     for _, pixels in squared_batches(images, resize, feed, BATCH["center"]):
         with autocast(feed.device, feed.dtype):
@@ -121,9 +118,9 @@ def seen(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed)
 
 def seen_at_once(model: Classifier, pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
     """`seen` in one forward pass, whatever the number of pictures: what an export records."""
-    cut = _cut(pixels, crop, views)
-    logits: Tensor = model(_normalised(cut, feed))
-    return mean_probabilities(logits.float().view(*cut.shape[:2], -1))
+    logits: Tensor = model(_cut(pixels, crop, views, feed))
+    views_of_each = logits.float().view(pixels.shape[0], -1, logits.shape[1])  # len() would fix it in an export
+    return mean_probabilities(views_of_each)
 
 
 def _in_passes(look: Callable[[Tensor], Tensor], pixels: Tensor, views: Views) -> Tensor:
@@ -132,14 +129,11 @@ def _in_passes(look: Callable[[Tensor], Tensor], pixels: Tensor, views: Views) -
     return torch.cat([look(part) for part in pixels.split(size)])
 
 
-def _cut(pixels: Tensor, crop: int, views: Views) -> Tensor:
-    """Views (n, V, 3, crop, crop) of squared pictures."""
+def _cut(pixels: Tensor, crop: int, views: Views, feed: Feed) -> Tensor:
+    """Views of squared pictures as a network takes them, (n V, 3, crop, crop)."""
     if views == "ten_crop":
-        return crops(pixels, crop)
-    offset = round((pixels.shape[-1] - crop) / 2)
-    return pixels[:, None, :, offset : offset + crop, offset : offset + crop]
-
-
-def _normalised(cut: Tensor, feed: Feed) -> Tensor:
-    """Views as a network takes them, (n V, 3, crop, crop)."""
-    return normalise(cut.flatten(0, 1), feed.mean, feed.std).contiguous(memory_format=torch.channels_last)
+        cut = crops(pixels, crop).flatten(0, 1)
+    else:
+        offset = round((pixels.shape[-1] - crop) / 2)
+        cut = pixels[..., offset : offset + crop, offset : offset + crop]
+    return normalise(cut, feed.mean, feed.std).contiguous(memory_format=torch.channels_last)

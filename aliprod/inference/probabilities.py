@@ -59,12 +59,6 @@ class Probabilities:
         """The image set that was predicted: train, val or test."""
         return str(self.record.get("split", ""))
 
-    def rows(self, low: int, high: int) -> Half:
-        """Rows low to high (exclusive): (high - low, K), as `take`. IndexError: there are no such rows."""
-        if not 0 <= low <= high <= len(self):
-            raise IndexError(f"rows {low} to {high} of {len(self)}")
-        return self.take(np.arange(low, high))
-
     def take(self, rows: Rows) -> Half:
         """The given rows in the given order: (len(rows), K); where they follow each other in one shard, a read-only
         view of the file. IndexError: there is no such row."""
@@ -83,8 +77,8 @@ class Probabilities:
         """Class ids (N,) of each row's highest probability, ties to the lowest id; a few rows in memory at once."""
         order, best = np.argsort(self.classes), np.empty(len(self), np.int64)
         for low in range(0, len(self), _ROWS_PER_BLOCK):
-            high = min(low + _ROWS_PER_BLOCK, len(self))
-            best[low:high] = self.rows(low, high)[:, order].argmax(axis=1)
+            rows = np.arange(low, min(low + _ROWS_PER_BLOCK, len(self)))
+            best[rows] = self.take(rows)[:, order].argmax(axis=1)
         return self.classes[order][best]
 
     def _of_shard(self, shard: int, rows: Rows) -> Half:
@@ -112,8 +106,7 @@ def write(
         blocks: called with the rows that are missing, ascending and whole shards: (n, K) blocks of those rows, in that
             order, on any device; rounded to the nearest float16.
         labels: (N,) class ids, None where unknown.
-        record: job, key, weights, split, views, ...: what the manifest is to say.
-        rows_per_shard: default: that of `aliprod.store.resumable`.
+        record: what the manifest is to say.
         part: of the shards, which is to be written here; the last of the parts commits all.
     Returns:
         The record that now stands in the folder; {} while other parts are not there.

@@ -7,12 +7,11 @@ from aliprod.errors import Refused
 
 
 def boxes(height: int, width: int, crop: int) -> Tensor:
-    """Where the ten crops lie, in the order of torchvision's ten_crop.
+    """Where the ten crops lie, in the order of torchvision's ten_crop, (10, 3) int64: top, left, flipped (0 or 1).
 
-    Top left, top right, bottom left, bottom right, centre, then the same five of the mirrored image, given
-    as boxes of the unmirrored one that are to be flipped. The centre's offset is rounded half to even.
-
-    (10, 3) int64: top, left, flipped (0 or 1). Refused: the image is smaller than the crop.
+    Top left, top right, bottom left, bottom right, centre, then the same five of the mirrored image, given as boxes of
+    the unmirrored one that are to be flipped. The centre's offset is rounded half to even. Refused: the image is
+    smaller than the crop.
     """
     return torch.tensor(_boxes(height, width, crop))
 
@@ -27,10 +26,8 @@ def crops(image: Tensor, crop: int) -> Tensor:
 
 
 def mean_probabilities(logits: Tensor) -> Tensor:
-    """Mean over crops of their softmaxes, not softmax of their mean: a member's row stays a distribution.
-
-    (B, V, K) -> (B, K) float32, or float64 where the logits are.
-    """
+    """Mean over crops of their softmaxes, not softmax of their mean, so that a row stays a distribution: (B, V, K) ->
+    (B, K) float32, or float64 where the logits are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=2).mean(dim=1)
 
 

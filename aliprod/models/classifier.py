@@ -33,15 +33,13 @@ class Classifier(nn.Module):
 
     Args:
         network: timm's name, with or without a weights tag.
-        needs: of an objective: branches (BBN), unit_weights (A-softmax), scale and centres (ArcFace).
         crop: side of the images in pixels, which position embeddings are made for; None: the network's own.
         drop_rate: dropout before the classifier. drop_path_rate: stochastic depth of the backbone.
         zero_init_last: zero the last norm scale of each residual bottleneck (where timm has not done so), without
             which deep squeeze-and-excitation networks do not learn from scratch.
         bank: so many training images vote in place of a linear classifier; 0: none.
     Raises:
-        Refused: timm has no such network, or it takes no images of that size, or it has no stochastic depth or block
-            to be branched.
+        Refused: as `check_network`, or it has no stochastic depth or block to be branched.
     """
 
     def __init__(
@@ -109,8 +107,7 @@ class Classifier(nn.Module):
 
     def maps(self, features: Tensor) -> Tensor:
         """Features as a map (B, branches C, h, w), without class token and registers."""
-        maps: Tensor = _as_map(self.backbone, features)
-        return maps
+        return _as_map(self.backbone, features)
 
     def pool(self, features: Tensor) -> Tensor:
         """Features, of one branch or of all, to (B, F) or (B, branches F), as the network pools them, with dropout."""
@@ -124,14 +121,14 @@ class Classifier(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """Features to (B, K) logits, in float32 whatever the autocast dtype: a bfloat16 logit of 20 is off by up to
         0.06."""
-        pooled, weight = self.pool(features).float(), self.classifier.weight
+        pooled = self.pool(features).float()
         if self.scale:
             pooled = self.scale * functional.normalize(pooled)
         with torch.autocast(pooled.device.type, enabled=False):
-            if isinstance(self.classifier, Bank):
-                logits: Tensor = self.classifier(pooled)
-                return logits
-            logits = functional.linear(pooled, functional.normalize(weight, dim=1) if self.unit_weights else weight)
+            if self.unit_weights:
+                logits = functional.linear(pooled, functional.normalize(self.classifier.weight, dim=1))
+            else:
+                logits = self.classifier(pooled)
         return logits.unflatten(1, (-1, self.centres)).amax(dim=2) if self.centres > 1 else logits
 
     def forward(self, images: Tensor) -> Tensor:
@@ -183,8 +180,7 @@ def normalisation(network: str) -> tuple[tuple[float, ...], tuple[float, ...], s
 
 
 def _backbone(network: str, **options: Any) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # timm's notes on renamed networks
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # timm's notes on renamed networks
         return timm.create_model(network.split(".")[0], num_classes=0, **options)
 
 
@@ -208,18 +204,16 @@ def _made(network: str, crop: int) -> Made | None:
     return Made(int(pooled.shape[1]), options, int(maps.shape[1]), int(maps.shape[3]))
 
 
-def _as_map(backbone: nn.Module, features: Any) -> Any:
+def _as_map(backbone: nn.Module, features: object) -> Tensor:
     """Unpooled features as a map (B, C, h, w). Refused: they have no places in them, or several scales."""
-    axes = features.ndim if isinstance(features, Tensor) else 0
-    if axes == 4:
-        nhwc = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
-        return features.movedim(3, 1) if nhwc else features
-    if axes == 3:
+    if isinstance(features, Tensor) and features.ndim == 4:
+        return features.movedim(3, 1) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
+    if isinstance(features, Tensor) and features.ndim == 3:
         tokens = features.shape[1]
         prefix = int(getattr(backbone, "num_prefix_tokens", tokens - math.isqrt(tokens) ** 2))
         side = math.isqrt(tokens - prefix)
         if side**2 == tokens - prefix > 1:  # a class token alone has no places
-            return features[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+            return features[:, prefix:].transpose(1, 2).reshape(len(features), -1, side, side)
     raise Refused(f"{type(backbone).__name__} makes no map of features.")
 
 

@@ -23,6 +23,7 @@ from aliprod.recipe import Inputs, Needs
 from aliprod.store import commit
 
 MODEL, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.json"
+NEEDS = ("branches", "unit_weights", "scale", "centres")  # of an objective, that its weights say
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def load(folder: Path) -> tuple[Classifier, Config, Classes]:
     """The classifier of a weights folder, in eval mode. Refused: it is no weights folder, or one that is damaged."""
     config, classes = describe(folder)
     tensors = read(folder)
-    needs = Needs(**{name: getattr(config, name) for name in ("branches", "unit_weights", "scale", "centres")})
+    needs = Needs(**{name: getattr(config, name) for name in NEEDS})
     bank = len(tensors.get("classifier.labels", ()))
     model = Classifier(config.network, len(classes.ids), needs, crop=config.crop, bank=bank)
     _fill(model, model.state_dict(), tensors, folder / MODEL)

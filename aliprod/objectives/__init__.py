@@ -14,7 +14,6 @@ What it needs beyond images and labels stands in the class body, ``needs = Needs
 """
 
 import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from aliprod.errors import Refused, did_you_mean, listing
 from aliprod.recipe import Needs as Needs
+from aliprod.recipe.options import names
 
 Reduction = Literal["mean", "none"]
 
@@ -131,8 +131,7 @@ def find(name: str) -> type[nn.Module]:
     try:
         module = importlib.import_module(name if "." in name else f"{__name__}.{name}")
     except ImportError as error:
-        ours = [found.name for found in pkgutil.iter_modules(__path__)]
-        advice = f"{did_you_mean(name, ours)} There are: {listing(ours, 20)}."
+        advice = f"{did_you_mean(name, names())} There are: {listing(names(), 20)}."
         if "." in name:
             advice = "A module of your own must be importable (PYTHONPATH) by every worker."
         raise Refused(f"objective {name} cannot be imported: {error}.", advice=advice.strip()) from error

@@ -12,9 +12,8 @@ from aliprod.objectives import Batch, Context, Model, Needs, full_precision, mea
 def logits(features: Tensor, weight: Tensor, labels: Tensor, margin: int, blend: float) -> Tensor:
     """Logits |x| cos theta_j (B, K), at the true class blended with |x| phi(theta_t); for cross entropy.
 
-    Args:
-        features: (B, F). weight: (F, K), its columns are scaled to unit length here.
-        margin: m, 1 (none) and up. blend: lambda, the share of the plain cosine; see `blend`.
+    Features (B, F); the columns of the weight (F, K) are scaled to unit length here. ``margin``: m, 1 (none) and up.
+    ``blend``: lambda, the share of the plain cosine; see `blend`.
     """
     features, true = precise(features), labels[:, None]
     with full_precision(features):

@@ -16,11 +16,9 @@ NEWTON_STEPS = 8  # sums within 1e-14 of 1 at 2 to 50,030 classes, t2 of 1.0001 
 def probabilities(logits: Tensor, t2: float, iterations: int | None = None) -> Tensor:
     """The tempered softmax p = exp_t2(z - lambda), (B, K), with lambda such that the sum is 1 (equation 5).
 
-    Args:
-        t2: 1 is the softmax, above 1 the tail is heavier.
-        iterations: None solves for lambda by Newton; a number takes that many fixed-point steps (Algorithm 1).
-    Raises:
-        Refused: t2 is below 1, or above what the dtype can hold: 8.0 at 50,030 classes in float32.
+    ``t2``: 1 is the softmax, above 1 the tail is heavier. ``iterations``: None solves for lambda by Newton; a number
+    takes that many fixed-point steps (Algorithm 1). Refused: t2 is below 1, or above what the dtype can hold: 8.0 at
+    50,030 classes in float32.
     """
     return _log_probabilities(precise(logits), t2, iterations).exp()
 
@@ -57,10 +55,10 @@ class _Loss(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, t1: float, t2: float, smoothing: float, iterations: int | None
     ) -> Tensor:
         log_p = _log_probabilities(logits, t2, iterations)
-        ctx.save_for_backward(log_p, labels)
-        ctx.settings = t1, t2, smoothing
         num_classes = logits.shape[1]
-        hit, other = _targets(smoothing, num_classes)
+        hit, other = 1 - smoothing, smoothing / max(num_classes - 1, 1)  # 1 - K/(K-1) s + s/(K-1), and s/(K-1)
+        ctx.save_for_backward(log_p, labels)
+        ctx.settings = t1, t2, hit, other
         tempered = _tempered(log_p, t1)
         cross = (hit - other) * tempered.gather(1, labels[:, None])[:, 0]
         if other:
@@ -74,8 +72,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """delta - e sum(delta), with delta = (p - y) p^(t2-t1) and e = p^t2 / sum p^t2."""
         log_p, labels = ctx.saved_tensors
-        t1, t2, smoothing = ctx.settings
-        hit, other = _targets(smoothing, log_p.shape[1])
+        t1, t2, hit, other = ctx.settings
         delta = log_p.exp() - other
         delta.scatter_add_(1, labels[:, None], delta.new_full((len(labels), 1), other - hit))
         delta *= ((t2 - t1) * log_p).exp()
@@ -104,10 +101,8 @@ def _check_t2(t2: float, num_classes: int, dtype: torch.dtype) -> None:
 
 
 def _newton(below: Tensor, t2: float) -> Tensor:
-    """lambda - max z, (B, 1), from 0 upwards: S^(1-t2) is concave in lambda, so no step overshoots.
-
-    A fixed number of steps, as asking the device whether it has converged would wait for it.
-    """
+    """lambda - max z, (B, 1), from 0 upwards: S^(1-t2) is concave in lambda, so no step overshoots. So many steps, as
+    asking the device whether it has converged would wait for it."""
     shift = torch.zeros_like(below[:, :1])
     for _ in range(NEWTON_STEPS):
         log_p = _log_exp_t(below - shift, t2)
@@ -142,11 +137,6 @@ def _entropy(y: float, t: float) -> float:
         return 0.0
     log_t = math.log(y) if t == 1 else (math.pow(y, 1 - t) - 1) / (1 - t)
     return y * log_t - math.pow(y, 2 - t) / (2 - t)
-
-
-def _targets(smoothing: float, num_classes: int) -> tuple[float, float]:
-    """y of the true class and of every other: 1 - K/(K-1) s + s/(K-1) = 1 - s, and s/(K-1)."""
-    return 1 - smoothing, smoothing / max(num_classes - 1, 1)
 
 
 class Objective(nn.Module):

@@ -17,9 +17,7 @@ STRIDE = 32  # pixels of a cell of most feature maps
 
 def shuffle(parts: int, reach: float, generator: torch.Generator) -> Tensor:
     """The paper's destruction (section 3.1): (N, N) int64, the row-major index of the original cell now at each place.
-
-    First every row, then every column is put in the order of j + u_j, u_j uniform in (-reach, reach).
-    """
+    First every row, then every column is put in the order of j + u_j, u_j uniform in (-reach, reach)."""
     return shuffles(1, parts, reach, generator)[0]
 
 
@@ -57,13 +55,8 @@ def heads(
     location_bias: Tensor,
     parts: int = 7,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three heads (section 3.2) on the feature maps (2B, C, S, S) of originals and destructed images.
-
-    Returns:
-        Logits (2B, K), swap logits (2B, 2), locations (2B, N²) in -1 to 1.
-    Raises:
-        Refused: S is not a multiple of N.
-    """
+    """Logits (2B, K), swap logits (2B, 2) and locations (2B, N²) in -1 to 1 (section 3.2) of the feature maps
+    (2B, C, S, S) of originals and destructed images. Refused: S is not a multiple of N."""
     locations = _locations(features, location_weight, location_bias, parts)
     return _linear(features, class_weight), _linear(features, swap_weight), locations
 
@@ -167,8 +160,12 @@ class Objective(nn.Module):
         generator = torch.Generator().manual_seed(batch.seed)
         sources = shuffles(len(batch.images), self.parts, self.reach, generator)
         sources = sources.to(batch.images.device, non_blocking=True)  # blocking would wait for the step before
-        features = model.features(self._pairs(batch.images, sources))
+        pairs = _interleaved(batch.images, _jigsaws(batch.images, sources))
+        if batch.images.is_contiguous(memory_format=torch.channels_last):
+            pairs = pairs.contiguous(memory_format=torch.channels_last)
+        features = model.features(pairs)
         maps, labels = model.maps(features), batch.labels.repeat_interleave(2)
+        unmoved = torch.arange(self.parts**2, device=sources.device).view(self.parts, self.parts).expand_as(sources)
         logits = precise(model.classify(features))
         parts = losses(
             logits,
@@ -176,25 +173,14 @@ class Objective(nn.Module):
             _locations(maps, self.location_weight, self.location_bias, self.parts),
             labels,
             self._swap_labels(labels),
-            self._targets(sources),
+            location_targets(_interleaved(unmoved, sources)),
         )
         if batch.weights is not None:
             classes = functional.cross_entropy(logits, labels, reduction="none").view(-1, 2).mean(dim=1)
             parts["class"] = mean_over(classes, batch)
         return {"class": parts["class"], "swap": self.beta * parts["swap"], "location": self.gamma * parts["location"]}
 
-    def _pairs(self, images: Tensor, sources: Tensor) -> Tensor:
-        """(2B, 3, H, W), laid out in memory as the images are."""
-        pairs = _interleaved(images, _jigsaws(images, sources))
-        last = images.is_contiguous(memory_format=torch.channels_last)
-        return pairs.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
     def _swap_labels(self, labels: Tensor) -> Tensor:
         """(2B,); with classes, those of destructed images follow all those of originals."""
         destructed = torch.arange(len(labels), device=labels.device) % 2
         return labels + self.classes * destructed if self.classes else 1 - destructed
-
-    def _targets(self, sources: Tensor) -> Tensor:
-        """(2B, N²); an original's source is the identity."""
-        identity = torch.arange(self.parts**2, device=sources.device).view(self.parts, self.parts)
-        return location_targets(_interleaved(identity.expand_as(sources), sources))

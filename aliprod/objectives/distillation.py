@@ -11,9 +11,8 @@ def loss(
 ) -> Tensor:
     """a T^2 KL(softmax(q/T) || softmax(s/T)) + (1 - a) CE(s, t), section 2 of the paper.
 
-    Args:
-        student, teacher: (B, K) logits s and q; log-probabilities serve, -inf (a probability of 0) included.
-        temperature: T. weight: a; 1 leaves KL T^2 alone, a mean over images, not over B K.
+    Student s and teacher q (B, K) are logits; log-probabilities serve, -inf (a probability of 0) included. A weight a
+    of 1 leaves KL T^2 alone, a mean over images, not over B K.
     """
     student = precise(student)
     softened = (student / temperature).log_softmax(dim=1)

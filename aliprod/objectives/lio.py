@@ -53,12 +53,8 @@ def polar_targets(anchor: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def context_loss(features: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """How badly the cells' places around the anchor are predicted: mean over N S² of (distance loss + angle loss) on
-    the object's cells.
-
-    Args:
-        features: (N, D, S, S) structure map. mask: (N, S, S) predicted extent, made binary here: above its mean.
-        weight: (2, 2D), on [anchor, cell]. bias: (2,).
-    """
+    the object's cells. features: (N, D, S, S) structure map. mask: (N, S, S) predicted extent, made binary here: above
+    its mean. weight: (2, 2D), on [anchor, cell]. bias: (2,)."""
     return _context_losses(precise(features), precise(mask), precise(weight), precise(bias)).mean()
 
 

@@ -29,12 +29,8 @@ from aliprod.training.shares import Losses
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights that an epoch ended with.
-
-    Attributes:
-        kind: "raw" or "averaged" weights, with "_restated" where the norm statistics were taken anew.
-        top1_error: mean over the classes of val, 0 to 1; None without val.
-    """
+    """Weights that an epoch ended with: ``kind`` "raw" or "averaged", with "_restated" where the norm statistics were
+    taken anew. ``top1_error``: mean over the classes of val, 0 to 1; None without val."""
 
     epoch: int
     kind: str
@@ -54,12 +50,9 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def best_candidate(setup: Setup, average: Average | None, epoch: int) -> tuple[Candidate, dict[str, float]]:
-    """Score each kind of weights after an epoch; the model is as before when it returns.
-
-    Returns:
-        The candidate with the lowest error (of equal ones the later kind), and the top-1 errors of all by name; of the
-        raw weights, top-5 error and loss too.
-    """
+    """Score each kind of weights after an epoch; the model is as before when it returns. The candidate with the lowest
+    error (of equal ones the later kind), and the top-1 errors of all by name; of the raw weights, top-5 error and loss
+    too."""
     model = setup.learner.model
     kept = copied(model.state_dict())
     candidates, errors = list[Candidate](), dict[str, float]()
@@ -78,12 +71,12 @@ def best_candidate(setup: Setup, average: Average | None, epoch: int) -> tuple[C
 def _kinds(
     setup: Setup, average: Average | None, epoch: int, raw: dict[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    learner = setup.learner
-    sources = {"raw": raw} | ({} if average is None else {"averaged": copied(average.state(learner.model))})
+    model = setup.learner.model
+    sources = {"raw": raw} | ({} if average is None else {"averaged": copied(average.state(model))})
     for kind, tensors in sources.items():
         yield kind, tensors
-        if learner.needs.distorts and setup.share_mean().statistics:
-            learner.model.load_state_dict(tensors)
+        if setup.learner.needs.distorts and setup.share_mean().statistics:
+            model.load_state_dict(tensors)
             yield f"{kind}_restated", restated(setup, epoch)
 
 
@@ -117,12 +110,7 @@ def blended(setup: Setup, ingredients: Sequence[Path]) -> tuple[Candidate, dict[
     """The mean of the ingredients' weights, norm statistics taken anew on the stage's images, and its errors.
 
     Greedy: from the best ingredient on, each next one is kept only if the error on val does not rise (section 2,
-    recipe 1 of the paper); without val all are.
-
-    Args:
-        ingredients: weights folders of one network.
-    Raises:
-        Refused: weights that do not fit.
+    recipe 1 of the paper); without val all are. Refused: weights folders that do not fit.
     """
     soup, kept, others = setup.learner.stage.soup, list(ingredients), list[Path]()
     if soup is not None and soup.greedy and len(setup.catalogue.val):

@@ -22,17 +22,12 @@ from aliprod.training.optimizer import Optimizer
 Fill = Callable[[Path], None]
 
 log = logging.getLogger(__name__)
-_KEPT = 2  # the newest may be damaged: the one before is then used
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a job stands. Counters start at 0.
-
-    Attributes:
-        losses: sums of this epoch's loss parts so far.
-        best: the best candidate so far; None before the first epoch has ended.
-    """
+    """Where a job stands. Counters start at 0. ``losses``: sums of this epoch's loss parts so far. ``best``: the best
+    candidate so far; None before the first epoch has ended."""
 
     epoch: int = 0
     step: int = 0
@@ -96,7 +91,7 @@ def write(place: Path, fill: Fill, record: dict[str, Any]) -> None:
 
 def prune(folder: Path) -> None:
     """Keep the newest two."""
-    for old in sorted(_committed(folder))[:-_KEPT]:
+    for old in sorted(_committed(folder))[:-2]:  # the newest may be damaged: the one before is then used
         commit.remove(old)
 
 
@@ -128,10 +123,8 @@ class Background:
         self._write: Future[None] | None = None
 
     def start(self, prepare: Callable[[], Callable[[], None]]) -> None:
-        """Wait for the write before, call ``prepare`` here, and what it returns in the thread.
-
-        Two writes never wait behind each other: ``prepare`` makes copies, and memory has room for one set.
-        """
+        """Wait for the write before (``prepare`` makes copies, and memory has room for one set), call ``prepare``
+        here, and what it returns in the thread."""
         if self._write is not None and not self._write.done():
             log.info("The checkpoint before is still being written: training waits for it.")
         self.wait()

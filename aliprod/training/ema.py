@@ -5,13 +5,8 @@ from torch import Tensor, nn
 
 
 def update(ema: Tensor, weights: Tensor, decay: float, step: int | None = None) -> Tensor:
-    """ema <- d ema + (1 - d) weights.
-
-    Args:
-        step: number of this update, from 1, for the warm-up d = min(decay, (1 + step) / (10 + step)); None: none.
-    Returns:
-        The new average, a new tensor of the same shape.
-    """
+    """The new average d ema + (1 - d) weights, a new tensor. ``step``: number of this update, from 1, for the warm-up
+    d = min(decay, (1 + step) / (10 + step)); None: none."""
     return ema.lerp(weights.to(ema.dtype), 1 - warmed_up(decay, step))
 
 
@@ -25,20 +20,19 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.parameters = [model.get_parameter(name).detach().clone() for name in self._names]
+        self.parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Add a step to the average, in one fused call; ``step`` from 1."""
         current: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        torch._foreach_lerp_(self.parameters, current, 1 - warmed_up(self.decay, step))
+        torch._foreach_lerp_(list(self.parameters.values()), current, 1 - warmed_up(self.decay, step))
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """A state dict for ``model``: averaged parameters, the model's own buffers."""
-        return dict(model.state_dict()) | dict(zip(self._names, self.parameters, strict=True))
+        return dict(model.state_dict()) | self.parameters
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Load parameters by name."""
-        for name, parameter in zip(self._names, self.parameters, strict=True):
+        for name, parameter in self.parameters.items():
             parameter.copy_(state[name])

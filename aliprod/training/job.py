@@ -49,14 +49,14 @@ log = logging.getLogger(__name__)
 def run(job: TrainingJob, catalogue: Catalogue, stop: Callable[[], bool] = never) -> Iterator[Progress]:
     """Train a job from its newest checkpoint on, and keep its results in its folder (on rank 0).
 
-    Args:
-        stop: whether to end early, with a checkpoint, as `aliprod.training.loop.steps` does.
-    Raises:
-        StorageFull: what is finished stays; the same job goes on from its newest checkpoint later.
-        NonFiniteLoss, Refused: as `aliprod.training.loop.steps`.
+    ``stop``, NonFiniteLoss and Refused are as of `aliprod.training.loop.steps`. StorageFull: what is finished stays;
+    the same job goes on from its newest checkpoint later.
     """
     began, first = time.time(), not dist.is_initialized() or dist.get_rank() == 0
-    finished, resume = _agreed(job.folder, first)
+    agreed = [_found(job.folder) if first else (False, None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(agreed, src=0)
+    [(finished, resume)] = agreed
     if finished:
         return
     if resume is not None:
@@ -65,15 +65,15 @@ def run(job: TrainingJob, catalogue: Catalogue, stop: Callable[[], bool] = never
         results, pace = _Results(job, catalogue, writer, began), _Pace(job, step_of(resume) if resume else 0)
         for event in events:
             if isinstance(event, Progress):
-                if event.state.epoch == job.stage.epochs:
-                    pace.wait()  # what it writes goes with the checkpoints
+                if event.state.epoch == job.stage.epochs and pace.teller.is_alive():
+                    pace.teller.join()  # what it writes goes with the checkpoints
                 if first:
                     results.keep(event)
                 yield event
-                continue
-            writer.check()
-            if first:
-                pace.add(event)
+            else:
+                writer.check()
+                if first:
+                    pace.add(event)
 
 
 def _events(
@@ -103,15 +103,8 @@ def _watch(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
 
-def _agreed(folder: Path, first: bool) -> tuple[bool, Path | None]:
-    """Whether the job is finished, and the checkpoint that all ranks go on from. Rank 0 looks, and cleans up."""
-    found = [_found(folder) if first else (False, None)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
 def _found(folder: Path) -> tuple[bool, Path | None]:
+    """Whether the job is finished, and the checkpoint that it goes on from; cleans up."""
     commit.sweep(folder)
     commit.refresh(folder)
     if commit.read(folder / WEIGHTS) is not None:
@@ -141,13 +134,9 @@ class _Results:
             self.writer.wait()
             self._finish(progress, last)
         elif last is None or time.time() - self.saved >= self.job.machine.save_seconds:
-            self.writer.start(partial(self._copied, progress))
+            target, key = checkpoint.place_of(self.job.folder / RESUME, progress.state), {"key": self.job.key}
+            self.writer.start(lambda: partial(checkpoint.write, target, progress.snapshot(), key))
             self.saved = time.time()
-
-    def _copied(self, progress: Progress) -> Callable[[], None]:
-        """Copy the resume state now; calling the result writes it."""
-        place_of = checkpoint.place_of(self.job.folder / RESUME, progress.state)
-        return partial(checkpoint.write, place_of, progress.snapshot(), {"key": self.job.key})
 
     def _finish(self, progress: Progress, last: Candidate) -> None:
         job, best = self.job, progress.state.best or last
@@ -171,22 +160,10 @@ class _Results:
 
     def _commit_weights(self, candidate: Candidate, name: str, record: dict[str, Any]) -> None:
         job, objective = self.job, self.job.stage.objective
-        asked, (resize, crop) = needs(objective.name, objective.options), job.stage.test_view
-        config = weights.Config(
-            job.network,
-            *normalisation(job.network),
-            resize=resize,
-            crop=crop,
-            job=job.name,
-            key=job.key,
-            epoch=candidate.epoch,
-            top1_error=candidate.top1_error,
-            kind=candidate.kind,
-            branches=asked.branches,
-            unit_weights=asked.unit_weights,
-            scale=asked.scale,
-            centres=asked.centres,
-        )
+        asked = needs(objective.name, objective.options)
+        view = (*normalisation(job.network), *job.stage.test_view)
+        told = (job.name, job.key, candidate.epoch, candidate.top1_error, candidate.kind)
+        config = weights.Config(job.network, *view, *told, **{name: getattr(asked, name) for name in weights.NEEDS})
         classes = weights.Classes(tuple(self.catalogue.classes.tolist()), self.catalogue.names)
         fill = partial(weights.save, tensors=candidate.tensors, config=config, classes=classes)
         commit.write(job.folder / name, fill, record)
@@ -228,16 +205,11 @@ class _Pace:
         with suppress(StorageFull):  # nothing is lost with it; a checkpoint will say so
             commit.write_file(self.job.folder / RESUME / PACE, text)
 
-    def wait(self) -> None:
-        """Wait for what is being told."""
-        if self.teller.is_alive():
-            self.teller.join()
-
 
 def _append(path: Path, record: dict[str, Any]) -> None:
     with commit.storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         with path.open("a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + json.dumps(record) + "\n")
             file.flush()

@@ -51,11 +51,9 @@ class Place:
 
 
 def place(machine: Machine) -> Place:
-    """This process's place: its GPU where there is one, its rank where a process group is up.
-
-    Sets the number of threads (sums differ with it) and, where ``exact``, kernels that give the same bytes each time;
-    on a CPU, that freed memory is kept.
-    """
+    """This process's place: its GPU where there is one, its rank where a process group is up. Sets the threads (sums
+    differ with them), where ``exact`` kernels that give the same bytes each time, and on a CPU that freed memory is
+    kept."""
     torch.set_num_threads(machine.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if machine.compile:
@@ -73,12 +71,8 @@ def place(machine: Machine) -> Place:
 class Learner(nn.Module):
     """The module that is trained: a classifier and the auxiliary heads of its objective.
 
-    Args:
-        network: timm's name.
-        class_counts: (K,) of the images that it is trained on; None: of all training images.
-    Attributes:
-        dtype: in which the forward pass runs (autocast); weights, losses and sums stay float32.
-        needs: what the objective asks of the loader, the network and the scoring of an epoch.
+    ``class_counts``: (K,) of the images that it is trained on; None: of all training images. ``dtype``: in which the
+    forward pass runs (autocast); weights, losses and sums stay float32.
     """
 
     def __init__(
@@ -104,9 +98,16 @@ class Learner(nn.Module):
             _freeze(self.model, but_norms=stage.trains == "norms")
         if place.machine.checkpointing:
             _checkpoint_blocks(self.model)
-        self.objective = build(
-            stage.objective.name, stage.objective.options, _context(stage, self.model, catalogue, counts)
+        context = Context(
+            num_classes=catalogue.num_classes,
+            num_features=self.model.num_features,
+            crop=stage.crop,
+            side=self.model.side,
+            epochs=stage.epochs,
+            class_counts=torch.from_numpy(counts),
+            ancestor=None if catalogue.ancestor is None else torch.from_numpy(catalogue.ancestor),
         )
+        self.objective = build(stage.objective.name, stage.objective.options, context)
         self.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if stage.features == "cached":  # it is shown what its backbone would make
             as_it_is: Any = lambda features, pre_logits=True: features  # noqa: ARG005, E731
@@ -152,11 +153,8 @@ class Learner(nn.Module):
 
 @dataclass(frozen=True)
 class Setup:
-    """A stage in its place: the learner, the batches that it is shown, and the images that score it.
-
-    Attributes:
-        between: called now and then while an epoch is scored, as often on each rank; it may raise.
-    """
+    """A stage in its place: the learner, the batches that it is shown, and the images that score it. ``between`` is
+    called now and then while an epoch is scored, as often on each rank; it may raise."""
 
     learner: Learner
     catalogue: Catalogue
@@ -179,12 +177,8 @@ class Setup:
         return predict(model, self.catalogue.val, *self.learner.stage.test_view, "center", self.feed)
 
     def top1_errors(self) -> dict[str, float]:
-        """How well the learner's weights know val, by the centre crop; empty without validation images.
-
-        Returns:
-            Top-1 and top-5 error, means over classes; top-1 error per image; the loss (cross entropy), a mean over
-            images.
-        """
+        """How well the learner's weights know val, by the centre crop; empty without validation images: top-1 and
+        top-5 error, means over classes; top-1 error per image; the loss (cross entropy), a mean over images."""
         model, feed, num_classes = self.learner.model, self.feed, self.catalogue.num_classes
         if not len(self.catalogue.val):
             return {}
@@ -216,17 +210,13 @@ class Setup:
 def set_up(
     stage: Stage, network: str, catalogue: Catalogue, machine: Machine, data: TrainingSet | None = None
 ) -> Setup:
-    """Take this process's `place` and build there what a stage needs.
-
-    Args:
-        network: timm's name.
-        data: the images of the stage; None: those of the catalogue, no more.
-    """
+    """Take this process's `place` and build there what a stage needs of timm's ``network``. ``data``: the images of the
+    stage; None: those of the catalogue, no more."""
     where, data = place(machine), data or training_set(catalogue, stage)
     counts = np.bincount(data.images.labels, minlength=catalogue.num_classes)
     learner = Learner(stage, network, catalogue, where, counts)
-    ranks, processes = (where.rank, where.world_size), machine.loader_processes
-    feed = Feed(where.device, *normalisation(network), *ranks, processes, learner.dtype)
+    ranks = (where.rank, where.world_size, machine.loader_processes)
+    feed = Feed(where.device, *normalisation(network), *ranks, learner.dtype)
     batches = TrainBatches(data, stage, feed, learner.needs.group, learner.needs.second)
     return Setup(learner, catalogue, feed, batches)
 
@@ -248,15 +238,3 @@ def _checkpoint_blocks(model: Classifier) -> None:
         raise Refused(
             "has no blocks that can be computed again: [cluster] checkpointing", model.network, advice
         ) from error
-
-
-def _context(stage: Stage, model: Classifier, catalogue: Catalogue, class_counts: Integers) -> Context:
-    return Context(
-        num_classes=catalogue.num_classes,
-        num_features=model.num_features,
-        crop=stage.crop,
-        side=model.side,
-        epochs=stage.epochs,
-        class_counts=torch.from_numpy(class_counts),
-        ancestor=None if catalogue.ancestor is None else torch.from_numpy(catalogue.ancestor),
-    )

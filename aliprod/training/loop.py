@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from aliprod.training.ema import Average
 from aliprod.training.learner import Learner, Place, Setup, set_up
 from aliprod.training.optimizer import Optimizer
 from aliprod.training.shares import Losses, ShareMean
-
-_Share = tuple[dict[str, float], list[str]]  # loss parts and image ids
 
 _CHECK_STEPS = 50  # a non-finite loss is noticed within so many steps; the weights are safe at once
 
@@ -91,7 +89,10 @@ def steps(
     stage, save_every_steps = learner.stage, where.machine.save_every_steps
     optimizer, mean = Optimizer(learner, stage, batches.steps_per_epoch), setup.share_mean(learner.trained())
     if resume is None:
-        _load(setup, inputs)
+        weights.load_inputs(learner.model, inputs, setup.catalogue.classes.tolist())
+        if stage.trains == "classifier":
+            torch.manual_seed(seed_of(stage.seed, "classifier", learner.model.network))
+            learner.model.reset_classifier()
     average = Average(learner.model, stage.ema) if stage.ema else None
     state = TrainingState() if resume is None else checkpoint.restore(resume, learner, optimizer, average)
     snapshot = partial(checkpoint.snapshot, learner=learner, optimizer=optimizer, average=average)
@@ -127,15 +128,6 @@ def steps(
         best = last if last.beats(state.best) else state.best
         state = TrainingState(state.epoch + 1, state.step, best=best)
         yield Progress(state, metrics | errors, partial(snapshot, state), where, last)
-
-
-def _load(setup: Setup, inputs: Inputs) -> None:
-    """Load the weights that a job begins with."""
-    stage, model = setup.learner.stage, setup.learner.model
-    weights.load_inputs(model, inputs, setup.catalogue.classes.tolist())
-    if stage.trains == "classifier":
-        torch.manual_seed(seed_of(stage.seed, "classifier", model.network))
-        model.reset_classifier()
 
 
 def gradients(
@@ -227,8 +219,10 @@ class _Meter:
 
     def _error(self, step: int) -> NonFiniteLoss:
         mine = [({name: float(part) for name, part in parts.items()}, rows) for rows, parts in self.recent[step]]
-        shares = _of_all_ranks([(losses, self.batches.ids(rows)) for losses, rows in mine])
-        losses, ids = min(shares, key=lambda seen: math.isfinite(sum(seen[0].values())))  # the culprit's
+        shares = [[(losses, self.batches.ids(rows)) for losses, rows in mine]] * self.batches.feed.world_size
+        if len(shares) > 1:
+            dist.all_gather_object(shares, shares[0])
+        losses, ids = min(chain(*shares), key=lambda seen: math.isfinite(sum(seen[0].values())))  # the culprit's
         values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
         epoch, rate = step // self.batches.steps_per_epoch + 1, self.optimizer.lr_of("backbone", step)
         return NonFiniteLoss(
@@ -238,25 +232,13 @@ class _Meter:
         )
 
 
-def _of_all_ranks(mine: list[_Share]) -> list[_Share]:
-    if not dist.is_initialized():
-        return mine
-    gathered = [mine] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    return [share for shares in gathered for share in shares]
-
-
 class _Stopped(Exception):
     """The ranks have agreed to stop."""
 
 
 class _StopVote:
-    """Asks every rank at each step, so that all end together where one is told to; the answer is that of the step
-    before, so that no step waits for it.
-
-    Args:
-        stop: whether this rank is told to end.
-    """
+    """Asks every rank at each step, so that all end together where one is told to (``stop``); the answer is that of the
+    step before, so that no step waits for it."""
 
     def __init__(self, stop: Callable[[], bool]) -> None:
         self.stop = stop

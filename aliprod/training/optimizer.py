@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,20 +16,15 @@ from aliprod.errors import Refused
 from aliprod.recipe import OptimizerRecipe, Stage
 from aliprod.training.learner import Learner
 
-_SHORT = {"momentum_buffer": "momentum"}  # names of torch's in a resume checkpoint
-_LONG = {short: name for name, short in _SHORT.items()}
+_NAMES = {"momentum": "momentum_buffer"}  # of a resume checkpoint, where torch has another
 _SCALER = ("scale", "_growth_tracker")  # the changing part of a gradient scaler's state
 
 
 def lr_at(
     step: int, base_lr: float, steps_per_epoch: int, warmup_epochs: float, milestones: Sequence[int], gamma: float
 ) -> float:
-    """Learning rate of a step: linear warm-up, then ``gamma`` at each milestone (methods: "manual decay").
-
-    Args:
-        step: optimizer steps since the job began, from 0.
-        milestones: epochs, from 0, from which on the rate is multiplied by ``gamma`` once more.
-    """
+    """Learning rate of a step, from 0: linear warm-up, then ``gamma`` once more from each milestone (an epoch, from 0)
+    on (methods: "manual decay")."""
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return base_lr * min(1.0, (step + 1) / warmup_steps)
@@ -82,11 +78,8 @@ class Optimizer:
     @torch.no_grad()
     def climb(self, radius: float) -> list[Tensor]:
         """Move the weights ``radius`` along the gradient, where its loss is about the largest (SAM, Foret et al. 2021,
-        equation 2), and free the gradients; not at all where their norm is not finite, which `update` notices.
-
-        Returns:
-            The weights from before, for `descend`.
-        """
+        equation 2), and free the gradients; not at all where their norm is not finite, which `update` notices. Returns
+        the weights from before, for `descend`."""
         moved = [p for p in self.parameters if p.grad is not None]
         gradients = [p.grad for p in moved if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
@@ -110,7 +103,17 @@ class Optimizer:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
         if self.stage.optimizer.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.stage.optimizer.clip_norm, norm, foreach=True)
-        self._update(torch.isfinite(norm), step)
+        finite = torch.isfinite(norm)
+        if self._scaler.is_enabled():
+            self._bad_step.copy_(torch.where(finite, self._bad_step, step))
+            self._scaler.step(self.kernel)
+            self._scaler.update()
+        else:
+            self._bad_step.copy_(torch.where((self._bad_step < 0) & ~finite, step, self._bad_step))
+            if self._on_device:
+                self.kernel.found_inf = (self._bad_step >= 0).float()  # type: ignore[attr-defined]
+            if self._on_device or self._bad_step.item() < 0:
+                self.kernel.step()
         self.kernel.zero_grad(set_to_none=True)
 
     def lr_of(self, part: str, step: int) -> float:
@@ -136,7 +139,7 @@ class Optimizer:
         checkpoint."""
         state = {f"group.{i}": group["step"] for i, group in enumerate(self.groups) if "step" in group}
         for i, parameter in enumerate(self.parameters):
-            state |= {f"{_SHORT.get(name, name)}.{i}": value for name, value in self.kernel.state[parameter].items()}
+            state |= {f"{name.removesuffix('_buffer')}.{i}": one for name, one in self.kernel.state[parameter].items()}
         scaler = self._scaler.state_dict()  # {} where there is no need of one
         state |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in _SCALER if scaler}
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -147,32 +150,14 @@ class Optimizer:
             kind, _, place = key.rpartition(".")
             if kind == "group":
                 self.groups[int(place)]["step"] = value
-            elif kind != "scaler":
-                self.kernel.state[self.parameters[int(place)]][_LONG.get(kind, kind)] = self._laid_out(
-                    value, int(place)
-                )
+            elif kind != "scaler":  # laid out as its parameter, or a counter where the optimizer wants it
+                parameter = self.parameters[int(place)]
+                device = parameter.device if self._on_device else "cpu"
+                copy = torch.empty_like(parameter).copy_(value) if value.ndim else value.to(device)
+                self.kernel.state[parameter][_NAMES.get(kind, kind)] = copy
         if self._scaler.is_enabled():
             saved = {name: state[f"scaler.{name}"].item() for name in _SCALER}
             self._scaler.load_state_dict(self._scaler.state_dict() | saved)
-
-    def _laid_out(self, value: Tensor, place: int) -> Tensor:
-        """A copy where the optimizer wants it: laid out as its parameter, or a counter."""
-        parameter = self.parameters[place]
-        if value.ndim:
-            return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value)
-        return value.to(parameter.device if self._on_device else "cpu")
-
-    def _update(self, finite: Tensor, step: int) -> None:
-        if not self._scaler.is_enabled():
-            self._bad_step.copy_(torch.where((self._bad_step < 0) & ~finite, step, self._bad_step))
-            if self._on_device:
-                self.kernel.found_inf = (self._bad_step >= 0).float()  # type: ignore[attr-defined]
-            if self._on_device or self._bad_step.item() < 0:
-                self.kernel.step()
-        else:
-            self._bad_step.copy_(torch.where(finite, self._bad_step, step))
-            self._scaler.step(self.kernel)
-            self._scaler.update()
 
 
 def _kernel(groups: list[dict[str, Any]], recipe: OptimizerRecipe) -> torch.optim.Optimizer:
@@ -202,13 +187,13 @@ def _parameter_groups(learner: Learner, stage: Stage) -> list[dict[str, Any]]:
     parameters, biases, and what timm names beside them). Heads are no matrices to Muon."""
     backbone, recipe = learner.model.backbone, stage.optimizer
     names = {parameter: name for name, parameter in backbone.named_parameters()}
-    scales = layer_scales(backbone, recipe.layer_decay or 1.0) if recipe.layer_decay else {}
+    scales = layer_scales(backbone, recipe.layer_decay) if recipe.layer_decay else {}
     spared = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()  # type: ignore[operator]
     parts = [("backbone", learner.model.backbone_parameters()), ("heads", learner.head_parameters())]
     groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
     for part, parameters in parts:
         behind = 1.0 if part == "heads" else recipe.layer_decay or 1.0  # branches are the last layer
-        for parameter in (parameter for parameter in parameters if parameter.requires_grad):
+        for parameter in filter(attrgetter("requires_grad"), parameters):
             name = names.get(parameter, "")
             decays = parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in spared)
             scale = scales.get(name, behind)

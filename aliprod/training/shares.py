@@ -32,10 +32,8 @@ class ShareMean:
     Args:
         module: whose buffers each share begins with as they are, and ends with as its own.
         trained: parameters whose gradients count.
-        shares: of a step; a power of two where they are added by the tree.
-        world_size: ranks, each with as many shares.
-        sent: ``tree``, or what is added up by all-reduce, as DDP does: quicker by a little, but the bytes depend on
-            the ranks.
+        shares: of a step; a power of two where they are added by the tree. world_size: ranks, each with as many.
+        sent: ``tree``, or what all-reduce adds up, as DDP does: quicker by a little, but the bytes depend on the ranks.
     """
 
     def __init__(
@@ -65,10 +63,8 @@ class ShareMean:
     def of(self, step: Iterable[T], backward: Callable[[T], Losses]) -> tuple[Losses, list[Losses]]:
         """Work through this rank's shares of a step; gradients and norm statistics are then the means of all shares.
 
-        Args:
-            backward: forward and backward of a share, which adds to the gradients a ``shares``-th of its own.
-        Returns:
-            The mean loss parts of the step, and those of each of this rank's shares, detached.
+        ``backward`` is forward and backward of a share, which adds to the gradients a ``shares``-th of its own. Returns
+        the mean loss parts of the step, and those of each of this rank's shares, detached.
         """
         if self.shares == 1:
             losses = [backward(share) for share in step]
@@ -83,15 +79,14 @@ class ShareMean:
             for bucket in self.buckets:
                 bucket.open(number)
             losses.append(backward(share))
-            _push(leaves, self._leaf(losses[-1]), number)
+            leaf = torch.cat([part.flatten() for part in (*self.statistics, *losses[-1].values())])
+            for _ in range(_levels(number)):
+                leaf = leaves.pop() + leaf
+            leaves.append(leaf)
             if not self._last or self.world_size == 1:
                 for bucket in self.buckets:
                     bucket.close(number)
         return self._finish(leaves[0], losses[0]), losses
-
-    def _leaf(self, losses: Losses) -> Tensor:
-        """Norm statistics and loss parts in a row."""
-        return torch.cat([part.flatten() for part in (*self.statistics, *losses.values())])
 
     def _ready(self, bucket: "_Bucket", place: int, _: Tensor) -> None:
         """Take a gradient, and count those of the last share; buckets are sent in order, since all ranks must send in
@@ -108,7 +103,10 @@ class ShareMean:
         way at a time, while the backward pass goes on."""
         number, self._done = self._done, self._done + 1
         if 0 <= number - 2 < len(self.buckets):
-            self._end(self.buckets[number - 2])
+            bucket = self.buckets[number - 2]
+            bucket.wait()
+            if self.sent == "bfloat16":
+                bucket.sums[0].copy_(bucket.sent)
         if number < len(self.buckets):
             self._send(self.buckets[number], number)
         if 0 <= number - 1 < len(self.buckets) and self.sent == "tree":
@@ -137,11 +135,6 @@ class ShareMean:
         else:
             bucket.works = [_all_gather(bucket.sums[0], _added(rows), async_op=True)]
 
-    def _end(self, bucket: "_Bucket") -> None:
-        bucket.wait()
-        if self.sent == "bfloat16":
-            bucket.sums[0].copy_(bucket.sent)
-
     def _slices(self, bucket: "_Bucket", number: int) -> Tensor:
         """Room for a slice of each rank's sum; the bucket two before has had it."""
         return self._received[number % 2][: len(bucket.sums[0])]
@@ -151,7 +144,12 @@ class ShareMean:
         if self.world_size > 1:
             while self._done < len(self.buckets) + 2:  # with parameters that the loss does not depend on
                 self._advance()
-            leaf = self._added_up(leaf)
+            if self.sent == "tree":
+                rows = leaf.new_empty(self.world_size, len(leaf))
+                _all_gather(rows.flatten(), leaf)
+                leaf = _added(list(rows))
+            else:
+                dist.all_reduce(leaf)
         sizes = [buffer.numel() for buffer in self.statistics]
         *means, losses = (leaf / self.shares).split([*sizes, len(names)])
         if self.statistics:
@@ -159,15 +157,6 @@ class ShareMean:
                 self.statistics, [mean.view_as(b) for mean, b in zip(means, self.statistics, strict=True)]
             )
         return dict(zip(names, losses.unbind(), strict=True))
-
-    def _added_up(self, leaf: Tensor) -> Tensor:
-        """The sum of all ranks' leaves."""
-        if self.sent != "tree":
-            dist.all_reduce(leaf)
-            return leaf
-        rows = leaf.new_empty(self.world_size, len(leaf))
-        _all_gather(rows.flatten(), leaf)
-        return _added(list(rows))
 
 
 class _Bucket:
@@ -235,13 +224,6 @@ class _Bucket:
 def _levels(number: int) -> int:
     """How many levels of the tree are complete with leaf ``number``: ones at the end of its binary form."""
     return (~number & number + 1).bit_length() - 1
-
-
-def _push(leaves: list[Tensor], leaf: Tensor, number: int) -> None:
-    """Add leaf ``number`` to the nodes that are open."""
-    for _ in range(_levels(number)):
-        leaf = leaves.pop() + leaf
-    leaves.append(leaf)
 
 
 def _added(rows: list[Tensor], into: int = 0) -> Tensor:

@@ -1,9 +1,7 @@
-"""The speed of this machine: of the loader alone, the step alone, the training of both, and of predictions.
-
-A plan's forecast is made of it.
-"""
+"""The speed of this machine, of which a forecast is made: of loader, step, the training of both, and predictions."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -29,19 +27,16 @@ _STARVED = 0.1  # from this share of waiting on, the loader limits
 def measure(
     part: Part, stage: Stage, network: str, catalogue: Catalogue, steps: int, machine: Machine = DEFAULT_MACHINE
 ) -> dict[str, Any]:
-    """Measure a part over ``steps`` steps; as many before them are not counted.
+    """Measure a part over ``steps`` steps; as many before them are not counted. Refused: there is no such network.
 
     A catalogue that has fewer images shows them again and again. Nothing is validated, nothing is kept. Teachers
-    and cached features are made up: real ones would cost the same.
+    and cached features are made up: real ones would cost the same. The stage has no filter of duplicates and no pseudo
+    labels, whose images nobody knows yet.
 
-    Args:
-        stage: without a filter of duplicates and pseudo labels, whose images nobody knows yet.
     Returns:
         Plain JSON: ``part``, ``steps``, ``device``, ``images_per_second``; ``memory_bytes``, the most so far, of the
         GPU where there is one, else of the process; ``data_wait_share``, of the time, spent waiting for pictures, 0 to
         1; ``limited_by``, what to make faster: "loader" or "step".
-    Raises:
-        Refused: there is no such network.
     """
     _forget_peak_memory()
     rows = np.resize(np.random.default_rng(stage.seed).permutation(len(catalogue.train)), 2 * steps * stage.batch_size)
@@ -72,12 +67,9 @@ def measure(
 def measure_prediction(
     stage: Stage, network: str, views: Views, catalogue: Catalogue, batches: int, machine: Machine = DEFAULT_MACHINE
 ) -> dict[str, Any]:
-    """Measure the prediction of training images, over so many batches after those that fill the loader.
-
-    Returns:
-        Plain JSON: ``images`` that were counted, each one image, however many views it has; ``device``,
-        ``images_per_second`` and ``memory_bytes`` as of `measure`.
-    """
+    """Measure the prediction of training images, over so many batches after those that fill the loader. Plain JSON:
+    ``images`` that were counted, each once, however many views it has; ``device``, ``images_per_second`` and
+    ``memory_bytes`` as of `measure`."""
     here, processes = place(without_training(machine)), machine.loader_processes
     _forget_peak_memory()
     asked, (resize, crop) = needs(stage.objective.name, stage.objective.options), stage.test_view
@@ -87,11 +79,9 @@ def measure_prediction(
     before = 1 + 2 * processes  # a process reads two batches ahead
     images = catalogue.train.take(np.resize(np.arange(len(catalogue.train)), (before + batches) * BATCH[views]))
     blocks = predict(model, images, resize, crop, views, feed)
-    for _ in islice(blocks, before):
-        pass
+    deque(islice(blocks, before), maxlen=0)
     began = time.perf_counter()
-    for _ in blocks:  # each has been copied to the CPU: nothing is under way
-        pass
+    deque(blocks, maxlen=0)  # each has been copied to the CPU: nothing is under way
     counted = batches * BATCH[views]
     return {"images": counted, **_speed(here, counted, time.perf_counter() - began)}
 
@@ -138,8 +128,7 @@ def _second_half(ends: Iterator[object], steps: int, device: torch.device) -> fl
     """Seconds of the steps after the first ``steps``."""
     stamps = []
     for _ in range(2):
-        for _ in range(steps):
-            next(ends)
+        deque(islice(ends, steps), maxlen=0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         stamps.append(time.perf_counter())

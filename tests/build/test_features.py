@@ -198,7 +198,7 @@ def test_the_nearest_training_images_vote_as_the_paper_says(shop: Opened, made: 
     assert torch.equal(kept["classifier.weight"].double(), train), "the bank holds what was cached"
     assert kept["classifier.labels"].tolist() == labels.tolist()
     store = open_store(next(storage.glob("jobs/net/nearest/*/probabilities/*-val")))
-    assert np.isfinite(store.rows(0, len(store))).all()
+    assert np.isfinite(store.take(np.arange(len(store)))).all()
 
 
 def test_a_stage_on_few_images_of_a_class_reads_their_features_alone(shop: Opened, made: list[str]) -> None:

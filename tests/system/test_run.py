@@ -103,7 +103,7 @@ def test_the_submission_has_every_test_image_once_and_a_class_of_the_catalogue(w
 def test_the_prediction_is_the_highest_sum_of_the_members_probabilities(whole: Run) -> None:
     folders = [next(whole.storage.glob(f"jobs/{name}/*/probabilities/*-test")) for name in MEMBERS]
     stores = [probabilities.open_store(folder) for folder in folders]
-    total = sum(store.rows(0, len(store)).astype(np.float64) for store in stores)
+    total = sum(store.take(np.arange(len(store))).astype(np.float64) for store in stores)
     expected = dict(zip(stores[0].ids.to_pylist(), stores[0].classes[np.argmax(total, axis=1)].tolist(), strict=True))
     written = read_predictions(whole.storage / "tiny" / "ensemble")
     assert dict(zip(written.ids.to_pylist(), written.predicted.tolist(), strict=True)) == expected
@@ -259,7 +259,7 @@ def test_the_ensemble_takes_the_version_that_a_person_has_chosen(whole: Run, clu
         for sha in [client.get_model_version_by_alias(f"tiny.{name.replace('/', '.')}", "member").tags["sha256"]]
     }
     assert stores["resnet/accuracy"].record["weights"] == last.tags["sha256"]
-    total = sum(store.rows(0, len(store)).astype(np.float64) for store in stores.values())
+    total = sum(store.take(np.arange(len(store))).astype(np.float64) for store in stores.values())
     highest = stores["resnet/dcl"].classes[np.argmax(total, axis=1)].tolist()
     written = read_predictions(whole.storage / "tiny" / "ensemble")
     expected = dict(zip(stores["resnet/dcl"].ids.to_pylist(), highest, strict=True))

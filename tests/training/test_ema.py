@@ -67,7 +67,7 @@ def test_an_average_comes_back_from_its_state_dict() -> None:
     set_weights_at_random(model)
     average.update(model, 2)
     other.update(model, 2)
-    for mine, its in zip(average.parameters, other.parameters, strict=True):
+    for mine, its in zip(average.parameters.values(), other.parameters.values(), strict=True):
         assert torch.equal(mine, its)
 
 
