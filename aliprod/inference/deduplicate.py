@@ -1,14 +1,17 @@
 """Filtering duplicates for a stage: near hashes, confirmed by the parent's embeddings, judged by the stage's rule.
 
 Packs on white are alike to a hash, so a pair counts only where the parent's embeddings agree too;
-without a parent the hash alone decides.
+without a parent the hash alone decides. Images that the rule drops are listed by id, each with the first of its group,
+which may be dropped itself.
 """
 
 import logging
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -37,12 +40,21 @@ def write_kept_rows(
         rows = np.flatnonzero(np.bincount(groups, minlength=len(images))[groups] > 1)
         embeddings, belief[rows] = _seen_by(start, images.take(rows), processes)
         groups[rows] = duplicates.confirmed(groups[rows], rows, embeddings, _COSINE)
-    rank = np.argsort(pc.sort_indices(images.ids).to_numpy())  # whose id comes first stays, whatever the file's order
+    by_id = pc.sort_indices(images.ids).to_numpy()
+    rank = np.argsort(by_id)  # whose id comes first stays, and names its group, whatever the file's order
     kept = duplicates.kept(groups, images.labels, rule, rank=rank, belief=belief)
-    dropped = len(images) - len(kept)
-    log.info("%d of %d training images are dropped as duplicates.", dropped, len(images))
-    record = {"kept": len(kept), "dropped": dropped, "rule": rule}
-    commit.write(folder, lambda staging: np.save(staging / "kept.npy", kept), record)
+    dropped = by_id[~np.isin(by_id, kept)]
+    log.info("%d of %d training images are dropped as duplicates.", len(dropped), len(images))
+    first = np.full(len(images), len(images))
+    np.minimum.at(first, groups, rank)
+    like = by_id[first[groups[dropped]]]
+    listed = pa.table({"image_id": images.ids.take(pa.array(dropped)), "like": images.ids.take(pa.array(like))})
+
+    def fill(staging: Path) -> None:
+        np.save(staging / "kept.npy", kept)
+        pq.write_table(listed, staging / "dropped.parquet")
+
+    commit.write(folder, fill, {"kept": len(kept), "dropped": len(dropped), "rule": rule})
 
 
 @torch.inference_mode()

@@ -160,10 +160,19 @@ class _Results:
 
     def _commit_weights(self, candidate: Candidate, name: str, record: dict[str, Any]) -> None:
         job, objective = self.job, self.job.stage.objective
-        asked = needs(objective.name, objective.options)
-        view = (*normalisation(job.network), *job.stage.test_view)
-        told = (job.name, job.key, candidate.epoch, candidate.top1_error, candidate.kind)
-        config = weights.Config(job.network, *view, *told, **{name: getattr(asked, name) for name in weights.NEEDS})
+        asked, (resize, crop) = needs(objective.name, objective.options), job.stage.test_view
+        config = weights.Config(
+            job.network,
+            *normalisation(job.network),
+            resize=resize,
+            crop=crop,
+            job=job.name,
+            key=job.key,
+            epoch=candidate.epoch,
+            top1_error=candidate.top1_error,
+            kind=candidate.kind,
+            **{name: getattr(asked, name) for name in weights.NEEDS},
+        )
         classes = weights.Classes(tuple(self.catalogue.classes.tolist()), self.catalogue.names)
         fill = partial(weights.save, tensors=candidate.tensors, config=config, classes=classes)
         commit.write(job.folder / name, fill, record)

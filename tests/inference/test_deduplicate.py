@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -124,6 +125,12 @@ def test_pictures_under_two_labels_go_as_the_rule_says_and_look_alikes_stay(
     assert np.array_equal(kept, np.unique(kept))
     gone = copies | {original(shop, label) for label in originals}
     assert dropped(shop, kept) == gone
+    listed = pq.read_table(tmp_path / "kept" / "dropped.parquet").to_pydict()
+    assert set(listed["image_id"]) == gone
+    groups = [{original(shop, 0), "a1.jpg", "a2.jpg"}, {original(shop, 1), "b1.jpg", "b2.jpg"}]
+    groups.append({original(shop, 3), "c1.jpg"})
+    for name, like in zip(listed["image_id"], listed["like"], strict=True):
+        assert any({name, like} <= group for group in groups)
     record = commit.read(tmp_path / "kept")
     assert record == {"kept": len(kept), "dropped": len(gone), "rule": rule}
 
@@ -136,7 +143,7 @@ def test_without_a_parent_look_alikes_are_taken_for_the_same_picture(
 
 
 @pytest.mark.parametrize("rule", ["drop", "teacher"])
-def test_what_stays_does_not_hang_on_the_order_of_the_file(
+def test_what_stays_and_what_is_told_of_the_rest_does_not_hang_on_the_order_of_the_file(
     shop: Catalogue, hashed: Path, parent: Path, shared: Path, tmp_path: Path, rule: Rule
 ) -> None:
     other = doubled(shared / "data" / "tiny", tmp_path / "other", 1)
@@ -146,6 +153,11 @@ def test_what_stays_does_not_hang_on_the_order_of_the_file(
     kept = kept_rows(tmp_path / "kept", rule, shop, hashed, parent)
     again = kept_rows(tmp_path / "again", rule, other, tmp_path / "hashes", parent)
     assert dropped(shop, kept) == dropped(other, again)
+    listed, relisted = (pq.read_table(tmp_path / name / "dropped.parquet") for name in ("kept", "again"))
+    assert listed.equals(relisted)
+    first = {"a1.jpg": 0, "a2.jpg": 0, "b1.jpg": 1, "b2.jpg": 1, "c1.jpg": 3}  # digits come before letters
+    told = dict(zip(*listed.to_pydict().values(), strict=True))
+    assert {name: told[name] for name in first} == {name: original(shop, label) for name, label in first.items()}
 
 
 def test_where_no_two_pictures_are_alike_all_stay(packages: Catalogue, parent: Path, tmp_path: Path) -> None:
