@@ -53,8 +53,7 @@ class Images:
         return len(self.labels)
 
     def path(self, row: int) -> Path:
-        """The file of a row, links followed; it need not be there. Unreadable: a link on the way leads out of the
-        catalogue's folder."""
+        """The file of a row, links followed; it need not be there. Unreadable: a link on the way leads out."""
         base = os.path.realpath(self.root)
         target = os.path.realpath(os.path.join(base, self.paths[row].as_py()))  # noqa: PTH118 - half the time, a row
         if os.path.commonpath((base, target)) == base or (self.links and Path(target).is_relative_to(self.links)):
@@ -67,10 +66,8 @@ class Images:
         return self.remote.uri if self.remote else str(self.root)
 
     def source(self, row: int) -> Path | bytes:
-        """The picture of a row, as `decode` takes it: its file, the content of a remote one, or of a shard or tar.
-
-        It raises as `path`, `RemoteFolder.content`, `Store.jpeg` and `Tars.jpeg` do.
-        """
+        """The picture of a row, as `decode` takes it: its file, or its content. It raises as `path`,
+        `RemoteFolder.content`, `Store.jpeg` and `Tars.jpeg` do."""
         if self.remote:
             return self.remote.content(self.paths[row].as_py())
         if self.store is None:
@@ -92,9 +89,8 @@ class Images:
     def take(self, rows: NDArray[np.integer]) -> "Images":
         """The images of these rows, in this order."""
         chosen: Integers = np.asarray(rows, np.int64)
-        taken = pa.array(chosen)
-        ids = self.ids.take(taken)
-        paths = ids if self.paths is self.ids else self.paths.take(taken)
+        ids = self.ids.take(chosen)
+        paths = ids if self.paths is self.ids else self.paths.take(chosen)
         places = None if self.store is None else chosen if self.places is None else self.places[chosen]
         return replace(self, ids=ids, labels=self.labels[chosen], paths=paths, places=places)
 

@@ -164,11 +164,10 @@ def _images(rows: Rows, classes: Integers, root: Path) -> Images:
         rows.note(rows.paths[row], f"class {class_ids[row]} has no training image: {what} left out", skipped=not what)
     for row in kept[shared] if rows.ids_are_unique else ():
         rows.note(rows.paths[row], f"its id occurs under several classes: kept as {class_ids[row]}/{rows.ids[row]}")
-    taken = pa.array(kept)
-    names = ids.take(taken)
+    names = ids.take(kept)
     qualified = pc.binary_join_element_wise(pa.array(class_ids[kept]).cast(pa.string()), names, "/")
     unique = pc.if_else(pa.array(shared), qualified, names)
-    paths = pa.array(rows.paths, pa.string()).take(taken)
+    paths = pa.array(rows.paths, pa.string()).take(kept)
     places = None if rows.tars is None else np.array(rows.places, np.int64)[kept]
     return Images(rows.split, unique, labels[kept], paths, root, rows.tars, places)
 
