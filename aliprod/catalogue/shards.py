@@ -1,10 +1,9 @@
-"""The shards of a prepared catalogue.
+"""The shards of a prepared catalogue: Parquet that other tools open (``train-00000.parquet``: image_id, class_id, jpeg;
+pages with checksums), the rows of each split in order (``train.arrow``) and the manifest of `store.commit`.
 
-It holds Parquet shards that other tools open (``train-00000.parquet``: image_id, class_id, jpeg; pages with checksums),
-the rows of each split in order (``train.arrow``) and the manifest of `store.commit`. A random row of a Parquet file
-costs its row group, up to 9 ms (measured, pyarrow 25), so no row is ever read by way of Parquet: each machine goes
-through the shards once, lays their pictures out end to end on its own disk, as far as it has room, and notes where in
-its shard each of the others lies.
+A random row of a Parquet file costs its row group, up to 9 ms (measured, pyarrow 25), so no row is ever read by way of
+Parquet: each machine goes through the shards once, lays their pictures out end to end on its own disk, as far as it has
+room, and notes where in its shard each of the others lies.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from glob import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -103,8 +103,7 @@ def manifest(root: Path) -> Manifest:
 
 
 def parsed(record: object, digests: dict[str, str], where: str | Path) -> Manifest:
-    """A manifest from what it says of the catalogue and of its files. Refused: it is of something else, or of another
-    version."""
+    """A manifest from what it says of the catalogue and of its files. Refused: it is none, or of another version."""
     try:
         says = Record.model_validate(record)
         return Manifest(says, {name: digests[name] for name in (*says.file_names(), *_ROWS.values())})
@@ -147,10 +146,8 @@ class _Open(NamedTuple):
 class Store:
     """The pictures of one split, read row by row: those that this machine's own disk has room for from there, the
     others from their shards, wherever these are. An epoch shows each once, so a cache that keeps the same ones for good
-    serves as many of them as any other of its size.
-
-    Travels to other processes as texts alone; each opens the files for itself. They are read with ``pread``, not
-    mapped: a disk error is an exception then, where a map ends the process without a word.
+    serves as many of them as any other of its size. Files are read with ``pread``, not mapped: a disk error is an
+    exception then, where a map ends the process without a word.
     """
 
     root: Path
@@ -242,8 +239,7 @@ class Store:
 
 
 def _places(jpegs: list[bytes], shard: bytes, path: Path) -> list[int]:
-    """Where each picture begins in the bytes of its shard, in which they lie in order, as they are. Failed: they do
-    not."""
+    """Where each picture begins in the bytes of its shard, in which they lie in order. Failed: they do not."""
     places, end = list[int](), 0
     for jpeg in jpegs:
         if (place := shard.find(jpeg, end)) < 0:
@@ -255,8 +251,7 @@ def _places(jpegs: list[bytes], shard: bytes, path: Path) -> list[int]:
 
 @contextmanager
 def alone(lock: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock that the system takes back when this process ends, however it ends. Refused: another process holds
-    it, and we do not wait."""
+    """Hold a lock, as `locked`."""
     with commit.storage(lock):
         file = lock.open("a")
     with locked(file, wait):
@@ -265,9 +260,8 @@ def alone(lock: Path, wait: bool) -> Iterator[None]:
 
 def remove_partials(folder: Path) -> None:
     """Remove what killed commits of this folder left beside it; for who is alone here."""
-    for path in folder.parent.iterdir():
-        if path.name.startswith(f".{folder.name}.") and path.name.endswith(".partial"):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.parent.glob(f".{escape(folder.name)}.*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _jpegs(path: Path, digest: str, rows: int) -> tuple[bytes, list[bytes]]:

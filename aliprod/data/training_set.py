@@ -40,6 +40,7 @@ LARGEST = 64
 _ARRAYS = ("classes", "probabilities")
 _ROWS, _PSEUDO_LABELS = "rows.parquet", "pseudo_labels.parquet"
 _STEM = "features"
+_AGAIN, _DELETE = "Run the plan again: they are made anew.", "Delete the folder and run the plan again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,7 @@ class SoftLabels:
         for folder in folders:
             found = pc.index_in(ids, value_set=_ids(folder, "soft labels"))
             if found.null_count or not np.array_equal(np.load(folder / "class_ids.npy"), class_ids):
-                advice = "Delete the folder and run the plan again."
-                raise Refused("are soft labels of other images or classes.", folder, advice)
+                raise Refused("are soft labels of other images or classes.", folder, _DELETE)
             places.append(found.to_numpy().astype(np.int64))
             stores.append(tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
         return cls(len(class_ids), tuple(stores), tuple(places))
@@ -142,7 +142,7 @@ def training_set(catalogue: Catalogue, stage: Stage, inputs: Inputs = NO_INPUTS)
 def open_features(folder: Path, images: Images) -> Features:
     """Open the features of a split. Refused: there are none, or they are of other images."""
     if not _ids(folder, "features").equals(images.ids):
-        raise Refused("are features of other images.", folder, "Delete the folder and run the plan again.")
+        raise Refused("are features of other images.", folder, _DELETE)
     count = -(-len(images) // SHARD_ROWS)
     shards = tuple(np.load(shard_file(folder / _STEM, shard), mmap_mode="r") for shard in range(count))
     return Features(shards, np.arange(len(images)))
@@ -151,7 +151,7 @@ def open_features(folder: Path, images: Images) -> Features:
 def _ids(folder: Path, what: str) -> pa.StringArray:
     """The images of committed rows. Refused: there are none."""
     if commit.fetch(folder) is None:
-        raise Refused(f"holds no finished {what}.", folder, "Run the plan again: they are made anew.")
+        raise Refused(f"holds no finished {what}.", folder, _AGAIN)
     return pq.read_table(folder / _ROWS)["image_id"].combine_chunks()
 
 
@@ -173,9 +173,7 @@ def _with_pseudo_labels(
     paths = pa.concat_arrays([images.paths, added.paths])
     both = np.concatenate([images.labels, labels])
     joined = _Joined("train", ids, both, paths, images.root, parts=(images, added))
-    weights = np.ones(len(joined), np.float32)
-    weights[len(images) :] = recipe.weight
-    return joined, weights
+    return joined, np.repeat(np.array([1, recipe.weight], np.float32), [len(images), len(added)])
 
 
 def write_pseudo_labels(
@@ -191,22 +189,20 @@ def read_pseudo_labels(folder: Path, catalogue: Catalogue) -> tuple[Integers, In
     """Rows of ``catalogue.test`` and their labels (rows of ``catalogue.classes``), both (n,). Refused: there are none,
     or they are of another catalogue."""
     if commit.fetch(folder) is None:
-        raise Refused("holds no pseudo labels.", folder, "Run the plan again: they are made anew.")
+        raise Refused("holds no pseudo labels.", folder, _AGAIN)
     table = pq.read_table(folder / _PSEUDO_LABELS)
     ids = table["image_id"].combine_chunks()
     rows = pc.index_in(ids, value_set=catalogue.test.ids)
     class_ids = table["class_id"].to_numpy()
     labels = np.searchsorted(catalogue.classes, class_ids).clip(max=max(0, catalogue.num_classes - 1))
     if rows.null_count or not np.array_equal(catalogue.classes[labels], class_ids):
-        raise Refused("are pseudo labels of another catalogue.", folder, "Delete the folder and run the plan again.")
+        raise Refused("are pseudo labels of another catalogue.", folder, _DELETE)
     return rows.to_numpy().astype(np.int64), labels.astype(np.int64)
 
 
 def spread(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
     """The teachers' mean distribution: each one's kept probabilities, and what is left over all its other classes.
-
-    (n, teachers, k) of `SoftLabels.rows` -> (n, K) float32, rows sum to 1.
-    """
+    (n, teachers, k) of `SoftLabels.rows` -> (n, K) float32, rows sum to 1."""
     kept = classes.shape[2]
     rest = (1 - probabilities.sum(dim=2, keepdim=True)).clamp_min(0) / max(1, num_classes - kept)
     total = rest.sum(dim=1).expand(-1, num_classes).clone()
@@ -217,15 +213,8 @@ def spread(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
 
 
 def write_soft_labels(rows: ResumableRows, blocks: Callable[[Rows], Iterable[Tensor]], part: Part = ALL) -> None:
-    """Commit a teacher's soft labels. Of a writer of the same that was killed, the finished shards are kept.
-
-    Args:
-        rows: images and classes; a shard of them has a multiple of `aliprod.store.resumable.SHARD_STEP`, for the same
-            bytes as without a stop.
-        blocks: called with the rows that are missing, ascending and whole shards: (m, K) probabilities of those rows,
-            in that order.
-        part: of the shards, which is to be written here; the last of the parts commits all.
-    """
+    """Commit a teacher's soft labels; ``blocks`` gives (m, K) probabilities, as `ResumableRows.finish` says. A shard of
+    ``rows`` has a multiple of `aliprod.store.resumable.SHARD_STEP`, for the same bytes as without a stop."""
     kept = min(LARGEST, len(rows.classes))
 
     def largest(missing: Rows) -> Iterator[dict[str, NDArray[Any]]]:
@@ -246,14 +235,8 @@ def write_soft_labels(rows: ResumableRows, blocks: Callable[[Rows], Iterable[Ten
 def write_features(
     folder: Path, images: Images, blocks: Callable[[Rows], Iterable[Tensor]], record: dict[str, Any], part: Part = ALL
 ) -> None:
-    """Write features as they come, and commit them; resumed as `ResumableRows.finish` says.
-
-    Args:
-        blocks: called with the rows that are missing, ascending and whole shards: (n, F) blocks of those rows, in that
-            order.
-    Raises:
-        Failed: a value is not finite, or beyond float16; nothing is left behind.
-    """
+    """Commit features; ``blocks`` gives (m, F) of them, as `ResumableRows.finish` says. Failed: a value is not finite,
+    or beyond float16; nothing is left behind."""
     rows = ResumableRows(folder, images.ids, np.empty(0, np.int64), record, SHARD_ROWS)
 
     def halves(missing: Rows) -> Iterator[dict[str, NDArray[np.float16]]]:

@@ -94,7 +94,6 @@ def prepare(
             made on this machine's disk first (`layout.cache`). ``out`` must not exist, be empty, or hold what this very
             call has written before.
         max_skipped: the share of all images that may be unreadable.
-        processes: that work side by side; they change no byte.
     Raises:
         Refused: as `sources.read`; too much is unreadable, then nothing is left behind; ``out`` holds something else.
         StorageFull, Unreachable (of a URI), Failed (a process died of a picture): what is done is kept.
@@ -213,7 +212,7 @@ class _Run:
         what = "class {}: no training image can be read, so it is no class"
         self.problems += [Flaw("train", what.format(class_id)) for class_id in classes[lost].tolist()]
         without = np.isin(val.labels, lost)
-        paths = val.paths.filter(pa.array(without)).to_pylist()
+        paths = val.take(np.flatnonzero(without)).paths.to_pylist()
         self.images += len(paths)
         self._count_broken([Flaw(path, "its class has no training image: skipped", True) for path in paths], len(paths))
         return val.take(np.flatnonzero(~without))
@@ -242,7 +241,7 @@ class _Run:
             for name in record.file_names():
                 commit.link(self.work / Path(name).stem / name, folder / name)
             for images in left.splits:
-                known = left.test_labels if images.split == "test" else None
+                known = left.labels(images.split)
                 shards.write_rows(folder, images.split, images.ids, images.labels if known is None else known)
 
         shards.remove_partials(out)
@@ -292,23 +291,23 @@ def _prepared(
 
 @dataclass(frozen=True)
 class ShardRecipe:
-    """What one shard is made of, and its folder, named as its file. ``class_ids``: (n,), -1 unknown."""
+    """What one shard is made of, and its folder, named as its file."""
 
     folder: Path
     images: Images
-    class_ids: Integers
+    class_ids: Integers  # (n,), -1 unknown
     settings: Settings
 
 
 class ShardResult(BaseModel):
-    """What became of the rows of a shard. ``found``: by an earlier call."""
+    """What became of the rows of a shard."""
 
     rows: int
     left_out: list[int] = []
     shown_anyway: int = 0  # test rows whose picture is damaged
     jpeg_bytes: int = 0
     problems: list[Flaw] = []
-    found: bool = False
+    found: bool = False  # by an earlier call
 
 
 def make_shard(recipe: ShardRecipe) -> ShardResult:
