@@ -25,8 +25,6 @@ from aliprod.store import commit
 
 Rule = Literal["drop", "majority", "teacher"]
 
-LEAST_IMAGES = 5  # of a class, whatever is wrong with them
-
 _BATCH = 4096  # images that are compared with all at a time
 _READ = 256  # pictures that a process is handed at once
 
@@ -95,7 +93,7 @@ def kept(
     labels: Integers,
     rule: Rule,
     *,
-    least_images: int = LEAST_IMAGES,
+    least_images: int = 5,
     rank: Integers | None = None,
     belief: NDArray[np.float64] | None = None,
 ) -> Integers:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class PreparedCatalogue:
-    """What is there now. ``skipped``: images that were left out; ``bytes``: of the shards."""
+    """What is there now."""
 
     path: str
     images: int
-    skipped: int
+    skipped: int  # images that were left out
     fingerprint: str
-    bytes: int
-    problems: tuple[Flaw, ...] = field(repr=False)
+    bytes: int  # of the shards
+    problems: tuple[Flaw, ...]
 
     def as_json(self) -> dict[str, Any]:
         """For ``aliprod data prepare --json``."""
@@ -165,17 +165,18 @@ class _Run:
 
     def write(self, out: Path) -> Iterator[ReadProgress]:
         """Make all shards, and ``out`` of them."""
-        train = yield from self._make(self.catalogue.train)
-        val = yield from self._make(self._of_classes(train))
-        yield from self._make(self.catalogue.test)
-        self._publish(out, _without_empty_classes(replace(self.catalogue, train=train, val=val, prepared="")))
+        train = yield from self._make(self.catalogue.train, self.catalogue.classes)
+        left = self._without_empty_classes(train)
+        val = yield from self._make(left.val, left.classes)
+        yield from self._make(left.test, left.classes)
+        self._publish(out, replace(left, val=val))
 
-    def _make(self, images: Images) -> Generator[ReadProgress, None, Images]:
+    def _make(self, images: Images, classes: Integers) -> Generator[ReadProgress, None, Images]:
         """Make the shards of a split; the images that are in them."""
         left_out: list[int] = []
         sizes = self.sizes[images.split] = []
         advice = "Take out the picture that kills it; the same command goes on."
-        class_ids = np.append(self.catalogue.classes, -1)  # the last: of label -1
+        class_ids = np.append(classes, -1)  # the last: of label -1
         recipes = (
             ShardRecipe(self.work / f"{images.split}-{number:05}", part, class_ids[part.labels], self.settings)
             for number, part in enumerate(images.chunks(SHARD))
@@ -202,20 +203,30 @@ class _Run:
             advice = "Is all of the catalogue there? `aliprod data check` lists what is wrong. Nothing was written."
             raise Refused(what, self.catalogue.train.location, first + advice)
 
-    def _of_classes(self, train: Images) -> Images:
-        """The val images of classes of which a training image is left."""
+    def _without_empty_classes(self, train: Images) -> Catalogue:
+        """The catalogue of the classes of which these training images are left."""
         if not len(train):
             advice = "`aliprod data check` lists them all."
             raise Refused("has no training image that can be read.", train.location, advice)
-        val, classes = self.catalogue.val, self.catalogue.classes
-        lost = np.setdiff1d(np.arange(len(classes)), train.labels)
+        was, kept = self.catalogue, np.unique(train.labels)
+        label = np.full(was.num_classes + 1, -1, np.int64)  # the last: of label -1
+        label[kept] = np.arange(len(kept))
         what = "class {}: no training image can be read, so it is no class"
-        self.problems += [Flaw("train", what.format(class_id)) for class_id in classes[lost].tolist()]
-        without = np.isin(val.labels, lost)
-        paths = val.take(np.flatnonzero(without)).paths.to_pylist()
-        self.images += len(paths)
-        self._count_broken([Flaw(path, "its class has no training image: skipped", True) for path in paths], len(paths))
-        return val.take(np.flatnonzero(~without))
+        self.problems += [Flaw("train", what.format(class_id)) for class_id in np.delete(was.classes, kept).tolist()]
+        val = replace(was.val, labels=label[was.val.labels])
+        lost = val.paths.filter(pa.array(val.labels < 0)).to_pylist()
+        self.images += len(lost)
+        self._count_broken([Flaw(path, "its class has no training image: skipped", True) for path in lost], len(lost))
+        return replace(
+            was,
+            classes=was.classes[kept],
+            names=tuple(was.names[old] for old in kept.tolist()),
+            train=replace(train, labels=label[train.labels]),
+            val=val.take(np.flatnonzero(val.labels >= 0)),
+            test_labels=None if was.test_labels is None else label[was.test_labels],
+            ancestor=None if was.ancestor is None else renumbered(was.ancestor[:, kept]),
+            prepared="",
+        )
 
     def _publish(self, out: Path, left: Catalogue) -> None:
         record = shards.Record(
@@ -248,22 +259,6 @@ class _Run:
         if out.exists():
             out.rmdir()  # it is empty
         commit.write(out, fill, record.model_dump())
-
-
-def _without_empty_classes(catalogue: Catalogue) -> Catalogue:
-    kept = np.unique(catalogue.train.labels)
-    label = np.full(catalogue.num_classes + 1, -1, np.int64)  # the last: of label -1
-    label[kept] = np.arange(len(kept))
-    train, val = (replace(images, labels=label[images.labels]) for images in (catalogue.train, catalogue.val))
-    return replace(
-        catalogue,
-        classes=catalogue.classes[kept],
-        names=tuple(catalogue.names[old] for old in kept.tolist()),
-        train=train,
-        val=val,
-        test_labels=None if catalogue.test_labels is None else label[catalogue.test_labels],
-        ancestor=None if catalogue.ancestor is None else renumbered(catalogue.ancestor[:, kept]),
-    )
 
 
 def _prepared(
