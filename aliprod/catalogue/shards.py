@@ -20,7 +20,7 @@ from functools import cached_property
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -134,14 +134,6 @@ def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, 
     return ids, labels
 
 
-class _Open(NamedTuple):
-    """A split on this machine: two open files, and how many rows, from the first on, have their pictures here."""
-
-    rows: int
-    pictures: int
-    here: int
-
-
 @dataclass(frozen=True, eq=False)
 class Store:
     """The pictures of one split, read row by row: those that this machine's own disk has room for from there, the
@@ -162,7 +154,8 @@ class Store:
 
     def ask(self, places: Iterable[int]) -> None:
         """Begin to read those of these pictures that are not on this machine, side by side."""
-        self._ahead.ask(place for place in places if place >= self._open.here)
+        *_, here = self._open
+        self._ahead.ask(place for place in places if place >= here)
 
     def laid_out(self) -> Path:
         """The folder with the pictures end to end; filled where it is not there, by one process of this machine.
@@ -182,12 +175,13 @@ class Store:
         return {name: self.__dict__[name] for name in ("root", "split", "fingerprint", "cache")}  # no open files
 
     @cached_property
-    def _open(self) -> _Open:
+    def _open(self) -> tuple[int, int, int]:
+        """Two open files, and how many rows, from the first on, have their pictures on this machine."""
         folder = self.laid_out()
         rows, pictures = (os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC) for name in ("rows", "jpegs"))
         for file in (rows, pictures):
             weakref.finalize(self, os.close, file)
-        return _Open(rows, pictures, (commit.read(folder) or {})["here"])
+        return rows, pictures, (commit.read(folder) or {})["here"]
 
     @cached_property
     def _ahead(self) -> Ahead[int, bytes]:
@@ -198,9 +192,10 @@ class Store:
         return commit.part_reader(self.root)
 
     def _read(self, place: int) -> bytes:
-        shard, size, start, digest = _ROW.unpack(os.pread(self._open.rows, _ROW.size, _ROW.size * place))
-        if place < self._open.here:
-            return os.pread(self._open.pictures, size, start)
+        rows, pictures, here = self._open
+        shard, size, start, digest = _ROW.unpack(os.pread(rows, _ROW.size, _ROW.size * place))
+        if place < here:
+            return os.pread(pictures, size, start)
         path = self.root / shard_name(self.split, shard)
         with _reading(path):
             content = self._part(path.name, start, size)

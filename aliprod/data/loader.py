@@ -156,20 +156,22 @@ class TrainBatches:
 
     def _views(self, epoch: int, skip: int, shares: Sequence[int]) -> Generator[list[View]]:
         """The views of shares from step ``skip`` on: a step is a slice of the order, a share every so many of it."""
-        sides = [self._units(epoch)]
+        sides = self._units(epoch)[None]
         if self.second:
-            sides.append(selection.reversed_order(self.images.labels, self.stage.seed, epoch)[:, None])
-        repeats = _repeats(np.concatenate([side.ravel() for side in sides])).reshape(len(sides), *sides[0].shape)
+            rare = selection.reversed_order(self.images.labels, self.stage.seed, epoch)
+            sides = np.concatenate([sides, rare[None, :, None]])
+        order = np.argsort(sides, axis=None, kind="stable")
+        repeats = np.empty_like(sides)  # how often each row stood earlier: seen again it is augmented in another way
+        np.put(repeats, order, selection.place_in_run(sides.ravel()[order]))
         size = self.groups_per_batch
         for step, share in product(range(skip, self.steps_per_epoch), shares):
             its = slice(step * size + share, (step + 1) * size, self.shares)
-            rows, earlier = (np.concatenate([of[its].ravel() for of in both]).tolist() for both in (sides, repeats))
+            rows, earlier = (of[:, its].ravel().tolist() for of in (sides, repeats))
             yield [(row, epoch, repeat) for row, repeat in zip(rows, earlier, strict=True)]
 
 
 def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """A split in order, rows (n,) int64 and pixels (n, 3, side, side) uint8 on the device; each picture once, over all
-    ranks.
+    """A split in order, rows (n,) int64 and pixels (n, 3, side, side) uint8 on the device, over all ranks.
 
     Blocks of rows are dealt to the ranks whole: a picture stands beside the same others whatever their number. Of an
     unreadable one what can be seen is shown, and it is named in the log: its row may not vanish from a submission.
@@ -180,14 +182,6 @@ def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> I
     loader = data_loader(images, read, batches, feed.processes, feed.device)
     for rows, pixels in zip(batches, loader, strict=True):
         yield np.array(rows), pixels.to(feed.device, non_blocking=True)
-
-
-def _repeats(rows: np.ndarray) -> np.ndarray:
-    """How often each row stood earlier in ``rows``: a picture seen again gets another augmentation."""
-    order = np.argsort(rows, kind="stable")
-    repeats = np.empty(len(rows), dtype=np.int64)
-    repeats[order] = selection.place_in_run(rows[order])
-    return repeats
 
 
 class _Steps(Sampler[list[View]]):

@@ -191,13 +191,11 @@ def read_pseudo_labels(folder: Path, catalogue: Catalogue) -> tuple[Integers, In
     if commit.fetch(folder) is None:
         raise Refused("holds no pseudo labels.", folder, _AGAIN)
     table = pq.read_table(folder / _PSEUDO_LABELS)
-    ids = table["image_id"].combine_chunks()
-    rows = pc.index_in(ids, value_set=catalogue.test.ids)
-    class_ids = table["class_id"].to_numpy()
-    labels = np.searchsorted(catalogue.classes, class_ids).clip(max=max(0, catalogue.num_classes - 1))
-    if rows.null_count or not np.array_equal(catalogue.classes[labels], class_ids):
+    rows = pc.index_in(table["image_id"], value_set=catalogue.test.ids)
+    labels = pc.index_in(table["class_id"], value_set=pa.array(catalogue.classes))
+    if rows.null_count or labels.null_count:
         raise Refused("are pseudo labels of another catalogue.", folder, _DELETE)
-    return rows.to_numpy().astype(np.int64), labels.astype(np.int64)
+    return rows.to_numpy().astype(np.int64), labels.to_numpy().astype(np.int64)
 
 
 def spread(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:

@@ -1,7 +1,5 @@
 """A product package: `look` says in words and numbers what it shows, `face` draws it, `photograph` takes its picture.
-
-Look and face are functions of (seed, class number); the fonts are those that Pillow ships.
-"""
+Look and face are functions of (seed, class number); the fonts are those that Pillow ships."""
 
 import colorsys
 import math
@@ -124,11 +122,9 @@ def family_of(number: int) -> tuple[int, int]:
 
 
 def look(seed: int, number: int) -> Look:
-    """What class ``number`` of the catalogues of ``seed`` looks like.
-
-    Neighbouring families differ in shape and, by the golden ratio, far in hue. Members step through flavours, amounts,
-    emblems and patterns by strides prime to the lists' lengths, so that no two of a family agree in any.
-    """
+    """What class ``number`` of the catalogues of ``seed`` looks like. Neighbouring families differ in shape and, by the
+    golden ratio, far in hue. Members step through flavours, amounts, emblems and patterns by strides prime to the
+    lists' lengths, so that no two of a family agree in any."""
     family, member = family_of(number)
     drawn = np.random.default_rng(seed_of(seed, "family", family))
     start = seed_of(seed, "members", family) + member
@@ -304,10 +300,8 @@ def _neighbours(draw: ImageDraw.ImageDraw, width: int, height: int, drawn: np.ra
 
 
 def _pose(face: Image.Image, width: int, height: int, drawn: np.random.Generator) -> list[float]:
-    """The eight numbers of the perspective that takes a picture's pixels to a face's.
-
-    Rotated by up to 15 degrees, scaled to 80 to 98 % of what fits, off centre, each corner pulled by up to 4 %.
-    """
+    """The eight numbers of the perspective that takes a picture's pixels to a face's: rotated by up to 15 degrees,
+    scaled to 80 to 98 % of what fits, off centre, each corner pulled by up to 4 %."""
     turn = math.radians(drawn.uniform(-15, 15))
     scale = drawn.uniform(0.8, 0.98) * min(width / face.width, height / face.height)
     centre = np.array([width, height]) * (0.5 + drawn.uniform(-0.06, 0.06, 2))
