@@ -119,7 +119,10 @@ def _from_json(root: Path) -> Iterator[Rows]:
     for split in ("train", "val", "test", "test_labels"):
         file = root / f"{split}.json"
         if file.is_file():
-            yield _rows_of(file, Rows(split), _class_folders(root, split))
+            # of a class five digits, else the number as it is, else padded in another way: the last that is named
+            names = sorted(folder_names(root / split), key=lambda name: (len(name) == 5, -len(name)))
+            folders = {class_id: name for name in names if (class_id := class_number(name)) is not None}
+            yield _rows_of(file, Rows(split), folders)
 
 
 def _rows_of(file: Path, rows: Rows, folders: dict[int, str]) -> Rows:
@@ -143,12 +146,6 @@ def _rows_of(file: Path, rows: Rows, folders: dict[int, str]) -> Rows:
         else:
             rows.add(image_id, known, f"{folder}/{image_id}")
     return rows
-
-
-def _class_folders(root: Path, split: str) -> dict[int, str]:
-    """The folder of each class: five digits, else the number as it is, else padded in another way."""
-    best_last = sorted(folder_names(root / split), key=lambda name: (len(name) == 5, -len(name)))
-    return {class_id: name for name in best_last if (class_id := class_number(name)) is not None}
 
 
 # Tables and tars

@@ -32,7 +32,7 @@ from torch import Tensor
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.data import selection
 from aliprod.errors import Failed, Refused
-from aliprod.recipe import NO_INPUTS, Inputs, PerClass, PseudoLabels, Stage
+from aliprod.recipe import NO_INPUTS, Inputs, PerClass, Stage
 from aliprod.store import commit
 from aliprod.store.resumable import ALL, SHARD_ROWS, Part, ResumableRows, Rows, shard_file
 
@@ -108,9 +108,16 @@ class TrainingSet:
 
 @dataclass(frozen=True, eq=False)
 class _Joined(Images):
-    """Images of two splits, one after the other."""
+    """Images of train, and some of test after them."""
 
     parts: tuple[Images, ...] = ()
+
+    @classmethod
+    def of(cls, train: Images, test: Images) -> "_Joined":
+        ids = pa.concat_arrays([train.ids, pa.array([f"test/{name}" for name in test.ids.to_pylist()], pa.string())])
+        paths = pa.concat_arrays([train.paths, test.paths])
+        labels = np.concatenate([train.labels, test.labels])
+        return cls("train", ids, labels, paths, train.root, parts=(train, test))
 
     def source(self, row: int) -> Path | bytes:
         first, second = self.parts
@@ -132,7 +139,10 @@ def training_set(catalogue: Catalogue, stage: Stage, inputs: Inputs = NO_INPUTS)
     images = catalogue.train.take(rows)
     weights = None
     if inputs.pseudo_labels is not None and stage.pseudo_labels is not None:
-        images, weights = _with_pseudo_labels(images, catalogue, stage.pseudo_labels, inputs.pseudo_labels)
+        sure, labels = read_pseudo_labels(inputs.pseudo_labels, catalogue)
+        images = _Joined.of(images, replace(catalogue.test.take(sure), labels=labels))
+        weights = np.ones(len(images), np.float32)
+        weights[len(rows) :] = stage.pseudo_labels.weight
     teacher = SoftLabels.open(inputs.teachers, images.ids, catalogue.classes) if inputs.teachers else None
     features = open_features(inputs.features[0], catalogue.train).of(rows) if inputs.features else None
     val = open_features(inputs.features[1], catalogue.val) if len(inputs.features) > 1 else None
@@ -162,18 +172,6 @@ def base_rows(catalogue: Catalogue, stage: Stage, kept: Integers | None = None) 
         return among
     images = catalogue.train if kept is None else catalogue.train.take(kept)
     return among[selection.balanced(images.labels, images.ids, catalogue.classes, stage.images.per_class, stage.seed)]
-
-
-def _with_pseudo_labels(
-    images: Images, catalogue: Catalogue, recipe: PseudoLabels, folder: Path
-) -> tuple[Images, NDArray[np.float32]]:
-    rows, labels = read_pseudo_labels(folder, catalogue)
-    added = catalogue.test.take(rows)
-    ids = pa.concat_arrays([images.ids, pa.array([f"test/{name}" for name in added.ids.to_pylist()], pa.string())])
-    paths = pa.concat_arrays([images.paths, added.paths])
-    both = np.concatenate([images.labels, labels])
-    joined = _Joined("train", ids, both, paths, images.root, parts=(images, added))
-    return joined, np.repeat(np.array([1, recipe.weight], np.float32), [len(images), len(added)])
 
 
 def write_pseudo_labels(
