@@ -110,7 +110,7 @@ def prepare(
             return
         else:
             local = cache() / "uploads" / hashlib.sha256(target.uri.encode()).hexdigest()
-        yield from _prepare(catalogue, local, settings, max_skipped, processes)
+        yield from _Run(catalogue, local, settings, max_skipped, processes).unless_done()
         sizes = {file.name: file.stat().st_size for file in local.iterdir()}
         done = _prepared(shards.manifest(local), sizes, str(local), catalogue, settings)
         if isinstance(target, RemoteFolder):
@@ -130,46 +130,42 @@ def _catalogue(source: Path | RemoteFolder, reading: Reading) -> Iterator[Catalo
         yield read(Path(folder), reading, source)
 
 
-def _prepare(
-    catalogue: Catalogue, out: Path, settings: Settings, max_skipped: float, processes: int
-) -> Iterator[ReadProgress]:
-    work = out.parent / f".{out.name}.preparing"
-    with commit.storage(out):
-        if out.exists() and not (out / commit.MANIFEST).exists() and not (out.is_dir() and not any(out.iterdir())):
-            advice = "Name a new or empty folder, or remove this one first."
-            raise Refused("there is something already; nothing was written.", out, advice)
-        work.mkdir(parents=True, exist_ok=True)
-    with shards.alone(work / "lock", wait=False):
-        if not (out / commit.MANIFEST).exists():
-            try:
-                yield from _Run(catalogue, work, settings, max_skipped, processes).write(out)
-            except Refused:  # shards that were made while a mount was gone are not to be found the next time
-                shutil.rmtree(work, ignore_errors=True)
-                raise
-        shutil.rmtree(work, ignore_errors=True)
-
-
 class _Run:
     """One call, and the count of what has been done."""
 
-    def __init__(
-        self, catalogue: Catalogue, work: Path, settings: Settings, max_skipped: float, processes: int
-    ) -> None:
-        self.catalogue, self.work, self.settings = catalogue, work, settings
-        self.max_skipped, self.processes = max_skipped, processes
-        notes = (Flaw(catalogue.root.name, note) for note in catalogue.notes)
-        self.problems = [*notes, *catalogue.problems, *not_listed(catalogue)]
-        self.images = self.broken = sum(flaw.skipped for flaw in self.problems)
-        self.of, self.found = self.images + sum(map(len, catalogue.splits)), 0
+    def __init__(self, catalogue: Catalogue, out: Path, settings: Settings, max_skipped: float, processes: int) -> None:
+        self.catalogue, self.out, self.work = catalogue, out, out.parent / f".{out.name}.preparing"
+        self.settings, self.max_skipped, self.processes = settings, max_skipped, processes
+        self.problems = [*(Flaw(catalogue.root.name, note) for note in catalogue.notes), *catalogue.problems]
+        self.images = self.broken = self.of = self.found = 0
         self.sizes: dict[str, list[tuple[int, int]]] = {}  # of each split: rows and bytes of JPEG in each shard
 
-    def write(self, out: Path) -> Iterator[ReadProgress]:
-        """Make all shards, and ``out`` of them."""
+    def unless_done(self) -> Iterator[ReadProgress]:
+        """Write the catalogue where it is not there."""
+        with commit.storage(self.out):
+            free = not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
+            if not free and not (self.out / commit.MANIFEST).exists():
+                advice = "Name a new or empty folder, or remove this one first."
+                raise Refused("there is something already; nothing was written.", self.out, advice)
+            self.work.mkdir(parents=True, exist_ok=True)
+        with shards.alone(self.work / "lock", wait=False):
+            if not (self.out / commit.MANIFEST).exists():
+                try:
+                    yield from self._write()
+                except Refused:  # shards that were made while a mount was gone are not to be found the next time
+                    shutil.rmtree(self.work, ignore_errors=True)
+                    raise
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def _write(self) -> Iterator[ReadProgress]:
+        self.problems += not_listed(self.catalogue)
+        self.images = self.broken = sum(flaw.skipped for flaw in self.problems)
+        self.of = self.images + sum(map(len, self.catalogue.splits))
         train = yield from self._make(self.catalogue.train, self.catalogue.classes)
         left = self._without_empty_classes(train)
         val = yield from self._make(left.val, left.classes)
         yield from self._make(left.test, left.classes)
-        self._publish(out, replace(left, val=val))
+        self._publish(replace(left, val=val))
 
     def _make(self, images: Images, classes: Integers) -> Generator[ReadProgress, None, Images]:
         """Make the shards of a split; the images that are in them."""
@@ -228,7 +224,7 @@ class _Run:
             prepared="",
         )
 
-    def _publish(self, out: Path, left: Catalogue) -> None:
+    def _publish(self, left: Catalogue) -> None:
         record = shards.Record(
             prepared=shards.FORMAT,
             short_side=self.settings.short_side,
@@ -255,10 +251,10 @@ class _Run:
                 known = left.labels(images.split)
                 shards.write_rows(folder, images.split, images.ids, images.labels if known is None else known)
 
-        shards.remove_partials(out)
-        if out.exists():
-            out.rmdir()  # it is empty
-        commit.write(out, fill, record.model_dump())
+        shards.remove_partials(self.out)
+        if self.out.exists():
+            self.out.rmdir()  # it is empty
+        commit.write(self.out, fill, record.model_dump())
 
 
 def _prepared(
