@@ -112,9 +112,6 @@ def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
     raise Refused(has or "holds no catalogue.", path, ADVICE)
 
 
-# AliProducts
-
-
 def _from_json(root: Path) -> Iterator[Rows]:
     for split in ("train", "val", "test", "test_labels"):
         file = root / f"{split}.json"
@@ -146,9 +143,6 @@ def _rows_of(file: Path, rows: Rows, folders: dict[int, str]) -> Rows:
         else:
             rows.add(image_id, known, f"{folder}/{image_id}")
     return rows
-
-
-# Tables and tars
 
 
 def _tables(root: Path, path: Path) -> dict[str, Path]:
@@ -226,9 +220,6 @@ def _from_tars(root: Path, names: list[str]) -> Iterator[Rows]:
 def _split_of_tar(name: str) -> str:
     """Of train for ``train-0007.tar``, ``train/0007.tar`` and ``shoes-train-{0007}.tar``."""
     return next(filter(None, map(split_of, re.split(r"[^a-z]+", name.lower()))), "")
-
-
-# Shards
 
 
 def _from_shards(root: Path) -> Catalogue:

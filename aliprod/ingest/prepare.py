@@ -277,9 +277,6 @@ def _prepared(
     )
 
 
-# One shard
-
-
 @dataclass(frozen=True)
 class ShardRecipe:
     """What one shard is made of, and its folder, named as its file."""
