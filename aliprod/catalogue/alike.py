@@ -32,10 +32,8 @@ def gray32(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def dct_bits(gray32: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Which low frequencies, the top left 8 x 8 of the DCT-II, lie above their median.
-
-    (n, 32, 32) uint8 -> (n, 64) uint8 of 0 and 1, row by row of the 8 x 8.
-    """
+    """Which low frequencies, the top left 8 x 8 of the DCT-II, lie above their median: (n, 32, 32) uint8 -> (n, 64)
+    uint8 of 0 and 1, row by row of the 8 x 8."""
     basis = 2 * np.cos(math.pi / _SIDE * np.outer(np.arange(_KEPT), np.arange(_SIDE) + 0.5))  # (8, 32)
     parts = (gray32[start : start + _BATCH] for start in range(0, max(len(gray32), 1), _BATCH))
     # Rounded: what is zero or equal by symmetry (a blank picture) is so in any order of summation.
@@ -46,15 +44,13 @@ def dct_bits(gray32: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def groups(bits: NDArray[np.uint8], threshold: int) -> Integers:
-    """Connected components of hashes (n, 64) of 0 and 1 that differ in at most ``threshold`` bits, exact.
+    """Connected components of hashes (n, 64) of 0 and 1 that differ in at most ``threshold`` bits, exact: (n,) int64,
+    the lowest row of each one's group.
 
     The bits are split into ``threshold`` + 3 bands, so that two hashes within the threshold agree on three of them at
     least, and meet in one of the tables that are sorted by three. Equal hashes count once; few are all compared with
     all. What is known to be connected is not compared again, which settles a dense crowd. Threshold 6, one core: 1 s
     for 10^5 hashes, 12 s for 10^6; 10^5 in a dense crowd, 5 flipped bits each, 5 s.
-
-    Returns:
-        (n,) int64: the lowest row of each one's group.
     """
     words, first, inverse = np.unique(
         np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64), return_index=True, return_inverse=True

@@ -8,11 +8,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from aliprod.errors import Refused, did_you_mean, listing
@@ -55,8 +55,7 @@ def rows(file: Path) -> list[Any]:
 
 
 def document(file: Path) -> Any:
-    """Any JSON file; an object that says a key twice is `Repeated`. Refused: empty, not UTF-8 or not JSON; the line is
-    named."""
+    """Any JSON file; an object that says a key twice is `Repeated`. Refused: empty, not UTF-8 or not JSON."""
     text = utf8(file)
     if not text.strip():
         raise Refused("is empty.", file, _LAYOUT)
@@ -73,8 +72,7 @@ def document(file: Path) -> Any:
 
 
 def utf8(file: Path) -> str:
-    """A text file, with or without a byte-order mark. Refused: it cannot be read, or is not UTF-8; the line is
-    named."""
+    """A text file, with or without a byte-order mark. Refused: it cannot be read, or is not UTF-8."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -142,8 +140,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A class in the tree: its name and the nodes above it, from the one below the root down to itself."""
 
     class_id: int
@@ -186,11 +183,7 @@ def ancestors(leaves: dict[int, Leaf], classes: NDArray[np.int64]) -> NDArray[np
 
 def renumbered(levels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number the nodes of every level, (L, K) int64, by first appearance."""
-    numbered = np.empty_like(levels)
-    for level, nodes in enumerate(levels):
-        _, first, inverse = np.unique(nodes, return_index=True, return_inverse=True)
-        numbered[level] = np.argsort(np.argsort(first))[inverse]
-    return numbered
+    return np.array([pa.array(nodes).dictionary_encode().indices for nodes in levels], np.int64)
 
 
 def _walk(top: Any) -> Iterator[Leaf]:

@@ -31,30 +31,23 @@ class Flaw:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """One split, a row an image.
-
-    ``ids``: unique in the split: the image id, or ``CLASS/IMAGE_ID`` where it occurs under two classes.
-    ``labels``: (N,) int64 rows of the catalogue's class list, -1 unknown. ``paths``: below ``root``, with ``/``.
-    ``store``: of a prepared catalogue, whose ``paths`` are its ids, or tars; ``places``: the rows there; None: files.
-    ``remote``: where the files are, if not on this machine. ``links``: a folder that links may lead below, beside root.
-    """
+    """One split, a row an image."""
 
     split: str
-    ids: pa.StringArray
-    labels: Integers
-    paths: pa.StringArray
+    ids: pa.StringArray  # unique in the split: the image id, or ``CLASS/IMAGE_ID`` where it occurs under two classes
+    labels: Integers  # (N,) rows of the catalogue's class list, -1 unknown
+    paths: pa.StringArray  # below ``root``, with ``/``; of a prepared catalogue its ids
     root: Path
-    store: Store | Tars | None = None
-    places: Integers | None = None
-    remote: RemoteFolder | None = None
-    links: Path | None = None
+    store: Store | Tars | None = None  # of a prepared catalogue, or tars; None: files
+    places: Integers | None = None  # the rows in the store; None: all, in order
+    remote: RemoteFolder | None = None  # where the files are, if not on this machine
+    links: Path | None = None  # a folder that links may lead below, beside root
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def path(self, row: int) -> Path:
-        """The file of a row, links followed; it need not be there. Unreadable: a link on the way leads out of the
-        catalogue's folder."""
+        """The file of a row, links followed; it need not be there. Unreadable: a link on the way leads out."""
         base = os.path.realpath(self.root)
         target = os.path.realpath(os.path.join(base, self.paths[row].as_py()))  # noqa: PTH118 - half the time, a row
         if os.path.commonpath((base, target)) == base or (self.links and Path(target).is_relative_to(self.links)):
@@ -67,10 +60,8 @@ class Images:
         return self.remote.uri if self.remote else str(self.root)
 
     def source(self, row: int) -> Path | bytes:
-        """The picture of a row, as `decode` takes it: its file, the content of a remote one, or of a shard or tar.
-
-        It raises as `path`, `RemoteFolder.content`, `Store.jpeg` and `Tars.jpeg` do.
-        """
+        """The picture of a row, as `decode` takes it: its file, or its content. It raises as `path`,
+        `RemoteFolder.content`, `Store.jpeg` and `Tars.jpeg` do."""
         if self.remote:
             return self.remote.content(self.paths[row].as_py())
         if self.store is None:
@@ -92,34 +83,26 @@ class Images:
     def take(self, rows: NDArray[np.integer]) -> "Images":
         """The images of these rows, in this order."""
         chosen: Integers = np.asarray(rows, np.int64)
-        taken = pa.array(chosen)
-        ids = self.ids.take(taken)
-        paths = ids if self.paths is self.ids else self.paths.take(taken)
+        ids = self.ids.take(chosen)
+        paths = ids if self.paths is self.ids else self.paths.take(chosen)
         places = None if self.store is None else chosen if self.places is None else self.places[chosen]
         return replace(self, ids=ids, labels=self.labels[chosen], paths=paths, places=places)
 
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """The images of a folder, matched with one list of classes.
-
-    ``classes``: (K,) int64 class ids, ascending: those with a training image. ``names``: one a class, "" unknown.
-    ``test_labels``: (N_test,) int64 rows of ``classes``, -1 unknown; None without test_labels.json.
-    ``ancestor``: (L, K) int64 node of every class on every level, the last the classes themselves; None without a tree.
-    ``problems``: rows that were left out, and why; whether the files can be read is another question (check.py).
-    ``notes``: what was taken for granted in reading it, for people.
-    """
+    """The images of a folder, matched with one list of classes."""
 
     root: Path
-    classes: Integers
-    names: tuple[str, ...]
+    classes: Integers  # (K,) class ids, ascending: those with a training image
+    names: tuple[str, ...]  # one a class, "" unknown
     train: Images
     val: Images
     test: Images
-    test_labels: Integers | None
-    ancestor: Integers | None
-    problems: tuple[Flaw, ...]
-    notes: tuple[str, ...] = ()
+    test_labels: Integers | None  # (N_test,) rows of ``classes``, -1 unknown; None without test_labels.json
+    ancestor: Integers | None  # (L, K) node of every class on every level, the last the classes themselves
+    problems: tuple[Flaw, ...]  # rows that were left out; whether files can be read is another question (check.py)
+    notes: tuple[str, ...] = ()  # what was taken for granted in reading it, for people
     prepared: str = ""  # the fingerprint of a prepared catalogue, which covers the checksums of its shards
 
     @property

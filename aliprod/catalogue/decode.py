@@ -11,6 +11,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,7 @@ def decode(source: Path | bytes, least: int = 0) -> Image.Image:
 
     Of an animation the first frame. All of the file is decoded: half a JPEG is no picture. Safe in threads. With
     ``least`` a JPEG may come at an eighth of its size, its sides no shorter than that: several times as fast.
-
-    Raises:
-        Unreadable: no such file, none of the six formats, damaged, or of a size that is refused.
+    Unreadable: no such file, none of the six formats, damaged, or of a size that is refused.
     """
     image = opened(source)
     try:
@@ -93,12 +92,10 @@ def decode_anyway(source: Path | bytes) -> tuple[Image.Image, str]:
         return decode(source), ""
     except Unreadable as unreadable:
         reason = str(unreadable)
-    try:
+    with suppress(Unreadable):
         content = content_of(source)
         if re.match(_JPEG, content):
             return decode(content + b"\xff\xd9"), reason  # an end marker: the decoder leaves the rest grey
-    except Unreadable:
-        pass
     return Image.new("RGB", (256, 256), (128, 128, 128)), reason
 
 
@@ -179,8 +176,7 @@ def plain_jpeg(content: bytes) -> JpegImageFile | None:
 
 
 def baseline_jpeg(content: bytes) -> bool:
-    """Whether a picture is a plain JPEG of the kinds that every build of libjpeg-turbo decodes to the same pixels.
-    Unreadable: as `plain_jpeg`."""
+    """Whether it is a plain JPEG of the kinds that every build of libjpeg-turbo decodes to the same pixels."""
     image = plain_jpeg(content)
     return image is not None and "progressive" not in image.info and get_sampling(image) >= 0  # 4:4:4, 4:2:2, 4:2:0
 

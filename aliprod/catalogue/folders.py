@@ -58,8 +58,13 @@ def from_folders(root: Path, tops: Mapping[str, str], links: Path | None) -> Ite
     are the folders of splits."""
     train = Rows("train", ids_are_unique=False)
     folders = list(_folders(train, root, tops["train"], links))
-    if not tops["train"]:
-        _check_no_split_below(root, [folder.way for folder in folders])
+    deep = [
+        folder.way for folder in folders if "/" in folder.way and split_of(folder.way.rpartition("/")[2]) == "train"
+    ]
+    if deep and not tops["train"]:  # they would be taken for classes
+        above, _, train_folder = deep[0].rpartition("/")
+        advice = f"If {root / above} is the catalogue, name that. If {above} is a class, put its pictures into "
+        raise Refused(f"has its splits below {above}: {deep[0]}.", root, f"{advice}{train_folder}/{above}.")
     classes = Numbering.of(folder.way for folder in folders if folder.is_class)
     train.words = classes.words
     yield _filled(train, folders, classes)
@@ -67,14 +72,6 @@ def from_folders(root: Path, tops: Mapping[str, str], links: Path | None) -> Ite
         if split in tops:
             rows = Rows(split, classes.words, ids_are_unique=False)
             yield _filled(rows, _folders(rows, root, tops[split], links), classes)
-
-
-def _check_no_split_below(root: Path, ways: list[str]) -> None:
-    """Refused: a split's folder lies in another folder, where it would be taken for a class."""
-    if deep := next((way for way in ways if "/" in way and split_of(way.rpartition("/")[2]) == "train"), ""):
-        above = deep.rpartition("/")[0]
-        advice = f"If {root / above} is the catalogue, name that. If {above} is a class, put its pictures into "
-        raise Refused(f"has its splits below {above}: {deep}.", root, f"{advice}{deep.rpartition('/')[2]}/{above}.")
 
 
 def _filled(rows: Rows, folders: "Iterable[_Folder]", classes: Numbering) -> Rows:
@@ -138,12 +135,11 @@ def _folders(rows: Rows, root: Path, top: str, links: Path | None) -> Iterator[_
         names = sorted(name for name in files if name[0] != ".")
         pictures = any(name.lower().endswith(PICTURE_SUFFIXES) for name in names)
         yield _Folder(way, path, names, bool(way) and (pictures or not inner))
-        below[:] = inner
-        if way and pictures:
-            below.clear()
-            for name in inner:
-                what = "lies in the folder of a class, which has pictures of its own: not read"
-                rows.note(_joined(path, name), what, skipped=True)
+        unread = inner if way and pictures else []
+        below[:] = [] if unread else inner
+        for name in unread:
+            what = "lies in the folder of a class, which has pictures of its own: not read"
+            rows.note(_joined(path, name), what, skipped=True)
 
 
 def _raise(error: OSError) -> None:

@@ -24,10 +24,8 @@ _LEAST = 64  # pixels a side of what is hashed
 
 
 def hold_out(catalogue: Catalogue, share: float, seed: int, kept: Path) -> Catalogue:
-    """The catalogue with val: about this share of the images of each class, at least one where it has two.
-
-    The same seed gives the same split. ``kept``: the folder with the splits that were made; there is room for ours.
-    """
+    """The catalogue with val: about this share of the images of each class, at least one where it has two. The same
+    seed gives the same split. ``kept``: the folder with the splits that were made."""
     train = catalogue.train
     key = key_of({"version": 1, "images": _listing(train), "share": share, "seed": seed})
     folder = kept / key
@@ -45,11 +43,8 @@ def hold_out(catalogue: Catalogue, share: float, seed: int, kept: Path) -> Catal
 
 
 def chosen(groups: Integers, labels: Integers, order: list[int], share: float) -> Integers:
-    """The rows to hold out, ascending: whole groups of one class, in ``order``, up to the share of each class.
-
-    Args:
-        groups: (N,) a number for each group of copies. labels: (N,). order: (N,) the lowest comes first.
-    """
+    """The rows to hold out, ascending: whole groups of copies that bear one class, up to the share of each class.
+    ``groups``: (N,) a number for each. ``labels``, ``order``: (N,); the lowest comes first."""
     _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
     most = np.iinfo(np.int64).max
     first, last, place = (np.full(len(size), start) for start in (most, -1, most))
@@ -79,11 +74,10 @@ def _groups(images: Images) -> Integers:
             return None
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as readers:
-        greys = list(readers.map(grey, range(len(images))))
-    found, rows = np.arange(len(images)), np.flatnonzero([one is not None for one in greys])
-    if len(rows):
-        bits = alike.dct_bits(np.stack([one for one in greys if one is not None]))
-        found[rows] = rows[alike.groups(bits, _ALIKE)]
+        greys = {row: seen for row, seen in enumerate(readers.map(grey, range(len(images)))) if seen is not None}
+    found, rows = np.arange(len(images)), np.array(list(greys), np.int64)
+    if greys:
+        found[rows] = rows[alike.groups(alike.dct_bits(np.stack(list(greys.values()))), _ALIKE)]
     return found
 
 

@@ -24,22 +24,18 @@ _URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder at a URI; travels to other processes as the text alone.
-
-    All that it is asked raises Unreachable where the bucket does not answer, or does not accept us.
-    """
+    """A folder at a URI. All that it is asked raises Unreachable where the bucket does not answer, or does not accept
+    us."""
 
     uri: str
 
     @property
     def _bucket(self) -> Bucket:
-        scheme, _, place = self.uri.partition("://")
-        return opened(f"{scheme}://{place.partition('/')[0]}")
+        return opened("/".join(self.uri.split("/")[:3]))
 
     @property
     def _prefix(self) -> str:
-        prefix = self.uri.partition("://")[2].partition("/")[2]
-        return f"{prefix}/" if prefix else ""
+        return "".join(f"{name}/" for name in self.uri.split("/")[3:])
 
     @cached_property
     def _ahead(self) -> Ahead[str, bytes]:
@@ -103,13 +99,12 @@ class RemoteFolder:
 
     def upload(self, local: Path) -> None:
         """Copy a committed folder there, its manifest last. StorageFull: the bucket does not take it."""
-        for name in sorted((file.name for file in local.iterdir()), key=lambda name: (name == commit.MANIFEST, name)):
-            self._bucket.put(self._prefix + name, (local / name).read_bytes())
+        for file in sorted(local.iterdir(), key=lambda file: (file.name == commit.MANIFEST, file)):
+            self._bucket.put(self._prefix + file.name, file.read_bytes())
 
 
 def folder_at(path: str | Path) -> Path | RemoteFolder:
-    """A path of this machine, also where it is written as ``file://``, or a folder in a bucket. Refused: as
-    `check_uri`."""
+    """A path of this machine, also as ``file://``, or a folder in a bucket. Refused: as `check_uri`."""
     text = str(path)
     if not _URI.match(text):
         return Path(path)

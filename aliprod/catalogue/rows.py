@@ -26,22 +26,18 @@ Line = tuple[int, str, str]  # its number, path, class as it is written ("" unkn
 
 @dataclass
 class Rows:
-    """Rows of ``split`` (a split, or test_labels) as they are collected.
-
-    ``class_ids``: -1 unknown. ``words``: of class ids that were given to them, where the source has names.
-    ``notes``: what was taken for granted. ``tars``: where the pictures are, if not in files; ``places``: in it.
-    """
+    """Rows of ``split`` (a split, or test_labels) as they are collected."""
 
     split: str
-    words: dict[int, str] = field(default_factory=dict)
+    words: dict[int, str] = field(default_factory=dict)  # of class ids that were given to them, by a source with names
     ids: list[str] = field(default_factory=list)
-    class_ids: list[int] = field(default_factory=list)
+    class_ids: list[int] = field(default_factory=list)  # -1 unknown
     paths: list[str] = field(default_factory=list)
     problems: list[Flaw] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was taken for granted
     ids_are_unique: bool = True  # where they are meant to be, that they are not is worth a word
-    tars: Tars | None = None
-    places: list[int] = field(default_factory=list)
+    tars: Tars | None = None  # where the pictures are, if not in files
+    places: list[int] = field(default_factory=list)  # in the tars
 
     def add(self, image_id: str, class_id: int, path: str) -> None:
         self.ids.append(image_id)
@@ -55,10 +51,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Numbering:
-    """The classes of train as a source writes them: ``number`` gives their ids, ``words`` those that were made up.
-
-    They are their numbers where all are numbers, each written in one way, else their places by name.
-    """
+    """The classes of train as a source writes them: ``number`` gives their ids, ``words`` those that were made up. They
+    are their numbers where all are numbers, each written in one way, else their places by name."""
 
     number: Callable[[str], int | None]
     words: dict[int, str]
@@ -164,11 +158,10 @@ def _images(rows: Rows, classes: Integers, root: Path) -> Images:
         rows.note(rows.paths[row], f"class {class_ids[row]} has no training image: {what} left out", skipped=not what)
     for row in kept[shared] if rows.ids_are_unique else ():
         rows.note(rows.paths[row], f"its id occurs under several classes: kept as {class_ids[row]}/{rows.ids[row]}")
-    taken = pa.array(kept)
-    names = ids.take(taken)
+    names = ids.take(kept)
     qualified = pc.binary_join_element_wise(pa.array(class_ids[kept]).cast(pa.string()), names, "/")
     unique = pc.if_else(pa.array(shared), qualified, names)
-    paths = pa.array(rows.paths, pa.string()).take(taken)
+    paths = pa.array(rows.paths, pa.string()).take(kept)
     places = None if rows.tars is None else np.array(rows.places, np.int64)[kept]
     return Images(rows.split, unique, labels[kept], paths, root, rows.tars, places)
 

@@ -1,10 +1,9 @@
-"""The shards of a prepared catalogue.
+"""The shards of a prepared catalogue: Parquet that other tools open (``train-00000.parquet``: image_id, class_id, jpeg;
+pages with checksums), the rows of each split in order (``train.arrow``) and the manifest of `store.commit`.
 
-It holds Parquet shards that other tools open (``train-00000.parquet``: image_id, class_id, jpeg; pages with checksums),
-the rows of each split in order (``train.arrow``) and the manifest of `store.commit`. A random row of a Parquet file
-costs its row group, up to 9 ms (measured, pyarrow 25), so no row is ever read by way of Parquet: each machine goes
-through the shards once, lays their pictures out end to end on its own disk, as far as it has room, and notes where in
-its shard each of the others lies.
+A random row of a Parquet file costs its row group, up to 9 ms (measured, pyarrow 25), so no row is ever read by way of
+Parquet: each machine goes through the shards once, lays their pictures out end to end on its own disk, as far as it has
+room, and notes where in its shard each of the others lies.
 """
 
 import hashlib
@@ -18,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from glob import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -103,8 +103,7 @@ def manifest(root: Path) -> Manifest:
 
 
 def parsed(record: object, digests: dict[str, str], where: str | Path) -> Manifest:
-    """A manifest from what it says of the catalogue and of its files. Refused: it is of something else, or of another
-    version."""
+    """A manifest from what it says of the catalogue and of its files. Refused: it is none, or of another version."""
     try:
         says = Record.model_validate(record)
         return Manifest(says, {name: digests[name] for name in (*says.file_names(), *_ROWS.values())})
@@ -135,22 +134,12 @@ def read_rows(root: Path, split: str, found: Manifest) -> tuple[pa.StringArray, 
     return ids, labels
 
 
-class _Open(NamedTuple):
-    """A split on this machine: two open files, and how many rows, from the first on, have their pictures here."""
-
-    rows: int
-    pictures: int
-    here: int
-
-
 @dataclass(frozen=True, eq=False)
 class Store:
     """The pictures of one split, read row by row: those that this machine's own disk has room for from there, the
     others from their shards, wherever these are. An epoch shows each once, so a cache that keeps the same ones for good
-    serves as many of them as any other of its size.
-
-    Travels to other processes as texts alone; each opens the files for itself. They are read with ``pread``, not
-    mapped: a disk error is an exception then, where a map ends the process without a word.
+    serves as many of them as any other of its size. Files are read with ``pread``, not mapped: a disk error is an
+    exception then, where a map ends the process without a word.
     """
 
     root: Path
@@ -165,7 +154,8 @@ class Store:
 
     def ask(self, places: Iterable[int]) -> None:
         """Begin to read those of these pictures that are not on this machine, side by side."""
-        self._ahead.ask(place for place in places if place >= self._open.here)
+        *_, here = self._open
+        self._ahead.ask(place for place in places if place >= here)
 
     def laid_out(self) -> Path:
         """The folder with the pictures end to end; filled where it is not there, by one process of this machine.
@@ -185,12 +175,13 @@ class Store:
         return {name: self.__dict__[name] for name in ("root", "split", "fingerprint", "cache")}  # no open files
 
     @cached_property
-    def _open(self) -> _Open:
+    def _open(self) -> tuple[int, int, int]:
+        """Two open files, and how many rows, from the first on, have their pictures on this machine."""
         folder = self.laid_out()
         rows, pictures = (os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC) for name in ("rows", "jpegs"))
         for file in (rows, pictures):
             weakref.finalize(self, os.close, file)
-        return _Open(rows, pictures, (commit.read(folder) or {})["here"])
+        return rows, pictures, (commit.read(folder) or {})["here"]
 
     @cached_property
     def _ahead(self) -> Ahead[int, bytes]:
@@ -201,9 +192,10 @@ class Store:
         return commit.part_reader(self.root)
 
     def _read(self, place: int) -> bytes:
-        shard, size, start, digest = _ROW.unpack(os.pread(self._open.rows, _ROW.size, _ROW.size * place))
-        if place < self._open.here:
-            return os.pread(self._open.pictures, size, start)
+        rows, pictures, here = self._open
+        shard, size, start, digest = _ROW.unpack(os.pread(rows, _ROW.size, _ROW.size * place))
+        if place < here:
+            return os.pread(pictures, size, start)
         path = self.root / shard_name(self.split, shard)
         with _reading(path):
             content = self._part(path.name, start, size)
@@ -242,8 +234,7 @@ class Store:
 
 
 def _places(jpegs: list[bytes], shard: bytes, path: Path) -> list[int]:
-    """Where each picture begins in the bytes of its shard, in which they lie in order, as they are. Failed: they do
-    not."""
+    """Where each picture begins in the bytes of its shard, in which they lie in order. Failed: they do not."""
     places, end = list[int](), 0
     for jpeg in jpegs:
         if (place := shard.find(jpeg, end)) < 0:
@@ -255,8 +246,7 @@ def _places(jpegs: list[bytes], shard: bytes, path: Path) -> list[int]:
 
 @contextmanager
 def alone(lock: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock that the system takes back when this process ends, however it ends. Refused: another process holds
-    it, and we do not wait."""
+    """Hold a lock, as `locked`."""
     with commit.storage(lock):
         file = lock.open("a")
     with locked(file, wait):
@@ -265,9 +255,8 @@ def alone(lock: Path, wait: bool) -> Iterator[None]:
 
 def remove_partials(folder: Path) -> None:
     """Remove what killed commits of this folder left beside it; for who is alone here."""
-    for path in folder.parent.iterdir():
-        if path.name.startswith(f".{folder.name}.") and path.name.endswith(".partial"):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.parent.glob(f".{escape(folder.name)}.*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _jpegs(path: Path, digest: str, rows: int) -> tuple[bytes, list[bytes]]:

@@ -34,19 +34,13 @@ _SHARE = 0.1  # held out of a catalogue without any split
 
 @dataclass(frozen=True)
 class Reading:
-    """How a catalogue is read, where its folder does not say.
+    """How a catalogue is read, where its folder does not say."""
 
-    ``columns``: of its tables, by role: path, class, split. ``val``: the share that is held out where there is no val;
-    None: a tenth where there is no split at all. ``seed``: of that. ``links``: a folder below which links, and absolute
-    paths of tables, may lead too. ``kept``: the folder that keeps which images were held out; None: this machine's
-    cache.
-    """
-
-    columns: Mapping[str, str] = field(default_factory=dict)
-    val: float | None = None
-    seed: int = 0
-    links: Path | None = None
-    kept: Path | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)  # of its tables, by role: path, class, split
+    val: float | None = None  # held out where there is no val; None: a tenth where there is no split at all
+    seed: int = 0  # of what is held out
+    links: Path | None = None  # a folder below which links, and absolute paths of tables, may lead too
+    kept: Path | None = None  # the folder that keeps which images were held out; None: this machine's cache
 
 
 PLAIN = Reading()
@@ -54,10 +48,7 @@ PLAIN = Reading()
 
 def read(path: Path, reading: Reading = PLAIN, remote: RemoteFolder | None = None) -> Catalogue:
     """The catalogue in a folder, or of a table alone; ``remote`` is where its pictures are, if not on this machine.
-
-    Refused: nothing is there, none of the layouts, two folders for one split, an annotation file that cannot be read,
-    or no training row that can be used.
-    """
+    Refused: none of the layouts, two folders for one split, an unreadable annotation file, no training row."""
     path = path.expanduser()
     if not path.exists() or not (path.is_dir() or path.suffix.lower() in TABLES):
         raise _no_catalogue(path)
@@ -84,7 +75,6 @@ def read(path: Path, reading: Reading = PLAIN, remote: RemoteFolder | None = Non
 
 
 def _no_catalogue(path: Path) -> Refused:
-    """What is said of a path that is neither a folder nor a table."""
     if _URI.match(str(path)):
         what = "is a URI, where a folder or a table of this machine is asked for."
         advice = "`aliprod data prepare URI OUT` reads it once and writes what can be checked and trained on."
@@ -122,23 +112,24 @@ def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
     raise Refused(has or "holds no catalogue.", path, ADVICE)
 
 
-# AliProducts
-
-
 def _from_json(root: Path) -> Iterator[Rows]:
     for split in ("train", "val", "test", "test_labels"):
         file = root / f"{split}.json"
         if file.is_file():
-            yield _rows_of(file, Rows(split), _class_folders(root, split))
+            # of a class five digits, else the number as it is, else padded in another way: the last that is named
+            names = sorted(folder_names(root / split), key=lambda name: (len(name) == 5, -len(name)))
+            folders = {class_id: name for name in names if (class_id := class_number(name)) is not None}
+            yield _rows_of(file, Rows(split), folders)
 
 
 def _rows_of(file: Path, rows: Rows, folders: dict[int, str]) -> Rows:
     split, labelled = rows.split, rows.split != "test"
     for number, row in enumerate(annotations.rows(file), 1):
         if not isinstance(row, dict) or isinstance(row, annotations.Repeated):
-            no_row = "is no object with an image_id and a class_id"
-            fault = f"has the key {row.twice} twice" if isinstance(row, annotations.Repeated) else no_row
-            rows.note(file.name, f"row {number} {fault}", skipped=True)
+            twice = isinstance(row, annotations.Repeated) and f"has the key {row.twice} twice"
+            rows.note(
+                file.name, f"row {number} {twice or 'is no object with an image_id and a class_id'}", skipped=True
+            )
             continue
         image_id = row.get("image_id", row.get("id"))
         class_id = row.get("class_id", row.get("category_id"))
@@ -152,19 +143,6 @@ def _rows_of(file: Path, rows: Rows, folders: dict[int, str]) -> Rows:
         else:
             rows.add(image_id, known, f"{folder}/{image_id}")
     return rows
-
-
-def _class_folders(root: Path, split: str) -> dict[int, str]:
-    """The folder of each class: five digits, else the number as it is, else padded in another way."""
-    folders: dict[int, str] = {}
-    for name in sorted(folder_names(root / split), key=lambda name: (len(name) != 5, len(name))):
-        class_id = class_number(name)
-        if class_id is not None:
-            folders.setdefault(class_id, name)
-    return folders
-
-
-# Tables and tars
 
 
 def _tables(root: Path, path: Path) -> dict[str, Path]:
@@ -210,7 +188,6 @@ def _says_classes(folder: Path) -> bool:
 
 
 def _metadata(folder: Path) -> Path | None:
-    """The table beside the pictures of a split, as Hugging Face's imagefolder has it."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
@@ -243,9 +220,6 @@ def _from_tars(root: Path, names: list[str]) -> Iterator[Rows]:
 def _split_of_tar(name: str) -> str:
     """Of train for ``train-0007.tar``, ``train/0007.tar`` and ``shoes-train-{0007}.tar``."""
     return next(filter(None, map(split_of, re.split(r"[^a-z]+", name.lower()))), "")
-
-
-# Shards
 
 
 def _from_shards(root: Path) -> Catalogue:

@@ -34,12 +34,8 @@ Cells = Iterator[tuple[int, Sequence[str]]]  # number of each row, and what thes
 def from_tables(
     root: Path, tables: Mapping[str, Path], columns: Mapping[str, str], links: Path | None
 ) -> Iterator[Rows]:
-    """The rows of each split's table; of a table alone those of the splits that its column ``split`` names.
-
-    Absolute paths may lead below the table's folder, or below ``links``.
-
-    Refused: a table cannot be read, lacks a column, or has a path, a class or a split that no row may have.
-    """
+    """The rows of each split's table; of a table alone those of the splits that its column ``split`` names. Refused: a
+    table cannot be read, lacks a column, or has a path, a class or a split that no row may have."""
     lines: dict[str, list[Line]] = {}
     notes: list[str] = []
     for split, table in tables.items():
@@ -73,8 +69,7 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
     chosen = _chosen(file, columns, ("path",) if split == "test" else ("path", "class", *columns))
     if not alone:  # each table is a split
         chosen.pop("split", None)
-    guessed = [role for role in chosen if role not in columns and chosen[role] != role]
-    if guessed:
+    if guessed := [role for role in chosen if role not in columns and chosen[role] != role]:
         taken = listing(f"{chosen[role]} is taken for the {role}" for role in guessed)
         notes.append(f"{file.name}: the column {taken}.")
     found: dict[str, list[Line]] = {split: []}
@@ -82,9 +77,8 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
         row = dict(zip(chosen, cells, strict=True))
         of = split_of(row["split"]) if "split" in row else split
         if not of:
-            advice = "A split is train, val or test."
-            where = f"{file}, {line_of(file, number)}"
-            raise Refused(f"the split of {row['path']!r} is {row['split']!r}.", where, advice)
+            what, where = f"the split of {row['path']!r} is {row['split']!r}.", f"{file}, {line_of(file, number)}"
+            raise Refused(what, where, "A split is train, val or test.")
         found.setdefault(of, []).append((number, row["path"], row.get("class", "").strip()))
     return found
 

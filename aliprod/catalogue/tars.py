@@ -52,8 +52,7 @@ class Tars:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the places."""
-        places = np.stack([self.tar, self.start, self.size]).astype("<i8")
-        return hashlib.sha256(places.tobytes()).hexdigest()
+        return hashlib.sha256(np.stack([self.tar, self.start, self.size]).astype("<i8").tobytes()).hexdigest()
 
 
 class Member(NamedTuple):
@@ -88,10 +87,9 @@ def members(path: Path) -> Iterator[Member]:
         raise Refused(f"is no tar that can be read: {str(error) or 'it breaks off'}.", path, advice) from error
 
 
-def _pictures(found: list[tarfile.TarInfo], labels: dict[str, str]) -> Iterator[Member]:
+def _pictures(found: list[tarfile.TarInfo], labels: dict[str, str]) -> list[Member]:
     written = next((labels[kind] for kind in _LABELS if labels.get(kind)), "")
-    for member in found:
-        yield Member(member.name, member.offset_data, member.size, written)
+    return [Member(member.name, member.offset_data, member.size, written) for member in found]
 
 
 def _label(kind: str, content: bytes) -> str:

@@ -17,19 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms import (
-    AugMix,
-    AutoAugment,
-    AutoAugmentPolicy,
-    ColorJitter,
-    InterpolationMode,
-    RandAugment,
-    RandomCrop,
-    RandomErasing,
-    RandomResizedCrop,
-    RandomRotation,
-    TrivialAugmentWide,
-)
+from torchvision import transforms
 from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2 import functional as F
 
@@ -45,22 +33,21 @@ Picture = Tensor | Image.Image  # (H, W, 3) uint8, or RGB: the same pixels
 Step = tuple[str, Any]  # what is done to a picture, and what was drawn for it
 
 GREY = (128, 128, 128)  # fills what is uncovered (JDAI-CV/DCL, ImageNetPolicy)
-_POLICY = AutoAugment(AutoAugmentPolicy.IMAGENET)
+_POLICY = transforms.AutoAugment(transforms.AutoAugmentPolicy.IMAGENET)
 _MAGNITUDES = _POLICY._augmentation_space(10, (1, 1))
 _EVEN = {"Invert", "Rotate", "ShearX"}  # pictures that differ by a grey level do so afterwards, and by no more
 _RATIO = (3 / 4, 4 / 3)
 _ROTATION_DEGREES = 15.0  # JDAI-CV/DCL, config
 _CUTOUT_SHARE = 4  # side of the crop over side of the square: 56 at 224
-_RAND_AUGMENT, _TRIVIAL_AUGMENT = RandAugment(), TrivialAugmentWide()  # torchvision's, at their defaults
-_AUG_MIX = AugMix(fill=list(GREY))
-_JITTER = ColorJitter(0.4, 0.4, 0.4)  # as Chen et al. 2020 and many since
+_RAND_AUGMENT, _TRIVIAL_AUGMENT = transforms.RandAugment(), transforms.TrivialAugmentWide()  # at their defaults
+_AUG_MIX = transforms.AugMix(fill=list(GREY))
+_JITTER = transforms.ColorJitter(0.4, 0.4, 0.4)  # as Chen et al. 2020 and many since
 _SEEDED = ("rand_augment", "trivial_augment", "color_jitter", "aug_mix")  # each draws from a seed of its own
 _ERASING = {"scale": (0.02, 0.33), "ratio": (0.3, 3.3), "value": [0.0]}  # Zhong et al. 2020, table 1
 
 
 def picture_of(source: Path | bytes) -> Picture:
-    """A picture as `decode` shows it, pixel for pixel and refusal for refusal; faster with the extra ``fast``.
-    Unreadable: as `decode`."""
+    """A picture as `decode` shows it, pixel for pixel and refusal for refusal; faster with the extra ``fast``."""
     content = content_of(source)
     if simplejpeg and baseline_jpeg(content):
         with suppress(ValueError):  # of a damaged one, whose damage Pillow judges
@@ -69,12 +56,8 @@ def picture_of(source: Path | bytes) -> Picture:
 
 
 def train_view(picture: Picture, stage: Stage, seed: int, interpolation: str) -> tuple[Tensor, Tensor]:
-    """One augmented view of a picture, as a function of ``seed``.
+    """One augmented view of a picture, as a function of ``seed`` (32 bits), which reseeds torch's default generator.
 
-    Args:
-        stage: its ``augmentation`` in order; with random_crop the picture is squared to ``resize`` first.
-        seed: 32 bits; reseeds torch's default generator.
-        interpolation: of resizing, "bicubic" or "bilinear", with antialiasing.
     Returns:
         Pixels (crop, crop, 3) uint8, and the box that is erased (top, left, height, width), (4,) int64: of no size
         where nothing is, and over the border where cutout's square is.
@@ -105,19 +88,20 @@ def stepped(picture: Picture, steps: list[Step], resized: Callable[[Picture, int
             case "resize":
                 seen = resized(seen, what)
             case "rotation":
-                seen = F.rotate(_as_image(seen), what, InterpolationMode.BILINEAR, fill=GREY)
+                seen = F.rotate(_as_image(seen), what, transforms.InterpolationMode.BILINEAR, fill=GREY)
             case "flip":
                 seen = F.horizontal_flip(seen) if isinstance(seen, Image.Image) else seen.flip(1)
             case "aug_mix":
                 torch.default_generator.manual_seed(what)
                 seen = _AUG_MIX(_as_image(seen))
             case _:
-                seen = _apply_op(_as_image(seen), *what, InterpolationMode.NEAREST, GREY)
+                seen = _apply_op(_as_image(seen), *what, transforms.InterpolationMode.NEAREST, GREY)
     return seen
 
 
 def _drawn(stage: Stage, height: int, width: int) -> Iterator[Step]:
-    """What is done to a picture of this size, step by step, from torch's default generator."""
+    """What is done to a picture of this size, step by step, from torch's default generator; with random_crop it is
+    squared to ``resize`` first."""
     if "random_crop" in stage.augmentation:
         yield "resize", stage.resize
         height = width = stage.resize
@@ -125,12 +109,12 @@ def _drawn(stage: Stage, height: int, width: int) -> Iterator[Step]:
         if name in ("random_resized_crop", "random_crop", "resize"):
             like = torch.empty(3, height, width, device="meta")  # torchvision looks at its size alone
             if name == "random_resized_crop":
-                yield "crop", RandomResizedCrop.get_params(like, stage.scale, _RATIO)
-            random_crop = name == "random_crop"
-            yield ("crop", RandomCrop.get_params(like, (stage.crop,) * 2)) if random_crop else ("resize", stage.crop)
+                yield "crop", transforms.RandomResizedCrop.get_params(like, stage.scale, _RATIO)
             height = width = stage.crop
+            draw = partial(transforms.RandomCrop.get_params, like, (height, width))
+            yield ("crop", draw()) if name == "random_crop" else ("resize", stage.crop)
         elif name == "rotation":
-            yield name, RandomRotation.get_params([-_ROTATION_DEGREES, _ROTATION_DEGREES])
+            yield name, transforms.RandomRotation.get_params([-_ROTATION_DEGREES, _ROTATION_DEGREES])
         elif name == "flip" and torch.rand(1) < 0.5:
             yield name, None
         elif name == "auto_augment":
@@ -148,7 +132,7 @@ def _drawn_boxes(name: str, size: int) -> Iterator[tuple[int, ...]]:
         row, column = torch.randint(size, (2,)).tolist()
         yield (row - side // 2, column - side // 2, side, side)
     elif torch.rand(1) < 0.5:
-        box = RandomErasing.get_params(torch.empty(3, size, size, device="meta"), **_ERASING)[:4]
+        box = transforms.RandomErasing.get_params(torch.empty(3, size, size, device="meta"), **_ERASING)[:4]
         if box[2] < size:  # else it has found none that fits
             yield box
 
@@ -214,10 +198,8 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def cutout_mask(size: int, side: int, centre: Tensor) -> Tensor:
-    """Where DeVries and Taylor (2017) erase, (..., size, size) bool: a square around ``centre``, clipped at the border.
-
-    ``centre``: (..., 2) row and column; a negative one erases nothing. ``size``, ``side``: of the crop and the square.
-    """
+    """Where DeVries and Taylor (2017) erase, (..., size, size) bool: a square around ``centre``, (..., 2) row and
+    column, clipped at the border of the crop; a negative one erases nothing."""
     centre = torch.as_tensor(centre)
     sides = torch.where(centre >= 0, side, 0)
     return _box_mask(size, torch.cat([centre - side // 2, sides], dim=-1))
@@ -231,10 +213,8 @@ def _box_mask(size: int, box: Tensor) -> Tensor:
 
 
 def on_device(pixels: Tensor, erased: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """What is left of the transform once pixels are on the device: normalise, then erase (set to 0).
-
-    (B, H, H, 3) uint8 and boxes (B, 4), as `train_view` gives them, -> (B, 3, H, H) float32, channels last.
-    """
+    """What is left of the transform once pixels are on the device: normalise, then erase (set to 0). (B, H, H, 3) uint8
+    and boxes (B, 4), as `train_view` gives them, -> (B, 3, H, H) float32, channels last."""
     images = normalise(_channels_first(pixels), mean, std)
     return images.masked_fill_(_box_mask(images.shape[-1], erased)[:, None], 0.0)
 
@@ -255,15 +235,13 @@ def resized_by_pillow(picture: Picture, side: int, interpolation: str) -> Image.
 
 
 def _channels_first(pixels: Tensor) -> Tensor:
-    """(..., H, W, 3) seen as (..., 3, H, W)."""
     return pixels.movedim(-1, -3)
 
 
 def _cropped(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
-    """A part of a picture, on the side it is on; of pixels a view."""
     if isinstance(picture, Image.Image):
         return picture.crop((left, top, left + width, top + height))
-    return picture[top : top + height, left : left + width]
+    return picture[top : top + height, left : left + width]  # a view
 
 
 def size_of(picture: Picture) -> tuple[int, int]:

@@ -43,28 +43,19 @@ Kernel = Callable[[Tensor, Tensor], Tensor]  # images (n, H, H, 3) uint8, and nu
 
 
 class Packed(NamedTuple):
-    """A batch before it is on the device, in few tensors: a loader process spends an open file on each.
+    """A batch before it is on the device, in few tensors: a loader process spends an open file on each."""
 
-    Attributes:
-        pixels, sizes: (N, 3) uint8 of all pictures one after the other; (B, 2) int64 heights and widths.
-        side: what all are squared to.
-        kernels: in order, each with n images and p numbers for each.
-        rows, numbers: of all kernels one after the other, which images and what for them: int64 and float64.
-    """
-
-    pixels: Tensor
-    sizes: Tensor
-    side: int
-    kernels: list[tuple[Kernel, int, int]]
-    rows: Tensor
-    numbers: Tensor
+    pixels: Tensor  # (N, 3) uint8, of all pictures one after the other
+    sizes: Tensor  # (B, 2) int64 heights and widths
+    side: int  # what all are squared to
+    kernels: list[tuple[Kernel, int, int]]  # in order, each with n images and p numbers for each
+    rows: Tensor  # of all kernels one after the other: int64, which images
+    numbers: Tensor  # and float64, what for them
 
 
 def cut(picture: Picture, stage: Stage, seed: int, interpolation: str) -> tuple[Cut, Tensor]:
-    """What the device needs of a picture, and the box that is erased; arguments as of `augment.train_view`.
-
-    What stands before the crop in the stage's list is done here.
-    """
+    """What the device needs of a picture, and the box that is erased; as `augment.train_view`. What stands before the
+    crop in the stage's list is done here."""
     steps, erased = drawn(picture, stage, seed)
     place = [name for name, _ in steps].index("resize")
     resized = partial(resized_by_pillow, interpolation=interpolation)
@@ -98,8 +89,8 @@ def views(packed: Packed, interpolation: str, device: torch.device) -> Tensor:
     # both are known here: nothing waits for the device
     count = int(_turned(packed.sizes, side)[1].sum())
     taps = 2 * math.ceil(_SUPPORT[interpolation] * max(1.0, int(packed.sizes.max()) / side)) + 1
-    filtered = partial(_filtered, side=side, taps=taps, interpolation=interpolation)
-    seen = _resized(sent(packed.pixels), sent(packed.sizes), side, count, filtered)
+    weights = partial(_weights, side=side, taps=taps, interpolation=interpolation)
+    seen = _resized(sent(packed.pixels), sent(packed.sizes), side, count, weights)
     rows = sent(packed.rows).split([n for _, n, _ in packed.kernels])
     numbers = sent(packed.numbers).split([n * p for _, n, p in packed.kernels])
     for (kernel, n, p), its_rows, its_numbers in zip(packed.kernels, rows, numbers, strict=True):
@@ -126,11 +117,11 @@ def _kernels(steps: list[Step], side: int) -> Iterator[tuple[tuple[int, int, Ker
 
 def _operation(name: str, magnitude: float, side: int) -> tuple[Kernel, list[float]]:
     """The kernel for an operation of AutoAugment, as torchvision's `_apply_op` does it to a Pillow image."""
-    shear, inverse = math.degrees(math.atan(magnitude)), partial(_get_inverse_affine_matrix, [0, 0], 0.0)
     match name:
         case "ShearX" | "ShearY":
+            shear = math.degrees(math.atan(magnitude))
             shears = [shear, 0.0] if name == "ShearX" else [0.0, shear]
-            return _moved, _fixed(inverse([0, 0], 1.0, shears))
+            return _moved, _fixed(_get_inverse_affine_matrix([0, 0], 0.0, [0, 0], 1.0, shears))
         case "TranslateX":
             return _moved, _fixed([1, 0, -int(magnitude), 0, 1, 0])
         case "TranslateY":
@@ -144,7 +135,6 @@ def _operation(name: str, magnitude: float, side: int) -> tuple[Kernel, list[flo
 
 @lru_cache(1024)
 def _table(name: str, magnitude: float) -> list[float]:
-    """What an operation makes of each level."""
     return list(_apply_op(_RAMP, name, magnitude, InterpolationMode.NEAREST, GREY).tobytes()[::3])
 
 
@@ -166,54 +156,42 @@ def _fixed(matrix: Sequence[float]) -> list[float]:
 
 def _turned(sizes: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of pictures (B, 2): are their columns resized before their rows, how many are resized first, and of what length.
-
     Pillow 13 resizes along the height first where it shrinks by more than twice what the width does."""
     height, width = sizes.unbind(1)
     turned = height - side > (2 * (width - side)).clamp(min=0)
     return turned, torch.where(turned, width, height), torch.where(turned, height, width)
 
 
-class _Lines(NamedTuple):
-    """Lines of pixels that are resized: where each starts, and its picture, (L,); of a picture how far apart its pixels
-    are, and how many, (B,)."""
-
-    start: Tensor
-    picture: Tensor
-    stride: Tensor
-    length: Tensor
-
-
 def _resized(
-    pixels: Tensor, sizes: Tensor, side: int, count: int, filtered: Callable[[Tensor, _Lines], Tensor]
+    pixels: Tensor, sizes: Tensor, side: int, count: int, weights: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """Pictures of ``sizes`` squared to ``side``: pixels (N, 3) -> (B, side, side, 3) uint8.
-
-    ``count``: of the lines of all pictures that are resized first, rows or columns."""
+    """Pictures of ``sizes`` squared to ``side``: pixels (N, 3) -> (B, side, side, 3) uint8. ``count``: of the lines of
+    all pictures that are resized first, rows or columns."""
     turned, lines, length = _turned(sizes, side)
     numbers, area, width = torch.arange(len(sizes), device=sizes.device), sizes.prod(1), sizes[:, 1]
     picture = torch.repeat_interleave(numbers, lines, output_size=count)
     first = lines.cumsum(0) - lines
     line = torch.arange(count, device=sizes.device) - first[picture]
     start = (area.cumsum(0) - area)[picture] + line * torch.where(turned, 1, width)[picture]
-    half = filtered(pixels, _Lines(start, picture, torch.where(turned, width, 1), length))
-    seen = filtered(half, _Lines(first, numbers, torch.ones_like(first), lines))
+    half = _filtered(pixels, start, picture, torch.where(turned, width, 1), weights(length))
+    seen = _filtered(half, first, numbers, torch.ones_like(first), weights(lines))
     return torch.where(turned[:, None, None, None], seen.transpose(1, 2), seen)
 
 
-def _filtered(pixels: Tensor, lines: _Lines, side: int, taps: int, interpolation: str) -> Tensor:
-    """Lines of pixels (N, ...) resized: (L, side, ...) uint8. ``taps``: the most pixels that make one."""
-    start, picture, stride, length = lines
-    shape = (len(start), side, *[1] * (pixels.ndim - 1))
+def _filtered(pixels: Tensor, start: Tensor, picture: Tensor, stride: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+    """Lines of pixels (N, ...) resized: (L, side, ...) uint8. Where each starts, and its picture, (L,); how far apart
+    the pixels of a picture are, (B,), and their `_weights`."""
+    shape = (len(start), weights[0].shape[-1], *[1] * (pixels.ndim - 1))
     half = 1 << (_WEIGHT_BITS - 1)
     total = torch.full((*shape[:2], *pixels.shape[1:]), half, dtype=torch.int32, device=start.device)
-    for place, weight in zip(*_weights(length, side, taps, interpolation), strict=True):
+    for place, weight in zip(*weights, strict=True):
         at = start[:, None] + (place * stride[:, None])[picture]
         total.addcmul_(pixels[at], weight[picture].view(shape))
     return (total >> _WEIGHT_BITS).clamp_(0, 255).byte()
 
 
-def _weights(length: Tensor, side: int, taps: int, interpolation: str) -> tuple[list[Tensor], list[Tensor]]:
-    """For each of ``taps``: which pixels (B, side) of lines make those of ``side``, and with what weight, int32."""
+def _weights(length: Tensor, side: int, taps: int, interpolation: str) -> tuple[Tensor, Tensor]:
+    """Which pixels of lines make those of ``side``, and with what weight: (taps, B, side) integers."""
     scale = (length.double() / side)[:, None]
     stretch, last = scale.clamp(min=1.0), length[:, None] - 1
     reach = stretch * _SUPPORT[interpolation]
@@ -221,15 +199,10 @@ def _weights(length: Tensor, side: int, taps: int, interpolation: str) -> tuple[
     low = (centre - reach + 0.5).long().clamp(min=0)
     high = torch.minimum((centre + reach + 0.5).long(), last + 1)
     kernel = _bicubic if interpolation == "bicubic" else _bilinear
-    places, found, total = [], [], torch.zeros_like(centre)
-    for tap in range(taps):
-        place = low + tap
-        weight = kernel(((place - centre + 0.5) * (1.0 / stretch)).abs()).where(place < high, 0.0)
-        total = total + weight
-        places.append(torch.minimum(place, last))
-        found.append(weight)
-    scaled = (weight / total * 2**_WEIGHT_BITS for weight in found)
-    return places, [(weight + torch.where(weight < 0, -0.5, 0.5)).int() for weight in scaled]
+    place = low + torch.arange(taps, device=length.device)[:, None, None]
+    weight = kernel(((place - centre + 0.5) * (1.0 / stretch)).abs()).where(place < high, 0.0)
+    scaled = weight / sum(weight) * 2**_WEIGHT_BITS  # added tap by tap: in another order it is another number
+    return torch.minimum(place, last), (scaled + torch.where(scaled < 0, -0.5, 0.5)).int()
 
 
 def _bilinear(x: Tensor) -> Tensor:

@@ -1,11 +1,9 @@
 """Which images are the same photograph, and which of them stay.
 
-An image becomes 64 bits that survive another size and another JPEG; images that a chain of near hashes connects are
-one group; of a group one image stays, or none where its images bear several labels. The report filtered "duplicated
-labels" without saying how; the DCT hash is the field's usual one.
-
-Reading every picture is all of the cost, so it is done once for a catalogue: a committed folder holds ``bits.npy``
-(N, 8) uint8, the 64 bits of each training image, and ``readable.npy`` (N,) bool.
+Images that a chain of near hashes (`alike`) connects are one group; of a group one image stays, or none where its
+images bear several labels. The report filtered "duplicated labels" without saying how; the DCT hash is the field's
+usual one. Reading every picture is all of the cost, so it is done once for a catalogue: a committed folder holds
+``bits.npy`` (N, 8) uint8, the 64 bits of each training image, and ``readable.npy`` (N,) bool.
 """
 
 from functools import partial
@@ -27,8 +25,6 @@ from aliprod.store import commit
 
 Rule = Literal["drop", "majority", "teacher"]
 
-LEAST_IMAGES = 5  # of a class, whatever is wrong with them
-
 _BATCH = 4096  # images that are compared with all at a time
 _READ = 256  # pictures that a process is handed at once
 
@@ -47,16 +43,14 @@ def write_hashes(folder: Path, images: Images, processes: int) -> None:
 
 
 def hashed_groups(folder: Path, count: int, threshold: int) -> Integers:
-    """(N,) the lowest row of each image's group, by `groups`; an image that cannot be read is alone. Refused: there are
-    no hashes, or not of ``count`` images."""
+    """(N,) the lowest row of each image's group; an unreadable one is alone. Refused: no hashes of ``count`` images."""
     if commit.read(folder) is None:
         raise Refused("holds no hashes of the training images.", folder, "Run the plan again: they are made anew.")
     bits, readable = alike.read_hashes(folder)
     if len(bits) != count:
         raise Refused(f"holds hashes of {len(bits):,} images, not of {count:,}.", folder, "Delete the folder.")
-    found: Integers = np.arange(count)
-    rows = np.flatnonzero(readable)
-    found[rows] = rows[groups(torch.from_numpy(np.unpackbits(bits[rows], axis=1)), threshold).numpy()]
+    found, rows = np.arange(count), np.flatnonzero(readable)
+    found[rows] = rows[alike.groups(np.unpackbits(bits[rows], axis=1), threshold)]
     return found
 
 
@@ -78,12 +72,8 @@ def groups(hashes: Tensor, threshold: int) -> Tensor:
 
 
 def confirmed(groups: Integers, rows: Integers, embeddings: Tensor, cosine: float) -> Integers:
-    """Groups split into those that their embeddings connect too: (n,) the lowest of ``rows`` in each one's group.
-
-    Args:
-        groups: (n,) a number for each group. rows: (n,) distinct, ascending: what a group is named after.
-        embeddings: (n, C) of unit length. cosine: least of a pair.
-    """
+    """Groups (n,) split into those that their embeddings (n, C), of unit length, connect too by ``cosine`` or more:
+    (n,) the lowest of ``rows``, (n,) ascending, in each one's group."""
     found, order, none = rows.copy(), np.argsort(groups, kind="stable"), torch.iinfo(torch.int64).max
     if not len(rows):
         return found
@@ -103,7 +93,7 @@ def kept(
     labels: Integers,
     rule: Rule,
     *,
-    least_images: int = LEAST_IMAGES,
+    least_images: int = 5,
     rank: Integers | None = None,
     belief: NDArray[np.float64] | None = None,
 ) -> Integers:

@@ -41,26 +41,18 @@ _SUBSTITUTES = 20  # pictures of the same class that are tried for an unreadable
 class TrainBatch:
     """What a step sees at once: a share of its images, a micro-batch.
 
-    Attributes:
-        images: (B, 3, crop, crop) float32, normalised, channels last; (B, F) where features are cached.
-        labels: (B,) int64.
-        rows: (B,) int64 rows of the split, on the CPU.
-        epoch, step: since the job began.
-        seed: of whatever the network draws in this share of the step.
-        weights: (B,) float32, of each image's class loss; None: 1.
-        second: as many images of the reversed sampler, where they are asked for.
-        teacher: (B, K) float32, the teachers' mean probabilities, where there are teachers.
+    ``rows``: of the split, on the CPU. ``epoch``, ``step``: since the job began.
     """
 
-    images: Tensor
-    labels: Tensor
-    rows: Tensor
+    images: Tensor  # (B, 3, crop, crop) float32, normalised, channels last; (B, F) where features are cached
+    labels: Tensor  # (B,) int64
+    rows: Tensor  # (B,) int64
     epoch: int
     step: int
-    seed: int
-    weights: Tensor | None = None
-    second: "TrainBatch | None" = None
-    teacher: Tensor | None = None
+    seed: int  # of whatever the network draws in this share of the step
+    weights: Tensor | None = None  # (B,) float32, of each image's class loss; None: 1
+    second: "TrainBatch | None" = None  # as many images of the reversed sampler, where they are asked for
+    teacher: Tensor | None = None  # (B, K) float32, the teachers' mean probabilities
 
     def __getitem__(self, some: slice) -> "TrainBatch":
         """The images of a slice, with all that is known of each."""
@@ -70,10 +62,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Feed:
-    """Where and how pictures are read: which rank of how many, loader processes, device, a network's input.
-
-    ``dtype``: of a forward pass that predicts; softmax and means are float32.
-    """
+    """Where and how pictures are read: which rank of how many, loader processes, device, a network's input."""
 
     device: torch.device
     mean: tuple[float, ...]
@@ -82,7 +71,7 @@ class Feed:
     rank: int = 0
     world_size: int = 1
     processes: int = 0
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of a forward pass that predicts; softmax and means are float32
 
 
 class TrainBatches:
@@ -91,8 +80,6 @@ class TrainBatches:
     Args:
         group: this many images of one class stand together in a batch.
         second: each batch has a second one beside it, from the reversed sampler.
-    Attributes:
-        shares: of a step; ``mine``: the numbers of this rank's, one block of them.
     Raises:
         Refused: as `epoch_size`; groups from another sampler; shares that cannot be dealt to the ranks.
     """
@@ -108,27 +95,24 @@ class TrainBatches:
             what = f"{self.shares} shares of a step cannot be dealt to {feed.world_size} ranks."
             raise Refused(what, advice="The number of ranks divides shares: 1, 2, 4 ... as many as there are shares.")
         each = self.shares // feed.world_size
-        self.mine = range(feed.rank * each, (feed.rank + 1) * each)
+        self.mine = range(feed.rank * each, (feed.rank + 1) * each)  # this rank's shares of a step
         counts = np.bincount(self.images.labels)
         self.groups_per_batch, self.steps_per_epoch = epoch_size(counts, stage.batch_size, group, self.shares)
         self._steps = _Steps()
         read = partial(_train_view, self.images, stage, feed.interpolation)
         collate = _packed if stage.augment == "device" else None
-        self._loader: Iterable[Any] = data_loader(self.images, read, self._steps, feed.processes, feed.device, collate)
-        if data.features is not None:
-            self._loader = _Cached(data.features, self.images.labels, self._steps)
+        self._loader = data_loader(self.images, read, self._steps, feed.processes, feed.device, collate)
 
     def epoch(self, epoch: int, skip: int = 0, shares: Sequence[int] | None = None) -> Iterator[TrainBatch]:
-        """The shares of one epoch from step ``skip`` on, on the device, one after the other.
-
-        Args:
-            shares: the numbers of those that are asked for, of each step; without them `mine`.
-        """
+        """The shares of one epoch from step ``skip`` on, on the device, one after the other; ``shares``: the numbers
+        of those that are asked for, of each step, without them `mine`."""
         first, shares = epoch * self.steps_per_epoch, shares or self.mine
         self._steps.batches = views = self._views(epoch, skip, shares)
+        features = self.data.features
+        loaded = self._loader if features is None else map(partial(_cached, features, self.images.labels), views)
         order = product(range(first + skip, first + self.steps_per_epoch), shares)
         try:
-            for (pixels, labels, erased, rows), (step, share) in zip(self._loader, order, strict=True):
+            for (pixels, labels, erased, rows), (step, share) in zip(loaded, order, strict=True):
                 images, marks = self._images(pixels, erased), self._marks(rows)
                 seed = seed_of(self.stage.seed, "step", step, share)
                 batch = TrainBatch(images, self._sent(labels), rows, epoch, step, seed, **marks)
@@ -172,68 +156,47 @@ class TrainBatches:
 
     def _views(self, epoch: int, skip: int, shares: Sequence[int]) -> Generator[list[View]]:
         """The views of shares from step ``skip`` on: a step is a slice of the order, a share every so many of it."""
-        sides = [self._units(epoch)]
+        sides = self._units(epoch)[None]
         if self.second:
-            sides.append(selection.reversed_order(self.images.labels, self.stage.seed, epoch)[:, None])
-        repeats = _repeats(np.concatenate([side.ravel() for side in sides])).reshape(len(sides), *sides[0].shape)
+            rare = selection.reversed_order(self.images.labels, self.stage.seed, epoch)
+            sides = np.concatenate([sides, rare[None, :, None]])
+        order = np.argsort(sides, axis=None, kind="stable")
+        repeats = np.empty_like(sides)  # how often each row stood earlier: seen again it is augmented in another way
+        np.put(repeats, order, selection.place_in_run(sides.ravel()[order]))
         size = self.groups_per_batch
         for step, share in product(range(skip, self.steps_per_epoch), shares):
             its = slice(step * size + share, (step + 1) * size, self.shares)
-            views: list[View] = []
-            for side, again in zip(sides, repeats, strict=True):
-                rows, earlier = side[its].ravel().tolist(), again[its].ravel().tolist()
-                views += [(row, epoch, repeat) for row, repeat in zip(rows, earlier, strict=True)]
-            yield views
+            rows, earlier = (of[:, its].ravel().tolist() for of in (sides, repeats))
+            yield [(row, epoch, repeat) for row, repeat in zip(rows, earlier, strict=True)]
 
 
 def squared_batches(images: Images, side: int, feed: Feed, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """A split in order, squared to ``side`` for validation and ten-crop; each picture once, over all ranks.
+    """A split in order, rows (n,) int64 and pixels (n, 3, side, side) uint8 on the device, over all ranks.
 
     Blocks of rows are dealt to the ranks whole: a picture stands beside the same others whatever their number. Of an
     unreadable one what can be seen is shown, and it is named in the log: its row may not vanish from a submission.
-
-    Yields:
-        Rows (n,) int64 and pixels (n, 3, side, side) uint8 on the device.
     """
-    rows = np.arange(len(images))
-    starts = range(feed.rank * batch_size, len(rows), feed.world_size * batch_size)
-    batches = [rows[start : start + batch_size].tolist() for start in starts]
+    starts = range(feed.rank * batch_size, len(images), feed.world_size * batch_size)
+    batches = [range(start, min(start + batch_size, len(images))) for start in starts]
     read = partial(_square, images, side, feed.interpolation)
     loader = data_loader(images, read, batches, feed.processes, feed.device)
-    for chunk, pixels in zip(batches, loader, strict=True):
-        yield np.asarray(chunk, dtype=np.int64), pixels.to(feed.device, non_blocking=True)
-
-
-def _repeats(rows: np.ndarray) -> np.ndarray:
-    """How often each row stood earlier in ``rows``: a picture seen again gets another augmentation."""
-    order = np.argsort(rows, kind="stable")
-    repeats = np.empty(len(rows), dtype=np.int64)
-    repeats[order] = selection.place_in_run(rows[order])
-    return repeats
+    for rows, pixels in zip(batches, loader, strict=True):
+        yield np.array(rows), pixels.to(feed.device, non_blocking=True)
 
 
 class _Steps(Sampler[list[View]]):
     """The batches that the loader takes next; renewed each epoch, so that loader processes live on."""
 
-    def __init__(self) -> None:
-        self.batches: Iterable[list[View]] = ()
+    batches: Iterable[list[View]] = ()
 
     def __iter__(self) -> Iterator[list[View]]:
         return iter(self.batches)
 
 
-@dataclass(frozen=True)
-class _Cached:
-    """The batches of a loader, of features in place of pixels: they are read at once."""
-
-    features: Features
-    labels: Integers
-    steps: _Steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        for views in self.steps:
-            rows = np.array([row for row, *_ in views])
-            yield self.features.take(rows), torch.from_numpy(self.labels[rows]), torch.empty(0), torch.from_numpy(rows)
+def _cached(features: Features, labels: Integers, views: list[View]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a loader makes of views, with features in place of pixels: they are read at once."""
+    rows = np.array([row for row, *_ in views])
+    return features.take(rows), torch.from_numpy(labels[rows]), torch.empty(0), torch.from_numpy(rows)
 
 
 def _train_view(images: Images, stage: Stage, interpolation: str, view: View) -> tuple[Tensor | Cut, int, Tensor, int]:
@@ -247,7 +210,6 @@ def _train_view(images: Images, stage: Stage, interpolation: str, view: View) ->
 
 
 def _packed(seen: list[tuple[Cut, int, Tensor, int]]) -> tuple[Any, ...]:
-    """What the device needs for a batch, with labels, boxes and rows."""
     cuts, *others = zip(*seen, strict=True)
     return augment_batch.pack(cuts), *(default_collate(list(other)) for other in others)
 
@@ -308,9 +270,8 @@ def data_loader(
 ) -> DataLoader[Any]:
     """A PyTorch loader of what ``read`` makes of each entry of a batch, a row of the images or a view, for a device.
 
-    It waits an hour for a batch of its processes, then raises. They are forked from a clean server, since forking a
-    training process can hang. The server has imported this module: else every process would, for seconds, and again at
-    each validation.
+    Its processes are forked from a clean server, since forking a training process can hang. The server has imported
+    this module: else every process would, for seconds, and again at each validation.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -22,25 +22,17 @@ if TYPE_CHECKING:
 class EpochSize(NamedTuple):
     """An epoch in batches of groups, each group so many images of one class.
 
-    Attributes:
-        groups_per_batch: over all shares.
-        steps: whole batches only, since a partial one disturbs the norm layers. Where the images make no whole batch,
-            all of them are the only one.
+    Whole batches only, since a partial one disturbs the norm layers; where the images make none, all of them are one.
     """
 
-    groups_per_batch: int
+    groups_per_batch: int  # over all shares
     steps: int
 
 
 def epoch_size(class_counts: Integers, batch_size: int, group: int = 1, shares: int = 1) -> EpochSize:
-    """The size of an epoch of images with these counts; the same in every epoch.
-
-    Args:
-        class_counts: (K,) training images of each class; a class fills its last group up with images that it has.
-        batch_size: images, over all shares of a step.
-    Raises:
-        Refused: a batch cannot be dealt to the shares in equal parts of whole groups, or there are too few images.
-    """
+    """The size of every epoch of images with these counts, (K,); a class fills its last group up with images that it
+    has. ``batch_size``: images, over all shares of a step. Refused: a batch cannot be dealt to the shares in equal
+    parts of whole groups, or there are too few images."""
     groups, whole = int((-(-np.asarray(class_counts) // group)).sum()), batch_size // group
     if whole < 1 or whole % shares:
         what = f"batch_size = {batch_size} cannot be dealt to {shares} shares in groups of {group} of one class."
@@ -77,13 +69,10 @@ def order(count: int, seed: int, epoch: int) -> Integers:
 
 
 def grouped(labels: Integers, group: int, seed: int, epoch: int) -> Integers:
-    """An epoch in groups of images of one class, the groups in shuffled order (LIO: groups of 1 + positives).
+    """An epoch in groups of images of one class, (G, group) rows, the groups in shuffled order (LIO: 1 + positives).
 
     Every image is seen, and once, but for those that complete the last group of their class: where it has as
     many images as a group, other images of the class; where it has fewer, its own again and again.
-
-    Returns:
-        (G, group) rows; G = sum over classes of ceil(n / group), the same in every epoch.
     """
     shuffled = order(len(labels), seed, epoch)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -97,18 +86,13 @@ def grouped(labels: Integers, group: int, seed: int, epoch: int) -> Integers:
 
 
 def class_balanced_order(labels: Integers, seed: int, epoch: int) -> Integers:
-    """(N,) rows, drawn with replacement: every class equally often, then uniform inside it.
-
-    What retrains the classifier alone (cRT; Kang et al., ICLR 2020, section 4.1).
-    """
+    """(N,) rows, drawn with replacement: every class equally often (cRT; Kang et al., ICLR 2020, section 4.1)."""
     return _drawn_by_class(labels, lambda counts: np.ones(len(counts)), seed, epoch)
 
 
 def reversed_order(labels: Integers, seed: int, epoch: int) -> Integers:
-    """(N,) rows, drawn with replacement: the rare classes often (BBN's reversed sampler).
-
-    P(class i) is proportional to n_max / n_i, and uniform inside the class (Zhou et al., CVPR 2020, section 4.2).
-    """
+    """(N,) rows, drawn with replacement: P(class i) is proportional to n_max / n_i (BBN's reversed sampler; Zhou et
+    al., CVPR 2020, section 4.2)."""
     return _drawn_by_class(labels, lambda counts: 1 / counts, seed, epoch)
 
 
@@ -126,11 +110,8 @@ def _drawn_by_class(
 
 
 def pseudo_labels(probabilities: "Tensor", threshold: float, per_class: int) -> "tuple[Tensor, Tensor]":
-    """The rows of (N, K) that are predicted with confidence, at most ``per_class`` of each predicted class.
-
-    Returns:
-        Rows, ascending, and their predicted labels, both int64; of equals the first row and the first class.
-    """
+    """The rows of (N, K) that are predicted with confidence, ascending, at most ``per_class`` of each predicted class,
+    and these classes, both int64; of equals the first row and the first class."""
     import torch
 
     table = torch.as_tensor(probabilities).detach().cpu().numpy()

@@ -32,7 +32,7 @@ from torch import Tensor
 from aliprod.catalogue.catalogue import Catalogue, Images, Integers
 from aliprod.data import selection
 from aliprod.errors import Failed, Refused
-from aliprod.recipe import NO_INPUTS, Inputs, PerClass, PseudoLabels, Stage
+from aliprod.recipe import NO_INPUTS, Inputs, PerClass, Stage
 from aliprod.store import commit
 from aliprod.store.resumable import ALL, SHARD_ROWS, Part, ResumableRows, Rows, shard_file
 
@@ -40,6 +40,7 @@ LARGEST = 64
 _ARRAYS = ("classes", "probabilities")
 _ROWS, _PSEUDO_LABELS = "rows.parquet", "pseudo_labels.parquet"
 _STEM = "features"
+_AGAIN, _DELETE = "Run the plan again: they are made anew.", "Delete the folder and run the plan again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,7 @@ class SoftLabels:
         for folder in folders:
             found = pc.index_in(ids, value_set=_ids(folder, "soft labels"))
             if found.null_count or not np.array_equal(np.load(folder / "class_ids.npy"), class_ids):
-                advice = "Delete the folder and run the plan again."
-                raise Refused("are soft labels of other images or classes.", folder, advice)
+                raise Refused("are soft labels of other images or classes.", folder, _DELETE)
             places.append(found.to_numpy().astype(np.int64))
             stores.append(tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
         return cls(len(class_ids), tuple(stores), tuple(places))
@@ -108,9 +108,16 @@ class TrainingSet:
 
 @dataclass(frozen=True, eq=False)
 class _Joined(Images):
-    """Images of two splits, one after the other."""
+    """Images of train, and some of test after them."""
 
     parts: tuple[Images, ...] = ()
+
+    @classmethod
+    def of(cls, train: Images, test: Images) -> "_Joined":
+        ids = pa.concat_arrays([train.ids, pa.array([f"test/{name}" for name in test.ids.to_pylist()], pa.string())])
+        paths = pa.concat_arrays([train.paths, test.paths])
+        labels = np.concatenate([train.labels, test.labels])
+        return cls("train", ids, labels, paths, train.root, parts=(train, test))
 
     def source(self, row: int) -> Path | bytes:
         first, second = self.parts
@@ -132,7 +139,10 @@ def training_set(catalogue: Catalogue, stage: Stage, inputs: Inputs = NO_INPUTS)
     images = catalogue.train.take(rows)
     weights = None
     if inputs.pseudo_labels is not None and stage.pseudo_labels is not None:
-        images, weights = _with_pseudo_labels(images, catalogue, stage.pseudo_labels, inputs.pseudo_labels)
+        sure, labels = read_pseudo_labels(inputs.pseudo_labels, catalogue)
+        images = _Joined.of(images, replace(catalogue.test.take(sure), labels=labels))
+        weights = np.ones(len(images), np.float32)
+        weights[len(rows) :] = stage.pseudo_labels.weight
     teacher = SoftLabels.open(inputs.teachers, images.ids, catalogue.classes) if inputs.teachers else None
     features = open_features(inputs.features[0], catalogue.train).of(rows) if inputs.features else None
     val = open_features(inputs.features[1], catalogue.val) if len(inputs.features) > 1 else None
@@ -142,7 +152,7 @@ def training_set(catalogue: Catalogue, stage: Stage, inputs: Inputs = NO_INPUTS)
 def open_features(folder: Path, images: Images) -> Features:
     """Open the features of a split. Refused: there are none, or they are of other images."""
     if not _ids(folder, "features").equals(images.ids):
-        raise Refused("are features of other images.", folder, "Delete the folder and run the plan again.")
+        raise Refused("are features of other images.", folder, _DELETE)
     count = -(-len(images) // SHARD_ROWS)
     shards = tuple(np.load(shard_file(folder / _STEM, shard), mmap_mode="r") for shard in range(count))
     return Features(shards, np.arange(len(images)))
@@ -151,7 +161,7 @@ def open_features(folder: Path, images: Images) -> Features:
 def _ids(folder: Path, what: str) -> pa.StringArray:
     """The images of committed rows. Refused: there are none."""
     if commit.fetch(folder) is None:
-        raise Refused(f"holds no finished {what}.", folder, "Run the plan again: they are made anew.")
+        raise Refused(f"holds no finished {what}.", folder, _AGAIN)
     return pq.read_table(folder / _ROWS)["image_id"].combine_chunks()
 
 
@@ -162,20 +172,6 @@ def base_rows(catalogue: Catalogue, stage: Stage, kept: Integers | None = None) 
         return among
     images = catalogue.train if kept is None else catalogue.train.take(kept)
     return among[selection.balanced(images.labels, images.ids, catalogue.classes, stage.images.per_class, stage.seed)]
-
-
-def _with_pseudo_labels(
-    images: Images, catalogue: Catalogue, recipe: PseudoLabels, folder: Path
-) -> tuple[Images, NDArray[np.float32]]:
-    rows, labels = read_pseudo_labels(folder, catalogue)
-    added = catalogue.test.take(rows)
-    ids = pa.concat_arrays([images.ids, pa.array([f"test/{name}" for name in added.ids.to_pylist()], pa.string())])
-    paths = pa.concat_arrays([images.paths, added.paths])
-    both = np.concatenate([images.labels, labels])
-    joined = _Joined("train", ids, both, paths, images.root, parts=(images, added))
-    weights = np.ones(len(joined), np.float32)
-    weights[len(images) :] = recipe.weight
-    return joined, weights
 
 
 def write_pseudo_labels(
@@ -191,22 +187,18 @@ def read_pseudo_labels(folder: Path, catalogue: Catalogue) -> tuple[Integers, In
     """Rows of ``catalogue.test`` and their labels (rows of ``catalogue.classes``), both (n,). Refused: there are none,
     or they are of another catalogue."""
     if commit.fetch(folder) is None:
-        raise Refused("holds no pseudo labels.", folder, "Run the plan again: they are made anew.")
+        raise Refused("holds no pseudo labels.", folder, _AGAIN)
     table = pq.read_table(folder / _PSEUDO_LABELS)
-    ids = table["image_id"].combine_chunks()
-    rows = pc.index_in(ids, value_set=catalogue.test.ids)
-    class_ids = table["class_id"].to_numpy()
-    labels = np.searchsorted(catalogue.classes, class_ids).clip(max=max(0, catalogue.num_classes - 1))
-    if rows.null_count or not np.array_equal(catalogue.classes[labels], class_ids):
-        raise Refused("are pseudo labels of another catalogue.", folder, "Delete the folder and run the plan again.")
-    return rows.to_numpy().astype(np.int64), labels.astype(np.int64)
+    rows = pc.index_in(table["image_id"], value_set=catalogue.test.ids)
+    labels = pc.index_in(table["class_id"], value_set=pa.array(catalogue.classes))
+    if rows.null_count or labels.null_count:
+        raise Refused("are pseudo labels of another catalogue.", folder, _DELETE)
+    return rows.to_numpy().astype(np.int64), labels.to_numpy().astype(np.int64)
 
 
 def spread(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
     """The teachers' mean distribution: each one's kept probabilities, and what is left over all its other classes.
-
-    (n, teachers, k) of `SoftLabels.rows` -> (n, K) float32, rows sum to 1.
-    """
+    (n, teachers, k) of `SoftLabels.rows` -> (n, K) float32, rows sum to 1."""
     kept = classes.shape[2]
     rest = (1 - probabilities.sum(dim=2, keepdim=True)).clamp_min(0) / max(1, num_classes - kept)
     total = rest.sum(dim=1).expand(-1, num_classes).clone()
@@ -217,15 +209,8 @@ def spread(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
 
 
 def write_soft_labels(rows: ResumableRows, blocks: Callable[[Rows], Iterable[Tensor]], part: Part = ALL) -> None:
-    """Commit a teacher's soft labels. Of a writer of the same that was killed, the finished shards are kept.
-
-    Args:
-        rows: images and classes; a shard of them has a multiple of `aliprod.store.resumable.SHARD_STEP`, for the same
-            bytes as without a stop.
-        blocks: called with the rows that are missing, ascending and whole shards: (m, K) probabilities of those rows,
-            in that order.
-        part: of the shards, which is to be written here; the last of the parts commits all.
-    """
+    """Commit a teacher's soft labels; ``blocks`` gives (m, K) probabilities, as `ResumableRows.finish` says. A shard of
+    ``rows`` has a multiple of `aliprod.store.resumable.SHARD_STEP`, for the same bytes as without a stop."""
     kept = min(LARGEST, len(rows.classes))
 
     def largest(missing: Rows) -> Iterator[dict[str, NDArray[Any]]]:
@@ -246,14 +231,8 @@ def write_soft_labels(rows: ResumableRows, blocks: Callable[[Rows], Iterable[Ten
 def write_features(
     folder: Path, images: Images, blocks: Callable[[Rows], Iterable[Tensor]], record: dict[str, Any], part: Part = ALL
 ) -> None:
-    """Write features as they come, and commit them; resumed as `ResumableRows.finish` says.
-
-    Args:
-        blocks: called with the rows that are missing, ascending and whole shards: (n, F) blocks of those rows, in that
-            order.
-    Raises:
-        Failed: a value is not finite, or beyond float16; nothing is left behind.
-    """
+    """Commit features; ``blocks`` gives (m, F) of them, as `ResumableRows.finish` says. Failed: a value is not finite,
+    or beyond float16; nothing is left behind."""
     rows = ResumableRows(folder, images.ids, np.empty(0, np.int64), record, SHARD_ROWS)
 
     def halves(missing: Rows) -> Iterator[dict[str, NDArray[np.float16]]]:

@@ -29,10 +29,7 @@ _GROUPS = MappingProxyType({"LIO": 4})  # images of one class that stand side by
 
 @dataclass(frozen=True)
 class Report:
-    """``images`` of the catalogue (all splits), how many of them can be read, and what is wrong with it.
-
-    ``train``, ``val``, ``test``: images of each. ``notes``: what was taken for granted, which is nothing wrong.
-    """
+    """Images of the catalogue and of each split, how many of them can be read, and what is wrong with it."""
 
     images: int
     readable: int
@@ -41,7 +38,7 @@ class Report:
     train: int
     val: int
     test: int
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what was taken for granted, which is nothing wrong
 
     def as_json(self) -> dict[str, Any]:
         """For ``aliprod data check --json``."""
@@ -49,24 +46,19 @@ class Report:
 
 
 class _Look(NamedTuple):
-    """A row, and what reading its file has shown. ``digest``: of the bytes of a readable file, else empty."""
+    """A row, and what reading its file has shown."""
 
     path: str
     split: str
     label: int
     flaw: Flaw | None
-    digest: bytes
+    digest: bytes  # of a readable file, else empty
 
 
 def check(path: Path, processes: int, reading: Reading = PLAIN, groups: Mapping[str, int] = _GROUPS) -> Report:
-    """Read every image of a catalogue with so many processes, each of which holds one picture.
-
-    Args:
-        groups: what shows several images of a class side by side, and how many.
-
-    Raises:
-        Refused: as `sources.read`. Failed: a process died of a picture; it names those that it was reading.
-    """
+    """Read every image of a catalogue with so many processes, each of which holds one picture. ``groups``: what shows
+    several images of a class side by side, and how many. Refused: as `sources.read`. Failed: a process died of a
+    picture; it names those that it was reading."""
     catalogue = read(path, reading)
     chunks = (chunk for images in catalogue.splits for chunk in images.chunks(_CHUNK))
     processes = processes if sum(map(len, catalogue.splits)) > _CHUNK else 1
@@ -108,13 +100,11 @@ def _small(catalogue: Catalogue, groups: Mapping[str, int]) -> Iterator[str]:
     if catalogue.num_classes == 1:
         yield f"there is one class, {_listed(catalogue, np.arange(1))}: nothing to tell apart."
     for what, size in groups.items():
-        few = np.flatnonzero(catalogue.class_counts < size)
-        if len(few):
+        if len(few := np.flatnonzero(catalogue.class_counts < size)):
             yield f"{what} shows {size} images of a class side by side: too few of {_listed(catalogue, few)}."
 
 
 def _listed(catalogue: Catalogue, labels: Integers) -> str:
-    """Classes by name, else by number."""
     return listing(escaped(catalogue.name(label)) for label in labels.tolist())
 
 
@@ -125,10 +115,10 @@ def first_picture(images: Images) -> str:
 
 def _looks(images: Images) -> list[_Look]:
     looks = []
-    for row in range(len(images)):
+    for row, path in enumerate(images.paths.to_pylist()):
         content, image, flaw = judged(images, row)
         digest = hashlib.blake2b(content, digest_size=16).digest() if image else b""
-        looks.append(_Look(images.paths[row].as_py(), images.split, int(images.labels[row]), flaw, digest))
+        looks.append(_Look(path, images.split, int(images.labels[row]), flaw, digest))
     return looks
 
 
@@ -180,8 +170,7 @@ def not_listed(catalogue: Catalogue) -> Iterator[Flaw]:
     refused = {flaw.path.rpartition("/")[2] for flaw in catalogue.problems}
     for top in sorted({path.partition("/")[0] for path in paths if "/" in path} - {""}):  # "": of absolute ones
         found = (path for path in _pictures(catalogue.root, top) if path not in paths)
-        extra = [path for path in found if path.rpartition("/")[2] not in refused]
-        if extra:
+        if extra := [path for path in found if path.rpartition("/")[2] not in refused]:
             files = "1 picture is" if len(extra) == 1 else f"{len(extra):,} pictures are"
             yield Flaw(top, escaped(f"{files} not listed and not used: {listing(extra, 5)}"))
 

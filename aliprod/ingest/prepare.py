@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class PreparedCatalogue:
-    """What is there now. ``skipped``: images that were left out; ``bytes``: of the shards."""
+    """What is there now."""
 
     path: str
     images: int
-    skipped: int
+    skipped: int  # images that were left out
     fingerprint: str
-    bytes: int
-    problems: tuple[Flaw, ...] = field(repr=False)
+    bytes: int  # of the shards
+    problems: tuple[Flaw, ...]
 
     def as_json(self) -> dict[str, Any]:
         """For ``aliprod data prepare --json``."""
@@ -94,7 +94,6 @@ def prepare(
             made on this machine's disk first (`layout.cache`). ``out`` must not exist, be empty, or hold what this very
             call has written before.
         max_skipped: the share of all images that may be unreadable.
-        processes: that work side by side; they change no byte.
     Raises:
         Refused: as `sources.read`; too much is unreadable, then nothing is left behind; ``out`` holds something else.
         StorageFull, Unreachable (of a URI), Failed (a process died of a picture): what is done is kept.
@@ -111,7 +110,7 @@ def prepare(
             return
         else:
             local = cache() / "uploads" / hashlib.sha256(target.uri.encode()).hexdigest()
-        yield from _prepare(catalogue, local, settings, max_skipped, processes)
+        yield from _Run(catalogue, local, settings, max_skipped, processes).unless_done()
         sizes = {file.name: file.stat().st_size for file in local.iterdir()}
         done = _prepared(shards.manifest(local), sizes, str(local), catalogue, settings)
         if isinstance(target, RemoteFolder):
@@ -131,52 +130,49 @@ def _catalogue(source: Path | RemoteFolder, reading: Reading) -> Iterator[Catalo
         yield read(Path(folder), reading, source)
 
 
-def _prepare(
-    catalogue: Catalogue, out: Path, settings: Settings, max_skipped: float, processes: int
-) -> Iterator[ReadProgress]:
-    work = out.parent / f".{out.name}.preparing"
-    with commit.storage(out):
-        if out.exists() and not (out / commit.MANIFEST).exists() and not (out.is_dir() and not any(out.iterdir())):
-            advice = "Name a new or empty folder, or remove this one first."
-            raise Refused("there is something already; nothing was written.", out, advice)
-        work.mkdir(parents=True, exist_ok=True)
-    with shards.alone(work / "lock", wait=False):
-        if not (out / commit.MANIFEST).exists():
-            try:
-                yield from _Run(catalogue, work, settings, max_skipped, processes).write(out)
-            except Refused:  # shards that were made while a mount was gone are not to be found the next time
-                shutil.rmtree(work, ignore_errors=True)
-                raise
-        shutil.rmtree(work, ignore_errors=True)
-
-
 class _Run:
     """One call, and the count of what has been done."""
 
-    def __init__(
-        self, catalogue: Catalogue, work: Path, settings: Settings, max_skipped: float, processes: int
-    ) -> None:
-        self.catalogue, self.work, self.settings = catalogue, work, settings
-        self.max_skipped, self.processes = max_skipped, processes
-        notes = (Flaw(catalogue.root.name, note) for note in catalogue.notes)
-        self.problems = [*notes, *catalogue.problems, *not_listed(catalogue)]
-        self.images = self.broken = sum(flaw.skipped for flaw in self.problems)
-        self.of, self.found = self.images + sum(map(len, catalogue.splits)), 0
+    def __init__(self, catalogue: Catalogue, out: Path, settings: Settings, max_skipped: float, processes: int) -> None:
+        self.catalogue, self.out, self.work = catalogue, out, out.parent / f".{out.name}.preparing"
+        self.settings, self.max_skipped, self.processes = settings, max_skipped, processes
+        self.problems = [*(Flaw(catalogue.root.name, note) for note in catalogue.notes), *catalogue.problems]
+        self.images = self.broken = self.of = self.found = 0
         self.sizes: dict[str, list[tuple[int, int]]] = {}  # of each split: rows and bytes of JPEG in each shard
 
-    def write(self, out: Path) -> Iterator[ReadProgress]:
-        """Make all shards, and ``out`` of them."""
-        train = yield from self._make(self.catalogue.train)
-        val = yield from self._make(self._of_classes(train))
-        yield from self._make(self.catalogue.test)
-        self._publish(out, _without_empty_classes(replace(self.catalogue, train=train, val=val, prepared="")))
+    def unless_done(self) -> Iterator[ReadProgress]:
+        """Write the catalogue where it is not there."""
+        with commit.storage(self.out):
+            free = not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
+            if not free and not (self.out / commit.MANIFEST).exists():
+                advice = "Name a new or empty folder, or remove this one first."
+                raise Refused("there is something already; nothing was written.", self.out, advice)
+            self.work.mkdir(parents=True, exist_ok=True)
+        with shards.alone(self.work / "lock", wait=False):
+            if not (self.out / commit.MANIFEST).exists():
+                try:
+                    yield from self._write()
+                except Refused:  # shards that were made while a mount was gone are not to be found the next time
+                    shutil.rmtree(self.work, ignore_errors=True)
+                    raise
+            shutil.rmtree(self.work, ignore_errors=True)
 
-    def _make(self, images: Images) -> Generator[ReadProgress, None, Images]:
+    def _write(self) -> Iterator[ReadProgress]:
+        self.problems += not_listed(self.catalogue)
+        self.images = self.broken = sum(flaw.skipped for flaw in self.problems)
+        self.of = self.images + sum(map(len, self.catalogue.splits))
+        train = yield from self._make(self.catalogue.train, self.catalogue.classes)
+        left = self._without_empty_classes(train)
+        val = yield from self._make(left.val, left.classes)
+        yield from self._make(left.test, left.classes)
+        self._publish(replace(left, val=val))
+
+    def _make(self, images: Images, classes: Integers) -> Generator[ReadProgress, None, Images]:
         """Make the shards of a split; the images that are in them."""
         left_out: list[int] = []
         sizes = self.sizes[images.split] = []
         advice = "Take out the picture that kills it; the same command goes on."
-        class_ids = np.append(self.catalogue.classes, -1)  # the last: of label -1
+        class_ids = np.append(classes, -1)  # the last: of label -1
         recipes = (
             ShardRecipe(self.work / f"{images.split}-{number:05}", part, class_ids[part.labels], self.settings)
             for number, part in enumerate(images.chunks(SHARD))
@@ -203,22 +199,32 @@ class _Run:
             advice = "Is all of the catalogue there? `aliprod data check` lists what is wrong. Nothing was written."
             raise Refused(what, self.catalogue.train.location, first + advice)
 
-    def _of_classes(self, train: Images) -> Images:
-        """The val images of classes of which a training image is left."""
+    def _without_empty_classes(self, train: Images) -> Catalogue:
+        """The catalogue of the classes of which these training images are left."""
         if not len(train):
             advice = "`aliprod data check` lists them all."
             raise Refused("has no training image that can be read.", train.location, advice)
-        val, classes = self.catalogue.val, self.catalogue.classes
-        lost = np.setdiff1d(np.arange(len(classes)), train.labels)
+        was, kept = self.catalogue, np.unique(train.labels)
+        label = np.full(was.num_classes + 1, -1, np.int64)  # the last: of label -1
+        label[kept] = np.arange(len(kept))
         what = "class {}: no training image can be read, so it is no class"
-        self.problems += [Flaw("train", what.format(class_id)) for class_id in classes[lost].tolist()]
-        without = np.isin(val.labels, lost)
-        paths = val.paths.filter(pa.array(without)).to_pylist()
-        self.images += len(paths)
-        self._count_broken([Flaw(path, "its class has no training image: skipped", True) for path in paths], len(paths))
-        return val.take(np.flatnonzero(~without))
+        self.problems += [Flaw("train", what.format(class_id)) for class_id in np.delete(was.classes, kept).tolist()]
+        val = replace(was.val, labels=label[was.val.labels])
+        lost = val.paths.filter(pa.array(val.labels < 0)).to_pylist()
+        self.images += len(lost)
+        self._count_broken([Flaw(path, "its class has no training image: skipped", True) for path in lost], len(lost))
+        return replace(
+            was,
+            classes=was.classes[kept],
+            names=tuple(was.names[old] for old in kept.tolist()),
+            train=replace(train, labels=label[train.labels]),
+            val=val.take(np.flatnonzero(val.labels >= 0)),
+            test_labels=None if was.test_labels is None else label[was.test_labels],
+            ancestor=None if was.ancestor is None else renumbered(was.ancestor[:, kept]),
+            prepared="",
+        )
 
-    def _publish(self, out: Path, left: Catalogue) -> None:
+    def _publish(self, left: Catalogue) -> None:
         record = shards.Record(
             prepared=shards.FORMAT,
             short_side=self.settings.short_side,
@@ -242,29 +248,13 @@ class _Run:
             for name in record.file_names():
                 commit.link(self.work / Path(name).stem / name, folder / name)
             for images in left.splits:
-                known = left.test_labels if images.split == "test" else None
+                known = left.labels(images.split)
                 shards.write_rows(folder, images.split, images.ids, images.labels if known is None else known)
 
-        shards.remove_partials(out)
-        if out.exists():
-            out.rmdir()  # it is empty
-        commit.write(out, fill, record.model_dump())
-
-
-def _without_empty_classes(catalogue: Catalogue) -> Catalogue:
-    kept = np.unique(catalogue.train.labels)
-    label = np.full(catalogue.num_classes + 1, -1, np.int64)  # the last: of label -1
-    label[kept] = np.arange(len(kept))
-    train, val = (replace(images, labels=label[images.labels]) for images in (catalogue.train, catalogue.val))
-    return replace(
-        catalogue,
-        classes=catalogue.classes[kept],
-        names=tuple(catalogue.names[old] for old in kept.tolist()),
-        train=train,
-        val=val,
-        test_labels=None if catalogue.test_labels is None else label[catalogue.test_labels],
-        ancestor=None if catalogue.ancestor is None else renumbered(catalogue.ancestor[:, kept]),
-    )
+        shards.remove_partials(self.out)
+        if self.out.exists():
+            self.out.rmdir()  # it is empty
+        commit.write(self.out, fill, record.model_dump())
 
 
 def _prepared(
@@ -287,28 +277,25 @@ def _prepared(
     )
 
 
-# One shard
-
-
 @dataclass(frozen=True)
 class ShardRecipe:
-    """What one shard is made of, and its folder, named as its file. ``class_ids``: (n,), -1 unknown."""
+    """What one shard is made of, and its folder, named as its file."""
 
     folder: Path
     images: Images
-    class_ids: Integers
+    class_ids: Integers  # (n,), -1 unknown
     settings: Settings
 
 
 class ShardResult(BaseModel):
-    """What became of the rows of a shard. ``found``: by an earlier call."""
+    """What became of the rows of a shard."""
 
     rows: int
     left_out: list[int] = []
     shown_anyway: int = 0  # test rows whose picture is damaged
     jpeg_bytes: int = 0
     problems: list[Flaw] = []
-    found: bool = False
+    found: bool = False  # by an earlier call
 
 
 def make_shard(recipe: ShardRecipe) -> ShardResult:

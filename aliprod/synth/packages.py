@@ -1,14 +1,12 @@
 """A product package: `look` says in words and numbers what it shows, `face` draws it, `photograph` takes its picture.
-
-Look and face are functions of (seed, class number); the fonts are those that Pillow ships.
-"""
+Look and face are functions of (seed, class number); the fonts are those that Pillow ships."""
 
 import colorsys
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -18,8 +16,8 @@ from aliprod.randomness import seed_of
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 Tone = Literal["main", "dark", "light", "accent", "metal", "paper"]
-# Drawn in this order; the numbers are corners, x before y, and of "rounded" the radius after them.
-Part = tuple[Literal["ellipse", "rounded", "polygon", "rectangle"], tuple[float, ...], Tone]
+# Drawn in this order; the numbers are corners, x before y, and of a rounded rectangle the radius after them.
+Part = tuple[Literal["ellipse", "polygon", "rectangle"], tuple[float, ...], Tone]
 
 FAMILY_SIZES = (2, 2, 2, 2, 3, 3, 3, 3, 4)  # and again from the start
 WIDTH, HEIGHT = 256, 352  # of the drawing; a face is half of it, so that edges are smooth
@@ -43,7 +41,7 @@ EMBLEMS = ((4, 0.3), (40, 1.0), (3, 0.5), (5, 0.45), (4, 0.71), (9, 0.7), (6, 0.
 PATTERNS = ("bars", "plain", "dots", "slants", "checks", "lines", "zigzag")
 _font = cache(ImageFont.load_default)  # of a size
 LAYOUTS: tuple[tuple[Part, ...], ...] = (  # of the label's ground, in shares of its sides
-    (("rounded", (0.1, 0.25, 0.9, 0.78, 0.06), "paper"),),
+    (("rectangle", (0.1, 0.25, 0.9, 0.78, 0.06), "paper"),),
     (("rectangle", (0, 0.26, 1, 0.78), "paper"),),
     (("ellipse", (0.02, 0.23, 0.98, 0.84), "paper"),),
     (("rectangle", (0, 0.25, 1, 1), "paper"), ("rectangle", (0, 0.92, 1, 1), "main")),
@@ -68,25 +66,25 @@ SHAPES = {
          ("polygon", (14, 44, 58, 14, 244, 14, 200, 44), "light"),
          ("polygon", (200, 196, 244, 164, 244, 206, 200, 240), "accent")), (14, 44, 200, 340), 0.0),
     "can": Shape(
-        (("rounded", (36, 26, 220, 332, 16), "main"), ("ellipse", (36, 296, 220, 348), "main")),
+        (("rectangle", (36, 26, 220, 332, 16), "main"), ("ellipse", (36, 296, 220, 348), "main")),
         (("ellipse", (36, 8, 220, 52), "metal"), ("ellipse", (46, 14, 210, 48), "dark"),
          ("ellipse", (52, 18, 204, 50), "metal"), ("ellipse", (104, 24, 152, 40), "accent")), (36, 46, 220, 326), 1.0),
     "bottle": Shape(
-        (("rounded", (106, 30, 150, 140, 4), "main"), ("polygon", (106, 76, 150, 76, 192, 136, 64, 136), "main"),
-         ("rounded", (60, 118, 196, 348, 26), "main")),
-        (("rounded", (100, 6, 156, 56, 8), "accent"),), (60, 140, 196, 334), 0.9),
+        (("rectangle", (106, 30, 150, 140, 4), "main"), ("polygon", (106, 76, 150, 76, 192, 136, 64, 136), "main"),
+         ("rectangle", (60, 118, 196, 348, 26), "main")),
+        (("rectangle", (100, 6, 156, 56, 8), "accent"),), (60, 140, 196, 334), 0.9),
     "bag": Shape(
         (("polygon", (30, 14, 226, 14, 216, 60, 228, 180, 216, 300, 226, 340), "main"),
          ("polygon", (226, 340, 30, 340, 40, 300, 28, 180, 40, 60, 30, 14), "main")),
-        (("polygon", (30, 14, 226, 14, 222, 36, 34, 36), "accent"), ("rounded", (30, 320, 226, 340, 0), "dark")),
+        (("polygon", (30, 14, 226, 14, 222, 36, 34, 36), "accent"), ("rectangle", (30, 320, 226, 340, 0), "dark")),
         (34, 44, 222, 314), 0.5),
     "jar": Shape(
-        (("rounded", (30, 74, 226, 344, 34), "main"),),
-        (("rounded", (44, 34, 212, 86, 10), "accent"), ("rounded", (44, 76, 212, 88, 6), "metal")),
+        (("rectangle", (30, 74, 226, 344, 34), "main"),),
+        (("rectangle", (44, 34, 212, 86, 10), "accent"), ("rectangle", (44, 76, 212, 88, 6), "metal")),
         (30, 100, 226, 322), 0.8),
     "tube": Shape(
         (("polygon", (44, 12, 212, 12, 182, 300, 74, 300), "main"),),
-        (("polygon", (44, 12, 212, 12, 210, 34, 46, 34), "dark"), ("rounded", (78, 290, 178, 346, 8), "accent")),
+        (("polygon", (44, 12, 212, 12, 210, 34, 46, 34), "dark"), ("rectangle", (78, 290, 178, 346, 8), "accent")),
         (66, 40, 190, 286), 0.6),
 }  # fmt: skip
 
@@ -124,11 +122,9 @@ def family_of(number: int) -> tuple[int, int]:
 
 
 def look(seed: int, number: int) -> Look:
-    """What class ``number`` of the catalogues of ``seed`` looks like.
-
-    Neighbouring families differ in shape and, by the golden ratio, far in hue. Members step through flavours, amounts,
-    emblems and patterns by strides prime to the lists' lengths, so that no two of a family agree in any.
-    """
+    """What class ``number`` of the catalogues of ``seed`` looks like. Neighbouring families differ in shape and, by the
+    golden ratio, far in hue. Members step through flavours, amounts, emblems and patterns by strides prime to the
+    lists' lengths, so that no two of a family agree in any."""
     family, member = family_of(number)
     drawn = np.random.default_rng(seed_of(seed, "family", family))
     start = seed_of(seed, "members", family) + member
@@ -182,7 +178,10 @@ def _ink(ground: Colour) -> Colour:
     return (24, 20, 28) if 0.3 * ground[0] + 0.59 * ground[1] + 0.11 * ground[2] > 140 else (250, 250, 245)
 
 
-def _parts(draw: ImageDraw.ImageDraw, parts: Iterable[Part], look: Look) -> None:
+def _parts(draw: ImageDraw.ImageDraw, parts: Iterable[Part], look: Look, box: Box = (0, 0, 1, 1)) -> None:
+    """Draw parts, whose numbers are shares of the sides of ``box``."""
+    left, top, right, bottom = box
+    draws: dict[str, Any] = {"ellipse": draw.ellipse, "polygon": draw.polygon, "rectangle": draw.rounded_rectangle}
     tones: dict[Tone, Colour] = {
         "main": look.main,
         "dark": _mix(look.main, (0, 0, 0), 0.35),
@@ -191,18 +190,18 @@ def _parts(draw: ImageDraw.ImageDraw, parts: Iterable[Part], look: Look) -> None
         "metal": (196, 198, 204),
         "paper": look.paper,
     }
-    for figure, where, tone in parts:
-        if figure == "rounded":
-            draw.rounded_rectangle(where[:4], where[4], tones[tone])
-        else:
-            {"ellipse": draw.ellipse, "polygon": draw.polygon, "rectangle": draw.rectangle}[figure](where, tones[tone])
+    for figure, shares, tone in parts:
+        corners, radius = (shares[:4], shares[4:]) if figure == "rectangle" else (shares, ())
+        where = [left + (right - left) * x for x in corners]
+        where[1::2] = [top + (bottom - top) * y for y in corners[1::2]]
+        draws[figure](where, *((right - left) * share for share in radius), fill=tones[tone])
 
 
 def _label(draw: ImageDraw.ImageDraw, front: Box, look: Look) -> None:
     """Brand on top, the layout's ground with emblem and flavour, a band with the pattern, the amount."""
     left, top, right, bottom = front
     wide, high, middle = right - left, bottom - top, (left + right) // 2
-    _parts(draw, _placed(look.layout, left, top, wide, high), look)
+    _parts(draw, look.layout, look, front)
     _text(draw, look.brand, (middle, top + 0.13 * high), (0.9 * wide, 0.2 * high), _ink(look.main))
     (corners, inner), y, radius = look.emblem, top + 0.44 * high, 0.19 * min(wide, high)
     turns = [(math.pi * i / corners, radius * (inner if i % 2 else 1.0)) for i in range(2 * corners)]
@@ -210,13 +209,6 @@ def _label(draw: ImageDraw.ImageDraw, front: Box, look: Look) -> None:
     _text(draw, look.flavour, (middle, top + 0.69 * high), (0.72 * wide, 0.15 * high), _ink(look.paper))
     _band(draw, look, (left, top + round(0.79 * high), right, top + round(0.91 * high)))
     _text(draw, look.amount, (middle, top + 0.95 * high), (0.4 * wide, 0.1 * high), _ink(look.main))
-
-
-def _placed(layout: tuple[Part, ...], left: int, top: int, wide: int, high: int) -> Iterator[Part]:
-    for figure, shares, tone in layout:
-        corners, radius = (shares[:4], shares[4:]) if figure == "rounded" else (shares, ())
-        where = (left + wide * s if i % 2 == 0 else top + high * s for i, s in enumerate(corners))
-        yield figure, (*where, *(wide * share for share in radius)), tone
 
 
 def _band(draw: ImageDraw.ImageDraw, look: Look, box: Box) -> None:
@@ -304,10 +296,8 @@ def _neighbours(draw: ImageDraw.ImageDraw, width: int, height: int, drawn: np.ra
 
 
 def _pose(face: Image.Image, width: int, height: int, drawn: np.random.Generator) -> list[float]:
-    """The eight numbers of the perspective that takes a picture's pixels to a face's.
-
-    Rotated by up to 15 degrees, scaled to 80 to 98 % of what fits, off centre, each corner pulled by up to 4 %.
-    """
+    """The eight numbers of the perspective that takes a picture's pixels to a face's: rotated by up to 15 degrees,
+    scaled to 80 to 98 % of what fits, off centre, each corner pulled by up to 4 %."""
     turn = math.radians(drawn.uniform(-15, 15))
     scale = drawn.uniform(0.8, 0.98) * min(width / face.width, height / face.height)
     centre = np.array([width, height]) * (0.5 + drawn.uniform(-0.06, 0.06, 2))

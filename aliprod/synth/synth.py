@@ -29,8 +29,6 @@ LEAST = 5  # training images a class
 TAIL = 5.0  # largest class / smallest class: as in the quickstart's first measurement
 FIRST_ID = 1_000_000  # image ids have seven digits or more
 
-Ids = dict[str, list[list[int]]]  # split: class number: image ids
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -50,10 +48,8 @@ def synthesise(out: Path, classes: int, images: int, seed: int, processes: int =
     no class has under 5. Up to 100 classes have 6 val and 10 test images each, more have 2 and 4. The catalogue
     appears in one rename; what a killed call leaves is a hidden folder ``.NAME.*.partial`` beside it.
 
-    Raises:
-        Refused: the numbers make no catalogue, or ``out`` holds something.
-        StorageFull: no room or no right to write; nothing is left behind.
-        Failed: a process died.
+    Refused: the numbers make no catalogue, or ``out`` holds something. StorageFull: no room or no right to write;
+    nothing is left behind. Failed: a process died.
     """
     if classes < 2:
         raise Refused(f"{classes} classes cannot be told apart.", "classes", "Ask for 2 or more.")
@@ -65,7 +61,9 @@ def synthesise(out: Path, classes: int, images: int, seed: int, processes: int =
         raise _taken(out)
     val, test = (6, 10) if classes <= 100 else (2, 4)
     sizes = {"train": class_sizes(classes, images, seed), "val": [val] * classes, "test": [test] * classes}
-    ids = _image_ids(sizes, seed)
+    # unique over all splits, in an order that gives no class away
+    mixed = iter(sorted(range(sum(map(sum, sizes.values()))), key=lambda place: seed_of(seed, "id", place)))
+    ids = {split: [[FIRST_ID + next(mixed) for _ in range(n)] for n in by_class] for split, by_class in sizes.items()}
     with _new_folder(out) as folder:
         _write_annotations(folder, ids, seed)
         (folder / "test").mkdir()
@@ -93,12 +91,6 @@ def _taken(out: Path) -> Refused:
     return Refused("there is something already; nothing was written.", out, advice)
 
 
-def _image_ids(sizes: dict[str, list[int]], seed: int) -> Ids:
-    """Unique over all splits, in an order that gives no class away."""
-    mixed = iter(sorted(range(sum(map(sum, sizes.values()))), key=lambda place: seed_of(seed, "id", place)))
-    return {split: [[FIRST_ID + next(mixed) for _ in range(n)] for n in by_class] for split, by_class in sizes.items()}
-
-
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that becomes it when all went well, and else is gone."""
@@ -117,7 +109,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_annotations(folder: Path, ids: Ids, seed: int) -> None:
+def _write_annotations(folder: Path, ids: dict[str, list[list[int]]], seed: int) -> None:
     rows = {split: [(image, number) for number, all_ in enumerate(ids[split]) for image in all_] for split in ids}
     rows["test"].sort()
     for name, split in (("train", "train"), ("val", "val"), ("test_labels", "test")):
