@@ -65,8 +65,7 @@ def read(folder: Path, again: bool = False) -> dict[str, Any] | None:
     whether another machine may have replaced it since it was read."""
     if (mirrored := mirror.of(folder)) is not None:
         mirrored.take(folder, again)
-    manifest = _manifest(folder)
-    if manifest is None:
+    if (manifest := _manifest(folder)) is None:
         return None
     if mirrored is None and any(size_of(folder / name) != file["bytes"] for name, file in manifest["files"].items()):
         return None
@@ -101,14 +100,12 @@ def borrowed(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 def part_reader(folder: Path) -> Callable[[str, int, int], bytes]:
     """A function that reads a part of a file of a committed folder: its name, the first byte, how many. In a bucket's
     mirror it asks the bucket. It raises OSError, and Unreachable where the bucket does not answer."""
-    if (mirrored := mirror.of(folder)) is not None:
-        return mirrored.part_reader(folder)
 
     def read(name: str, start: int, size: int) -> bytes:
         with (folder / name).open("rb") as file:
             return os.pread(file.fileno(), size, start)
 
-    return read
+    return read if (mirrored := mirror.of(folder)) is None else mirrored.part_reader(folder)
 
 
 def refresh(*folders: Path) -> None:
@@ -157,8 +154,7 @@ def file_digest(folder: Path, name: str) -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of all files of a committed folder by name, as its manifest says."""
-    manifest = _manifest(folder)
-    if manifest is None:
+    if (manifest := _manifest(folder)) is None:
         raise FileNotFoundError(folder / MANIFEST)
     return {name: str(file["sha256"]) for name, file in manifest["files"].items()}
 
@@ -181,8 +177,16 @@ def write_file(path: Path, content: str | bytes) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The table in a file of JSON; {} where there is none, or the file is damaged."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def parsed(text: bytes) -> dict[str, Any]:
+    """The table that JSON is; {} of anything else."""
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}
 
@@ -262,8 +266,7 @@ def _remove_here(path: Path) -> None:
 
 
 def _damaged(folder: Path) -> list[str]:
-    manifest = _manifest(folder)
-    if manifest is None:
+    if (manifest := _manifest(folder)) is None:
         return [MANIFEST]
     return [
         name

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from aliprod.errors import AliprodError, Failed
 from aliprod.store import commit, mirror
@@ -92,14 +92,8 @@ class Leases:
             return _words(next(iter(seen.marks.values())))
 
     def take(self, name: str) -> str:
-        """Take a lease, where nobody else that is alive holds it.
-
-        Returns:
-            "" where it is ours now, else who holds it.
-        Raises:
-            StorageFull: the storage path cannot be written.
-            Failed: as in `check`.
-        """
+        """Take a lease, where nobody else that is alive holds it: "" where it is ours now, else who holds it.
+        StorageFull: the storage path cannot be written. Failed: as in `check`."""
         self.check()
         with self._lock, commit.storage(self.folder):
             if name in self._held:
@@ -269,14 +263,13 @@ class _Objects:
         return version is not None
 
 
-def _kept(folder: Path) -> "_Files | _Objects":
-    found = mirror.of(folder)
-    return _Files(folder) if found is None else _Objects(found, folder)
+def _kept(folder: Path) -> _Files | _Objects:
+    return _Files(folder) if (found := mirror.of(folder)) is None else _Objects(found, folder)
 
 
 def _words(sign: bytes) -> str:
     """Who has written a sign of life."""
-    said = _said(sign)
+    said = commit.parsed(sign)
     if not said.keys() >= {"host", "pid", "work"}:
         return "a driver that left no name"
     words = f"{said['host']} pid {said['pid']} of {said['work']}"
@@ -285,7 +278,7 @@ def _words(sign: bytes) -> str:
 
 def _ended(sign: bytes) -> bool:
     """Whether a process of this very machine has written it, and is no more."""
-    said, here = _said(sign), _process(os.getpid())
+    said, here = commit.parsed(sign), _process(os.getpid())
     if not here or said.get("machine") != here["machine"] or not isinstance(said.get("pid"), int):
         return False
     return said.get("started") != _process(said["pid"]).get("started")
@@ -300,11 +293,3 @@ def _process(pid: int) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {} if state in "ZX" else {"machine": f"{boot} {space}", "started": fields[18]}
-
-
-def _said(sign: bytes) -> dict[str, Any]:
-    try:
-        said = json.loads(sign)
-    except (ValueError, RecursionError):
-        return {}
-    return said if isinstance(said, dict) else {}

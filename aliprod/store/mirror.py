@@ -30,6 +30,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from obstore.exceptions import NotModifiedError
+
 from aliprod.errors import AliprodError
 from aliprod.processes import locked
 from aliprod.store.bucket import THREADS, Bucket, check_uri, opened
@@ -104,13 +106,7 @@ def of(path: Path) -> "Mirror | None":
     """The mirror that a path is in; None where it is what it is."""
     if _MIRROR not in path.parts:
         return None
-    begin = path.parts.index(_MIRROR) + 1
-    return _mirror(Path(*path.parts[: begin + 2]))
-
-
-@functools.cache
-def _mirror(root: Path) -> "Mirror":
-    return Mirror(root)
+    return _mirror(Path(*path.parts[: path.parts.index(_MIRROR) + 3]))
 
 
 class Mirror:
@@ -122,7 +118,6 @@ class Mirror:
 
     @property
     def bucket(self) -> Bucket:
-        """The bucket."""
         return opened(shown(self.root))
 
     def key(self, path: Path) -> str:
@@ -172,11 +167,12 @@ class Mirror:
             return
         try:
             found = self.bucket.get(f"{self.key(folder)}/{MANIFEST}", _version(here))
+        except NotModifiedError:
+            return
         except FileNotFoundError:
             if here.exists():
                 shutil.rmtree(folder, ignore_errors=True)
-            return
-        if found is not None:
+        else:
             self._land(folder, *found)
 
     def fetch(self, folder: Path, names: Collection[str] = ()) -> None:
@@ -299,9 +295,9 @@ class Mirror:
         try:
             if self.bucket.download(file.keys, part) == file.sha256:
                 self._known[file.sha256[:16]] = file.key
-                os.replace(part, path)
-            elif self.bucket.download([file.plain], part) == file.sha256:
-                os.replace(part, path)
+            elif self.bucket.download([file.plain], part) != file.sha256:
+                return
+            os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
 
@@ -309,10 +305,8 @@ class Mirror:
         """Send a part of a file, where its object is not there; one that another folder has is copied in the bucket."""
         key = file.keys[number]
         if file.size > _SMALL:
-            if self.bucket.holds(key):
-                return
             twin = self._known.get(file.sha256[:16])
-            if twin and self.bucket.copy(twin + file.parts[number], key):
+            if self.bucket.holds(key) or (twin and self.bucket.copy(twin + file.parts[number], key)):
                 return
         with path.open("rb") as opened:
             opened.seek(number * _PART)
@@ -338,6 +332,9 @@ class Mirror:
             ]
         except (ValueError, TypeError, KeyError, AttributeError):
             return []
+
+
+_mirror = functools.cache(Mirror)
 
 
 def swap(fresh: Path, folder: Path) -> None:
