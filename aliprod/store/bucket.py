@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotModifiedError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 from obstore.store import ObjectStore, from_url
 
 from aliprod.errors import AliprodError, Refused, StorageFull, Unreachable
@@ -76,12 +76,12 @@ class Bucket:
     store: ObjectStore = field(repr=False)  # obstore cannot show one of Azure whose account is in the environment
     patient: ObjectStore = field(repr=False)  # the same, for what took hours to make
 
-    def get(self, key: str, known: str = "", most: float = math.inf) -> tuple[bytes, str]:
-        """The bytes of an object and its version. FileNotFoundError: it is not there. NotModifiedError: its version is
-        the one that is known. OverflowError: it has more bytes than ``most``."""
+    def get(self, key: str, most: float = math.inf) -> tuple[bytes, str]:
+        """The bytes of an object and its version. FileNotFoundError: it is not there. OverflowError: it has more than
+        ``most``."""
 
         def read() -> tuple[bytes, str]:
-            found = obstore.get(self.store, key, options={"if_none_match": known.partition(" ")[0]} if known else {})
+            found = obstore.get(self.store, key)
             if found.meta["size"] > most:
                 raise OverflowError(f"has {found.meta['size']:,} bytes; more than {most:,} are refused")
             return bytes(found.bytes()), _version(found.meta)
@@ -179,8 +179,6 @@ class Bucket:
     def _asked(self, key: str, ask: Callable[[], _T]) -> _T:
         try:
             return _whole(ask)
-        except NotModifiedError:
-            raise
         except BaseError as error:
             raise Unreachable(f"does not answer: {_reason(error)}.", f"{self.uri}/{key}", _ADVICE) from error
 

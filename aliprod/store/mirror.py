@@ -30,8 +30,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from obstore.exceptions import NotModifiedError
-
 from aliprod.errors import AliprodError
 from aliprod.processes import locked
 from aliprod.store.bucket import THREADS, Bucket, check_uri, opened
@@ -165,14 +163,10 @@ class Mirror:
         here = folder / MANIFEST
         if here.exists() and not again:
             return
-        try:
-            found = self.bucket.get(f"{self.key(folder)}/{MANIFEST}", _version(here))
-        except NotModifiedError:
-            return
-        except FileNotFoundError:
-            if here.exists():
-                shutil.rmtree(folder, ignore_errors=True)
-        else:
+        found = self.bucket.find(f"{self.key(folder)}/{MANIFEST}")
+        if found is None and here.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        elif found is not None and found[1] != _version(here):
             self._land(folder, *found)
 
     def fetch(self, folder: Path, names: Collection[str] = ()) -> None:
@@ -261,9 +255,9 @@ class Mirror:
 
     def _update(self, key: str) -> None:
         path, found = self.root / key, self.bucket.find(key)
-        if found is not None and path.name == MANIFEST:
+        if found and path.name == MANIFEST:
             self._land(path.parent, *found)
-        elif found is not None:
+        elif found:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, *found)
 
