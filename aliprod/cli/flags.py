@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -18,6 +18,7 @@ from click.shell_completion import CompletionItem
 
 from aliprod.errors import AliprodError
 from aliprod.shown import escaped, lines
+from aliprod.store.layout import flat
 
 if TYPE_CHECKING:
     from aliprod.plan.open import Opened, Request
@@ -58,15 +59,7 @@ def jobs(context: click.Context, _: click.Parameter, incomplete: str) -> list[st
 
 def settings(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """What the plan on the line says, to be overridden, such as ``stages.full.epochs=``."""
-    return [f"{key}=" for key in _keys(_plan(context)) if key.startswith(incomplete)]
-
-
-def _keys(table: dict[str, Any]) -> Iterator[str]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from (f"{key}.{below}" for below in _keys(value))
-        else:
-            yield key
+    return [f"{key}=" for key, _ in flat(_plan(context)) if key.startswith(incomplete)]
 
 
 def _plan(context: click.Context) -> dict[str, Any]:

@@ -147,13 +147,8 @@ def digest(folder: Path) -> str:
     return sha256(folder / MANIFEST)
 
 
-def file_digest(folder: Path, name: str) -> str:
-    """sha256 of one file of a committed folder, as its manifest says."""
-    return digests(folder)[name]
-
-
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of all files of a committed folder by name, as its manifest says."""
+    """sha256 of each file of a committed folder by its name, as its manifest says."""
     if (manifest := _manifest(folder)) is None:
         raise FileNotFoundError(folder / MANIFEST)
     return {name: str(file["sha256"]) for name, file in manifest["files"].items()}

@@ -15,7 +15,7 @@ from typing import Any
 from aliprod.errors import Refused, near_file
 from aliprod.shown import redacted
 from aliprod.store import commit
-from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
+from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_place
 from aliprod.version import VERSION
 
 _FOLDER = "submissions"
@@ -76,8 +76,8 @@ def comparison(storage: Path, plan: str) -> dict[str, Any] | None:
 def weights_folder(storage: Path, plan: str, job: str, key: str, sha256: str) -> Path:
     """Where weights of a job lie or, where MLflow alone has them, where they are to be brought."""
     for kind in (WEIGHTS, LAST):
-        folder = job_folder(storage, job, key) / kind
-        if commit.read(folder) is not None and commit.file_digest(folder, MODEL) == sha256:
+        folder = storage / job_place(job, key) / kind
+        if commit.read(folder) is not None and commit.digests(folder)[MODEL] == sha256:
             return folder
     return storage / plan / "chosen" / sha256[:16]
 

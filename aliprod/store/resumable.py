@@ -104,7 +104,7 @@ class ResumableRows:
         for file in self.files(name):
             commit.fetch(file.parent)
             commit.link(file, target / file.name)
-        return {file.name: commit.file_digest(file.parent, file.name) for file in self.files(name)}
+        return {file.name: commit.digests(file.parent)[file.name] for file in self.files(name)}
 
     @cached_property
     def _room(self) -> Path:
@@ -134,8 +134,7 @@ class ResumableRows:
                 commit.remove(other)
 
     def _write(self, blocks: Callable[[Rows], Iterable[Block]], part: Part) -> None:
-        missing = self._missing(part)
-        if not len(missing):
+        if not len(missing := self._missing(part)):
             return
         if part == ALL and len(missing) < len(self.ids):
             log.info("%s: %d of %d rows are left to predict.", self._room, len(missing), len(self.ids))
@@ -160,8 +159,7 @@ class ResumableRows:
     def _missing(self, part: Part) -> Rows:
         """Rows of the part's shards that are not there. One whose bytes are others than were written is set aside."""
         missing = [np.empty(0, np.int64)]
-        first, step = part
-        for shard, path in list(enumerate(self._shards))[first::step]:
+        for shard, path in list(enumerate(self._shards))[part[0] :: part[1]]:
             if path.exists() and commit.verify(path):
                 log.warning("%s is damaged and is predicted again.", path)
                 commit.set_aside(path, self._room / f".{path.name}.{uuid.uuid4().hex[:8]}.bad")

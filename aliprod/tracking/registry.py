@@ -55,7 +55,7 @@ class Weights:
             return None
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return cls(
-            folder, commit.file_digest(folder, MODEL), config["epoch"], config["top1_error"], config.get("kind", "raw")
+            folder, commit.digests(folder)[MODEL], config["epoch"], config["top1_error"], config.get("kind", "raw")
         )
 
 
@@ -104,7 +104,7 @@ class Registry:
                 model = self._client.get_logged_model(choice.model_id)
                 self._server.artifacts(model.artifact_location).download_artifacts("", temporary)
             record = commit.read(got)
-            if record is None or commit.verify(got) or commit.file_digest(got, MODEL) != choice.sha256:
+            if record is None or commit.verify(got) or commit.digests(got)[MODEL] != choice.sha256:
                 page = self._server.page(f"models/{choice.name}")
                 raise Failed(
                     f"version {choice.version} of {choice.name} does not hold the weights {choice.sha256[:12]} that "

@@ -27,7 +27,7 @@ from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
 from aliprod.shown import redacted
 from aliprod.store import commit, epochs, mirror
-from aliprod.store.layout import LAST, METRICS, WEIGHTS
+from aliprod.store.layout import LAST, METRICS, WEIGHTS, flat
 from aliprod.store.lineage import revision
 from aliprod.tracking.registry import Choice, Registry, Weights
 from aliprod.tracking.server import BEST, EPOCH, STATE, Server, view_page
@@ -192,7 +192,8 @@ class Runs:
             run = self._create("job", key, job.name, tags, records[0]["time_ms"] if records else None)
         if not run.data.params:
             settings = {"backbone": job.backbone, "network": job.network, **job.stage.model_dump(mode="json")}
-            params = [Param(name, value[:PARAM_LIMIT]) for name, value in _flat(settings).items()]
+            texts = {name: one if isinstance(one, str) else json.dumps(one) for name, one in flat(settings)}
+            params = [Param(name, text[:PARAM_LIMIT]) for name, text in texts.items()]
             if self.plan.catalogue:  # before the settings, which say that it is there
                 self.server.client.log_inputs(run.info.run_id, [_dataset(self.plan.catalogue)])
             self.server.client.log_batch(run.info.run_id, params=params)
@@ -271,17 +272,6 @@ def _dataset(catalogue: Catalogue) -> DatasetInput:
 
 def _points(values: Mapping[str, float | None], time_ms: int, step: int) -> list[Metric]:
     return [Metric(name, float(value), time_ms, step) for name, value in values.items() if value is not None]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"lr": {"heads": 0.1}}`` becomes ``{"lr.heads": "0.1"}``; lists as JSON."""
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
-    return flat
 
 
 def _cut(text: str) -> str:
