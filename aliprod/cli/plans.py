@@ -139,10 +139,8 @@ def doctor_command(file: Path | None, **where: Any) -> None:
     rows = [[check.name, check.node, "ok" if check.ok else "NOT OK", check.found] for check in checks]
     said = [f"{check.name}{f' on {check.node}' if check.node else ''}: {check.advice}" for check in bad]
     last = f"{len(bad)} of {len(checks)} checks fail." if bad else "This cluster can run plans."
-    answer(
-        {"checks": [asdict(check) for check in checks]},
-        "\n".join([table(rows, ["check", "node", "", "found"]), *said, last]),
-    )
+    text = "\n".join([table(rows, ["check", "node", "", "found"]), *said, last])
+    answer({"checks": [asdict(check) for check in checks]}, text)
     if bad:
         sys.exit(Unreachable.status)
 
@@ -215,7 +213,12 @@ def _drive(asked: Asked, whole: bool) -> None:
             failures.append(event)
         if isinstance(event, Ended):
             outcome |= event.outcome
-    _report(request)
+    from aliprod.report import page
+
+    try:
+        say(f"Report: {page.write(request)}")
+    except AliprodError as error:  # what it lacks room for, or cannot read, spoils no run
+        click.echo(f"No report: {error}", err=True)
     answer(outcome if whole else outcome["ensemble"], status.summary(outcome))
     if failures:
         for failure in failures:
@@ -223,13 +226,3 @@ def _drive(asked: Asked, whole: bool) -> None:
         made = "The ensemble was made: it needs none of them." if outcome["ensemble"] else "No ensemble was made."
         click.echo(f"{made} What is finished is kept; the same command goes on.", err=True)
         sys.exit(1)
-
-
-def _report(request: "Request") -> None:
-    """Write the report; what it lacks room for, or cannot read, spoils no run."""
-    from aliprod.report import page
-
-    try:
-        say(f"Report: {page.write(request)}")
-    except AliprodError as error:
-        click.echo(f"No report: {error}", err=True)

@@ -91,9 +91,8 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
     commit.refresh(predictions.parent)
     for given in (predictions, labels):
         if not given.exists():
-            raise Refused(
-                "there is no such file or folder.", given, near_file(given) or "Give what `run` wrote, then the labels."
-            )
+            advice = near_file(given) or "Give what `run` wrote, then the labels."
+            raise Refused("there is no such file or folder.", given, advice)
     from aliprod.ensemble import evaluate
 
     found = evaluate.evaluate(predictions, labels)
@@ -121,11 +120,7 @@ class _Named:
         return _Named(model, folder, default_tracking_uri(folder, self.tracking_uri))
 
     def voices(self) -> "list[Voice]":
-        """The weights folders that MODEL names, and what each counts.
-
-        Raises:
-            Refused: it names none.
-        """
+        """The weights folders that MODEL names, and what each counts. Refused: it names none."""
         from aliprod.store.lineage import Voice, voices
 
         if self._is_registered:
@@ -194,12 +189,12 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
 
     pictures = listed(inputs)
     recogniser = Recogniser.load(voices, _VIEWS[views], top)
+    failed = 0
     if out:
         done = until_done(write_answers(out, recogniser, pictures, cores()))
         answer(vars(done), f"{done.path}: {done.pictures:,} pictures, {done.unreadable:,} of them unreadable.")
         failed = done.unreadable
     else:
-        failed = 0
         for found in classify(recogniser, pictures, cores()):
             failed += "error" in found
             click.echo(dumped(found) if as_json() else escaped(_prediction(found)))

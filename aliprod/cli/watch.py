@@ -29,12 +29,8 @@ HEADER = ["", "ranks", "epoch", "top-1 error", "images/s", "for", "left"]
 
 @dataclass(frozen=True)
 class Doing:
-    """What is being made.
-
-    Attributes:
-        seconds: since it began. left: until it ends, where that is known.
-        job: of a training, as `aliprod status` tells it.
-    """
+    """What is being made. ``seconds``: since it began. ``left``: until it ends, where that is known. ``job``: of a
+    training, as `aliprod status` tells it."""
 
     task: Task
     seconds: float
@@ -100,11 +96,8 @@ def minute(standing: Standing, rows: Sequence[Doing], left: Left | None) -> str:
 
 
 def compared(forecasts: Mapping[float, float], took: float) -> str:
-    """Forecast and fact of a run that has ended, side by side.
-
-    Args:
-        forecasts: what it was said to take in all, by the seconds after which that was said.
-    """
+    """Forecast and fact of a run that has ended, side by side. ``forecasts``: what it was said to take in all, by the
+    seconds after which that was said."""
     if not forecasts:
         return f"It took {duration(took)}."
     said = max((second for second in forecasts if second <= _EARLY * took), default=min(forecasts))
@@ -128,11 +121,7 @@ def watched(events: Iterable[Event]) -> Iterator[Event]:
 
 
 class _Watch:
-    """What was seen of a run so far.
-
-    Attributes:
-        forecasts: what the run was expected to take in all, by the seconds after which that was said.
-    """
+    """What was seen of a run so far. ``forecasts``: as `compared` takes them."""
 
     def __init__(self, table: "Live | None") -> None:
         self.table, self.began, self.said = table, time.monotonic(), time.monotonic()

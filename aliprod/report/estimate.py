@@ -40,12 +40,8 @@ def cells(job: Mapping[str, Any]) -> list[object]:
 
 
 def lines(estimate: Mapping[str, Any] | None, on_gpus: bool, measure: str) -> Iterator[str]:
-    """How long the plan takes.
-
-    Args:
-        estimate: None without a catalogue. on_gpus: whether its jobs may run on GPUs.
-        measure: the command that measures what is missing.
-    """
+    """How long the plan takes. ``estimate``: None without a catalogue. ``on_gpus``: whether its jobs may run on GPUs.
+    ``measure``: the command that measures what is missing."""
     if estimate is None:
         yield f"No forecast without the catalogue. Then this measures what it needs: {measure}"
         return
@@ -86,8 +82,7 @@ def because(opened: Opened, name: str) -> list[str]:
         epoch = step // max(1, epoch_of(job.stage, opened.read_catalogue()).steps) + 1
         where = f"from epoch {epoch}" if epoch <= job.stage.epochs else "with the scoring of its last epoch"
         return [f"goes on {where}, step {step:,}"]
-    before = _trained_last(opened, name)
-    if before is None:
+    if (before := _trained_last(opened, name)) is None:
         return ["new"]
     network, stage = before.get("network", job.network), before.get("stage", {})
     differing = sorted(_differing(stage, job.stage.model_dump(mode="json"), f"stages.{job.stage_name}"))
@@ -111,8 +106,5 @@ def _differing(old: Any, new: Any, at: str = "") -> Iterator[str]:
         for key in old.keys() & new.keys():
             yield from _differing(old[key], new[key], f"{at}.{key}".strip("."))
     elif old != new:
-        yield f"{at} {_shown(old)} -> {_shown(new)}"
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
+        before, after = ("none" if value is None else value for value in (old, new))
+        yield f"{at} {before} -> {after}"

@@ -26,12 +26,9 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 class Course(NamedTuple):
-    """The spans of each target, in seconds of work: time in which nothing of the plan was made is left out.
-
-    Attributes:
-        fact: in the order in which they began. forecast: of the whole plan, as it was kept; {} where there was none.
-        now: where what runs stands; None while nothing runs.
-    """
+    """The spans of each target, in seconds of work: time in which nothing of the plan was made is left out. ``fact``:
+    in the order in which they began. ``forecast``: of the whole plan, as it was kept; {} where there was none. ``now``:
+    where what runs stands; None while nothing runs."""
 
     fact: Mapping[str, Sequence[Span]]
     forecast: Mapping[str, Sequence[Span]]
@@ -99,11 +96,8 @@ class Scale:
 
 
 def plan_graph(jobs: Mapping[str, Job], rows: Mapping[str, tuple[str, str]]) -> Markup:
-    """The jobs, each below the one that it starts from; what else a job learns from is a dashed line.
-
-    Args:
-        rows: job -> its state, and how long it took, "" where that is not known.
-    """
+    """The jobs, each below the one that it starts from; what else a job learns from is a dashed line. ``rows``: the
+    state of a job, and how long it took, "" where that is not known."""
     order = list(_below(jobs, None))
     places = {name: (10.0 + 14 * depth, 14.0 + 22 * row) for row, (name, depth) in enumerate(order)}
     parts = []
@@ -145,11 +139,8 @@ def gantt(course: Course) -> Markup:
 
 
 def errors(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any] | None]]) -> Markup:
-    """Errors with their intervals, the ensemble's first; hollow and thin: on val, of the centre crop.
-
-    Args:
-        rows: name, ``top1_error`` and ``interval`` (0 to 1), the same on val where that is known.
-    """
+    """Errors with their intervals, the ensemble's first; hollow and thin: on val, of the centre crop. ``rows``: name,
+    ``top1_error`` and ``interval`` (0 to 1), the same on val where that is known."""
     high = max(one["interval"][1] for _, own, val in rows for one in (own, val) if one)
     axis, below, parts = Scale(100 * high, _LEFT, _RIGHT - 6), 24 * len(rows) + 4, list[Markup]()
     parts += _ticks(axis, below, lambda error: f"{error:g} %")
@@ -168,11 +159,8 @@ def errors(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any] | None
 
 
 def by_epoch(jobs: Mapping[str, Job], found: Mapping[str, Sequence[float | None]]) -> Iterator[tuple[str, Markup]]:
-    """A panel for each backbone: a stage begins where the one that it starts from ended.
-
-    Args:
-        found: job -> top-1 error after each epoch, 0 to 1, None where val has no images.
-    """
+    """A panel for each backbone: a stage begins where the one that it starts from ended. ``found``: top-1 error of a
+    job after each epoch, 0 to 1, None where val has no images."""
     drawn = {name: [100 * e for e in own if e is not None] for name, own in found.items()}
     drawn = {name: own for name, own in drawn.items() if own}
     high = max((max(own) for own in drawn.values()), default=0.0)

@@ -67,10 +67,8 @@ def opened(uri: str) -> "Bucket":
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket at a URI.
-
-    What it is asked for raises Unreachable where it does not answer or refuses; what it is given raises StorageFull.
-    """
+    """A bucket at a URI. What it is asked for raises Unreachable where it does not answer or refuses; what it is given
+    raises StorageFull."""
 
     uri: str
     store: ObjectStore = field(repr=False)  # obstore cannot show one of Azure whose account is in the environment

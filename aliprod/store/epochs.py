@@ -46,7 +46,5 @@ def error(line: Mapping[str, Any]) -> tuple[float | None, str]:
 
 def pace(folder: Path) -> dict[str, Any] | None:
     """How far a job is, and how fast: ``step``, ``images_per_second`` of its ``ranks`` on a ``device``, ``time_ms``.
-
-    None before its second step, and once it is finished.
-    """
+    None before its second step, and once it is finished."""
     return read_json(folder / RESUME / PACE) or None

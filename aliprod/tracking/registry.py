@@ -232,13 +232,9 @@ class Registry:
 
 
 def choose(opened: Opened, registry: Registry, complete: bool) -> tuple[dict[str, Choice], str]:
-    """Read the version that the alias ``member`` of each member marks; all of them are trained.
-
-    While MLflow is away, or not ``complete``, the choice last seen counts, at first the best.
-
-    Returns:
-        A choice for each member, and what a person should know about it, or ''.
-    """
+    """The version that the alias ``member`` of each member marks, all of which are trained, and what a person should
+    know about the choice, or ''. While MLflow is away, or not ``complete``, the one last seen counts, at first the
+    best."""
     names, file = opened.plan.ensemble.members, opened.folder / lineage.MEMBERS
     try:
         if not complete:
