@@ -17,12 +17,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from aliprod.errors import AliprodError
+from aliprod.plan import source
+from aliprod.processes import ReadProgress
 from aliprod.shown import escaped, lines
 from aliprod.store.layout import flat
 
 if TYPE_CHECKING:
     from aliprod.plan.open import Opened, Request
-    from aliprod.processes import ReadProgress
 
 Done = TypeVar("Done")
 Command = Callable[..., None]
@@ -64,8 +65,6 @@ def settings(context: click.Context, _: click.Parameter, incomplete: str) -> lis
 
 def _plan(context: click.Context) -> dict[str, Any]:
     """The tables of the plan on the line; {} where there is none."""
-    from aliprod.plan import source
-
     try:
         return source.read(context.params.get("file") or Path(context.args[0])).data  # there behind an option
     except (AliprodError, LookupError, TypeError):
@@ -121,11 +120,9 @@ def dumped(found: Mapping[str, Any] | None) -> str:
     return escaped(json.dumps(found, ensure_ascii=False))
 
 
-def until_done(events: "Iterable[ReadProgress | Done]") -> Done:
+def until_done(events: Iterable[ReadProgress | Done]) -> Done:
     """The last of the events. Until then it is shown on stderr how far it is: one line that is renewed on a terminal, a
     line now and then in a log."""
-    from aliprod.processes import ReadProgress
-
     terminal = sys.stderr.isatty()
     before, after, seconds = ("\r", "\033[K", 0.2) if terminal else ("", "\n", 30.0)
     began = due = time.monotonic()

@@ -15,6 +15,7 @@ from aliprod.cli.data import drafted
 from aliprod.cli.flags import Asked, answer, say
 from aliprod.errors import AliprodError, Refused, Unreachable
 from aliprod.shown import escaped, lines
+from aliprod.store import mirror
 
 if TYPE_CHECKING:
     from aliprod.forecast.demand import Demand
@@ -198,7 +199,6 @@ def _drive(asked: Asked, whole: bool) -> None:
     """Print what happens as it happens, and write the report; exit 1 where a job failed."""
     request = asked.request()
     from aliprod.report import status
-    from aliprod.store import mirror
 
     plan, jobs = request.plan, sum(map(len, request.plan.jobs.values()))
     what = f"Plan {plan.name}: {jobs} jobs, {len(plan.ensemble.members)} members. Loading Ray and MLflow."

@@ -13,12 +13,14 @@ from aliprod.cli import flags
 from aliprod.cli.flags import Asked, answer, as_json, cores, dumped, say, until_done
 from aliprod.errors import Refused, listing, near_file
 from aliprod.shown import escaped
+from aliprod.store import commit, lineage, mirror
+from aliprod.store.epochs import KINDS
+from aliprod.store.lineage import Voice
 
 if TYPE_CHECKING:
     from aliprod.export.formats import Format
     from aliprod.plan.open import Request
     from aliprod.recipe import Views
-    from aliprod.store.lineage import Voice
 
 _VIEWS: "dict[str, Views]" = {"ten": "ten_crop", "centre": "center"}
 _ENDINGS = (".csv", ".jsonl", ".parquet")
@@ -62,7 +64,6 @@ def trace_command(submission: Path, storage: Path | None) -> None:
     Example: aliprod trace ~/Downloads/submission.csv --storage /shared/aliprod
     """
     from aliprod.plan.places import default_storage
-    from aliprod.store import lineage
 
     found = lineage.find(submission, default_storage(storage))
     for one in found["members"].values():
@@ -85,8 +86,6 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
     \b
     Example: aliprod evaluate submission.csv photos/test_labels.json
     """
-    from aliprod.store import commit, mirror
-
     predictions = mirror.local(predictions)
     commit.refresh(predictions.parent)
     for given in (predictions, labels):
@@ -119,10 +118,8 @@ class _Named:
         folder = self._request().places.storage if model.suffix == ".toml" else default_storage(self.storage)
         return _Named(model, folder, default_tracking_uri(folder, self.tracking_uri))
 
-    def voices(self) -> "list[Voice]":
+    def voices(self) -> list[Voice]:
         """The weights folders that MODEL names, and what each counts. Refused: it names none."""
-        from aliprod.store.lineage import Voice, voices
-
         if self._is_registered:
             from aliprod.plan import places
             from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
@@ -131,7 +128,7 @@ class _Named:
             return [fetch(str(self.model), places.default_tracking_uri(folder, self.tracking_uri), folder / "models")]
         if self.model.suffix == ".toml":
             asked = self._request()
-            if not (found := voices(asked.places.storage, asked.plan.name)):
+            if not (found := lineage.voices(asked.places.storage, asked.plan.name)):
                 what = "has no ensemble in this storage path yet."
                 raise Refused(what, f"plan {asked.plan.name}", "Run the plan first.")
             return found
@@ -142,20 +139,16 @@ class _Named:
 
     def worth(self) -> dict[str, Any] | None:
         """What the ensemble of a plan was found to be worth; None of others, and where that is not known."""
-        from aliprod.store.lineage import comparison
-
         if self.model.suffix != ".toml":
             return None
         asked = self._request()
-        return comparison(asked.places.storage, asked.plan.name)
+        return lineage.comparison(asked.places.storage, asked.plan.name)
 
     @property
     def _is_registered(self) -> bool:
-        """In MLflow."""
         return str(self.model).startswith("models:/")
 
     def _request(self) -> "Request":
-        """Of MODEL, which is a plan."""
         return Asked(self.model, (), self.storage, self.tracking_uri).request()
 
 
@@ -262,7 +255,6 @@ def _prediction(found: Mapping[str, Any]) -> str:
 
 def _origin(found: Mapping[str, Any]) -> str:
     from aliprod.report.status import table
-    from aliprod.store.epochs import KINDS
 
     rows = [
         [name, one["version"], one["epoch"], one.get("weight", 1), one["weights"][:16], one["key"][:16], kind]
