@@ -110,7 +110,6 @@ def local_command(out: Path, **given: Any) -> None:
 
 
 def _template(nfs: str | None, docker: str | None) -> dict[str, Any]:
-    """cluster.yaml with the storage and the image."""
     import yaml
 
     try:

@@ -138,7 +138,6 @@ def _error(trial: "Trial") -> str:
 
 
 def _tables(found: "Found") -> str:
-    """All trials, and the finalists."""
     from aliprod.report.status import table
 
     names = list(found.own.settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.filesize import decimal as size
 
 from aliprod.build.events import DONE, LOST, Changed, Ended
 from aliprod.cli import flags
@@ -178,7 +179,7 @@ def _jobs_table(
     for row in rows:
         state = row["state"] if row["state"] == "finished" else states[row["name"]].replace("_", " ")
         member = "yes" if row["member"] else ""
-        disk = forecast.size(row["bytes"]) if row["bytes"] else ""
+        disk = size(int(row["bytes"])) if row["bytes"] else ""
         first = [row["name"], ", ".join(row["parents"]), (row["key"] or "-")[:12], state, member]
         shown.append([*first, disk, row["gpu_hours"] or None])
     if estimate is not None:

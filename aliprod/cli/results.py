@@ -104,8 +104,6 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
 
 @dataclass(frozen=True)
 class _Named:
-    """What the commands that take a model are given."""
-
     model: Path  # or models:/NAME@ALIAS
     storage: Path | None
     tracking_uri: str | None

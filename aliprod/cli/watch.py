@@ -169,7 +169,6 @@ class _Watch:
             self._print(status.stamped(minute(standing, rows, left)))
 
     def _pause(self, standing: Standing) -> float:
-        """Seconds from one line to the next."""
         return _LINE_SECONDS if waiting(standing) == self.waiting else _WAITING_SECONDS
 
     def _print(self, text: str) -> None:
@@ -188,7 +187,6 @@ def _table() -> "Live":
 
 
 def _drawn(standing: Standing, rows: Sequence[Doing], left: Left | None) -> Any:
-    """The table of what is being made."""
     from rich import box
     from rich.table import Table
 

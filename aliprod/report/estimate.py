@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.filesize import decimal as size
+
 from aliprod.build.costs import epoch_of
 from aliprod.errors import listing
 from aliprod.plan.open import Opened
@@ -17,17 +19,11 @@ def takes(found: Mapping[str, float | None] | None, on_gpus: bool) -> str:
     kept, resume, cache, hours = found.values() if found else (None,) * 4
     if not kept:
         return ""
-    more = f", and {size(resume)} more while a job trains" if resume else ""
-    parts = [f"It takes up to {size(kept)} of the storage folder{more}"]
-    parts += [f"{size(cache)} on the own disk of each machine"] if cache else []
+    more = f", and {size(int(resume))} more while a job trains" if resume else ""
+    parts = [f"It takes up to {size(int(kept))} of the storage folder{more}"]
+    parts += [f"{size(int(cache))} on the own disk of each machine"] if cache else []
     parts += [f"{hours:,.2f} {'GPU' if on_gpus else 'rank'}-hours"] if hours else []
     return f"{'; '.join(parts)}."
-
-
-def size(count: float) -> str:
-    """Bytes: ``512.0 MB``."""
-    power = next((power for power in (1, 2, 3) if count < 1000 ** (power + 1)), 4)
-    return f"{count / 1000**power:,.1f} {' kMGT'[power]}B"
 
 
 def cells(job: Mapping[str, Any]) -> list[object]:

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -43,10 +44,11 @@ def end(spans: Mapping[str, Sequence[Span]]) -> float:
 def course(standing: Standing, forecast: Mapping[str, Sequence[Span]], now: float) -> Course:
     """Lay out what a run, and the runs before it, have made; ``now`` in seconds since the epoch."""
     tasks = sorted((*standing.past, *standing.tasks), key=lambda task: task.since)
-    busy = _busy(tasks, now)
+    ends = accumulate((task.until or now for task in tasks), max)
+    gaps = [(task.since, task.since - end) for end, task in zip(ends, tasks[1:], strict=False) if task.since > end]
 
     def worked(time: float) -> float:
-        return sum(min(max(time - begin, 0.0), end - begin) for begin, end in busy)
+        return time - tasks[0].since - sum(gap for begin, gap in gaps if begin <= time)
 
     fact = defaultdict(list)
     for task in tasks:
@@ -62,18 +64,6 @@ def rank_hours(tasks: Iterable[Task], now: float) -> dict[str, float]:
         ranks = task.world_size * (task.gpus if on_gpus else 1)
         hours[task.name] += ranks * ((task.until or now) - task.since) / 3600
     return dict(hours)
-
-
-def _busy(tasks: Iterable[Task], now: float) -> list[tuple[float, float]]:
-    """Stretches of time in which something was made."""
-    found: list[tuple[float, float]] = []
-    for task in tasks:
-        begin, end = task.since, task.until or now
-        if found and begin <= found[-1][1]:
-            begin, last = found.pop()
-            end = max(end, last)
-        found.append((begin, end))
-    return found
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,6 @@ def _gain(job: Job, states: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 def _begun(opened: Opened) -> str:
-    """What a run is about to do."""
     plan, count = opened.plan, len(opened.jobs)
     done = sum(opened.record(name) is not None for name in opened.jobs)
     jobs = f"{count} jobs, {f'{done} finished before, {count - done}' if done else 'all'} to train"

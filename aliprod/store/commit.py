@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from aliprod.errors import StorageFull
 from aliprod.store import mirror
-from aliprod.store.mirror import size_of
+from aliprod.store.mirror import beside, remove_here, size_of
 
 MANIFEST = mirror.MANIFEST
 
@@ -126,7 +126,7 @@ def send(file: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, here and in the bucket; nothing happens where it is gone."""
-    _remove_here(path)
+    remove_here(path)
     if (mirrored := mirror.of(path)) is not None:
         mirrored.remove(path)
 
@@ -156,17 +156,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write one file, whole or not at all. StorageFull: as in `write`."""
-    staging = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    with storage(path):
-        try:
-            make_folder(path.parent)
-            staging.write_bytes(content.encode() if isinstance(content, str) else content)
-            _sync(staging)
-            os.replace(staging, path)
-            _sync(path.parent)
-            send(path)
-        finally:
-            staging.unlink(missing_ok=True)
+    with storage(path), beside(path) as staging:
+        make_folder(path.parent)
+        staging.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(staging)
+        os.replace(staging, path)
+        _sync(path.parent)
+        send(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -213,7 +209,7 @@ def link(file: Path, to: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what killed writers have left in a folder. For a folder that nobody else writes into now."""
     for path in folder.glob(".*.partial"):
-        _remove_here(path)
+        remove_here(path)
 
 
 def sha256(path: Path) -> str:
@@ -240,8 +236,7 @@ def _staged(
     folder: Path, fill: Callable[[Path], Mapping[str, str] | None], record: dict[str, Any], room: Path | None
 ) -> Iterator[Path]:
     """A folder that ``fill`` has filled, with its manifest, before it becomes visible; gone in the end."""
-    staging = (room or folder.parent) / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with beside((room or folder.parent) / folder.name) as staging:
         make_folder(folder.parent)
         if room is not None:
             make_folder(room)
@@ -249,15 +244,6 @@ def _staged(
         known = fill(staging)
         _write_manifest(staging, record, known or {})
         yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_here(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _damaged(folder: Path) -> list[str]:

@@ -75,7 +75,6 @@ class Leases:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give back what is held."""
         self._closed.set()
         self._thread.join()
         for name in list(self._held):

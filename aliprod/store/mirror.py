@@ -263,18 +263,15 @@ class Mirror:
 
     def _land(self, folder: Path, manifest: bytes, version: str) -> None:
         """Put a manifest and its small files here, in place of what was."""
-        here, fresh = folder / MANIFEST, folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-        with self.alone(folder):
+        here = folder / MANIFEST
+        with self.alone(folder), beside(folder) as fresh:
             if here.exists() and here.read_bytes() == manifest:
                 _mark(here, version)
                 return
-            try:
-                fresh.mkdir(parents=True)
-                self._receive_all(fresh, [file for file in self._files(folder, manifest) if file.size <= _SMALL])
-                _write(fresh / MANIFEST, manifest, version)
-                swap(fresh, folder)
-            finally:
-                shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            self._receive_all(fresh, [file for file in self._files(folder, manifest) if file.size <= _SMALL])
+            _write(fresh / MANIFEST, manifest, version)
+            swap(fresh, folder)
 
     def _receive_all(self, folder: Path, files: Iterable[_File]) -> None:
         with ThreadPoolExecutor(THREADS) as threads:
@@ -284,16 +281,13 @@ class Mirror:
         """Bring a file; its name appears once its bytes are known to be right."""
         if size_of(path) == file.size:
             return
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with beside(path) as part:
             if self.bucket.download(file.keys, part) == file.sha256:
                 self._known[file.sha256[:16]] = file.key
             elif self.bucket.download([file.plain], part) != file.sha256:
                 return
             os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
     def _send(self, path: Path, file: _File, number: int) -> None:
         """Send a part of a file, where its object is not there; one that another folder has is copied in the bucket."""
@@ -331,6 +325,24 @@ class Mirror:
 _mirror = functools.cache(Mirror)
 
 
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name next to a path, for what is not yet finished; what still has it in the end is removed."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield unfinished
+    finally:
+        remove_here(unfinished)
+
+
+def remove_here(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, on this machine; nothing happens where it is gone."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def swap(fresh: Path, folder: Path) -> None:
     """Put a finished folder in the place of what is there. An OSError where another process does so at once."""
     old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
@@ -343,13 +355,13 @@ def swap(fresh: Path, folder: Path) -> None:
 
 
 def _write(path: Path, content: bytes, version: str) -> None:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    _mark(part, version)
-    os.replace(part, path)
+    with beside(path) as part:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        _mark(part, version)
+        os.replace(part, path)
 
 
 def _mark(path: Path, version: str) -> None:

@@ -108,7 +108,6 @@ class ResumableRows:
 
     @cached_property
     def _room(self) -> Path:
-        """The folder of the finished shards."""
         facts = [self.folder.name, self.record, self.per_shard]
         digest = hashlib.sha256(canonical(facts).encode())
         digest.update("\0".join(self.ids.to_pylist()).encode())
