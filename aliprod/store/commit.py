@@ -227,8 +227,11 @@ def storage(path: Path) -> Iterator[None]:
         if isinstance(error, SafetensorError) and "os error" not in str(error).lower():
             raise  # else it is the system's, wrapped in a type of its own
         why = getattr(error, "strerror", None) or error
+        # Path.is_dir raises where a folder on the way may not be entered
+        there = next(parent for parent in (path, *path.parents) if os.path.isdir(parent))  # noqa: PTH112
+        free = f"{shutil.disk_usage(there).free:,} bytes are free."
         advice = "Finished work is intact; make room or restore the path and start the same command again."
-        raise StorageFull(f"cannot be written: {why}.", path, _free(path) + advice) from error
+        raise StorageFull(f"cannot be written: {why}.", path, f"{free} {advice}") from error
 
 
 @contextmanager
@@ -254,13 +257,6 @@ def _damaged(folder: Path) -> list[str]:
         for name, expected in manifest["files"].items()
         if size_of(folder / name) != expected["bytes"] or sha256(folder / name) != expected["sha256"]
     ]
-
-
-def _free(path: Path) -> str:
-    for parent in (path, *path.parents):
-        if os.path.isdir(parent):  # noqa: PTH112 - Path.is_dir raises where a folder on the way may not be entered
-            return f"{shutil.disk_usage(parent).free:,} bytes are free. "
-    return ""
 
 
 def _write_manifest(folder: Path, record: dict[str, Any], known: Mapping[str, str]) -> None:
