@@ -190,7 +190,8 @@ def _gain(job: Job, states: Mapping[str, Mapping[str, Any]]) -> float | None:
     """Top-1 error less that of the job whose weights it starts from, in -1 to 1; None while either has not ended."""
     if job.start is None:
         return None
-    own, before = (row["top1_error"] if row["state"] in DONE else None for row in (states[job.name], states[job.start]))
+    both = states[job.name], states[job.start]
+    own, before = (row["top1_error"] if row["state"] in DONE else None for row in both)
     return None if own is None or before is None else own - before
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from aliprod.errors import StorageFull
 from aliprod.store import mirror
-from aliprod.store.mirror import beside, remove_here, size_of
+from aliprod.store.mirror import beside, remove_here, size_of, sync
 
 MANIFEST = mirror.MANIFEST
 
@@ -159,9 +159,9 @@ def write_file(path: Path, content: str | bytes) -> None:
     with storage(path), beside(path) as staging:
         make_folder(path.parent)
         staging.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(staging)
+        sync(staging)
         os.replace(staging, path)
-        _sync(path.parent)
+        sync(path.parent)
         send(path)
 
 
@@ -187,7 +187,7 @@ def make_folder(folder: Path) -> None:
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def set_aside(folder: Path, aside: Path) -> None:
@@ -262,17 +262,17 @@ def _damaged(folder: Path) -> list[str]:
 def _write_manifest(folder: Path, record: dict[str, Any], known: Mapping[str, str]) -> None:
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in paths.values():
-        _sync(path)
+        sync(path)
     files = {
         name: {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256(path)} for name, path in paths.items()
     }
     said = json.loads(json.dumps({"files": files, "record": record}))
     text = json.dumps(said | {"sha256": _seal(said)}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
-            _sync(path)
+            sync(path)
 
 
 def _publish(staging: Path, folder: Path, over: bool) -> None:
@@ -288,7 +288,7 @@ def _publish(staging: Path, folder: Path, over: bool) -> None:
     except OSError:
         if read(folder) is None:
             raise
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -300,11 +300,3 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 def _seal(said: dict[str, Any]) -> str:
     """sha256 of what a manifest says, in its canonical form."""
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -101,10 +101,9 @@ class Leases:
 
     def release(self, name: str) -> None:
         """Give a lease back; nothing happens where it is not held."""
-        with self._lock:
+        with self._lock, suppress(*_AWAY):
             if (own := self._held.pop(name, None)) is not None:
-                with suppress(*_AWAY):
-                    self._kept.leave(name, own)
+                self._kept.leave(name, own)
 
     def check(self) -> None:
         """Raise where a lease was lost. Failed: nothing more may be started or committed."""

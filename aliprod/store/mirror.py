@@ -356,10 +356,8 @@ def swap(fresh: Path, folder: Path) -> None:
 
 def _write(path: Path, content: bytes, version: str) -> None:
     with beside(path) as part:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(content)
+        sync(part)
         _mark(part, version)
         os.replace(part, path)
 
@@ -374,6 +372,15 @@ def _version(path: Path) -> str:
         return os.getxattr(path, _VERSION).decode()
     except OSError:
         return ""
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or the names in a folder, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def size_of(path: Path) -> int:
