@@ -124,7 +124,7 @@ def gantt(course: Course) -> Markup:
                 _rect((left, places[rows[name]] + (12 - height) / 2, max(1.0, right - left), height), kind, words)
             )
     if course.now is not None:
-        parts.append(_line((axis(course.now / unit), 0), (axis(course.now / unit), below), "now"))
+        parts.append(_line("now", (axis(course.now / unit), 0), (axis(course.now / unit), below)))
     return _svg(below + 20, parts, "When each target was made")
 
 
@@ -135,14 +135,14 @@ def errors(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any] | None
     axis, below, parts = Scale(100 * high, _LEFT, _RIGHT - 6), 24 * len(rows) + 4, list[Markup]()
     parts += _ticks(axis, below, lambda error: f"{error:g} %")
     whole = 100 * rows[0][1]["top1_error"]
-    parts.append(_line((axis(whole), 0), (axis(whole), below), "now"))
+    parts.append(_line("now", (axis(whole), 0), (axis(whole), below)))
     for row, (name, own, val) in enumerate(rows):
         y = 12.0 + 24 * row
         parts.append(_text(_LEFT - 6, y + 4, _short(name, _NAME), "e small strong" if row == 0 else "e small"))
         for one, kind, at in ((own, "", y - 3 if val else y), (val, " val", y + 5)):
             if one:
                 low, top = (axis(100 * end) for end in one["interval"])
-                parts.append(_line((low, at), (top, at), f"whisker{kind}"))
+                parts.append(_line(f"whisker{kind}", (low, at), (top, at)))
                 error = one["top1_error"]
                 parts.append(_circle(axis(100 * error), at, 3.5, f"mark{kind}", f"{name} {error:.2%}"))
     return _svg(below + 20, parts, "Errors of the ensemble and its members, with intervals")
@@ -164,7 +164,7 @@ def by_epoch(jobs: Mapping[str, Job], found: Mapping[str, Sequence[float | None]
         for number, (name, values) in enumerate(own.items()):
             series = f"s{number % 6}"
             points = [(across(begins[name] + epoch), up(value)) for epoch, value in enumerate(values, 1)]
-            parts.append(_curve(points, series))
+            parts.append(_line(f"curve {series}", *points))
             parts += [_circle(*point, 2.5, series) for point in points]
             place = (34 + 64 * (number % 5), 10 + 12 * (number // 5))
             parts.append(_text(*place, _short(jobs[name].stage_name, 9), f"small strong {series}"))
@@ -189,9 +189,9 @@ def reliability(bins: Sequence[Bin]) -> Markup:
     """How often the ensemble is right where it is so sure; below, how often it is so sure."""
     across, up = Scale(100.0, 40, _RIGHT - 10), Scale(100.0, 210, 10)
     parts = [*_ticks(across, 260, lambda share: f"{share:g} %"), *_levels(up, 40)]
-    parts.append(_line((across(0), up(0)), (across(100), up(100)), "edge other"))
+    parts.append(_line("edge other", (across(0), up(0)), (across(100), up(100))))
     points = [(across(100 * one.sure), up(100 * one.right)) for one in bins]
-    parts.append(_curve(points, "s0"))
+    parts.append(_line("curve s0", *points))
     most = max(one.images for one in bins)
     for one, (x, y) in zip(bins, points, strict=True):
         words = f"{one.images:,} images, {one.sure:.1%} sure, {one.right:.1%} right"
@@ -235,14 +235,14 @@ def _epochs_before(jobs: Mapping[str, Job], name: str) -> int:
 def _ticks(axis: Scale, below: float, named: Callable[[float], str], least: float = 0.0) -> Iterator[Markup]:
     """Lines across a plot, and what they stand for below it."""
     for tick in axis.ticks(least):
-        yield _line((axis(tick), 4), (axis(tick), below), "grid")
+        yield _line("grid", (axis(tick), 4), (axis(tick), below))
         yield _text(axis(tick), below + 14, named(tick), "m small mute")
 
 
 def _levels(axis: Scale, left: float) -> Iterator[Markup]:
     """The same for an axis that points upwards, in per cent."""
     for tick in axis.ticks():
-        yield _line((left, axis(tick)), (_RIGHT, axis(tick)), "grid")
+        yield _line("grid", (left, axis(tick)), (_RIGHT, axis(tick)))
         yield _text(left - 5, axis(tick) + 4, f"{tick:g}", "e small mute")
 
 
@@ -258,17 +258,13 @@ def _text(x: float, y: float, words: str, kind: str = "") -> Markup:
     return _tag('<text x="{:.1f}" y="{:.1f}" class="{}">{}</text>', x, y, kind, words)
 
 
-def _line(begin: tuple[float, float], end: tuple[float, float], kind: str) -> Markup:
-    return _tag('<path class="{}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>', kind, *begin, *end)
+def _line(kind: str, *points: tuple[float, float]) -> Markup:
+    return _tag('<path class="{}" d="M{}"/>', kind, "L".join(f"{x:.1f} {y:.1f}" for x, y in points))
 
 
 def _circle(x: float, y: float, radius: float, kind: str, title: str = "") -> Markup:
     circle = '<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
     return _tag(circle, kind, x, y, radius, title)
-
-
-def _curve(points: Sequence[tuple[float, float]], series: str) -> Markup:
-    return _tag('<path class="curve {}" d="M{}"/>', series, "L".join(f"{x:.1f} {y:.1f}" for x, y in points))
 
 
 def _rect(box: tuple[float, float, float, float], kind: str, title: str, opacity: float = 1.0) -> Markup:
