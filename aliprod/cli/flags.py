@@ -153,7 +153,8 @@ def takes(make: Callable[..., Any], *parameters: Callable[[Command], Command]) -
     def decorated(command: Command) -> Command:
         @functools.wraps(command)
         def taking(**given: Any) -> None:
-            command(make(**{name: given.pop(name) for name in signature(make).parameters}), **given)
+            own = {name: given.pop(name) for name in signature(make).parameters if name in given}
+            command(make(**own), **given)
 
         return together(*parameters)(taking)
 
@@ -162,11 +163,11 @@ def takes(make: Callable[..., Any], *parameters: Callable[[Command], Command]) -
 
 @dataclass(frozen=True)
 class Asked:
-    """What the commands that take a plan are given."""
+    """What the commands that take a plan, or a model, are given."""
 
     file: Path
-    sets: tuple[str, ...]
-    storage: Path | None
+    sets: tuple[str, ...] = ()
+    storage: Path | None = None
     tracking_uri: str | None = None
     address: str | None = None
 
