@@ -151,7 +151,7 @@ def _origin(opened: Opened) -> dict[str, Any]:
     records = [record for name in opened.jobs if (record := opened.record(name))]
     environments = {json.dumps(record.get("environment", {}), sort_keys=True) for record in records}
     return {
-        "choices": lineage.members(opened.folder),
+        "choices": commit.read_json(opened.folder / lineage.MEMBERS),
         "mlflow": address if address.startswith(("http://", "https://")) else "",
         "environments": [json.loads(one) for one in sorted(environments)],
         "software": lineage.software(),

@@ -20,7 +20,7 @@ from aliprod.version import VERSION
 
 _FOLDER = "submissions"
 COMPARISON = "comparison.json"
-MEMBERS = "members.json"  # in a plan's folder: the checkpoints that its ensemble was last made of
+MEMBERS = "members.json"  # in a plan's folder: the checkpoints that its ensemble was last made of, by job
 
 
 @cache
@@ -36,11 +36,6 @@ def revision() -> str:
 def software() -> str:
     """The version of aliprod, and its `revision`."""
     return f"{VERSION} {revision()}".strip()
-
-
-def members(folder: Path) -> dict[str, dict[str, Any]]:
-    """The checkpoints that a plan's ensemble was last made of, by job; {} where there is none."""
-    return commit.read_json(folder / MEMBERS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ def voices(storage: Path, plan: str) -> list[Voice]:
     record = commit.read(storage / plan / "ensemble")
     said = None if record is None else {one["job"]: one for one in record["members"]}
     found = []
-    for name, choice in members(storage / plan).items():
+    for name, choice in commit.read_json(storage / plan / MEMBERS).items():
         own = {"weight": 1} if said is None else said.get(name)  # one of weight 0 is not in the record
         if own is not None:
             folder = weights_folder(storage, plan, name, choice["key"], choice["sha256"])

@@ -241,7 +241,7 @@ def choose(opened: Opened, registry: Registry, complete: bool) -> tuple[dict[str
             raise Unreachable("it lacks what this run has yet to send.")
         choices, note = registry.members(names), ""
     except Unreachable as error:
-        seen = {name: Choice(**choice) for name, choice in lineage.members(opened.folder).items()}
+        seen = {name: Choice(**choice) for name, choice in commit.read_json(file).items()}
         same = {n: choice for n, choice in seen.items() if n in names and choice.key == opened.jobs[n].key}
         choices = {name: _best(opened, name, registry.name(name)) for name in names} | same
         note = f"MLflow is away ({error.what}) The choice of checkpoints last seen counts, else each job's best."
