@@ -78,7 +78,9 @@ def because(opened: Opened, name: str) -> list[str]:
         epoch = step // max(1, epoch_of(job.stage, opened.read_catalogue()).steps) + 1
         where = f"from epoch {epoch}" if epoch <= job.stage.epochs else "with the scoring of its last epoch"
         return [f"goes on {where}, step {step:,}"]
-    if (before := _trained_last(opened, name)) is None:
+    dated = sorted((folder.stat().st_mtime, folder) for folder in opened.job_folder(name).parent.glob(f"*/{WEIGHTS}"))
+    records = (commit.read(folder) for _, folder in reversed(dated))  # under any key, what was committed last first
+    if (before := next((record for record in records if record is not None), None)) is None:
         return ["new"]
     network, stage = before.get("network", job.network), before.get("stage", {})
     differing = sorted(_differing(stage, job.stage.model_dump(mode="json"), f"stages.{job.stage_name}"))
@@ -87,13 +89,6 @@ def because(opened: Opened, name: str) -> list[str]:
     if anew:
         differing.append(f"{listing(anew)} {'are' if len(anew) > 1 else 'is'} trained anew")
     return differing or ["other photographs, weights that it starts from, or a later version of aliprod"]
-
-
-def _trained_last(opened: Opened, name: str) -> dict[str, Any] | None:
-    """The record of the weights of this job that were committed last, under any key."""
-    folders = opened.job_folder(name).parent.glob(f"*/{WEIGHTS}")
-    dated = sorted((folder.stat().st_mtime, folder) for folder in folders)
-    return next((record for _, folder in reversed(dated) if (record := commit.read(folder)) is not None), None)
 
 
 def _differing(old: Any, new: Any, at: str = "") -> Iterator[str]:
