@@ -107,7 +107,7 @@ def compare(folder: Path, storage: Path, catalogue: Catalogue, seed: int, asked:
             walls[side].append(time.perf_counter() - wall)
             waits[side].append(sum(waiting))
             cpus[side].append(cpu() - cpu_before)
-            digests.add(commit.file_digest(work.folder / "weights", "model.safetensors"))
+            digests.add(commit.digests(work.folder / "weights")["model.safetensors"])
             commit.remove(work.folder)
     if len(digests) > 1:
         sys.exit("no equal work: other weights")

@@ -121,7 +121,7 @@ def train(place: Path, network: str, seed: int) -> None:
 def outcome(place: Path) -> dict[str, str]:
     """sha256 of all that a job leaves."""
     kept = {name: place / name for name in ("weights", "last") if (place / name).exists()}
-    found = {name: commit.file_digest(folder, "model.safetensors") for name, folder in kept.items()}
+    found = {name: commit.digests(folder)["model.safetensors"] for name, folder in kept.items()}
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     told = [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
     model, config, _ = weights.load(place / "weights")

@@ -50,8 +50,6 @@ class Answers(BaseHTTPRequestHandler):
             self._list()
         elif found is None:
             self._answer(404)
-        elif self.headers.get("If-None-Match") == found.tag:
-            self._answer(304, headers=found.headers)
         elif asked := self.headers.get("Range"):
             first, last = map(int, asked.removeprefix("bytes=").split("-"))
             part = {"Content-Range": f"bytes {first}-{last}/{len(found.content)}"}
@@ -91,7 +89,7 @@ class Answers(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        if status not in (204, 304):
+        if status != 204:
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":

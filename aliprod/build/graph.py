@@ -78,7 +78,7 @@ def best(opened: Opened, name: str) -> Chosen | None:
     folder = opened.job_folder(name) / WEIGHTS
     if commit.read(folder) is None:
         return None
-    return Chosen(str(opened.jobs[name].key), commit.file_digest(folder, MODEL))
+    return Chosen(str(opened.jobs[name].key), commit.digests(folder)[MODEL])
 
 
 def world_sizes(job: Job, cluster: Cluster) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ class RemoteFolder:
 
     def _read(self, path: str) -> bytes:
         try:
-            return self._bucket.whole(self._prefix + path, MOST_BYTES)
+            return self._bucket.get(self._prefix + path, most=MOST_BYTES)[0]
         except FileNotFoundError as error:
             raise Unreadable("is not there") from error
         except OverflowError as error:

@@ -9,6 +9,7 @@ import click
 
 from aliprod.cli.flags import path, say, together
 from aliprod.errors import Refused
+from aliprod.store import commit
 
 _TEMPLATE = Path("cluster.yaml")
 _OF_CLOUDS = ("max_workers", "head_node_type", "available_node_types", "head_setup_commands")
@@ -109,7 +110,6 @@ def local_command(out: Path, **given: Any) -> None:
 
 
 def _template(nfs: str | None, docker: str | None) -> dict[str, Any]:
-    """cluster.yaml with the storage and the image."""
     import yaml
 
     try:
@@ -126,8 +126,6 @@ def _template(nfs: str | None, docker: str | None) -> dict[str, Any]:
 
 def _write(out: Path, config: dict[str, Any]) -> None:
     import yaml
-
-    from aliprod.store import commit
 
     if out.exists():
         raise Refused("is there already.", out, "Give another name, or move it away.")

@@ -235,7 +235,6 @@ def _as_said(place: Path, out: Path) -> str:
 
 
 def _computer() -> "Computer":
-    """This machine."""
     import socket
 
     import torch

@@ -49,7 +49,13 @@ def benchmark_command(
     """
     if file.suffix == ".toml":
         _refuse_flags([*work], file, "is a plan, which says that itself", "Say --set instead.")
-        _benchmark_plan(part, Asked(file, sets, storage), steps)
+        request, measured = Asked(file, sets, storage).request(), list[Mapping[str, Any]]()
+        from aliprod.forecast.rates import measure_plan
+
+        for found in measure_plan(request, part, steps):
+            measured.append(found)
+            say(f"{found['part']} of {', '.join(found['jobs'])}: {_sentence(found)}")
+        answer({"plan": request.plan.name, "measured": measured}, "")
     else:
         _refuse_flags(["sets"], file, "is no plan (.toml)", "Give one, or leave it out.")
         _benchmark_catalogue(part, file, steps, work)
@@ -80,16 +86,6 @@ def tune_command(asked: Asked, job: str) -> None:
         told["set"] = f'overrides."{job}"={toml_of(found.override)}'
         told["toml"] = "\n".join([f'[overrides."{job}"]', *lines])
     answer(told, "\n\n".join(part for part in (_tables(found), _verdict(found, told["set"], told["toml"])) if part))
-
-
-def _benchmark_plan(part: "Part", asked: Asked, steps: int) -> None:
-    request, measured = asked.request(), []
-    from aliprod.forecast.rates import measure_plan
-
-    for found in measure_plan(request, part, steps):
-        measured.append(found)
-        say(f"{found['part']} of {', '.join(found['jobs'])}: {_sentence(found)}")
-    answer({"plan": request.plan.name, "measured": measured}, "")
 
 
 def _benchmark_catalogue(part: "Part", file: Path, steps: int, work: Mapping[str, Any]) -> None:
@@ -142,7 +138,6 @@ def _error(trial: "Trial") -> str:
 
 
 def _tables(found: "Found") -> str:
-    """All trials, and the finalists."""
     from aliprod.report.status import table
 
     names = list(found.own.settings)
@@ -167,10 +162,11 @@ def _verdict(found: "Found", override: str | None, toml: str | None) -> str:
         said = f"Nothing beat what you have: the best of {others} others gained {_points(best)} with other seeds."
     else:
         error = fmean(best.errors)
-        said = (
-            f"Gain {_points(best)}, with {len(best.errors)} other seeds: a top-1 error of {error:.2%} on val, not of "
-        )
-        said += f"{error + best.gain:.2%}. To take it: --set {shlex.quote(override)}\nor in the plan:\n\n{toml}\n"
-    left = f"{found.left} trials were not begun: tune.hours is spent." if found.left else ""
-    failed = f"{len(found.failed)} came to no end, and are tried by the same command again: {listing(found.failed, 1)}"
-    return "\n".join([said, *([left] if left else []), *([failed] if found.failed else [])])
+        seeds, take = len(best.errors), f"--set {shlex.quote(override)}\nor in the plan:\n\n{toml}\n"
+        said = f"Gain {_points(best)}, with {seeds} other seeds: a top-1 error of {error:.2%} on val, not of "
+        said += f"{error + best.gain:.2%}. To take it: {take}"
+    if found.left:
+        said += f"\n{found.left} trials were not begun: tune.hours is spent."
+    if failed := found.failed:
+        said += f"\n{len(failed)} came to no end, and are tried by the same command again: {listing(failed, 1)}"
+    return said

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -17,11 +17,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from aliprod.errors import AliprodError
+from aliprod.plan import source
+from aliprod.processes import ReadProgress
 from aliprod.shown import escaped, lines
+from aliprod.store.layout import flat
 
 if TYPE_CHECKING:
     from aliprod.plan.open import Opened, Request
-    from aliprod.processes import ReadProgress
 
 Done = TypeVar("Done")
 Command = Callable[..., None]
@@ -58,21 +60,11 @@ def jobs(context: click.Context, _: click.Parameter, incomplete: str) -> list[st
 
 def settings(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """What the plan on the line says, to be overridden, such as ``stages.full.epochs=``."""
-    return [f"{key}=" for key in _keys(_plan(context)) if key.startswith(incomplete)]
-
-
-def _keys(table: dict[str, Any]) -> Iterator[str]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from (f"{key}.{below}" for below in _keys(value))
-        else:
-            yield key
+    return [f"{key}=" for key, _ in flat(_plan(context)) if key.startswith(incomplete)]
 
 
 def _plan(context: click.Context) -> dict[str, Any]:
     """The tables of the plan on the line; {} where there is none."""
-    from aliprod.plan import source
-
     try:
         return source.read(context.params.get("file") or Path(context.args[0])).data  # there behind an option
     except (AliprodError, LookupError, TypeError):
@@ -128,11 +120,9 @@ def dumped(found: Mapping[str, Any] | None) -> str:
     return escaped(json.dumps(found, ensure_ascii=False))
 
 
-def until_done(events: "Iterable[ReadProgress | Done]") -> Done:
+def until_done(events: Iterable[ReadProgress | Done]) -> Done:
     """The last of the events. Until then it is shown on stderr how far it is: one line that is renewed on a terminal, a
     line now and then in a log."""
-    from aliprod.processes import ReadProgress
-
     terminal = sys.stderr.isatty()
     before, after, seconds = ("\r", "\033[K", 0.2) if terminal else ("", "\n", 30.0)
     began = due = time.monotonic()
@@ -163,7 +153,8 @@ def takes(make: Callable[..., Any], *parameters: Callable[[Command], Command]) -
     def decorated(command: Command) -> Command:
         @functools.wraps(command)
         def taking(**given: Any) -> None:
-            command(make(**{name: given.pop(name) for name in signature(make).parameters}), **given)
+            own = {name: given.pop(name) for name in signature(make).parameters if name in given}
+            command(make(**own), **given)
 
         return together(*parameters)(taking)
 
@@ -172,11 +163,11 @@ def takes(make: Callable[..., Any], *parameters: Callable[[Command], Command]) -
 
 @dataclass(frozen=True)
 class Asked:
-    """What the commands that take a plan are given."""
+    """What the commands that take a plan, or a model, are given."""
 
     file: Path
-    sets: tuple[str, ...]
-    storage: Path | None
+    sets: tuple[str, ...] = ()
+    storage: Path | None = None
     tracking_uri: str | None = None
     address: str | None = None
 

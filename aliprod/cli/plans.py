@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.filesize import decimal as size
 
 from aliprod.build.events import DONE, LOST, Changed, Ended
 from aliprod.cli import flags
@@ -15,6 +16,7 @@ from aliprod.cli.data import drafted
 from aliprod.cli.flags import Asked, answer, say
 from aliprod.errors import AliprodError, Refused, Unreachable
 from aliprod.shown import escaped, lines
+from aliprod.store import mirror
 
 if TYPE_CHECKING:
     from aliprod.forecast.demand import Demand
@@ -139,10 +141,8 @@ def doctor_command(file: Path | None, **where: Any) -> None:
     rows = [[check.name, check.node, "ok" if check.ok else "NOT OK", check.found] for check in checks]
     said = [f"{check.name}{f' on {check.node}' if check.node else ''}: {check.advice}" for check in bad]
     last = f"{len(bad)} of {len(checks)} checks fail." if bad else "This cluster can run plans."
-    answer(
-        {"checks": [asdict(check) for check in checks]},
-        "\n".join([table(rows, ["check", "node", "", "found"]), *said, last]),
-    )
+    text = "\n".join([table(rows, ["check", "node", "", "found"]), *said, last])
+    answer({"checks": [asdict(check) for check in checks]}, text)
     if bad:
         sys.exit(Unreachable.status)
 
@@ -179,7 +179,7 @@ def _jobs_table(
     for row in rows:
         state = row["state"] if row["state"] == "finished" else states[row["name"]].replace("_", " ")
         member = "yes" if row["member"] else ""
-        disk = forecast.size(row["bytes"]) if row["bytes"] else ""
+        disk = size(int(row["bytes"])) if row["bytes"] else ""
         first = [row["name"], ", ".join(row["parents"]), (row["key"] or "-")[:12], state, member]
         shown.append([*first, disk, row["gpu_hours"] or None])
     if estimate is not None:
@@ -200,7 +200,6 @@ def _drive(asked: Asked, whole: bool) -> None:
     """Print what happens as it happens, and write the report; exit 1 where a job failed."""
     request = asked.request()
     from aliprod.report import status
-    from aliprod.store import mirror
 
     plan, jobs = request.plan, sum(map(len, request.plan.jobs.values()))
     what = f"Plan {plan.name}: {jobs} jobs, {len(plan.ensemble.members)} members. Loading Ray and MLflow."
@@ -215,7 +214,12 @@ def _drive(asked: Asked, whole: bool) -> None:
             failures.append(event)
         if isinstance(event, Ended):
             outcome |= event.outcome
-    _report(request)
+    from aliprod.report import page
+
+    try:
+        say(f"Report: {page.write(request)}")
+    except AliprodError as error:  # what it lacks room for, or cannot read, spoils no run
+        click.echo(f"No report: {error}", err=True)
     answer(outcome if whole else outcome["ensemble"], status.summary(outcome))
     if failures:
         for failure in failures:
@@ -223,13 +227,3 @@ def _drive(asked: Asked, whole: bool) -> None:
         made = "The ensemble was made: it needs none of them." if outcome["ensemble"] else "No ensemble was made."
         click.echo(f"{made} What is finished is kept; the same command goes on.", err=True)
         sys.exit(1)
-
-
-def _report(request: "Request") -> None:
-    """Write the report; what it lacks room for, or cannot read, spoils no run."""
-    from aliprod.report import page
-
-    try:
-        say(f"Report: {page.write(request)}")
-    except AliprodError as error:
-        click.echo(f"No report: {error}", err=True)

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ from aliprod.cli import flags
 from aliprod.cli.flags import Asked, answer, as_json, cores, dumped, say, until_done
 from aliprod.errors import Refused, listing, near_file
 from aliprod.shown import escaped
+from aliprod.store import commit, lineage, mirror
+from aliprod.store.epochs import KINDS
+from aliprod.store.lineage import Voice
 
 if TYPE_CHECKING:
     from aliprod.export.formats import Format
-    from aliprod.plan.open import Request
     from aliprod.recipe import Views
-    from aliprod.store.lineage import Voice
 
 _VIEWS: "dict[str, Views]" = {"ten": "ten_crop", "centre": "center"}
 _ENDINGS = (".csv", ".jsonl", ".parquet")
@@ -62,7 +63,6 @@ def trace_command(submission: Path, storage: Path | None) -> None:
     Example: aliprod trace ~/Downloads/submission.csv --storage /shared/aliprod
     """
     from aliprod.plan.places import default_storage
-    from aliprod.store import lineage
 
     found = lineage.find(submission, default_storage(storage))
     for one in found["members"].values():
@@ -85,15 +85,12 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
     \b
     Example: aliprod evaluate submission.csv photos/test_labels.json
     """
-    from aliprod.store import commit, mirror
-
     predictions = mirror.local(predictions)
     commit.refresh(predictions.parent)
     for given in (predictions, labels):
         if not given.exists():
-            raise Refused(
-                "there is no such file or folder.", given, near_file(given) or "Give what `run` wrote, then the labels."
-            )
+            advice = near_file(given) or "Give what `run` wrote, then the labels."
+            raise Refused("there is no such file or folder.", given, advice)
     from aliprod.ensemble import evaluate
 
     found = evaluate.evaluate(predictions, labels)
@@ -104,67 +101,49 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
         click.echo(f"{why} The report has the cross-fitted one.", err=True)
 
 
-@dataclass(frozen=True)
-class _Named:
-    """What the commands that take a model are given."""
+def _voices(asked: Asked) -> list[Voice]:
+    """The weights folders that MODEL names, and what each counts. Refused: it names none."""
+    if _is_registered(asked):
+        from aliprod.plan import places
+        from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
 
-    model: Path  # or models:/NAME@ALIAS
-    storage: Path | None
-    tracking_uri: str | None
-
-    def absolute(self) -> "_Named":
-        """The same for processes that have another working folder."""
-        from aliprod.plan.places import default_storage, default_tracking_uri
-
-        model = self.model if self._is_registered else self.model.absolute()
-        folder = self._request().places.storage if model.suffix == ".toml" else default_storage(self.storage)
-        return _Named(model, folder, default_tracking_uri(folder, self.tracking_uri))
-
-    def voices(self) -> "list[Voice]":
-        """The weights folders that MODEL names, and what each counts.
-
-        Raises:
-            Refused: it names none.
-        """
-        from aliprod.store.lineage import Voice, voices
-
-        if self._is_registered:
-            from aliprod.plan import places
-            from aliprod.tracking.registry import fetch  # MLflow takes seconds to import
-
-            folder = places.default_storage(self.storage)
-            return [fetch(str(self.model), places.default_tracking_uri(folder, self.tracking_uri), folder / "models")]
-        if self.model.suffix == ".toml":
-            asked = self._request()
-            if not (found := voices(asked.places.storage, asked.plan.name)):
-                what = "has no ensemble in this storage path yet."
-                raise Refused(what, f"plan {asked.plan.name}", "Run the plan first.")
-            return found
-        if not self.model.is_dir():
-            advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
-            raise Refused("is no weights folder: there is no such folder.", self.model, near_file(self.model) or advice)
-        return [Voice(self.model)]
-
-    def worth(self) -> dict[str, Any] | None:
-        """What the ensemble of a plan was found to be worth; None of others, and where that is not known."""
-        from aliprod.store.lineage import comparison
-
-        if self.model.suffix != ".toml":
-            return None
-        asked = self._request()
-        return comparison(asked.places.storage, asked.plan.name)
-
-    @property
-    def _is_registered(self) -> bool:
-        """In MLflow."""
-        return str(self.model).startswith("models:/")
-
-    def _request(self) -> "Request":
-        """Of MODEL, which is a plan."""
-        return Asked(self.model, (), self.storage, self.tracking_uri).request()
+        folder = places.default_storage(asked.storage)
+        return [fetch(str(asked.file), places.default_tracking_uri(folder, asked.tracking_uri), folder / "models")]
+    if asked.file.suffix == ".toml":
+        request = asked.request()
+        if not (found := lineage.voices(request.places.storage, request.plan.name)):
+            what = "has no ensemble in this storage path yet."
+            raise Refused(what, f"plan {request.plan.name}", "Run the plan first.")
+        return found
+    if not asked.file.is_dir():
+        advice = "MODEL is a weights folder, models:/NAME@ALIAS, or a plan (PLAN.toml)."
+        raise Refused("is no weights folder: there is no such folder.", asked.file, near_file(asked.file) or advice)
+    return [Voice(asked.file)]
 
 
-_takes_model = flags.takes(_Named, click.argument("model", type=flags.path), flags.storage_flag, flags.tracking_flag)
+def _worth(asked: Asked) -> dict[str, Any] | None:
+    """What the ensemble of a plan was found to be worth; None of others, and where that is not known."""
+    if asked.file.suffix != ".toml":
+        return None
+    request = asked.request()
+    return lineage.comparison(request.places.storage, request.plan.name)
+
+
+def _absolute(asked: Asked) -> Asked:
+    """The same for processes that have another working folder."""
+    from aliprod.plan.places import default_storage, default_tracking_uri
+
+    model = asked.file if _is_registered(asked) else asked.file.absolute()
+    folder = asked.request().places.storage if model.suffix == ".toml" else default_storage(asked.storage)
+    return Asked(model, storage=folder, tracking_uri=default_tracking_uri(folder, asked.tracking_uri))
+
+
+def _is_registered(asked: Asked) -> bool:
+    return str(asked.file).startswith("models:/")
+
+
+_model = click.argument("file", metavar="MODEL", type=flags.path)
+_takes_model = flags.takes(Asked, _model, flags.storage_flag, flags.tracking_flag)
 
 
 @click.command("predict")
@@ -174,7 +153,7 @@ _takes_model = flags.takes(_Named, click.argument("model", type=flags.path), fla
 @_views_flag
 @_top_flag
 @flags.json_flag
-def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, views: str, top: int) -> None:
+def predict_command(asked: Asked, inputs: tuple[str, ...], out: Path | None, views: str, top: int) -> None:
     """Classify pictures. With --json, one object a line.
 
     MODEL is a weights folder, an address in MLflow (models:/NAME@ALIAS), or a plan, whose ensemble is then asked.
@@ -187,19 +166,19 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
     """
     if out and out.suffix not in _ENDINGS:
         raise Refused("has an ending that says no format.", out, f"Write {listing(_ENDINGS)}.")
-    voices = named.voices()
+    voices = _voices(asked)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of torch that wait leave their cores to who reads
     from aliprod.inference.classify import Recogniser, classify, write_answers
     from aliprod.inference.pictures import listed
 
     pictures = listed(inputs)
     recogniser = Recogniser.load(voices, _VIEWS[views], top)
+    failed = 0
     if out:
         done = until_done(write_answers(out, recogniser, pictures, cores()))
         answer(vars(done), f"{done.path}: {done.pictures:,} pictures, {done.unreadable:,} of them unreadable.")
         failed = done.unreadable
     else:
-        failed = 0
         for found in classify(recogniser, pictures, cores()):
             failed += "error" in found
             click.echo(dumped(found) if as_json() else escaped(_prediction(found)))
@@ -215,7 +194,7 @@ def predict_command(named: _Named, inputs: tuple[str, ...], out: Path | None, vi
 @click.option("--views", type=click.Choice(list(_VIEWS)), default="centre", show_default=True, help="Crops inside.")
 @click.option("--images", metavar="INPUT", help="Pictures to compare on. [random ones]")
 @flags.json_flag
-def export_command(named: _Named, out: Path, form: "Format", views: str, images: str | None) -> None:
+def export_command(asked: Asked, out: Path, form: "Format", views: str, images: str | None) -> None:
     """Write a model or an ensemble as ONNX, or for torch or timm.
 
     Whoever uses it does not need aliprod. MODEL is as for predict. The folder OUT gets the model, its classes, and a
@@ -224,11 +203,11 @@ def export_command(named: _Named, out: Path, form: "Format", views: str, images:
     \b
     Example: aliprod export jobs/quickstart.toml ensemble --views ten
     """
-    voices = named.voices()
+    voices = _voices(asked)
     from aliprod.export.folder import export
 
     say(f"Exporting {len(voices)} network{'s' if len(voices) > 1 else ''}, then comparing on pictures.")
-    found = export(voices, out, form, _VIEWS[views], images, named.worth())
+    found = export(voices, out, form, _VIEWS[views], images, _worth(asked))
     apart = f"{found['largest_difference']:.1e} on {found['images']} {found['compared']}"
     answer(found, f"{out}: largest difference from aliprod's probabilities {apart}.")
 
@@ -241,7 +220,7 @@ def export_command(named: _Named, out: Path, form: "Format", views: str, images:
 @_views_flag
 @_top_flag
 @flags.address_flag
-def serve_command(named: _Named, views: str, top: int, **where: Any) -> None:
+def serve_command(asked: Asked, views: str, top: int, **where: Any) -> None:
     """Answer for pictures over HTTP, and on a page. Needs the extra `serve`.
 
     MODEL is as for predict. Another version that models:/NAME@ALIAS comes to mean is swapped in within seconds.
@@ -249,14 +228,14 @@ def serve_command(named: _Named, views: str, top: int, **where: Any) -> None:
     \b
     Example: aliprod serve models:/quickstart.resnet50.dcl@member
     """
-    find = named.absolute().voices
+    find = partial(_voices, _absolute(asked))
     find()  # what is wrong with it is said before anything is started
     try:
         from aliprod.cluster.serve import Serving, run
     except ImportError as error:
         advice = "Install it: pip install -c constraints.txt -e '.[serve]'"
         raise Refused(f"the extra serve is not installed ({error}).", advice=advice) from error
-    run(Serving(str(named.model), find, _VIEWS[views], top), **where)
+    run(Serving(str(asked.file), find, _VIEWS[views], top), address=asked.address, **where)
 
 
 def _prediction(found: Mapping[str, Any]) -> str:
@@ -267,7 +246,6 @@ def _prediction(found: Mapping[str, Any]) -> str:
 
 def _origin(found: Mapping[str, Any]) -> str:
     from aliprod.report.status import table
-    from aliprod.store.epochs import KINDS
 
     rows = [
         [name, one["version"], one["epoch"], one.get("weight", 1), one["weights"][:16], one["key"][:16], kind]

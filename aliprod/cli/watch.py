@@ -29,12 +29,8 @@ HEADER = ["", "ranks", "epoch", "top-1 error", "images/s", "for", "left"]
 
 @dataclass(frozen=True)
 class Doing:
-    """What is being made.
-
-    Attributes:
-        seconds: since it began. left: until it ends, where that is known.
-        job: of a training, as `aliprod status` tells it.
-    """
+    """What is being made. ``seconds``: since it began. ``left``: until it ends, where that is known. ``job``: of a
+    training, as `aliprod status` tells it."""
 
     task: Task
     seconds: float
@@ -100,11 +96,8 @@ def minute(standing: Standing, rows: Sequence[Doing], left: Left | None) -> str:
 
 
 def compared(forecasts: Mapping[float, float], took: float) -> str:
-    """Forecast and fact of a run that has ended, side by side.
-
-    Args:
-        forecasts: what it was said to take in all, by the seconds after which that was said.
-    """
+    """Forecast and fact of a run that has ended, side by side. ``forecasts``: what it was said to take in all, by the
+    seconds after which that was said."""
     if not forecasts:
         return f"It took {duration(took)}."
     said = max((second for second in forecasts if second <= _EARLY * took), default=min(forecasts))
@@ -128,11 +121,7 @@ def watched(events: Iterable[Event]) -> Iterator[Event]:
 
 
 class _Watch:
-    """What was seen of a run so far.
-
-    Attributes:
-        forecasts: what the run was expected to take in all, by the seconds after which that was said.
-    """
+    """What was seen of a run so far. ``forecasts``: as `compared` takes them."""
 
     def __init__(self, table: "Live | None") -> None:
         self.table, self.began, self.said = table, time.monotonic(), time.monotonic()
@@ -180,7 +169,6 @@ class _Watch:
             self._print(status.stamped(minute(standing, rows, left)))
 
     def _pause(self, standing: Standing) -> float:
-        """Seconds from one line to the next."""
         return _LINE_SECONDS if waiting(standing) == self.waiting else _WAITING_SECONDS
 
     def _print(self, text: str) -> None:
@@ -199,7 +187,6 @@ def _table() -> "Live":
 
 
 def _drawn(standing: Standing, rows: Sequence[Doing], left: Left | None) -> Any:
-    """The table of what is being made."""
     from rich import box
     from rich.table import Table
 

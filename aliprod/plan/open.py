@@ -12,7 +12,7 @@ from aliprod.plan.jobs import Job, jobs_of
 from aliprod.plan.places import Places, catalogue_path, catalogue_reading
 from aliprod.plan.schema import Cluster, Plan
 from aliprod.store import commit, epochs
-from aliprod.store.layout import METRICS, WEIGHTS, job_folder
+from aliprod.store.layout import METRICS, WEIGHTS, job_place
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Opened(Request):
         """Where a job keeps all it has. ValueError: it has no key, since its catalogue is not there."""
         if (key := self.jobs[name].key) is None:
             raise ValueError(f"{name} has no key: its catalogue is not there")
-        return job_folder(self.places.storage, name, key)
+        return self.places.storage / job_place(name, key)
 
     def record(self, name: str) -> dict[str, Any] | None:
         """The record of a job's committed weights, the last thing that it writes; None where it is not finished."""

@@ -29,11 +29,9 @@ _HASHED = 2000  # training pictures that are hashed here where no run has done s
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """The images of a split whose label is known; all (n,).
-
-    ``rows``: in the split. ``truth``, ``predicted``: rows of the class list. ``sure``, ``own``: the share (mean
-    probability, 0 to 1) of the predicted class and of the label, which is 0 where that is not among the five highest.
-    """
+    """The images of a split whose label is known; all (n,). ``rows``: in the split. ``truth``, ``predicted``: rows of
+    the class list. ``sure``, ``own``: the share (mean probability, 0 to 1) of the predicted class and of the label,
+    which is 0 where that is not among the five highest."""
 
     images: Images
     rows: Integers
@@ -59,13 +57,8 @@ class Scored:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A class that is predicted for images of another.
-
-    Attributes:
-        truth, predicted: rows of the class list.
-        count, of: images so predicted, of those of the class.
-        place: of the surest of them, among those that are scored.
-    """
+    """A class that is predicted for images of another, both as rows of the class list: ``count`` images of the ``of``
+    that it has; ``place``: of the surest of them, among those that are scored."""
 
     truth: int
     predicted: int
@@ -74,8 +67,7 @@ class Confusion:
     place: int
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """The classes with ``low`` to ``high`` training images, and the mean over them of the top-1 error."""
 
     low: int
@@ -85,11 +77,8 @@ class Size:
 
 
 def scored(folder: Path, catalogue: Catalogue, split: Literal["val", "test"]) -> Scored:
-    """Read the predictions of a committed ensemble, with the labels of its split.
-
-    Raises:
-        Failed: there is no ensemble in the folder.
-    """
+    """Read the predictions of a committed ensemble, with the labels of its split. Failed: there is no ensemble in the
+    folder."""
     table = read_columns(folder, "image_id", "class_id", "top_classes", "shares")
     ids, guessed, *top = (column.combine_chunks() for column in table.itercolumns())
     classes, shares = (flat.flatten().to_numpy().reshape(len(ids), -1) for flat in top)

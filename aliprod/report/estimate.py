@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.filesize import decimal as size
+
 from aliprod.build.costs import epoch_of
 from aliprod.errors import listing
 from aliprod.plan.open import Opened
@@ -17,17 +19,11 @@ def takes(found: Mapping[str, float | None] | None, on_gpus: bool) -> str:
     kept, resume, cache, hours = found.values() if found else (None,) * 4
     if not kept:
         return ""
-    more = f", and {size(resume)} more while a job trains" if resume else ""
-    parts = [f"It takes up to {size(kept)} of the storage folder{more}"]
-    parts += [f"{size(cache)} on the own disk of each machine"] if cache else []
+    more = f", and {size(int(resume))} more while a job trains" if resume else ""
+    parts = [f"It takes up to {size(int(kept))} of the storage folder{more}"]
+    parts += [f"{size(int(cache))} on the own disk of each machine"] if cache else []
     parts += [f"{hours:,.2f} {'GPU' if on_gpus else 'rank'}-hours"] if hours else []
     return f"{'; '.join(parts)}."
-
-
-def size(count: float) -> str:
-    """Bytes: ``512.0 MB``."""
-    power = next((power for power in (1, 2, 3) if count < 1000 ** (power + 1)), 4)
-    return f"{count / 1000**power:,.1f} {' kMGT'[power]}B"
 
 
 def cells(job: Mapping[str, Any]) -> list[object]:
@@ -40,12 +36,8 @@ def cells(job: Mapping[str, Any]) -> list[object]:
 
 
 def lines(estimate: Mapping[str, Any] | None, on_gpus: bool, measure: str) -> Iterator[str]:
-    """How long the plan takes.
-
-    Args:
-        estimate: None without a catalogue. on_gpus: whether its jobs may run on GPUs.
-        measure: the command that measures what is missing.
-    """
+    """How long the plan takes. ``estimate``: None without a catalogue. ``on_gpus``: whether its jobs may run on GPUs.
+    ``measure``: the command that measures what is missing."""
     if estimate is None:
         yield f"No forecast without the catalogue. Then this measures what it needs: {measure}"
         return
@@ -86,8 +78,9 @@ def because(opened: Opened, name: str) -> list[str]:
         epoch = step // max(1, epoch_of(job.stage, opened.read_catalogue()).steps) + 1
         where = f"from epoch {epoch}" if epoch <= job.stage.epochs else "with the scoring of its last epoch"
         return [f"goes on {where}, step {step:,}"]
-    before = _trained_last(opened, name)
-    if before is None:
+    dated = sorted((folder.stat().st_mtime, folder) for folder in opened.job_folder(name).parent.glob(f"*/{WEIGHTS}"))
+    records = (commit.read(folder) for _, folder in reversed(dated))  # under any key, what was committed last first
+    if (before := next((record for record in records if record is not None), None)) is None:
         return ["new"]
     network, stage = before.get("network", job.network), before.get("stage", {})
     differing = sorted(_differing(stage, job.stage.model_dump(mode="json"), f"stages.{job.stage_name}"))
@@ -98,21 +91,11 @@ def because(opened: Opened, name: str) -> list[str]:
     return differing or ["other photographs, weights that it starts from, or a later version of aliprod"]
 
 
-def _trained_last(opened: Opened, name: str) -> dict[str, Any] | None:
-    """The record of the weights of this job that were committed last, under any key."""
-    folders = opened.job_folder(name).parent.glob(f"*/{WEIGHTS}")
-    dated = sorted((folder.stat().st_mtime, folder) for folder in folders)
-    return next((record for _, folder in reversed(dated) if (record := commit.read(folder)) is not None), None)
-
-
 def _differing(old: Any, new: Any, at: str = "") -> Iterator[str]:
     """Settings that both have and that are not the same, each ``key old -> new``."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in old.keys() & new.keys():
             yield from _differing(old[key], new[key], f"{at}.{key}".strip("."))
     elif old != new:
-        yield f"{at} {_shown(old)} -> {_shown(new)}"
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
+        before, after = ("none" if value is None else value for value in (old, new))
+        yield f"{at} {before} -> {after}"

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -26,12 +27,9 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 class Course(NamedTuple):
-    """The spans of each target, in seconds of work: time in which nothing of the plan was made is left out.
-
-    Attributes:
-        fact: in the order in which they began. forecast: of the whole plan, as it was kept; {} where there was none.
-        now: where what runs stands; None while nothing runs.
-    """
+    """The spans of each target, in seconds of work: time in which nothing of the plan was made is left out. ``fact``:
+    in the order in which they began. ``forecast``: of the whole plan, as it was kept; {} where there was none. ``now``:
+    where what runs stands; None while nothing runs."""
 
     fact: Mapping[str, Sequence[Span]]
     forecast: Mapping[str, Sequence[Span]]
@@ -46,10 +44,11 @@ def end(spans: Mapping[str, Sequence[Span]]) -> float:
 def course(standing: Standing, forecast: Mapping[str, Sequence[Span]], now: float) -> Course:
     """Lay out what a run, and the runs before it, have made; ``now`` in seconds since the epoch."""
     tasks = sorted((*standing.past, *standing.tasks), key=lambda task: task.since)
-    busy = _busy(tasks, now)
+    ends = accumulate((task.until or now for task in tasks), max)
+    gaps = [(task.since, task.since - end) for end, task in zip(ends, tasks[1:], strict=False) if task.since > end]
 
     def worked(time: float) -> float:
-        return sum(min(max(time - begin, 0.0), end - begin) for begin, end in busy)
+        return time - tasks[0].since - sum(gap for begin, gap in gaps if begin <= time)
 
     fact = defaultdict(list)
     for task in tasks:
@@ -65,18 +64,6 @@ def rank_hours(tasks: Iterable[Task], now: float) -> dict[str, float]:
         ranks = task.world_size * (task.gpus if on_gpus else 1)
         hours[task.name] += ranks * ((task.until or now) - task.since) / 3600
     return dict(hours)
-
-
-def _busy(tasks: Iterable[Task], now: float) -> list[tuple[float, float]]:
-    """Stretches of time in which something was made."""
-    found: list[tuple[float, float]] = []
-    for task in tasks:
-        begin, end = task.since, task.until or now
-        if found and begin <= found[-1][1]:
-            begin, last = found.pop()
-            end = max(end, last)
-        found.append((begin, end))
-    return found
 
 
 @dataclass(frozen=True)
@@ -99,11 +86,8 @@ class Scale:
 
 
 def plan_graph(jobs: Mapping[str, Job], rows: Mapping[str, tuple[str, str]]) -> Markup:
-    """The jobs, each below the one that it starts from; what else a job learns from is a dashed line.
-
-    Args:
-        rows: job -> its state, and how long it took, "" where that is not known.
-    """
+    """The jobs, each below the one that it starts from; what else a job learns from is a dashed line. ``rows``: the
+    state of a job, and how long it took, "" where that is not known."""
     order = list(_below(jobs, None))
     places = {name: (10.0 + 14 * depth, 14.0 + 22 * row) for row, (name, depth) in enumerate(order)}
     parts = []
@@ -140,39 +124,33 @@ def gantt(course: Course) -> Markup:
                 _rect((left, places[rows[name]] + (12 - height) / 2, max(1.0, right - left), height), kind, words)
             )
     if course.now is not None:
-        parts.append(_line((axis(course.now / unit), 0), (axis(course.now / unit), below), "now"))
+        parts.append(_line("now", (axis(course.now / unit), 0), (axis(course.now / unit), below)))
     return _svg(below + 20, parts, "When each target was made")
 
 
 def errors(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any] | None]]) -> Markup:
-    """Errors with their intervals, the ensemble's first; hollow and thin: on val, of the centre crop.
-
-    Args:
-        rows: name, ``top1_error`` and ``interval`` (0 to 1), the same on val where that is known.
-    """
+    """Errors with their intervals, the ensemble's first; hollow and thin: on val, of the centre crop. ``rows``: name,
+    ``top1_error`` and ``interval`` (0 to 1), the same on val where that is known."""
     high = max(one["interval"][1] for _, own, val in rows for one in (own, val) if one)
     axis, below, parts = Scale(100 * high, _LEFT, _RIGHT - 6), 24 * len(rows) + 4, list[Markup]()
     parts += _ticks(axis, below, lambda error: f"{error:g} %")
     whole = 100 * rows[0][1]["top1_error"]
-    parts.append(_line((axis(whole), 0), (axis(whole), below), "now"))
+    parts.append(_line("now", (axis(whole), 0), (axis(whole), below)))
     for row, (name, own, val) in enumerate(rows):
         y = 12.0 + 24 * row
         parts.append(_text(_LEFT - 6, y + 4, _short(name, _NAME), "e small strong" if row == 0 else "e small"))
         for one, kind, at in ((own, "", y - 3 if val else y), (val, " val", y + 5)):
             if one:
                 low, top = (axis(100 * end) for end in one["interval"])
-                parts.append(_line((low, at), (top, at), f"whisker{kind}"))
+                parts.append(_line(f"whisker{kind}", (low, at), (top, at)))
                 error = one["top1_error"]
                 parts.append(_circle(axis(100 * error), at, 3.5, f"mark{kind}", f"{name} {error:.2%}"))
     return _svg(below + 20, parts, "Errors of the ensemble and its members, with intervals")
 
 
 def by_epoch(jobs: Mapping[str, Job], found: Mapping[str, Sequence[float | None]]) -> Iterator[tuple[str, Markup]]:
-    """A panel for each backbone: a stage begins where the one that it starts from ended.
-
-    Args:
-        found: job -> top-1 error after each epoch, 0 to 1, None where val has no images.
-    """
+    """A panel for each backbone: a stage begins where the one that it starts from ended. ``found``: top-1 error of a
+    job after each epoch, 0 to 1, None where val has no images."""
     drawn = {name: [100 * e for e in own if e is not None] for name, own in found.items()}
     drawn = {name: own for name, own in drawn.items() if own}
     high = max((max(own) for own in drawn.values()), default=0.0)
@@ -186,7 +164,7 @@ def by_epoch(jobs: Mapping[str, Job], found: Mapping[str, Sequence[float | None]
         for number, (name, values) in enumerate(own.items()):
             series = f"s{number % 6}"
             points = [(across(begins[name] + epoch), up(value)) for epoch, value in enumerate(values, 1)]
-            parts.append(_curve(points, series))
+            parts.append(_line(f"curve {series}", *points))
             parts += [_circle(*point, 2.5, series) for point in points]
             place = (34 + 64 * (number % 5), 10 + 12 * (number // 5))
             parts.append(_text(*place, _short(jobs[name].stage_name, 9), f"small strong {series}"))
@@ -211,9 +189,9 @@ def reliability(bins: Sequence[Bin]) -> Markup:
     """How often the ensemble is right where it is so sure; below, how often it is so sure."""
     across, up = Scale(100.0, 40, _RIGHT - 10), Scale(100.0, 210, 10)
     parts = [*_ticks(across, 260, lambda share: f"{share:g} %"), *_levels(up, 40)]
-    parts.append(_line((across(0), up(0)), (across(100), up(100)), "edge other"))
+    parts.append(_line("edge other", (across(0), up(0)), (across(100), up(100))))
     points = [(across(100 * one.sure), up(100 * one.right)) for one in bins]
-    parts.append(_curve(points, "s0"))
+    parts.append(_line("curve s0", *points))
     most = max(one.images for one in bins)
     for one, (x, y) in zip(bins, points, strict=True):
         words = f"{one.images:,} images, {one.sure:.1%} sure, {one.right:.1%} right"
@@ -257,14 +235,14 @@ def _epochs_before(jobs: Mapping[str, Job], name: str) -> int:
 def _ticks(axis: Scale, below: float, named: Callable[[float], str], least: float = 0.0) -> Iterator[Markup]:
     """Lines across a plot, and what they stand for below it."""
     for tick in axis.ticks(least):
-        yield _line((axis(tick), 4), (axis(tick), below), "grid")
+        yield _line("grid", (axis(tick), 4), (axis(tick), below))
         yield _text(axis(tick), below + 14, named(tick), "m small mute")
 
 
 def _levels(axis: Scale, left: float) -> Iterator[Markup]:
     """The same for an axis that points upwards, in per cent."""
     for tick in axis.ticks():
-        yield _line((left, axis(tick)), (_RIGHT, axis(tick)), "grid")
+        yield _line("grid", (left, axis(tick)), (_RIGHT, axis(tick)))
         yield _text(left - 5, axis(tick) + 4, f"{tick:g}", "e small mute")
 
 
@@ -280,17 +258,13 @@ def _text(x: float, y: float, words: str, kind: str = "") -> Markup:
     return _tag('<text x="{:.1f}" y="{:.1f}" class="{}">{}</text>', x, y, kind, words)
 
 
-def _line(begin: tuple[float, float], end: tuple[float, float], kind: str) -> Markup:
-    return _tag('<path class="{}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>', kind, *begin, *end)
+def _line(kind: str, *points: tuple[float, float]) -> Markup:
+    return _tag('<path class="{}" d="M{}"/>', kind, "L".join(f"{x:.1f} {y:.1f}" for x, y in points))
 
 
 def _circle(x: float, y: float, radius: float, kind: str, title: str = "") -> Markup:
     circle = '<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
     return _tag(circle, kind, x, y, radius, title)
-
-
-def _curve(points: Sequence[tuple[float, float]], series: str) -> Markup:
-    return _tag('<path class="curve {}" d="M{}"/>', series, "L".join(f"{x:.1f} {y:.1f}" for x, y in points))
 
 
 def _rect(box: tuple[float, float, float, float], kind: str, title: str, opacity: float = 1.0) -> Markup:

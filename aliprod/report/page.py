@@ -37,11 +37,8 @@ _THUMBNAIL = 120  # pixels
 
 
 def write(request: Request) -> Path:
-    """Write STORAGE/PLAN/report.html from what is in the storage folder, whatever of it there is.
-
-    Raises:
-        Refused: what is there is no catalogue. StorageFull: no room.
-    """
+    """Write STORAGE/PLAN/report.html from what is in the storage folder, whatever of it there is. Refused: what is
+    there is no catalogue. StorageFull: no room."""
     path = request.places.of(request.plan) / FILE
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("aliprod.report", "."),
@@ -60,7 +57,7 @@ def write(request: Request) -> Path:
 def _facts(request: Request) -> dict[str, Any]:
     plan, opened = request.plan, open_plan(request)
     lines = {name: opened.metrics(name) for name in opened.jobs}
-    result, standing = _ensemble(opened.folder / "result.json"), told(opened)
+    result, standing = commit.read_json(opened.folder / "result.json").get("ensemble") or {}, told(opened)
     found = {name: [epochs.error(line)[0] for line in own] for name, own in lines.items()}
     rows = [row | {"last": (lines[row["name"]] or [{}])[-1]} for row in status.states(opened, standing, {})]
     return {
@@ -81,14 +78,6 @@ def _facts(request: Request) -> dict[str, Any]:
     }
 
 
-def _ensemble(path: Path) -> dict[str, Any]:
-    """The last run's ensemble; {} where there is none."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["ensemble"] or {})
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-
-
 def _times(opened: Opened, standing: Standing, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """When what was made, what that cost, and the plan's graph with both."""
     now, tasks, forecast = time.time(), (*standing.past, *standing.tasks), kept(opened)
@@ -96,7 +85,7 @@ def _times(opened: Opened, standing: Standing, rows: Iterable[Mapping[str, Any]]
     took = {name: duration(sum(span.end - span.begin for span in spans)) for name, spans in found.fact.items()}
     states = {row["name"]: (row["state"], took.get(row["name"], "")) for row in rows}
     kinds = {kind: {task.name for task in tasks if task.kind == kind} for kind in dict.fromkeys(t.kind for t in tasks)}
-    ended = max((task.until for task in tasks if task.until), default=None)
+    ended = max((task.until for task in tasks if task.until), default=0.0)
     return {
         "graph": figures.plan_graph(opened.jobs, states),
         "gantt": figures.gantt(found) if found.fact else "",
@@ -109,7 +98,7 @@ def _times(opened: Opened, standing: Standing, rows: Iterable[Mapping[str, Any]]
         "unit": "GPU" if any(task.gpus for task in tasks) else "rank",
         "kinds": [(kind, len(names), sum(hours[name] for name in names)) for kind, names in kinds.items()],
         "nodes": len(standing.nodes),
-        "date": None if ended is None else _day(ended),
+        "date": _day(ended) if ended else "",
     }
 
 
@@ -162,7 +151,7 @@ def _origin(opened: Opened) -> dict[str, Any]:
     records = [record for name in opened.jobs if (record := opened.record(name))]
     environments = {json.dumps(record.get("environment", {}), sort_keys=True) for record in records}
     return {
-        "choices": lineage.members(opened.folder),
+        "choices": commit.read_json(opened.folder / lineage.MEMBERS),
         "mlflow": address if address.startswith(("http://", "https://")) else "",
         "environments": [json.loads(one) for one in sorted(environments)],
         "software": lineage.software(),

@@ -49,11 +49,8 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
 
 
 def states(opened: Opened, standing: Standing, left: Mapping[str, float]) -> list[dict[str, Any]]:
-    """What `aliprod status --json` says of each job.
-
-    Args:
-        standing: `aliprod.build.state.told`. left: seconds to a job's end, where that is known.
-    """
+    """What `aliprod status --json` says of each job. ``standing``: `aliprod.build.state.told`. ``left``: seconds to a
+    job's end, where that is known."""
     sizes = {task.name: task.world_size for task in standing.tasks}
     found = {name: state(opened, name, standing) | {"world_size": sizes.get(name)} for name in opened.jobs}
     for name, row in found.items():
@@ -100,8 +97,8 @@ def text(found: Mapping[str, Any]) -> str:
     """What `aliprod status --json` says, for people."""
     tasks = [f"{one['name']}: {one['kind'].replace('_', ' ')} for {duration(one['seconds'])}" for one in found["tasks"]]
     left = [] if found["eta_seconds"] is None else [f"About {duration(found['eta_seconds'])} left."]
-    ended = [row for row in found["jobs"] if row["state"] == "failed" and row["reason"]]
-    failed = [f"{row['name']} failed: {row['reason']}" for row in ended]
+    lost = (row for row in found["jobs"] if row["state"] == "failed" and row["reason"])
+    failed = [f"{row['name']} failed: {row['reason']}" for row in lost]
     return "\n".join([states_table(found["jobs"]), *failed, *tasks, *left])
 
 
@@ -199,7 +196,6 @@ def _gain(job: Job, states: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 def _begun(opened: Opened) -> str:
-    """What a run is about to do."""
     plan, count = opened.plan, len(opened.jobs)
     done = sum(opened.record(name) is not None for name in opened.jobs)
     jobs = f"{count} jobs, {f'{done} finished before, {count - done}' if done else 'all'} to train"
@@ -213,9 +209,8 @@ def _after(event: Changed) -> str:
         return f" on {event.world_size} ranks" if event.world_size > 1 else ""
     if event.state not in DONE:
         return f": {event.detail}" if event.detail else ""
-    error = event.record.get("top1_error")
     seconds = "" if event.seconds is None else f" after {duration(event.seconds)}"
-    if error is None:
+    if (error := event.record.get("top1_error")) is None:
         return seconds
     scored = _of_kind(error, event.record.get("kind", "raw"))
     return f"{seconds}, top-1 error {scored} of epoch {event.record['best_epoch'] + 1}"
@@ -228,8 +223,7 @@ def _numbers(line: Mapping[str, Any]) -> str:
 
 
 def _of_kind(error: float, kind: str) -> str:
-    words = epochs.KINDS.get(kind)
-    return f"{error:.2%} ({words})" if words else f"{error:.2%}"
+    return f"{error:.2%} ({words})" if (words := epochs.KINDS.get(kind)) else f"{error:.2%}"
 
 
 def points(share: float | None) -> str:

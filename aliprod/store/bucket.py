@@ -5,6 +5,7 @@ Credentials, region and endpoint are those of the environment (AWS_..., GOOGLE_.
 
 import functools
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotModifiedError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 from obstore.store import ObjectStore, from_url
 
 from aliprod.errors import AliprodError, Refused, StorageFull, Unreachable
@@ -66,40 +67,24 @@ def opened(uri: str) -> "Bucket":
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket at a URI.
-
-    What it is asked for raises Unreachable where it does not answer or refuses; what it is given raises StorageFull.
-    """
+    """A bucket at a URI. What it is asked for raises Unreachable where it does not answer or refuses; what it is given
+    raises StorageFull."""
 
     uri: str
     store: ObjectStore = field(repr=False)  # obstore cannot show one of Azure whose account is in the environment
     patient: ObjectStore = field(repr=False)  # the same, for what took hours to make
 
-    def get(self, key: str, known: str = "") -> tuple[bytes, str] | None:
-        """The bytes of an object and its version; None where that is the one that is known. FileNotFoundError: it is
-        not there."""
+    def get(self, key: str, most: float = math.inf) -> tuple[bytes, str]:
+        """The bytes of an object and its version. FileNotFoundError: it is not there. OverflowError: it has more than
+        ``most``."""
 
         def read() -> tuple[bytes, str]:
-            found = obstore.get(self.store, key, options={"if_none_match": known.partition(" ")[0]} if known else {})
-            return bytes(found.bytes()), _version(found.meta)
-
-        with self._asked(key):
-            try:
-                return _whole(read)
-            except NotModifiedError:
-                return None
-
-    def whole(self, key: str, most: int) -> bytes:
-        """The bytes of an object. FileNotFoundError: it is not there. OverflowError: it has more than ``most``."""
-
-        def read() -> bytes:
             found = obstore.get(self.store, key)
             if found.meta["size"] > most:
                 raise OverflowError(f"has {found.meta['size']:,} bytes; more than {most:,} are refused")
-            return bytes(found.bytes())
+            return bytes(found.bytes()), _version(found.meta)
 
-        with self._asked(key):
-            return _whole(read)
+        return self._asked(key, read)
 
     def find(self, key: str) -> tuple[bytes, str] | None:
         """The bytes of an object and its version; None where it is not there."""
@@ -134,10 +119,10 @@ class Bucket:
 
     def holds(self, key: str) -> bool:
         """Whether an object is there."""
-        with self._asked(key), suppress(FileNotFoundError):
-            obstore.head(self.store, key)
-            return True
-        return False
+        try:
+            return bool(self._asked(key, lambda: obstore.head(self.store, key)))
+        except FileNotFoundError:
+            return False
 
     def download(self, keys: Sequence[str], file: Path) -> str:
         """Write objects into a file, one behind the other; the sha256 of its bytes, "" where one is not there."""
@@ -153,16 +138,14 @@ class Bucket:
                 os.fsync(out.fileno())  # its size alone is looked at later: a power cut may leave zeros
             return digest.hexdigest()
 
-        with self._asked(keys[0]):
-            try:
-                return _whole(read)
-            except FileNotFoundError:
-                return ""
+        try:
+            return self._asked(keys[0], read)
+        except FileNotFoundError:
+            return ""
 
     def part(self, key: str, start: int, end: int) -> bytes:
         """The bytes of an object from ``start`` to before ``end``. FileNotFoundError: it is not there."""
-        with self._asked(key):
-            return _whole(lambda: bytes(obstore.get_range(self.store, key, start=start, end=end)))
+        return self._asked(key, lambda: bytes(obstore.get_range(self.store, key, start=start, end=end)))
 
     def list(self, prefix: str) -> dict[str, Mapping[str, Any]]:
         """The objects below a prefix, by name: ``size``, ``e_tag`` and ``last_modified`` of each."""
@@ -170,8 +153,7 @@ class Bucket:
         def read() -> dict[str, Mapping[str, Any]]:
             return {one["path"]: one for chunk in obstore.list(self.store, prefix or None) for one in chunk}
 
-        with self._asked(prefix):
-            return _whole(read)
+        return self._asked(prefix, read)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects, in no order; those that are not there are removed."""
@@ -192,10 +174,9 @@ class Bucket:
             what = f"cannot be written: {_reason(error)}."
             raise StorageFull(what, f"{self.uri}/{key}", f"Finished work is intact. {_ADVICE}") from error
 
-    @contextmanager
-    def _asked(self, key: str) -> Iterator[None]:
+    def _asked(self, key: str, ask: Callable[[], _T]) -> _T:
         try:
-            yield
+            return _whole(ask)
         except BaseError as error:
             raise Unreachable(f"does not answer: {_reason(error)}.", f"{self.uri}/{key}", _ADVICE) from error
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from aliprod.errors import StorageFull
 from aliprod.store import mirror
-from aliprod.store.mirror import size_of
+from aliprod.store.mirror import beside, remove_here, size_of, sync
 
 MANIFEST = mirror.MANIFEST
 
@@ -65,8 +65,7 @@ def read(folder: Path, again: bool = False) -> dict[str, Any] | None:
     whether another machine may have replaced it since it was read."""
     if (mirrored := mirror.of(folder)) is not None:
         mirrored.take(folder, again)
-    manifest = _manifest(folder)
-    if manifest is None:
+    if (manifest := _manifest(folder)) is None:
         return None
     if mirrored is None and any(size_of(folder / name) != file["bytes"] for name, file in manifest["files"].items()):
         return None
@@ -101,14 +100,12 @@ def borrowed(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 def part_reader(folder: Path) -> Callable[[str, int, int], bytes]:
     """A function that reads a part of a file of a committed folder: its name, the first byte, how many. In a bucket's
     mirror it asks the bucket. It raises OSError, and Unreachable where the bucket does not answer."""
-    if (mirrored := mirror.of(folder)) is not None:
-        return mirrored.part_reader(folder)
 
     def read(name: str, start: int, size: int) -> bytes:
         with (folder / name).open("rb") as file:
             return os.pread(file.fileno(), size, start)
 
-    return read
+    return read if (mirrored := mirror.of(folder)) is None else mirrored.part_reader(folder)
 
 
 def refresh(*folders: Path) -> None:
@@ -129,7 +126,7 @@ def send(file: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, here and in the bucket; nothing happens where it is gone."""
-    _remove_here(path)
+    remove_here(path)
     if (mirrored := mirror.of(path)) is not None:
         mirrored.remove(path)
 
@@ -150,39 +147,37 @@ def digest(folder: Path) -> str:
     return sha256(folder / MANIFEST)
 
 
-def file_digest(folder: Path, name: str) -> str:
-    """sha256 of one file of a committed folder, as its manifest says."""
-    return digests(folder)[name]
-
-
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of all files of a committed folder by name, as its manifest says."""
-    manifest = _manifest(folder)
-    if manifest is None:
+    """sha256 of each file of a committed folder by its name, as its manifest says."""
+    if (manifest := _manifest(folder)) is None:
         raise FileNotFoundError(folder / MANIFEST)
     return {name: str(file["sha256"]) for name, file in manifest["files"].items()}
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write one file, whole or not at all. StorageFull: as in `write`."""
-    staging = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    with storage(path):
-        try:
-            make_folder(path.parent)
-            staging.write_bytes(content.encode() if isinstance(content, str) else content)
-            _sync(staging)
-            os.replace(staging, path)
-            _sync(path.parent)
-            send(path)
-        finally:
-            staging.unlink(missing_ok=True)
+    with storage(path), beside(path) as staging:
+        make_folder(path.parent)
+        staging.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(staging)
+        os.replace(staging, path)
+        sync(path.parent)
+        send(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The table in a file of JSON; {} where there is none, or the file is damaged."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def parsed(text: bytes) -> dict[str, Any]:
+    """The table that JSON is; {} of anything else."""
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}
 
@@ -192,7 +187,7 @@ def make_folder(folder: Path) -> None:
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def set_aside(folder: Path, aside: Path) -> None:
@@ -214,7 +209,7 @@ def link(file: Path, to: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what killed writers have left in a folder. For a folder that nobody else writes into now."""
     for path in folder.glob(".*.partial"):
-        _remove_here(path)
+        remove_here(path)
 
 
 def sha256(path: Path) -> str:
@@ -232,8 +227,11 @@ def storage(path: Path) -> Iterator[None]:
         if isinstance(error, SafetensorError) and "os error" not in str(error).lower():
             raise  # else it is the system's, wrapped in a type of its own
         why = getattr(error, "strerror", None) or error
+        # Path.is_dir raises where a folder on the way may not be entered
+        there = next(parent for parent in (path, *path.parents) if os.path.isdir(parent))  # noqa: PTH112
+        free = f"{shutil.disk_usage(there).free:,} bytes are free."
         advice = "Finished work is intact; make room or restore the path and start the same command again."
-        raise StorageFull(f"cannot be written: {why}.", path, _free(path) + advice) from error
+        raise StorageFull(f"cannot be written: {why}.", path, f"{free} {advice}") from error
 
 
 @contextmanager
@@ -241,8 +239,7 @@ def _staged(
     folder: Path, fill: Callable[[Path], Mapping[str, str] | None], record: dict[str, Any], room: Path | None
 ) -> Iterator[Path]:
     """A folder that ``fill`` has filled, with its manifest, before it becomes visible; gone in the end."""
-    staging = (room or folder.parent) / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with beside((room or folder.parent) / folder.name) as staging:
         make_folder(folder.parent)
         if room is not None:
             make_folder(room)
@@ -250,20 +247,10 @@ def _staged(
         known = fill(staging)
         _write_manifest(staging, record, known or {})
         yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_here(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _damaged(folder: Path) -> list[str]:
-    manifest = _manifest(folder)
-    if manifest is None:
+    if (manifest := _manifest(folder)) is None:
         return [MANIFEST]
     return [
         name
@@ -272,27 +259,20 @@ def _damaged(folder: Path) -> list[str]:
     ]
 
 
-def _free(path: Path) -> str:
-    for parent in (path, *path.parents):
-        if os.path.isdir(parent):  # noqa: PTH112 - Path.is_dir raises where a folder on the way may not be entered
-            return f"{shutil.disk_usage(parent).free:,} bytes are free. "
-    return ""
-
-
 def _write_manifest(folder: Path, record: dict[str, Any], known: Mapping[str, str]) -> None:
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in paths.values():
-        _sync(path)
+        sync(path)
     files = {
         name: {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256(path)} for name, path in paths.items()
     }
     said = json.loads(json.dumps({"files": files, "record": record}))
     text = json.dumps(said | {"sha256": _seal(said)}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
-            _sync(path)
+            sync(path)
 
 
 def _publish(staging: Path, folder: Path, over: bool) -> None:
@@ -308,7 +288,7 @@ def _publish(staging: Path, folder: Path, over: bool) -> None:
     except OSError:
         if read(folder) is None:
             raise
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -320,11 +300,3 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 def _seal(said: dict[str, Any]) -> str:
     """sha256 of what a manifest says, in its canonical form."""
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,11 +1,10 @@
 """What a training job tells of itself, for whoever wants to know: a line an epoch, and its pace between them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aliprod.store.commit import read_json
+from aliprod.store.commit import parsed, read_json
 from aliprod.store.layout import PACE, RESUME
 
 TOP1 = "val/top1_error"  # mean over classes, 0 to 1: what checkpoints are picked by
@@ -18,10 +17,8 @@ KINDS = {  # of the weights that an epoch ends with, as aliprod.training.candida
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records in the order of their epochs, each once: after a resume the first one counts.
-
-    Half a line is skipped; a file that is not there has none.
-    """
+    """The records in the order of their epochs, each once: after a resume the first one counts. Half a line is skipped;
+    a file that is not there has none."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -34,11 +31,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def parse(line: bytes) -> dict[str, Any] | None:
     """The record of one line; None of half a line, as a killed worker leaves it."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("epoch"), int) else None
+    record = parsed(line)
+    return record if isinstance(record.get("epoch"), int) else None
 
 
 def error(line: Mapping[str, Any]) -> tuple[float | None, str]:
@@ -52,7 +46,5 @@ def error(line: Mapping[str, Any]) -> tuple[float | None, str]:
 
 def pace(folder: Path) -> dict[str, Any] | None:
     """How far a job is, and how fast: ``step``, ``images_per_second`` of its ``ranks`` on a ``device``, ``time_ms``.
-
-    None before its second step, and once it is finished.
-    """
+    None before its second step, and once it is finished."""
     return read_json(folder / RESUME / PACE) or None

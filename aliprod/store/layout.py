@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,15 @@ def canonical(facts: Any) -> str:
 def key_of(facts: Any) -> str:
     """sha256 of facts in their canonical form, in hexadecimal."""
     return hashlib.sha256(canonical(facts).encode()).hexdigest()
+
+
+def flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All that stands in a table and in those within it: of ``{"lr": {"heads": 0.1}}`` ``lr.heads`` and 0.1."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def cache() -> Path:
@@ -71,11 +80,6 @@ def cache_room(folder: Path, used: Iterable[int]) -> int:
 def job_place(name: str, key: str) -> str:
     """The folder of a job, BACKBONE/STAGE, below the storage path."""
     return f"jobs/{name}/{key}"
-
-
-def job_folder(storage: Path, name: str, key: str) -> Path:
-    """The folder of a job."""
-    return storage / job_place(name, key)
 
 
 def newest_step(folder: Path) -> int | None:

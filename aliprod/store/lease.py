@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from aliprod.errors import AliprodError, Failed
 from aliprod.store import commit, mirror
@@ -75,7 +75,6 @@ class Leases:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give back what is held."""
         self._closed.set()
         self._thread.join()
         for name in list(self._held):
@@ -92,14 +91,8 @@ class Leases:
             return _words(next(iter(seen.marks.values())))
 
     def take(self, name: str) -> str:
-        """Take a lease, where nobody else that is alive holds it.
-
-        Returns:
-            "" where it is ours now, else who holds it.
-        Raises:
-            StorageFull: the storage path cannot be written.
-            Failed: as in `check`.
-        """
+        """Take a lease, where nobody else that is alive holds it: "" where it is ours now, else who holds it.
+        StorageFull: the storage path cannot be written. Failed: as in `check`."""
         self.check()
         with self._lock, commit.storage(self.folder):
             if name in self._held:
@@ -108,10 +101,9 @@ class Leases:
 
     def release(self, name: str) -> None:
         """Give a lease back; nothing happens where it is not held."""
-        with self._lock:
+        with self._lock, suppress(*_AWAY):
             if (own := self._held.pop(name, None)) is not None:
-                with suppress(*_AWAY):
-                    self._kept.leave(name, own)
+                self._kept.leave(name, own)
 
     def check(self) -> None:
         """Raise where a lease was lost. Failed: nothing more may be started or committed."""
@@ -269,14 +261,13 @@ class _Objects:
         return version is not None
 
 
-def _kept(folder: Path) -> "_Files | _Objects":
-    found = mirror.of(folder)
-    return _Files(folder) if found is None else _Objects(found, folder)
+def _kept(folder: Path) -> _Files | _Objects:
+    return _Files(folder) if (found := mirror.of(folder)) is None else _Objects(found, folder)
 
 
 def _words(sign: bytes) -> str:
     """Who has written a sign of life."""
-    said = _said(sign)
+    said = commit.parsed(sign)
     if not said.keys() >= {"host", "pid", "work"}:
         return "a driver that left no name"
     words = f"{said['host']} pid {said['pid']} of {said['work']}"
@@ -285,7 +276,7 @@ def _words(sign: bytes) -> str:
 
 def _ended(sign: bytes) -> bool:
     """Whether a process of this very machine has written it, and is no more."""
-    said, here = _said(sign), _process(os.getpid())
+    said, here = commit.parsed(sign), _process(os.getpid())
     if not here or said.get("machine") != here["machine"] or not isinstance(said.get("pid"), int):
         return False
     return said.get("started") != _process(said["pid"]).get("started")
@@ -300,11 +291,3 @@ def _process(pid: int) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {} if state in "ZX" else {"machine": f"{boot} {space}", "started": fields[18]}
-
-
-def _said(sign: bytes) -> dict[str, Any]:
-    try:
-        said = json.loads(sign)
-    except (ValueError, RecursionError):
-        return {}
-    return said if isinstance(said, dict) else {}

@@ -15,12 +15,12 @@ from typing import Any
 from aliprod.errors import Refused, near_file
 from aliprod.shown import redacted
 from aliprod.store import commit
-from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_folder
+from aliprod.store.layout import LAST, MODEL, WEIGHTS, job_place
 from aliprod.version import VERSION
 
 _FOLDER = "submissions"
 COMPARISON = "comparison.json"
-MEMBERS = "members.json"  # in a plan's folder: the checkpoints that its ensemble was last made of
+MEMBERS = "members.json"  # in a plan's folder: the checkpoints that its ensemble was last made of, by job
 
 
 @cache
@@ -36,11 +36,6 @@ def revision() -> str:
 def software() -> str:
     """The version of aliprod, and its `revision`."""
     return f"{VERSION} {revision()}".strip()
-
-
-def members(folder: Path) -> dict[str, dict[str, Any]]:
-    """The checkpoints that a plan's ensemble was last made of, by job; {} where there is none."""
-    return commit.read_json(folder / MEMBERS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ def voices(storage: Path, plan: str) -> list[Voice]:
     record = commit.read(storage / plan / "ensemble")
     said = None if record is None else {one["job"]: one for one in record["members"]}
     found = []
-    for name, choice in members(storage / plan).items():
+    for name, choice in commit.read_json(storage / plan / MEMBERS).items():
         own = {"weight": 1} if said is None else said.get(name)  # one of weight 0 is not in the record
         if own is not None:
             folder = weights_folder(storage, plan, name, choice["key"], choice["sha256"])
@@ -76,8 +71,8 @@ def comparison(storage: Path, plan: str) -> dict[str, Any] | None:
 def weights_folder(storage: Path, plan: str, job: str, key: str, sha256: str) -> Path:
     """Where weights of a job lie or, where MLflow alone has them, where they are to be brought."""
     for kind in (WEIGHTS, LAST):
-        folder = job_folder(storage, job, key) / kind
-        if commit.read(folder) is not None and commit.file_digest(folder, MODEL) == sha256:
+        folder = storage / job_place(job, key) / kind
+        if commit.read(folder) is not None and commit.digests(folder)[MODEL] == sha256:
             return folder
     return storage / plan / "chosen" / sha256[:16]
 

@@ -104,13 +104,7 @@ def of(path: Path) -> "Mirror | None":
     """The mirror that a path is in; None where it is what it is."""
     if _MIRROR not in path.parts:
         return None
-    begin = path.parts.index(_MIRROR) + 1
-    return _mirror(Path(*path.parts[: begin + 2]))
-
-
-@functools.cache
-def _mirror(root: Path) -> "Mirror":
-    return Mirror(root)
+    return _mirror(Path(*path.parts[: path.parts.index(_MIRROR) + 3]))
 
 
 class Mirror:
@@ -122,7 +116,6 @@ class Mirror:
 
     @property
     def bucket(self) -> Bucket:
-        """The bucket."""
         return opened(shown(self.root))
 
     def key(self, path: Path) -> str:
@@ -170,13 +163,10 @@ class Mirror:
         here = folder / MANIFEST
         if here.exists() and not again:
             return
-        try:
-            found = self.bucket.get(f"{self.key(folder)}/{MANIFEST}", _version(here))
-        except FileNotFoundError:
-            if here.exists():
-                shutil.rmtree(folder, ignore_errors=True)
-            return
-        if found is not None:
+        found = self.bucket.find(f"{self.key(folder)}/{MANIFEST}")
+        if found is None and here.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        elif found is not None and found[1] != _version(here):
             self._land(folder, *found)
 
     def fetch(self, folder: Path, names: Collection[str] = ()) -> None:
@@ -265,26 +255,23 @@ class Mirror:
 
     def _update(self, key: str) -> None:
         path, found = self.root / key, self.bucket.find(key)
-        if found is not None and path.name == MANIFEST:
+        if found and path.name == MANIFEST:
             self._land(path.parent, *found)
-        elif found is not None:
+        elif found:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, *found)
 
     def _land(self, folder: Path, manifest: bytes, version: str) -> None:
         """Put a manifest and its small files here, in place of what was."""
-        here, fresh = folder / MANIFEST, folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-        with self.alone(folder):
+        here = folder / MANIFEST
+        with self.alone(folder), beside(folder) as fresh:
             if here.exists() and here.read_bytes() == manifest:
                 _mark(here, version)
                 return
-            try:
-                fresh.mkdir(parents=True)
-                self._receive_all(fresh, [file for file in self._files(folder, manifest) if file.size <= _SMALL])
-                _write(fresh / MANIFEST, manifest, version)
-                swap(fresh, folder)
-            finally:
-                shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            self._receive_all(fresh, [file for file in self._files(folder, manifest) if file.size <= _SMALL])
+            _write(fresh / MANIFEST, manifest, version)
+            swap(fresh, folder)
 
     def _receive_all(self, folder: Path, files: Iterable[_File]) -> None:
         with ThreadPoolExecutor(THREADS) as threads:
@@ -294,25 +281,20 @@ class Mirror:
         """Bring a file; its name appears once its bytes are known to be right."""
         if size_of(path) == file.size:
             return
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with beside(path) as part:
             if self.bucket.download(file.keys, part) == file.sha256:
                 self._known[file.sha256[:16]] = file.key
-                os.replace(part, path)
-            elif self.bucket.download([file.plain], part) == file.sha256:
-                os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+            elif self.bucket.download([file.plain], part) != file.sha256:
+                return
+            os.replace(part, path)
 
     def _send(self, path: Path, file: _File, number: int) -> None:
         """Send a part of a file, where its object is not there; one that another folder has is copied in the bucket."""
         key = file.keys[number]
         if file.size > _SMALL:
-            if self.bucket.holds(key):
-                return
             twin = self._known.get(file.sha256[:16])
-            if twin and self.bucket.copy(twin + file.parts[number], key):
+            if self.bucket.holds(key) or (twin and self.bucket.copy(twin + file.parts[number], key)):
                 return
         with path.open("rb") as opened:
             opened.seek(number * _PART)
@@ -340,6 +322,27 @@ class Mirror:
             return []
 
 
+_mirror = functools.cache(Mirror)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name next to a path, for what is not yet finished; what still has it in the end is removed."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield unfinished
+    finally:
+        remove_here(unfinished)
+
+
+def remove_here(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, on this machine; nothing happens where it is gone."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def swap(fresh: Path, folder: Path) -> None:
     """Put a finished folder in the place of what is there. An OSError where another process does so at once."""
     old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
@@ -352,13 +355,11 @@ def swap(fresh: Path, folder: Path) -> None:
 
 
 def _write(path: Path, content: bytes, version: str) -> None:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    _mark(part, version)
-    os.replace(part, path)
+    with beside(path) as part:
+        part.write_bytes(content)
+        sync(part)
+        _mark(part, version)
+        os.replace(part, path)
 
 
 def _mark(path: Path, version: str) -> None:
@@ -371,6 +372,15 @@ def _version(path: Path) -> str:
         return os.getxattr(path, _VERSION).decode()
     except OSError:
         return ""
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or the names in a folder, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def size_of(path: Path) -> int:

@@ -104,11 +104,10 @@ class ResumableRows:
         for file in self.files(name):
             commit.fetch(file.parent)
             commit.link(file, target / file.name)
-        return {file.name: commit.file_digest(file.parent, file.name) for file in self.files(name)}
+        return {file.name: commit.digests(file.parent)[file.name] for file in self.files(name)}
 
     @cached_property
     def _room(self) -> Path:
-        """The folder of the finished shards."""
         facts = [self.folder.name, self.record, self.per_shard]
         digest = hashlib.sha256(canonical(facts).encode())
         digest.update("\0".join(self.ids.to_pylist()).encode())
@@ -134,8 +133,7 @@ class ResumableRows:
                 commit.remove(other)
 
     def _write(self, blocks: Callable[[Rows], Iterable[Block]], part: Part) -> None:
-        missing = self._missing(part)
-        if not len(missing):
+        if not len(missing := self._missing(part)):
             return
         if part == ALL and len(missing) < len(self.ids):
             log.info("%s: %d of %d rows are left to predict.", self._room, len(missing), len(self.ids))
@@ -160,8 +158,7 @@ class ResumableRows:
     def _missing(self, part: Part) -> Rows:
         """Rows of the part's shards that are not there. One whose bytes are others than were written is set aside."""
         missing = [np.empty(0, np.int64)]
-        first, step = part
-        for shard, path in list(enumerate(self._shards))[first::step]:
+        for shard, path in list(enumerate(self._shards))[part[0] :: part[1]]:
             if path.exists() and commit.verify(path):
                 log.warning("%s is damaged and is predicted again.", path)
                 commit.set_aside(path, self._room / f".{path.name}.{uuid.uuid4().hex[:8]}.bad")

@@ -55,7 +55,7 @@ class Weights:
             return None
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return cls(
-            folder, commit.file_digest(folder, MODEL), config["epoch"], config["top1_error"], config.get("kind", "raw")
+            folder, commit.digests(folder)[MODEL], config["epoch"], config["top1_error"], config.get("kind", "raw")
         )
 
 
@@ -104,7 +104,7 @@ class Registry:
                 model = self._client.get_logged_model(choice.model_id)
                 self._server.artifacts(model.artifact_location).download_artifacts("", temporary)
             record = commit.read(got)
-            if record is None or commit.verify(got) or commit.file_digest(got, MODEL) != choice.sha256:
+            if record is None or commit.verify(got) or commit.digests(got)[MODEL] != choice.sha256:
                 page = self._server.page(f"models/{choice.name}")
                 raise Failed(
                     f"version {choice.version} of {choice.name} does not hold the weights {choice.sha256[:12]} that "
@@ -232,20 +232,16 @@ class Registry:
 
 
 def choose(opened: Opened, registry: Registry, complete: bool) -> tuple[dict[str, Choice], str]:
-    """Read the version that the alias ``member`` of each member marks; all of them are trained.
-
-    While MLflow is away, or not ``complete``, the choice last seen counts, at first the best.
-
-    Returns:
-        A choice for each member, and what a person should know about it, or ''.
-    """
+    """The version that the alias ``member`` of each member marks, all of which are trained, and what a person should
+    know about the choice, or ''. While MLflow is away, or not ``complete``, the one last seen counts, at first the
+    best."""
     names, file = opened.plan.ensemble.members, opened.folder / lineage.MEMBERS
     try:
         if not complete:
             raise Unreachable("it lacks what this run has yet to send.")
         choices, note = registry.members(names), ""
     except Unreachable as error:
-        seen = {name: Choice(**choice) for name, choice in lineage.members(opened.folder).items()}
+        seen = {name: Choice(**choice) for name, choice in commit.read_json(file).items()}
         same = {n: choice for n, choice in seen.items() if n in names and choice.key == opened.jobs[n].key}
         choices = {name: _best(opened, name, registry.name(name)) for name in names} | same
         note = f"MLflow is away ({error.what}) The choice of checkpoints last seen counts, else each job's best."

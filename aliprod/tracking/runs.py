@@ -27,7 +27,7 @@ from aliprod.errors import Failed
 from aliprod.plan.jobs import Job
 from aliprod.shown import redacted
 from aliprod.store import commit, epochs, mirror
-from aliprod.store.layout import LAST, METRICS, WEIGHTS
+from aliprod.store.layout import LAST, METRICS, WEIGHTS, flat
 from aliprod.store.lineage import revision
 from aliprod.tracking.registry import Choice, Registry, Weights
 from aliprod.tracking.server import BEST, EPOCH, STATE, Server, view_page
@@ -139,26 +139,22 @@ class Runs:
         tags |= {f"model.{job}": model_id for job, model_id in models.items()}
         shown = json.dumps([{"path": "members.json", "type": "table"}])  # so that the UI shows it as one
         self._write(run, tags=tags | {"aliprod.split": str(result["split"]), "mlflow.loggedArtifacts": shown})
-        self._picture(run, result)
+        if self.plan.catalogue and result["split"]:
+            found = confusions(mirror.local(result["probabilities"]), self.plan.catalogue, result["split"])
+            if found is not None:  # among the charts
+                self.server.client.log_image(run.info.run_id, found, key="confusions/ensemble", step=0)
         self.server.client.log_inputs(run.info.run_id, models=[LoggedModelInput(i) for i in sorted({*models.values()})])
         errors = {name: member.get("top1_error") for name, member in result["members"].items()}
+        told = {"top1_error": result["top1_error"]} | {f"top1_error/{name}": error for name, error in errors.items()}
+        points = [Metric(name, float(e), run.info.start_time, 0) for name, e in told.items() if e is not None]
         columns = ["member", "version", "epoch", "top1_error", "key", "sha256"]
         rows = [[job, c.version, c.epoch + 1, errors.get(job), c.key, c.sha256] for job, c in choices.items()]
         self.server.client.log_dict(run.info.run_id, {"columns": columns, "data": rows}, "members.json")
         if submission := result.get("submission"):
             self.server.client.log_artifact(run.info.run_id, str(mirror.local(submission)))
-        total = _points({"top1_error": result["top1_error"]}, run.info.start_time, 0)
-        self._write(self._plan_run(), total)
-        each = _points({f"top1_error/{name}": error for name, error in errors.items()}, run.info.start_time, 0)
-        self._write(run, [*total, *each], {RESULT: commit.sha256(mirror.local(submission)) if submission else key})
+        self._write(self._plan_run(), [point for point in points if point.key == "top1_error"])
+        self._write(run, points, {RESULT: commit.sha256(mirror.local(submission)) if submission else key})
         self._set_status(run, "FINISHED")
-
-    def _picture(self, run: Run, result: Mapping[str, Any]) -> None:
-        """What the ensemble confuses, among the charts, where it is known."""
-        if self.plan.catalogue and result["split"]:
-            found = confusions(mirror.local(result["probabilities"]), self.plan.catalogue, result["split"])
-            if found is not None:
-                self.server.client.log_image(run.info.run_id, found, key="confusions/ensemble", step=0)
 
     def _publish(self, run: Run, progress: JobProgress, best: Weights, records: Mapping[int, Record]) -> None:
         """Versions of the best and the last weights, the aliases and, last, the tag of the result."""
@@ -192,7 +188,8 @@ class Runs:
             run = self._create("job", key, job.name, tags, records[0]["time_ms"] if records else None)
         if not run.data.params:
             settings = {"backbone": job.backbone, "network": job.network, **job.stage.model_dump(mode="json")}
-            params = [Param(name, value[:PARAM_LIMIT]) for name, value in _flat(settings).items()]
+            texts = {name: one if isinstance(one, str) else json.dumps(one) for name, one in flat(settings)}
+            params = [Param(name, text[:PARAM_LIMIT]) for name, text in texts.items()]
             if self.plan.catalogue:  # before the settings, which say that it is there
                 self.server.client.log_inputs(run.info.run_id, [_dataset(self.plan.catalogue)])
             self.server.client.log_batch(run.info.run_id, params=params)
@@ -267,21 +264,6 @@ def _dataset(catalogue: Catalogue) -> DatasetInput:
     source = json.dumps({"uri": redacted(str(catalogue.root))})
     found = Dataset(catalogue.root.name, catalogue.fingerprint[:12], "local", source, profile=json.dumps(counts))
     return DatasetInput(found, [InputTag("mlflow.data.context", "training")])
-
-
-def _points(values: Mapping[str, float | None], time_ms: int, step: int) -> list[Metric]:
-    return [Metric(name, float(value), time_ms, step) for name, value in values.items() if value is not None]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"lr": {"heads": 0.1}}`` becomes ``{"lr.heads": "0.1"}``; lists as JSON."""
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
-    return flat
 
 
 def _cut(text: str) -> str:

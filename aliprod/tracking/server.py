@@ -95,11 +95,7 @@ def reach(uri: str) -> Server:
 def connect(uri: str, experiment: str, artifacts: Path | None) -> Server:
     """Reach MLflow, find or make the experiment, write and read back an artifact of 1 KB.
 
-    Args:
-        uri: ``http://HOST:PORT`` or ``sqlite:////ABSOLUTE/mlflow.db``.
-        artifacts: where a new experiment keeps its artifacts, where no server decides it.
-    Raises:
-        Refused, Unreachable: as in `reach`.
+    ``artifacts``: where a new experiment keeps them, where no server decides it. Refused, Unreachable: as in `reach`.
     """
     server = reach(uri)
     with asking(uri):
@@ -148,11 +144,8 @@ def _check_address(uri: str) -> None:
     except ValueError as error:
         raise Refused(f"is no address: {error}.", redacted(uri), "Give http://HOST:PORT of a server.") from None
     if not scheme or scheme == "file":
-        raise Refused(
-            "MLflow no longer keeps runs in a folder.",
-            redacted(uri),
-            "Give http://HOST:PORT of a server, or sqlite:////ABSOLUTE/mlflow.db.",
-        )
+        advice = "Give http://HOST:PORT of a server, or sqlite:////ABSOLUTE/mlflow.db."
+        raise Refused("MLflow no longer keeps runs in a folder.", redacted(uri), advice)
     if scheme == "sqlite" and (path := Path(urlsplit(uri).path[1:])).exists():
         _check_lock(path)
     elif scheme == "sqlite":
@@ -214,18 +207,14 @@ def _advice(uri: str, error: Exception) -> str:
         return "Start the server with --allowed-hosts naming the host of this address."
     if isinstance(error, MlflowException) and error.error_code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
         return "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-    return (
-        f"Nothing was started. Start the server, or give another --tracking-uri; this client is MLflow "
-        f"{mlflow.__version__}."
-    )
+    start = "Nothing was started. Start the server, or give another --tracking-uri"
+    return f"{start}; this client is MLflow {mlflow.__version__}."
 
 
 def _make_default(uri: str) -> None:
-    """For what looks at no argument: a database resolves a version's ``models:/m-ID`` through mlflow's default.
-
-    mlflow puts the address, password and all, into the environment too, where the next plan of this process would
-    take it for the user's: taken out again.
-    """
+    """For what looks at no argument: a database resolves a version's ``models:/m-ID`` through mlflow's default. mlflow
+    puts the address, password and all, into the environment too, where the next plan of this process would take it for
+    the user's: taken out again."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     os.environ.pop("MLFLOW_TRACKING_URI", None)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from aliprod.store.layout import METRICS
+from aliprod.store.mirror import size_of
 from aliprod.tracking.registry import Registry
 from aliprod.tracking.runs import JobProgress, PlanProgress, Runs, status_of
 from aliprod.tracking.server import connect, sentence, view_page
@@ -149,8 +150,5 @@ def _failure(call: Callable[[], None]) -> str:
 
 def _state(plan: PlanProgress, progress: JobProgress) -> tuple[object, ...]:
     """What a job's part depends on; while it runs, the size of its metrics shows that an epoch was added."""
-    try:
-        size = (progress.folder / METRICS).stat().st_size if progress.state == "running" else 0
-    except OSError:
-        size = 0
+    size = size_of(progress.folder / METRICS) if progress.state == "running" else 0
     return status_of(plan, progress), progress.state, progress.detail, size

@@ -184,7 +184,7 @@ def test_a_chosen_checkpoint_is_another_ensemble(shop: Opened) -> None:
         finish(shop, name)
     finish(shop, "net/labelled", b"last", "last")
     key = str(shop.jobs["net/labelled"].key)
-    last = Chosen(key, commit.file_digest(shop.job_folder("net/labelled") / "last", "model.safetensors"))
+    last = Chosen(key, commit.digests(shop.job_folder("net/labelled") / "last")["model.safetensors"])
     by_best, by_last = targets(shop, False), targets(shop, False, {"net/labelled": last})
     assert by_best["ensemble"].key != by_last["ensemble"].key
     [weights] = by_last["ensemble"].needs["members"][0].needs["weights"]

@@ -61,7 +61,7 @@ def files(uri: str) -> dict[str, bytes]:
     """What lies there, by its name."""
     parts = urlsplit(uri)
     store, prefix = buckets.opened(f"{parts.scheme}://{parts.netloc}"), parts.path[1:]
-    return {key.removeprefix(f"{prefix}/"): store.whole(key, 2**30) for key in store.list(prefix)}
+    return {key.removeprefix(f"{prefix}/"): store.get(key)[0] for key in store.list(prefix)}
 
 
 @EACH

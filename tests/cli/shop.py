@@ -15,7 +15,7 @@ from aliprod.models.classifier import Classifier
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.store import commit
-from aliprod.store.layout import job_folder
+from aliprod.store.layout import job_place
 
 PLAN = """\
 format = 1
@@ -71,7 +71,7 @@ class Shop:
     def finish(self, name: str, error: float = 0.25) -> None:
         """Commit a job's weights, as its training would."""
         job = jobs_of(load(self.plan), sources.read(self.folder / "photos").fingerprint)[name]
-        folder = job_folder(self.storage, name, str(job.key)) / "weights"
+        folder = self.storage / job_place(name, str(job.key)) / "weights"
         record = {"top1_error": error, "best_epoch": 0, "seconds": 1.0}
         record |= {"network": job.network, "stage": job.stage.model_dump(mode="json")}
         commit.write(folder, model, record)

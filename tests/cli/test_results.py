@@ -104,7 +104,7 @@ def test_a_folder_without_pictures_is_refused(weights_folder: Path, tmp_path: Pa
 def test_a_plans_ensemble_is_exported_with_its_weight_temperature_and_error(shop: Shop) -> None:
     shop.finish("net/accuracy")
     [folder] = (shop.storage / "jobs" / "net" / "accuracy").glob("*/weights")
-    choice = {"key": folder.parent.name, "sha256": commit.file_digest(folder, weights.MODEL)}
+    choice = {"key": folder.parent.name, "sha256": commit.digests(folder)[weights.MODEL]}
     own = shop.storage / "shop"
     record = {"members": [{"job": "net/accuracy", "weight": 2, "temperature": 1.25}]}
     commit.write(own / "ensemble", lambda new: None, record)

@@ -174,7 +174,7 @@ def test_the_card_says_what_it_is_and_how_good(ensemble: Path, two: list[Voice])
     assert "5.00% (1.00% to 10.00%) on val, ten crops, 80 images" in text
     for voice, job in zip(two, ("net/dcl", "vit/full"), strict=True):
         [row] = [line for line in text.splitlines() if line.startswith(f"| {job} |")]
-        sha256 = commit.file_digest(voice.folder, weights.MODEL)[:16]
+        sha256 = commit.digests(voice.folder)[weights.MODEL][:16]
         assert row.endswith(f"| {voice.weight} | {voice.temperature} | {weights.load(voice.folder)[1].crop} "
                             f"| cross_entropy | 3 | 25.00% | 0123 | {sha256} |")  # fmt: skip
     assert commit.verify(ensemble) == []

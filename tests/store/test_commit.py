@@ -51,7 +51,7 @@ def test_the_manifest_says_sizes_and_the_sha256_that_coreutils_finds(tmp_path: P
     path = tmp_path / "result" / "b.txt"
     sha256 = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
     assert manifest["files"]["b.txt"] == {"bytes": 2, "sha256": sha256}
-    assert commit.file_digest(tmp_path / "result", "b.txt") == sha256
+    assert commit.digests(tmp_path / "result")["b.txt"] == sha256
 
 
 def test_whoever_comes_second_is_told_what_is_there(tmp_path: Path) -> None:

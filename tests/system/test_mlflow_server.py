@@ -18,7 +18,7 @@ from aliprod.errors import Unreachable
 from aliprod.plan.jobs import Job
 from aliprod.recipe import Stage
 from aliprod.store import commit
-from aliprod.store.layout import job_folder
+from aliprod.store.layout import job_place
 from aliprod.tracking.runs import JobProgress, PlanProgress
 from aliprod.tracking.sync import Tracking
 
@@ -40,7 +40,7 @@ class Story:
 
     def write(self, name: str, until: int) -> Path:
         """What the training of a job leaves in the storage path; weights at the end, the best epoch being the last."""
-        folder = job_folder(self.storage, name, str(self.jobs[name].key))
+        folder = self.storage / job_place(name, str(self.jobs[name].key))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record(epoch)) + "\n" for epoch in range(until)))
         if until == EPOCHS:
@@ -166,7 +166,7 @@ def test_every_point_arrived_once_at_the_time_it_was_taken(story, name):
 
 @pytest.mark.parametrize("name", ["resnet50/full", "resnet50/dcl"])
 def test_each_job_is_complete_with_one_version_that_comes_back_byte_for_byte(story, name, tmp_path):
-    folder = job_folder(story.storage, name, str(story.jobs[name].key))
+    folder = story.storage / job_place(name, str(story.jobs[name].key))
     run = story.run(name)
     assert run.data.tags["aliprod.result"] == commit.digest(folder / "weights")
     assert run.info.status == "FINISHED"

@@ -28,7 +28,7 @@ from aliprod.plan.jobs import Job
 from aliprod.recipe import Stage
 from aliprod.store import commit
 from aliprod.store.bucket import opened
-from aliprod.store.layout import job_folder
+from aliprod.store.layout import job_place
 from aliprod.tracking.runs import JobProgress, PlanProgress
 from aliprod.tracking.server import connect
 from aliprod.tracking.sync import Tracking
@@ -65,7 +65,7 @@ class Training:
 
     def train(self, epochs: int, state: JobState = "running") -> None:
         job = Job("b/full", "b", "resnet50.tv_in1k", "full", Stage(), (), None, (), (), True, {"digit": "a"})
-        folder = job_folder(self.storage, job.name, str(job.key))
+        folder = self.storage / job_place(job.name, str(job.key))
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "metrics.jsonl").open("a") as log:
             for epoch in range(self.epochs, self.epochs + epochs):

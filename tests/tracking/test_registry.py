@@ -33,7 +33,7 @@ def test_best_and_last_become_versions_that_say_what_they_are(place, job, traine
     assert aliases(client) == {"best": 1, "member": 1}
     assert best.tags == {
         "epoch": "2", "top1_error": "0.2000", "checkpoint": "best", "key": job().key,
-        "sha256": commit.file_digest(folder / "weights", "model.safetensors"),
+        "sha256": commit.digests(folder / "weights")["model.safetensors"],
     }  # fmt: skip
     assert (last.tags["epoch"], last.tags["checkpoint"]) == ("3", "last")
     assert best.description == f"20.00% at epoch 2/3, best: top-1 error on val, of {str(job().key)[:12]}"
@@ -76,7 +76,7 @@ def test_a_killed_drivers_pending_model_is_replaced(place, job, trained):
     place.driver().flush(60)
     client = MlflowClient(place.uri)
     experiment = client.get_experiment_by_name("shop").experiment_id
-    sha256 = commit.file_digest(folder / "weights", "model.safetensors")
+    sha256 = commit.digests(folder / "weights")["model.safetensors"]
     tags = {"aliprod.key": job().key, "aliprod.sha256": sha256}
     orphan = client.create_logged_model(experiment, name="resnet50-full-epoch002", tags=tags)
     send(place, job(), folder)
@@ -175,7 +175,7 @@ def test_a_lost_database_is_filled_again_from_the_storage_path(place, job, train
     (place.storage / "mlflow.db").write_bytes(migrated.read_bytes())
     tracking = send(place, job(), folder)
     choice = tracking.registry.members(["resnet50/full"])["resnet50/full"]
-    assert choice.sha256 == commit.file_digest(folder / "weights", "model.safetensors")
+    assert choice.sha256 == commit.digests(folder / "weights")["model.safetensors"]
 
 
 def test_an_address_of_a_model_becomes_a_verified_folder(place, job, trained, tmp_path):

@@ -325,7 +325,7 @@ def test_a_job_trained_again_to_other_bytes_gets_a_run_of_its_own(place, job, tr
     assert run_of(client, "job").data.tags["aliprod.result"] == commit.digest(folder / "weights")
     assert run_of(client, "superseded").data.tags["aliprod.result"] == commit.digest(tmp_path / "lost" / "weights")
     best = client.get_model_version_by_alias("shop.resnet50.full", "member")
-    assert best.tags["sha256"] == commit.file_digest(folder / "weights", "model.safetensors")
+    assert best.tags["sha256"] == commit.digests(folder / "weights")["model.safetensors"]
 
 
 def test_a_run_deleted_by_a_person_while_the_job_trains_is_made_anew(place, job, trained):
@@ -393,7 +393,7 @@ def test_an_ensemble_names_each_members_version_and_bytes(place, job, trained, t
 def test_an_ensemble_of_choices_made_while_mlflow_was_away_names_the_versions_of_now(place, job, trained):
     full, tracking = job(), place.driver()
     folder = trained(full)
-    sha256 = commit.file_digest(folder / "weights", "model.safetensors")
+    sha256 = commit.digests(folder / "weights")["model.safetensors"]
     away = Choice("shop.resnet50.full", None, full.key, sha256, 1, "")
     result = {"members": {full.name: {}}, "top1_error": None, "split": None, "submission": None, "probabilities": ""}
     ensemble = EnsembleResult("e" * 64, {full.name: away}, result)
