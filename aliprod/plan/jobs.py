@@ -83,8 +83,8 @@ def order_by_remaining_work(jobs: Mapping[str, Job]) -> list[str]:
 
 def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | None, tree: str) -> Job:
     backbone, _, stage_name = name.partition("/")
-    network, edges = plan.backbones[backbone], plan.edges(backbone, stage_name)
-    stage = plan.stage(backbone, stage_name)
+    network, edges = plan.backbones[backbone], plan.edges(name)
+    stage = plan.stage(name)
     if isinstance(stage.pretrained, str) and not stage.pretrained.endswith(".safetensors"):  # a file of each network
         stage = stage.model_copy(update={"pretrained": str(Path(stage.pretrained) / f"{network}.safetensors")})
     start, soup, _, labellers = (edges[edge] for edge in EDGES)

@@ -4,7 +4,8 @@ What a stage may say is `aliprod.recipe.Stage`. A stage's table is partial: defa
 seed are merged into it before it becomes one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
@@ -215,47 +216,53 @@ class Plan(Frozen):
         said = self.model_dump(mode="json", exclude={"cluster", "tune"})
         return key_of(said | {"catalogue": of_catalogue, "ensemble": ensemble})
 
-    def stage(self, backbone: str, name: str) -> Stage:
+    def stage(self, job: str) -> Stage:
         """The effective stage of a job: everything merged, the objective's options completed."""
-        return effective(self.seed, self.defaults, self.layers(backbone, name))
+        return effective(self.seed, self.defaults, self.layers(job).values())
 
-    def layers(self, backbone: str, name: str) -> list[Settings]:
-        """The tables that say something about a job, the weakest first; defaults apart."""
-        return [self.stages[name], self.overrides.get(backbone, {}), self.overrides.get(f"{backbone}/{name}", {})]
+    def layers(self, job: str) -> dict[tuple[str, str], Settings]:
+        """The tables that say something about a job, by their keys, the weakest first; defaults apart."""
+        backbone, _, name = job.partition("/")
+        own = {("overrides", one): self.overrides[one] for one in (backbone, job) if one in self.overrides}
+        return {("stages", name): self.stages[name], **own}
 
     def with_settings(self, job: str, settings: Settings) -> "Plan":
         """The same plan with other settings of one job. Options are of the objective that the job has, or is given:
         those that it knows."""
-        layers = self.layers(*job.split("/", 1))
         if isinstance(given := settings.get("objective"), dict):
-            said = merged({"objective": Stage().objective.name}, self.defaults, *layers)["objective"]
+            said = self.said(job).get("objective", Stage().objective.name)
             own = {"name": said} if isinstance(said, str) else said
             whole = given if given.get("name", own["name"]) != own["name"] else own | given
             known = options(whole["name"])
             kept = {key: value for key, value in whole.items() if known is None or key in {"name", *known.model_fields}}
             settings = settings | {"objective": kept}
-        return self.model_copy(update={"overrides": self.overrides | {job: merged(layers[-1], settings)}})
+        own = merged(self.overrides.get(job, {}), settings)
+        return self.model_copy(update={"overrides": self.overrides | {job: own}})
 
-    def edges(self, backbone: str, name: str) -> dict[Edge, tuple[str, ...]]:
+    def said(self, job: str) -> Settings:
+        """All that is said of a job's stage, unchecked."""
+        return merged(self.defaults, *self.layers(job).values())
+
+    def edges(self, job: str) -> dict[Edge, tuple[str, ...]]:
         """The jobs that must be finished before a job begins, by the setting that names them.
 
         What is not of the right type is left out: this is also asked of plans that are being checked.
         """
-        settings = merged(self.defaults, *self.layers(backbone, name))
+        settings = self.said(job)
         found: dict[Edge, tuple[str, ...]] = {}
         for edge in EDGES:
             said: Any = settings
             for key in edge:
                 said = said.get(key) if isinstance(said, dict) else None
             names = [said] if edge == ("start",) else said if isinstance(said, list | tuple) else []
-            own = f"{backbone}/" if edge[0] in ("start", "soup") else ""  # these name stages of the same backbone
+            # these name stages of the same backbone
+            own = f"{job.partition('/')[0]}/" if edge[0] in ("start", "soup") else ""
             found[edge] = tuple(own + to for to in names if isinstance(to, str))
         return found
 
     def parents(self, job: str) -> tuple[str, ...]:
         """All jobs that must be finished before a job begins, each once."""
-        backbone, _, name = job.partition("/")
-        return tuple(dict.fromkeys(parent for names in self.edges(backbone, name).values() for parent in names))
+        return tuple(dict.fromkeys(chain(*self.edges(job).values())))
 
     def job_names(self) -> Iterator[str]:
         """Names of all jobs, in the plan's order."""
@@ -263,7 +270,7 @@ class Plan(Frozen):
             yield from (f"{backbone}/{name}" for name in stages)
 
 
-def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
+def effective(seed: int, defaults: Settings, layers: Iterable[Settings]) -> Stage:
     """Merge tables of settings into a stage. pydantic.ValidationError: the settings do not go together."""
     own = merged(*layers)
     idle = {key for name, key in _IDLE.items() if name in own}
@@ -279,10 +286,9 @@ def merged(*layers: Mapping[str, Any]) -> Settings:
     """Tables of settings, the later ones winning: lr and optimizer key by key, objective, images and another optimizer
     as a whole."""
     result: Settings = {}
-    for layer in layers:
-        for key, value in layer.items():
-            old: Any = result.get(key)
-            tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
-            before = old.get("name", "sgd") if tables else None  # what is said of one optimizer is not for another
-            result[key] = old | value if tables and value.get("name", before) == before else value
+    for key, value in chain(*(layer.items() for layer in layers)):
+        old: Any = result.get(key)
+        tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
+        before = old.get("name", "sgd") if tables else None  # what is said of one optimizer is not for another
+        result[key] = old | value if tables and value.get("name", before) == before else value
     return result
