@@ -55,28 +55,19 @@ class Synth(Frozen):
 class CatalogueSource(Frozen):
     """The annotated images: where they lie, or how to render them."""
 
-    path: Text | None = Field(
-        None,
-        description="a folder in any layout that docs/catalogues.md names, or a table, relative to the plan's file; or "
-        "the URI of a prepared catalogue in a bucket (s3://, gs://, az://)",
-    )
-    synth: Synth | None = Field(
-        None, description="without a path: { classes, images, seed }, rendered in the storage folder at the first run"
-    )
-    columns: dict[Literal["path", "class", "split"], Text] = Field(
-        {}, description='of its tables, where they have other names: { path = "image", class = "label", split = "set" }'
-    )
-    val: float | None = Field(
-        None,
-        ge=0,
-        le=0.5,
-        description="share of the images of each class that is held out where there is no val; without it 0.1 where "
-        "there is no split at all, else nothing",
-    )
+    path: Text | None = None
+    """a folder in any layout that docs/catalogues.md names, or a table, relative to the plan's file; or the URI of a
+    prepared catalogue in a bucket (s3://, gs://, az://)"""
+    synth: Synth | None = None
+    """without a path: { classes, images, seed }, rendered in the storage folder at the first run"""
+    columns: dict[Literal["path", "class", "split"], Text] = Field({})
+    """of its tables, where they have other names: { path = "image", class = "label", split = "set" }"""
+    val: float | None = Field(None, ge=0, le=0.5)
+    """share of the images of each class that is held out where there is no val; without it 0.1 where there is no split
+    at all, else nothing"""
     seed: int = Field(0, ge=0, description="of what is held out")
-    links: Text | None = Field(
-        None, description="folder below which links and a table's absolute paths may lead too; relative as path is"
-    )
+    links: Text | None = None
+    """folder below which links and a table's absolute paths may lead too; relative as path is"""
 
     @model_validator(mode="after")
     def _one(self) -> "CatalogueSource":
@@ -91,51 +82,37 @@ Combine = Literal["sum", "greedy", "weights"]
 class Ensemble(Frozen):
     """The members whose probabilities are added."""
 
-    members: tuple[str, ...] = Field(
-        strict=False,
-        min_length=1,
-        max_length=127,  # sums of more float16 probabilities would not be exact in int32
-        description="jobs, each BACKBONE/STAGE",
-    )
-    score: Literal["auto", "val"] = Field(
-        "auto", description="the images whose errors are reported: test where its labels are known, else val"
-    )
-    views: Literal["ten_crop", "center"] = Field(
-        "ten_crop", description="of each test image: ten crops, or the centre alone"
-    )
-    combine: Combine = Field(
-        "sum", description="sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val"
-    )
+    # sums of more float16 probabilities than 127 would not be exact in int32
+    members: tuple[str, ...] = Field(strict=False, min_length=1, max_length=127)
+    """jobs, each BACKBONE/STAGE"""
+    score: Literal["auto", "val"] = "auto"
+    """the images whose errors are reported: test where its labels are known, else val"""
+    views: Literal["ten_crop", "center"] = "ten_crop"
+    """of each test image: ten crops, or the centre alone"""
+    combine: Combine = "sum"
+    """sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val"""
 
 
 class Cluster(Machine):
     """Where and how the jobs run. None of it is part of a key: changing it trains nothing again."""
 
-    storage: Text | None = Field(
-        None,
-        description="folder that keeps all results, relative to the plan's file, or the URI of one in a bucket (s3://, "
-        "gs://, az://); without it --storage, ALIPROD_STORAGE or `runs` in the current folder",
-    )
-    tracking_uri: Text | None = Field(
-        None,
-        description="MLflow server; without it --tracking-uri, MLFLOW_TRACKING_URI or SQLite in the storage folder",
-    )
-    ranks: Literal["auto"] | Ranks | FewestAndMost | dict[str, Ranks | FewestAndMost] = Field(
-        "auto",
-        description="of a job, each one GPU, or cpus_per_worker CPUs where there are none: a number, the fewest and "
-        'the most like [2, 8], or a table of these by job like { "resnet50/dcl" = 4 }; auto: as many as end the plan '
-        "soonest, up to the shares of its stage",
-    )
-    max_parallel_jobs: int | None = Field(
-        None, ge=1, description="jobs side by side; without it as many as the cluster has room for"
-    )
+    storage: Text | None = None
+    """folder that keeps all results, relative to the plan's file, or the URI of one in a bucket (s3://, gs://, az://);
+    without it --storage, ALIPROD_STORAGE or `runs` in the current folder"""
+    tracking_uri: Text | None = None
+    """MLflow server; without it --tracking-uri, MLFLOW_TRACKING_URI or SQLite in the storage folder"""
+    ranks: Literal["auto"] | Ranks | FewestAndMost | dict[str, Ranks | FewestAndMost] = "auto"
+    """of a job, each one GPU, or cpus_per_worker CPUs where there are none: a number, the fewest and the most like
+    [2, 8], or a table of these by job like { "resnet50/dcl" = 4 }; auto: as many as end the plan soonest, up to the
+    shares of its stage"""
+    max_parallel_jobs: int | None = Field(None, ge=1)
+    """jobs side by side; without it as many as the cluster has room for"""
     max_failures: int = Field(3, ge=0, description="how often a job is resumed after it failed")
     use_gpu: Literal["auto"] | bool = Field("auto", description="auto: where the cluster has any")
     max_cpus: int | None = Field(None, ge=1, description="CPUs that a cluster that grows on demand can reach")
     max_gpus: int | None = Field(None, ge=1, description="GPUs that a cluster that grows on demand can reach")
-    poll_seconds: float = Field(
-        2.0, gt=0, le=60, description="how often Ray Train looks after its workers; short jobs want 0.2"
-    )
+    poll_seconds: float = Field(2.0, gt=0, le=60)
+    """how often Ray Train looks after its workers; short jobs want 0.2"""
 
     def ranks_of(self, job: str) -> tuple[int, int]:
         """The fewest and the most ranks of a job."""
@@ -148,33 +125,25 @@ class Cluster(Machine):
 class Tune(Frozen):
     """What `aliprod tune` tries. None of it is part of a key."""
 
-    search: Settings = Field(
-        {},
-        description="settings of a stage, in tables as it has them, each with a list of choices or a range: "
-        '`lr.backbone = { low = 1e-3, high = 0.1, log = true }`, `optimizer.name = ["sgd", "lamb"]`; whole numbers '
-        "where both ends are. Without it the two learning rates, evenly in the logarithm",
-    )
-    span: float = Field(
-        10.0, gt=1, le=1e6, description="without search: from the stage's own rates over this to those times this"
-    )
+    search: Settings = Field({})
+    """settings of a stage, in tables as it has them, each with a list of choices or a range:
+    `lr.backbone = { low = 1e-3, high = 0.1, log = true }`, `optimizer.name = ["sgd", "lamb"]`; whole numbers where both
+    ends are. Without it the two learning rates, evenly in the logarithm"""
+    span: float = Field(10.0, gt=1, le=1e6)
+    """without search: from the stage's own rates over this to those times this"""
     trials: int = Field(8, ge=1, le=10_000, description="trainings; the first has the plan's own settings")
     epochs: int = Field(2, ge=1, le=1_000, description="of a trial, its schedule drawn together in proportion")
     per_class: int = Field(10, ge=1, description="training images a class of a trial, at most")
-    grace_period: int = Field(
-        1, ge=1, description="epochs before a trial may be stopped for being worse than others; tune.epochs: none is"
-    )
-    reduction_factor: int = Field(
-        3, ge=2, le=100, description="one trial in so many goes on at each rung, which are as many times apart"
-    )
-    finalists: int = Field(
-        3, ge=1, le=20, description="trials better than the plan's own settings that are trained again, beside these"
-    )
-    seeds: int = Field(
-        3, ge=2, le=100, description="how often, with other seeds: what they gain is told by these alone"
-    )
-    hours: float | None = Field(
-        None, gt=0, description="of GPUs (without them of ranks), finalists included, after which no trial begins"
-    )
+    grace_period: int = Field(1, ge=1)
+    """epochs before a trial may be stopped for being worse than others; tune.epochs: none is"""
+    reduction_factor: int = Field(3, ge=2, le=100)
+    """one trial in so many goes on at each rung, which are as many times apart"""
+    finalists: int = Field(3, ge=1, le=20)
+    """trials better than the plan's own settings that are trained again, beside these"""
+    seeds: int = Field(3, ge=2, le=100)
+    """how often, with other seeds: what they gain is told by these alone"""
+    hours: float | None = Field(None, gt=0)
+    """of GPUs (without them of ranks), finalists included, after which no trial begins"""
 
 
 class Plan(Frozen):
@@ -189,12 +158,10 @@ class Plan(Frozen):
     backbones: dict[PlainName, Text] = Field(description="our name = timm's name, with the tag of its weights")
     defaults: Settings = Field({}, description="settings of every stage that does not say otherwise")
     stages: dict[PlainName, Settings] = Field(description="a table of settings each: [stages.NAME]")
-    overrides: dict[str, Settings] = Field(
-        {}, description='settings of one backbone, [overrides.BACKBONE], or of one job, [overrides."BACKBONE/STAGE"]'
-    )
-    jobs: dict[PlainName, Annotated[tuple[str, ...], Field(strict=False, min_length=1)]] = Field(
-        min_length=1, description="backbone = the list of its stages"
-    )
+    overrides: dict[str, Settings] = Field({})
+    """settings of one backbone, [overrides.BACKBONE], or of one job, [overrides."BACKBONE/STAGE"]"""
+    jobs: dict[PlainName, Annotated[tuple[str, ...], Field(strict=False, min_length=1)]] = Field(min_length=1)
+    """backbone = the list of its stages"""
     ensemble: Ensemble = Field(description="what is added up")
     cluster: Cluster = Field(Cluster(), description="where it runs; no part of any key")
     tune: Tune = Field(Tune(), description="how settings of a stage are searched for; no part of any key")
