@@ -138,12 +138,13 @@ class Stage(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
-        if wrong := [what for check in _CHECKS for what in check(self)]:
+        checks = (_odd_views, _odd_rates, _odd_optimizer, _odd_shares, _odd_sources, _odd_features)
+        if wrong := [what for check in checks for what in check(self)]:
             raise ValueError("\n".join(wrong))
         return self
 
 
-def _inconsistent_views(stage: Stage) -> Iterator[str]:
+def _odd_views(stage: Stage) -> Iterator[str]:
     if stage.crop > stage.resize:
         yield f"crop = {stage.crop} is larger than resize = {stage.resize}: raise resize, or lower crop"
     if stage.crops and (stage.crops[-1] != stage.crop or len(stage.crops) > stage.epochs):
@@ -164,7 +165,7 @@ def _inconsistent_views(stage: Stage) -> Iterator[str]:
         yield f"scale = {list(stage.scale)}: shares of the area, 0 < smallest <= largest <= 1"
 
 
-def _inconsistent_rates(stage: Stage) -> Iterator[str]:
+def _odd_rates(stage: Stage) -> Iterator[str]:
     if stage.lr.schedule != "steps" and stage.lr.milestones:
         yield f'lr.milestones do nothing with schedule = "{stage.lr.schedule}": leave them out, or say "steps"'
     if stage.lr.schedule == "one_cycle" and not stage.lr.warmup_epochs and not stage.lr.warmup_steps:
@@ -175,7 +176,7 @@ def _inconsistent_rates(stage: Stage) -> Iterator[str]:
         yield f"lr.warmup_epochs = {stage.lr.warmup_epochs:g} is longer than the stage: epochs = {stage.epochs}"
 
 
-def _inconsistent_optimizer(stage: Stage) -> Iterator[str]:
+def _odd_optimizer(stage: Stage) -> Iterator[str]:
     recipe, fields = stage.optimizer, OptimizerRecipe.model_fields
     name = recipe.name
     for setting, kinds in (("momentum", ("sgd", "muon")), ("betas", ("adamw", "lamb", "lion", "muon"))):
@@ -187,7 +188,7 @@ def _inconsistent_optimizer(stage: Stage) -> Iterator[str]:
         yield f"{what}, lr = {{ backbone = 1e-4, heads = 1e-3 }}"
 
 
-def _inconsistent_shares(stage: Stage) -> Iterator[str]:
+def _odd_shares(stage: Stage) -> Iterator[str]:
     if stage.shares == "ranks":
         return
     if stage.shares.bit_count() != 1:
@@ -199,14 +200,15 @@ def _inconsistent_shares(stage: Stage) -> Iterator[str]:
         yield 'gradients = "bfloat16" rounds by rank: it needs shares = "ranks"'
 
 
-def _inconsistent_sources(stage: Stage) -> Iterator[str]:
+def _odd_sources(stage: Stage) -> Iterator[str]:
     if stage.start is not None and "pretrained" in stage.model_fields_set and stage.pretrained:
         yield "a stage with start takes its parent's weights: leave pretrained out"
-    if stage.start is None and not stage.pretrained and stage.trains == "classifier":
+    fresh = stage.start is None and not stage.pretrained
+    if fresh and stage.trains == "classifier":
         yield 'trains = "classifier" needs a backbone that has learned something: a start, or pretrained = true'
     if stage.start is None and stage.trains == "norms":
         yield 'trains = "norms" needs a classifier that has learned something: a start'
-    if stage.start is None and not stage.pretrained and stage.norm_statistics == "frozen":
+    if fresh and stage.norm_statistics == "frozen":
         yield 'norm_statistics = "frozen" needs weights that have some: a start, or pretrained = true'
     if stage.start is None and stage.duplicates == "teacher":
         yield 'duplicates = "teacher" needs a start: it is the teacher'
@@ -216,7 +218,7 @@ def _inconsistent_sources(stage: Stage) -> Iterator[str]:
         yield "teachers have seen the training images alone: leave pseudo_labels or teachers out"
 
 
-def _inconsistent_features(stage: Stage) -> Iterator[str]:
+def _odd_features(stage: Stage) -> Iterator[str]:
     if stage.neighbours is not None and stage.features != "cached":
         yield 'neighbours are sought among cached features: say features = "cached"'
     if stage.neighbours is not None and (stage.soup is not None or stage.epochs != 1 or stage.teachers):
@@ -235,16 +237,6 @@ def _inconsistent_features(stage: Stage) -> Iterator[str]:
         yield "cached features are of one view of each image, that of inference: leave augmentation out"
     if stage.pseudo_labels is not None:
         yield "cached features are of training images alone: leave pseudo_labels out"
-
-
-_CHECKS = (
-    _inconsistent_views,
-    _inconsistent_rates,
-    _inconsistent_optimizer,
-    _inconsistent_shares,
-    _inconsistent_sources,
-    _inconsistent_features,
-)
 
 
 class Machine(Frozen):
@@ -270,7 +262,7 @@ class Machine(Frozen):
 
     @property
     def threads(self) -> int:
-        """CPUs of a rank; 1 where nobody has said or found out how many."""
+        """1 where nobody has said or found out how many."""
         return self.cpus_per_worker or 1
 
     @property
@@ -307,7 +299,7 @@ DEFAULT_MACHINE = Machine()
 
 
 def never() -> bool:
-    """No: nobody tells this job to stop."""
+    """Whether to stop a job that nobody tells to."""
     return False
 
 

@@ -96,9 +96,8 @@ def draws(
 
 
 def _drawn(ways: dict[Way, Any], source: random.Random) -> dict[str, Any]:
-    return nested(
-        {w: said.draw(source) if isinstance(said, Range) else source.choice(said) for w, said in ways.items()}
-    )
+    drawn = {w: said.draw(source) if isinstance(said, Range) else source.choice(said) for w, said in ways.items()}
+    return nested(drawn)
 
 
 def _check_possible(
