@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aliprod.build.target import Made, Metrics, Site, Target
-from aliprod.catalogue.catalogue import Images, Integers
+from aliprod.catalogue.catalogue import Images
 from aliprod.errors import Failed
 from aliprod.recipe import Inputs, Stage, TrainingJob
 from aliprod.store import commit
@@ -94,7 +94,6 @@ def shown_to_teachers(stage: Stage) -> Any:
 def teach(target: Target, site: Site) -> Made:
     """A teacher's soft labels."""
     import torch
-    from torch import Tensor
 
     from aliprod.data.training_set import base_rows, write_soft_labels
     from aliprod.inference.predict import predicted, ready
@@ -105,13 +104,9 @@ def teach(target: Target, site: Site) -> Made:
     all_of_them = shown_to_teachers(stage) == "all"
     images = catalogue.train if all_of_them else catalogue.train.take(base_rows(catalogue, stage))
     model = ready(teacher.folder(site.storage), site.cluster.loader_processes)
-
-    def blocks(missing: Integers) -> Iterator[Tensor]:
-        yield from predicted(model, images.take(missing), "center")
-
     record, classes = {"job": teacher.name, "key": teacher.key}, np.asarray(model.classes.ids)
     rows = ResumableRows(target.folder(site.storage), images.ids, classes, record, SHARD_ROWS)
-    write_soft_labels(rows, blocks, site.part)
+    write_soft_labels(rows, lambda missing: predicted(model, images.take(missing), "center"), site.part)
     return ()
 
 
@@ -132,7 +127,6 @@ def label(target: Target, site: Site) -> Made:
 def look(target: Target, site: Site) -> Made:
     """Features of a split, by weights that a training begins with."""
     import torch
-    from torch import Tensor
 
     from aliprod.data.loader import Feed
     from aliprod.data.training_set import write_features
@@ -142,43 +136,36 @@ def look(target: Target, site: Site) -> Made:
 
     torch.set_num_threads(site.cluster.threads)
     catalogue, job, record = site.read(), target.owner, dict(target.facts or {})
+    stage, device = job.stage, own_device()
     images: Images = getattr(catalogue, record["split"])
-    device = own_device()
-    model = Classifier(job.network, catalogue.num_classes, crop=job.stage.crop)
+    model = Classifier(job.network, catalogue.num_classes, crop=stage.crop)
     weights.load_inputs(model, inputs_of(target, site), catalogue.classes.tolist())
     model = model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    processes, dtype = site.cluster.loader_processes, precision(device, job.stage.precision)
+    processes, dtype = site.cluster.loader_processes, precision(device, stage.precision)
     feed = Feed(device, *normalisation(job.network), processes=processes, dtype=dtype)
-
-    def blocks(missing: Integers) -> Iterator[Tensor]:
-        yield from pooled(model, images.take(missing), job.stage.resize, job.stage.crop, feed)
-
-    write_features(target.folder(site.storage), images, blocks, record, site.part)
+    folder, size = target.folder(site.storage), (stage.resize, stage.crop)
+    write_features(folder, images, lambda rows: pooled(model, images.take(rows), *size, feed), record, site.part)
     return ()
 
 
 def predict(target: Target, site: Site) -> Made:
     """Probabilities of a split."""
     import torch
-    from torch import Tensor
 
     from aliprod.inference import probabilities
     from aliprod.inference.predict import predicted, ready
 
     torch.set_num_threads(site.cluster.threads)
-    record = dict(target.facts or {})
-    catalogue, split = site.read(), record["split"]
+    catalogue, record = site.read(), dict(target.facts or {})
     [weights] = target.needs["weights"]
     model = ready(weights.folder(site.storage), site.cluster.loader_processes)
-    images: Images = getattr(catalogue, split)
-    known = catalogue.labels(split)
-
-    def blocks(rows: Integers) -> Iterator[Tensor]:
-        yield from predicted(model, images.take(rows), record["views"])
-
+    images: Images = getattr(catalogue, record["split"])
+    known = catalogue.labels(record["split"])
     labels = None if known is None else probabilities.as_labels(known, catalogue.classes)
-    folder, ids = target.folder(site.storage), model.classes.ids
-    probabilities.write(folder, images.ids, ids, blocks, labels, record, part=site.part)
+    folder, ids, views = target.folder(site.storage), model.classes.ids, record["views"]
+    probabilities.write(
+        folder, images.ids, ids, lambda rows: predicted(model, images.take(rows), views), labels, record, part=site.part
+    )
     return ()
 
 
