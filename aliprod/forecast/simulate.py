@@ -123,44 +123,29 @@ class Clock:
 
 @dataclass(frozen=True)
 class JobForecast:
-    """A job's training, with the validation of its epochs.
-
-    Attributes:
-        seconds: that it is being made, its starts included; 0 where it is finished, None where no rate is known.
-        begin, end: seconds from now; None where it is finished, or anything of the plan is not known.
-        ranks: at first, and at last where that is another number.
-        images_per_second: of all its ranks together, as many as at last; ``source``: where that was seen.
-    """
+    """A job's training, with the validation of its epochs."""
 
     name: str
-    seconds: float | None
-    begin: float | None
+    seconds: float | None  # that it is being made, its starts included; 0: it is finished, None: no rate is known
+    begin: float | None  # in seconds from now, as end; None: it is finished, or anything of the plan is not known
     end: float | None
-    ranks: tuple[int, ...]
-    images_per_second: float | None
-    source: str | None
+    ranks: tuple[int, ...]  # at first, and at last where that is another number
+    images_per_second: float | None  # of all its ranks together, as many as at last
+    source: str | None  # where that was seen
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the unfinished rest takes on so many GPUs; where jobs run on CPUs, on so many ranks at a time.
-
-    Attributes:
-        seconds, gpu_hours: predictions included; None where a rate is missing.
-        lower_bound_seconds: no order, and no number of ranks, is faster on these GPUs.
-        prediction_seconds: GPU-seconds of all predictions.
-        devices: on which the rates were seen.
-        missing: targets whose rate nobody has measured.
-    """
+    """What the unfinished rest takes on so many GPUs; where jobs run on CPUs, on so many ranks at a time."""
 
     gpus: int
     jobs: list[JobForecast]
-    seconds: float | None = None
+    seconds: float | None = None  # predictions included, as in gpu_hours; None where a rate is missing
     gpu_hours: float | None = None
-    lower_bound_seconds: float | None = None
-    prediction_seconds: float | None = None
-    devices: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    lower_bound_seconds: float | None = None  # no order, and no number of ranks, is faster on these GPUs
+    prediction_seconds: float | None = None  # GPU-seconds of all predictions
+    devices: list[str] = field(default_factory=list)  # on which the rates were seen
+    missing: list[str] = field(default_factory=list)  # targets whose rate nobody has measured
 
 
 class Kept(NamedTuple):

@@ -16,12 +16,11 @@ FILE = Path(__file__).with_name("networks.txt")
 
 
 class Network(NamedTuple):
-    """A network of the list. ``kilobytes``: of its weights in float32, without a classifier; features: in front of one.
-    ``tags``: of its pretrained weights."""
+    """A network of the list."""
 
-    kilobytes: float
-    features: float
-    tags: tuple[str, ...]
+    kilobytes: float  # of its weights in float32, without a classifier
+    features: float  # in front of a classifier
+    tags: tuple[str, ...]  # of its pretrained weights
 
 
 @cache

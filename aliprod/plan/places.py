@@ -18,19 +18,12 @@ SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a sub
 
 @dataclass(frozen=True)
 class Places:
-    """Resolved places.
+    """Resolved places."""
 
-    Attributes:
-        storage: absolute folder of all results.
-        tracking_uri: of MLflow; by default SQLite in the storage folder.
-        address: of Ray; None: a local one of our own.
-        note: what a person should know about a default that was taken; may be empty.
-    """
-
-    storage: Path
-    tracking_uri: str = field(repr=False)
-    address: str | None
-    note: str = ""
+    storage: Path  # absolute folder of all results
+    tracking_uri: str = field(repr=False)  # of MLflow; by default SQLite in the storage folder
+    address: str | None  # of Ray; None: a local one of our own
+    note: str = ""  # what a person should know about a default that was taken; may be empty
 
     @property
     def artifacts(self) -> Path | None:

@@ -273,25 +273,15 @@ class Machine(Frozen):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job reads beside the catalogue.
+    """What a job reads beside the catalogue."""
 
-    Attributes:
-        start: weights folder of the parent job.
-        pretrained: safetensors file of the backbone, in a stage without parent.
-        soup: weights folders of the stages that it is a mean of.
-        teachers: soft labels of its images, a folder a teacher.
-        pseudo_labels: folder of labels of test images.
-        kept: folder of the rows that are left where duplicates are filtered.
-        features: folders of all training images' features and, where there are any, of those of val; (): computed.
-    """
-
-    start: Path | None = None
-    pretrained: Path | None = None
-    soup: tuple[Path, ...] = ()
-    teachers: tuple[Path, ...] = ()
-    pseudo_labels: Path | None = None
-    kept: Path | None = None
-    features: tuple[Path, ...] = ()
+    start: Path | None = None  # weights folder of the parent job
+    pretrained: Path | None = None  # safetensors file of the backbone, in a stage without parent
+    soup: tuple[Path, ...] = ()  # weights folders of the stages that it is a mean of
+    teachers: tuple[Path, ...] = ()  # soft labels of its images, a folder a teacher
+    pseudo_labels: Path | None = None  # folder of labels of test images
+    kept: Path | None = None  # folder of the rows that are left where duplicates are filtered
+    features: tuple[Path, ...] = ()  # folders of all training images' and, where there are any, of val's; (): computed
 
 
 NO_INPUTS = Inputs()
@@ -305,18 +295,13 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A stage of a network, with its inputs and the machine that it is trained on.
-
-    Attributes:
-        network: timm's name.
-        folder: the job's, in the storage path.
-    """
+    """A stage of a network, with its inputs and the machine that it is trained on."""
 
     name: str
     key: str
-    network: str
+    network: str  # timm's name
     stage: Stage
-    folder: Path
+    folder: Path  # the job's, in the storage path
     inputs: Inputs = NO_INPUTS
     machine: Machine = DEFAULT_MACHINE
 

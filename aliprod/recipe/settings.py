@@ -75,32 +75,19 @@ class ObjectiveRecipe(BaseModel):
 
 @dataclass(frozen=True)
 class Needs:
-    """What the loader, the network and the scoring of an epoch must give an objective (`aliprod.objectives`).
+    """What the loader, the network and the scoring of an epoch must give an objective (`aliprod.objectives`)."""
 
-    Args:
-        group: images of one class that stand together in a batch.
-        second: a second batch beside the first, from the reversed sampler (the rare classes often): ``Batch.second``.
-        teacher: the teachers' probabilities of each image: ``Batch.teacher``. The plan names the teachers.
-        tree: the product tree, which then is part of the job's key.
-        branches: copies of the backbone's last block, side by side, whose features the classifier sees in a row.
-        unit_weights, scale: lengths 1 and so many of the classifier's rows and of features, at inference too; 0: own.
-        centres: rows of the classifier that each class has; the one nearest to an image counts.
-        maps: a square map of features, or patch tokens that make one.
-        pixels: the images themselves, which cached features cannot stand for.
-        distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
-    """
-
-    group: int = 1
-    second: bool = False
-    teacher: bool = False
-    tree: bool = False
-    branches: int = 1
-    unit_weights: bool = False
-    scale: float = 0.0
-    centres: int = 1
-    maps: bool = False
-    pixels: bool = False
-    distorts: bool = False
+    group: int = 1  # images of one class that stand together in a batch
+    second: bool = False  # ``Batch.second``: a second batch, from the reversed sampler (the rare classes often)
+    teacher: bool = False  # ``Batch.teacher``: the teachers' probabilities of each image. The plan names the teachers
+    tree: bool = False  # the product tree, which then is part of the job's key
+    branches: int = 1  # copies of the backbone's last block, side by side, whose features the classifier sees in a row
+    unit_weights: bool = False  # length 1 of the classifier's rows, at inference too
+    scale: float = 0.0  # length of features, at inference too; 0: their own
+    centres: int = 1  # rows of the classifier that each class has; the one nearest to an image counts
+    maps: bool = False  # a square map of features, or patch tokens that make one
+    pixels: bool = False  # the images themselves, which cached features cannot stand for
+    distorts: bool = False  # training images are unlike those of inference: norm statistics are also scored taken anew
 
 
 class PseudoLabels(Frozen):
