@@ -10,7 +10,7 @@ from aliprod.build.room import Node, uses_gpu, with_cpus
 from aliprod.build.target import Cost, Resources, Target, powers_of_two
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Refused
-from aliprod.plan.jobs import Job, order_by_remaining_work
+from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.plan.schema import Cluster
 from aliprod.store import commit
@@ -45,7 +45,7 @@ def splits(catalogue: Catalogue, score: Literal["auto", "val"]) -> Splits:
 
 
 def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = None) -> dict[str, Target]:
-    """All targets of a plan by name, each behind its needs, those on the longest path of work first.
+    """All targets of a plan by name, each behind its needs.
 
     Args:
         opened: with its catalogue.
@@ -55,9 +55,9 @@ def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = Non
         Refused: weights of members are to be fitted on a val of too few images.
     """
     graph = _Graph(opened, gpu, chosen or {})
-    for name in order_by_remaining_work(opened.jobs):
+    for name, job in opened.jobs.items():
         graph.training(name)
-        if opened.jobs[name].member:
+        if job.member:
             for split in graph.predicted:
                 graph.member(name, split)
     for split in graph.summed:

@@ -11,7 +11,7 @@ from typing import Any
 
 from aliprod.errors import Refused
 from aliprod.plan.schema import EDGES, Edge, Plan
-from aliprod.recipe import ADDED, ADDED_BELOW, RECIPE_VERSION, PerClass, Stage
+from aliprod.recipe import ADDED, ADDED_BELOW, RECIPE_VERSION, Stage
 from aliprod.recipe.options import needs
 from aliprod.store.commit import sha256
 from aliprod.store.layout import key_of
@@ -64,21 +64,6 @@ def jobs_of(plan: Plan, fingerprint: str | None, tree: str = "") -> dict[str, Jo
         del left[name]
         found[name] = _job(plan, name, found, fingerprint, tree)
     return found
-
-
-def order_by_remaining_work(jobs: Mapping[str, Job]) -> list[str]:
-    """Names of the jobs, the one with the longest path of work before it first.
-
-    Work is epochs x crop^2 x images, of which a balanced view counts as half of all, summed along the longest path
-    down from a job: a job never comes after its children.
-    """
-    remaining: dict[str, float] = {}
-    for job in reversed(list(jobs.values())):
-        children = (remaining[other.name] for other in jobs.values() if job.name in other.parents)
-        looks = job.stage.epochs if job.stage.features == "computed" else 1
-        share = 0.5 if isinstance(job.stage.images, PerClass) else 1.0  # 1.3 M of 2.5 M on AliProducts
-        remaining[job.name] = looks * job.stage.crop**2 * share + max(children, default=0)
-    return sorted(jobs, key=lambda name: -remaining[name])
 
 
 def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | None, tree: str) -> Job:
