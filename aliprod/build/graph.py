@@ -45,15 +45,9 @@ def splits(catalogue: Catalogue, score: Literal["auto", "val"]) -> Splits:
 
 
 def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = None) -> dict[str, Target]:
-    """All targets of a plan by name, each behind its needs.
-
-    Args:
-        opened: with its catalogue.
-        gpu: whether a rank takes one.
-        chosen: the checkpoints of members, by job; of the others the best.
-    Raises:
-        Refused: weights of members are to be fitted on a val of too few images.
-    """
+    """All targets of a plan by name, each behind its needs. ``gpu``: whether a rank takes one. ``chosen``: the
+    checkpoints of members, by job; of the others the best. Refused: there is no catalogue, or weights of members are to
+    be fitted on a val of too few images."""
     graph = _Graph(opened, gpu, chosen or {})
     for name, job in opened.jobs.items():
         graph.training(name)

@@ -79,15 +79,9 @@ def execute(
     most: int | None = None,
     running: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> Iterator[Change | None]:
-    """Make all targets, each behind what it needs. A need that is not among them is made.
-
-    One that fails drops those that need it, and nothing else.
-
-    Args:
-        most: targets side by side.
-        running: the nodes of each that runs at the beginning; it is started there first.
-    Yields:
-        Each change, and None after each wait, for whoever watches what runs.
+    """Make all targets, each behind what it needs. A need that is not among them is made. One that fails drops those
+    that need it, and nothing else. ``most``: targets side by side. ``running``: the nodes of each that runs at the
+    beginning; it is started there first. Yields each change, and None after each wait, for whoever watches what runs.
     """
     making = _Making(targets, runner, most, running)
     while making.waiting or making.running:

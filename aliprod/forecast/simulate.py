@@ -50,13 +50,8 @@ class _Begun:
 
 class Clock:
     """A simulated cluster of fixed nodes: what is started ends when its seconds are over, and waiting takes no time.
-
-    Args:
-        seconds: that a target takes at a world size.
-        starting: seconds that the start of a training takes. again: those of every other start of it.
-    Attributes:
-        spans: when each target was being made.
-    """
+    ``seconds``: that a target takes at a world size. ``starting``: that the start of a training takes; ``again``: every
+    other start of it. ``spans`` says when each target was being made."""
 
     def __init__(
         self, nodes: Sequence[Node], seconds: Callable[[Target, int], float], starting: float, again: float
@@ -169,7 +164,8 @@ def forecast(opened: Opened, gpus: int, todo: Mapping[str, Target] | None = None
     jobs = [_row(job, estimates, alone.get(job.name), spans.get(job.name, ())) for job in opened.jobs.values()]
     if missing:
         return Forecast(gpus, jobs, missing=missing)
-    taken = {name: _taken(spans[name]) * target.resources.gpus for name, target in todo.items()}
+    ranks = {name: sum((span.end - span.begin) * span.ranks for span in own) for name, own in spans.items()}
+    taken = {name: ranks[name] * target.resources.gpus for name, target in todo.items()}
     return Forecast(
         gpus=gpus,
         jobs=jobs,
@@ -231,11 +227,6 @@ def kept(opened: Opened) -> Kept | None:
     if said.get("plan") != opened.plan.digest:
         return None
     return Kept(said["time"], {name: [Span(*one) for one in own] for name, own in said["spans"].items()})
-
-
-def _taken(spans: Sequence[Span]) -> float:
-    """Seconds of all ranks."""
-    return sum((span.end - span.begin) * span.ranks for span in spans)
 
 
 def _rate(estimates: Estimates, job: Job) -> Rate | None:

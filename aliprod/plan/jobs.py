@@ -50,14 +50,9 @@ class Job:
 
 
 def jobs_of(plan: Plan, fingerprint: str | None, tree: str = "") -> dict[str, Job]:
-    """All jobs by name, parents before their children.
-
-    Args:
-        fingerprint: of the catalogue, class list included; None where it is not there: the jobs have no keys then.
-        tree: fingerprint of its product tree, part of the keys of those jobs whose objective needs it.
-    Raises:
-        Refused: pretrained weights that are asked for are not there.
-    """
+    """All jobs by name, parents before their children. ``fingerprint``: of the catalogue, class list included; None
+    where it is not there: the jobs have no keys then. ``tree``: of its product tree, part of the keys of those jobs
+    whose objective needs it. Refused: pretrained weights that are asked for are not there."""
     found, left = dict[str, Job](), {name: plan.parents(name) for name in plan.job_names()}
     while left:  # in the plan's order, but for those that must wait for a later one
         name = next(name for name, parents in left.items() if left.keys().isdisjoint(parents))

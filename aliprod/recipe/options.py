@@ -38,14 +38,10 @@ def names() -> list[str]:
 
 @cache
 def options(name: str) -> type[Options] | None:
-    """The options of an objective, keyword-only arguments of its class, as a model of the objective's name.
-
-    Args:
-        name: "dcl" is objectives/dcl.py; a dotted name is a module of the user's, looked up on the Python path.
-    Returns:
-        None where there is no such file, or no class Objective in it. An option whose annotation is no scalar, no
-        Literal and no union of them takes anything; one whose default is no literal has the default None.
-    """
+    """The options of an objective, keyword-only arguments of its class, as a model of the objective's name; None where
+    there is no such file, or no class Objective in it. "dcl" is objectives/dcl.py; a dotted name is a module of the
+    user's, looked up on the Python path. An option whose annotation is no scalar, no Literal and no union of them takes
+    anything; one whose default is no literal has the default None."""
     if not _class(name):
         return None
     init = _init(name)
@@ -61,24 +57,17 @@ def options(name: str) -> type[Options] | None:
 
 def complete(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All options of an objective, defaults included, in canonical form: 1 becomes 1.0 where a float is asked for.
-
-    Raises:
-        pydantic.ValidationError: an option that the objective has not, or of another type.
-    """
+    pydantic.ValidationError: an option that the objective has not, or of another type."""
     known = options(name)
     return dict(given) if known is None else known.model_validate(given).model_dump()
 
 
 def needs(name: str, given: Mapping[str, Any] | None = None) -> Needs:
-    """What an objective needs beyond images and labels, as `aliprod.objectives.build` would set it.
+    """What an objective needs beyond images and labels, as `aliprod.objectives.build` would set it. ``given``: options;
+    None: what it needs whatever its options. Refused: it is said in another way than below.
 
     It stands in the class body as ``needs = Needs(...)``, or in ``__init__`` as ``self.needs = Needs(...)`` where it
     depends on options: arithmetic of options and literals alone.
-
-    Args:
-        given: options; None: what it needs whatever its options.
-    Raises:
-        Refused: it is said in another way.
     """
     init = _init(name) if given is not None else None
     for node in [*reversed(init.body if init else []), *_class(name)]:
