@@ -12,7 +12,7 @@ from aliprod.catalogue.sources import PLAIN, Reading
 from aliprod.errors import Refused
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
-from aliprod.plan.places import catalogue_path, catalogue_reading
+from aliprod.plan.places import catalogue_path
 from aliprod.plan.schema import Cluster, Synth
 from aliprod.recipe import Views, never
 from aliprod.store import commit, mirror
@@ -53,9 +53,9 @@ class Site:
     def of(cls, opened: Opened) -> "Site":
         """Where the targets of a plan are made. Refused: its catalogue is not there."""
         opened.read_catalogue()
-        path, reading = catalogue_path(opened.plan, opened.places), catalogue_reading(opened.plan, opened.places)
+        path = catalogue_path(opened.plan, opened.places).resolve()
         synth = opened.plan.catalogue.synth if opened.plan.catalogue.path is None else None
-        return cls(opened.places.storage, path.resolve(), opened.plan.cluster, reading=reading, synth=synth)
+        return cls(opened.places.storage, path, opened.plan.cluster, reading=opened.reading, synth=synth)
 
     def read(self) -> Catalogue:
         """The catalogue, as the plan says it is to be read. Refused: as `sources.read`."""

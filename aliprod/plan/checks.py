@@ -193,7 +193,7 @@ def _objections(stage: Stage, network: str) -> Iterator[str]:
         yield f'objective {name} looks at the images: say features = "computed", or another objective'
     yield from (f"{what}: {advice}".rstrip(" .:") for what, advice in refusals(name, options))
     fetched = stage.pretrained is True and stage.start is None and stage.soup is None
-    if network and fetched and not networks.has_weights(network):
+    if fetched and (known := networks.facts(network)) and not known.tags:
         own = "say pretrained = false, or a safetensors file of your own"
         yield f"timm has no pretrained weights for {network}: {own}"
 

@@ -49,11 +49,5 @@ def complaint(network: str) -> tuple[str, str]:
     return f'timm {version("timm")} has no {what} "{network[:128]}".', did_you_mean(network[:128], near)
 
 
-def has_weights(network: str) -> bool:
-    """Whether timm has pretrained weights for a network, as far as the list knows."""
-    found = facts(network)
-    return found is None or bool(found.tags)
-
-
 def _tagged(names: Mapping[str, Network]) -> Iterator[str]:
     return (f"{name}.{tag}" for name, found in names.items() for tag in found.tags)

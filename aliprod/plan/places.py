@@ -3,15 +3,10 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aliprod.errors import Refused
 from aliprod.plan.schema import Cluster, Plan
 from aliprod.store import commit, mirror
-from aliprod.store.layout import HELD_OUT
-
-if TYPE_CHECKING:
-    from aliprod.catalogue.sources import Reading
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
 
@@ -75,12 +70,3 @@ def catalogue_path(plan: Plan, places: Places) -> Path:
     if plan.catalogue.path is not None or synth is None:
         return mirror.here(mirror.local(str(plan.catalogue.path)))
     return places.storage / "catalogues" / f"synth-{synth.classes}-{synth.images}-{synth.seed}"
-
-
-def catalogue_reading(plan: Plan, places: Places) -> "Reading":
-    """How the catalogue is read; what is held out of it is kept in the storage path, once for all nodes."""
-    from aliprod.catalogue.sources import Reading
-
-    says = plan.catalogue
-    links = Path(says.links) if says.links else None
-    return Reading(dict(says.columns.items()), says.val, says.seed, links, places.storage / HELD_OUT)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
+from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage, Views
 from aliprod.recipe.options import complete, options
 from aliprod.store.layout import OWN, key_of
 
@@ -76,9 +76,6 @@ class CatalogueSource(Frozen):
         return self
 
 
-Combine = Literal["sum", "greedy", "weights"]
-
-
 class Ensemble(Frozen):
     """The members whose probabilities are added."""
 
@@ -87,9 +84,9 @@ class Ensemble(Frozen):
     """jobs, each BACKBONE/STAGE"""
     score: Literal["auto", "val"] = "auto"
     """the images whose errors are reported: test where its labels are known, else val"""
-    views: Literal["ten_crop", "center"] = "ten_crop"
+    views: Views = "ten_crop"
     """of each test image: ten crops, or the centre alone"""
-    combine: Combine = "sum"
+    combine: Literal["sum", "greedy", "weights"] = "sum"
     """sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val"""
 
 
