@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aliprod.build.target import Made, Metrics, Site, Target
+from aliprod.build.target import Metrics, Site, Target
 from aliprod.catalogue.catalogue import Images
 from aliprod.errors import Failed
 from aliprod.recipe import Inputs, Stage, TrainingJob
@@ -49,29 +49,27 @@ def train(target: Target, site: Site) -> Iterator[Metrics]:
             yield {"epoch": progress.state.epoch, **progress.metrics}
 
 
-def fetch(target: Target, site: Site) -> Made:
+def fetch(target: Target, site: Site) -> None:
     """A network's pretrained weights."""
     from aliprod.models.weights import fetch_pretrained
 
     fetch_pretrained((target.facts or {})["network"], target.folder(site.storage))
-    return ()
 
 
-def bring(target: Target, _: Site) -> Made:
+def bring(target: Target, _: Site) -> None:
     """A checkpoint of MLflow's: the driver has done so, before anything that needs it is made."""
     raise Failed("is not in the storage path, and MLflow did not bring it.", target.name, "Choose another version.")
 
 
-def hash_images(target: Target, site: Site) -> Made:
+def hash_images(target: Target, site: Site) -> None:
     """Hashes of the training images."""
     from aliprod.data.duplicates import write_hashes
 
     processes = site.cluster.threads
     write_hashes(target.folder(site.storage), site.read().train, processes if processes > 1 else 0)
-    return ()
 
 
-def filter_rows(target: Target, site: Site) -> Made:
+def filter_rows(target: Target, site: Site) -> None:
     """The rows that a filter of duplicates leaves."""
     from aliprod.inference.deduplicate import write_kept_rows
 
@@ -81,7 +79,6 @@ def filter_rows(target: Target, site: Site) -> Made:
         raise ValueError(f"{target.owner.name} filters no duplicates")
     catalogue, parent = site.read(), start[0] if start else None
     write_kept_rows(target.folder(site.storage), rule, catalogue, hashed.folder(site.storage), parent, processes)
-    return ()
 
 
 def shown_to_teachers(stage: Stage) -> Any:
@@ -91,7 +88,7 @@ def shown_to_teachers(stage: Stage) -> Any:
     return {"images": stage.images.model_dump(), "seed": stage.seed}
 
 
-def teach(target: Target, site: Site) -> Made:
+def teach(target: Target, site: Site) -> None:
     """A teacher's soft labels."""
     import torch
 
@@ -107,10 +104,9 @@ def teach(target: Target, site: Site) -> Made:
     record, classes = {"job": teacher.name, "key": teacher.key}, np.asarray(model.classes.ids)
     rows = ResumableRows(target.folder(site.storage), images.ids, classes, record, SHARD_ROWS)
     write_soft_labels(rows, lambda missing: predicted(model, images.take(missing), "center"), site.part)
-    return ()
 
 
-def label(target: Target, site: Site) -> Made:
+def label(target: Target, site: Site) -> None:
     """Pseudo labels, of what others predict."""
     from aliprod.data.training_set import write_pseudo_labels
     from aliprod.ensemble.add import confident
@@ -121,10 +117,9 @@ def label(target: Target, site: Site) -> Made:
     labels = confident(_stores(target, site, "predictions"), recipe.threshold, recipe.per_class)
     record = {"labellers": {need.owner.name: need.owner.key for need in target.needs["predictions"]}}
     write_pseudo_labels(target.folder(site.storage), *labels, record)
-    return ()
 
 
-def look(target: Target, site: Site) -> Made:
+def look(target: Target, site: Site) -> None:
     """Features of a split, by weights that a training begins with."""
     import torch
 
@@ -145,10 +140,9 @@ def look(target: Target, site: Site) -> Made:
     feed = Feed(device, *normalisation(job.network), processes=processes, dtype=dtype)
     folder, size = target.folder(site.storage), (stage.resize, stage.crop)
     write_features(folder, images, lambda rows: pooled(model, images.take(rows), *size, feed), record, site.part)
-    return ()
 
 
-def predict(target: Target, site: Site) -> Made:
+def predict(target: Target, site: Site) -> None:
     """Probabilities of a split."""
     import torch
 
@@ -166,30 +160,27 @@ def predict(target: Target, site: Site) -> Made:
     probabilities.write(
         folder, images.ids, ids, lambda rows: predicted(model, images.take(rows), views), labels, record, part=site.part
     )
-    return ()
 
 
-def fit(target: Target, site: Site) -> Made:
+def fit(target: Target, site: Site) -> None:
     """Weights and temperatures of the members."""
     from aliprod.ensemble import choose
 
     facts = target.facts or {}
     found = choose.fit(_stores(target, site), facts["combine"], facts["seed"])
     _keep(target, site, _FITTED, [asdict(one) for one in found])
-    return ()
 
 
-def add_up(target: Target, site: Site) -> Made:
+def add_up(target: Target, site: Site) -> None:
     """The ensemble of a split."""
     from aliprod.ensemble.add import write_ensemble
 
     record, members = {"target": target.key, "split": (target.facts or {})["split"]}, _stores(target, site)
     fitted = _combinations(target, site)[-1]
     write_ensemble(target.folder(site.storage), members, fitted.weights, record, temperatures=fitted.temperatures)
-    return ()
 
 
-def compare(target: Target, site: Site) -> Made:
+def compare(target: Target, site: Site) -> None:
     """What an ensemble of labelled images is worth."""
     from aliprod.ensemble import compare as ensembles
     from aliprod.models.weights import describe
@@ -206,7 +197,6 @@ def compare(target: Target, site: Site) -> Made:
         errors, by = (errors, by) if None in known.values() else (known, ("val", "center"))
     best = {"member": min(errors, key=errors.__getitem__), "split": by[0], "views": by[1]}
     _keep(target, site, COMPARISON, {key: facts[key] for key in ("split", "views", "combine")} | {"best": best} | found)
-    return ()
 
 
 def _stores(target: Target, site: Site, role: str = "members") -> "list[Probabilities]":

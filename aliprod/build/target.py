@@ -76,7 +76,6 @@ class Cost:
 
 
 Metrics = Mapping[str, float]
-Made = tuple[Metrics, ...]  # of what reports nothing on the way
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +86,7 @@ class Target:
     name: str  # unique in a graph, and people read it
     facts: Mapping[str, Any] | None  # plain JSON, all that the key hashes; None while what it needs is not there yet
     place: str | None  # its folder below the storage path; None while the facts are
-    make: Callable[["Target", Site], Iterable[Metrics]]  # in any process, without Ray; yields metrics now and then
+    make: Callable[["Target", Site], Iterable[Metrics] | None]  # in any process, without Ray; a training yields metrics
     needs: Mapping[str, tuple["Target", ...]] = field(default_factory=dict)  # the targets that it reads, by their role
     cost: Cost = Cost()  # what is left to do
     resources: Resources = Resources(1, 0)  # of one rank
