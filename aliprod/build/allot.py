@@ -100,10 +100,8 @@ class Paths:
 
     def needed(self, name: str, deadline: float) -> int:
         """The fewest ranks with which a path ends by then; the most where none does."""
-        for size, own, after in zip(self.columns, self.alone[name], self.below[name], strict=True):
-            if own + after <= deadline:
-                return size
-        return max(self.columns)
+        found = zip(self.columns, self.alone[name], self.below[name], strict=True)
+        return next((size for size, own, after in found if own + after <= deadline), max(self.columns))
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,8 @@ def _check_possible(
     for _ in range(TRIES):
         try:
             stage_of(_drawn(ways | {way: [choice] for way, choice in fixed.items()}, source))
+            return
         except ValueError as error:
             why = why or str(error)
-        else:
-            return
     said = "".join(f" with {'.'.join(way)} = {json.dumps(choice)}" for way, choice in fixed.items())
     raise ValueError(f"no stage{said} is possible: {why}")
