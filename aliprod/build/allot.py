@@ -247,10 +247,8 @@ def _widen(paths: Paths, room: Room, growing: set[str], places: dict[str, tuple[
 
 
 def _makespan(situation: Situation, paths: Paths, sizes: Mapping[str, int]) -> float:
-    """About when the plan would end: the longest path, or all work over all room, with what idles until the next end.
-
-    What waits begins when the first of those that run has ended.
-    """
+    """About when the plan would end: the longest path, or all work over all room, with what idles until the next end,
+    when what waits begins."""
     given = {name: size for name, size in sizes.items() if size}
     following = min((paths.own(name, size) for name, size in given.items()), default=0.0)
     longest = max((paths.seconds(name, size) for name, size in given.items()), default=0.0)

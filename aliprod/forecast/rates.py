@@ -131,11 +131,9 @@ def keep(opened: Opened, piece: Piece, measured: Mapping[str, Any]) -> None:
 
 
 def speed_up(ranks: int) -> float:
-    """How many times faster several ranks are than one: each more costs all of them 2 %.
-
-    7.0 on eight. NVIDIA's DeepLearningExamples, eight A100 80GB against one, mixed precision, PyTorch: resnet50 6.7,
-    SE-ResNeXt101-32x4d 6.8, efficientnet-b4 7.8.
-    """
+    """How many times faster several ranks are than one: each more costs all of them 2 %; 7.0 on eight. NVIDIA's
+    DeepLearningExamples, eight A100 80GB against one, mixed precision, PyTorch: resnet50 6.7, SE-ResNeXt101-32x4d 6.8,
+    efficientnet-b4 7.8."""
     return ranks / (1 + LOSS * (ranks - 1))
 
 
@@ -145,12 +143,9 @@ def scaled(rate: Rate, ranks: int) -> float:
 
 
 class Estimates:
-    """Rates of a plan's jobs, and seconds of its targets: of what their costs say is left to do.
-
-    Args:
-        fresh_seconds: after which rates are read anew: jobs that run tell theirs.
-        beside: whether ranks run side by side: on CPUs they slow each other, which no benchmark of one has seen.
-    """
+    """Rates of a plan's jobs, and seconds of its targets: of what their costs say is left to do. ``fresh_seconds``:
+    after which rates are read anew: jobs that run tell theirs. ``beside``: whether ranks run side by side: on CPUs they
+    slow each other, which no benchmark of one has seen."""
 
     def __init__(self, opened: Opened, fresh_seconds: float = math.inf, beside: bool = False) -> None:
         self.opened, self.fresh_seconds, self.beside = opened, fresh_seconds, beside

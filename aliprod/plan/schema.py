@@ -208,10 +208,8 @@ class Plan(Frozen):
         return merged(self.defaults, *self.layers(job).values())
 
     def edges(self, job: str) -> dict[Edge, tuple[str, ...]]:
-        """The jobs that must be finished before a job begins, by the setting that names them.
-
-        What is not of the right type is left out: this is also asked of plans that are being checked.
-        """
+        """The jobs that must be finished before a job begins, by the setting that names them. What is not of the right
+        type is left out: this is also asked of plans that are being checked."""
         settings = self.said(job)
         found: dict[Edge, tuple[str, ...]] = {}
         for edge in EDGES:
