@@ -161,7 +161,8 @@ class Estimates:
             name: reported.get(name) or alike.get(_digest(self.opened, "train", job)) or self._measured(name, "train")
             for name, job in jobs.items()
         }
-        found = [(job, rate) for job in jobs.values() if _looks(job) and (rate := self.training(job))]
+        looking = (job for job in jobs.values() if job.stage.features == "computed")
+        found = [(job, rate) for job in looking if (rate := self.training(job))]
         # pixels a second in training of one rank, of the jobs whose rate is known
         self.paces = {job.name: _pixels(job) * rate.images_per_second / speed_up(rate.ranks) for job, rate in found}
 
@@ -172,8 +173,9 @@ class Estimates:
     def predicting(self, job: Job, views: Views) -> Rate | None:
         """The benchmark; of the centre view, else, what training says, whose steps go forward and back."""
         rate: Rate | None = self._measured(job.name, views)
-        trained = self.training(job) if rate is None and views == "center" and _looks(job) else None
-        return rate if trained is None else replace(trained, images_per_second=FORWARD * trained.images_per_second)
+        if rate is None and views == "center" and job.stage.features == "computed" and (own := self.training(job)):
+            return replace(own, images_per_second=FORWARD * own.images_per_second)
+        return rate
 
     def _benchmark(self, digest: str) -> Rate | None:
         if (entry := self._known.get(digest)) is None:
@@ -245,11 +247,6 @@ def _lasts(images: int, rate: Rate | None) -> float:
     if images == 0:
         return 0.0
     return UNKNOWN if rate is None else images * speed_up(rate.ranks) / rate.images_per_second
-
-
-def _looks(job: Job) -> bool:
-    """Whether its training looks at images."""
-    return job.stage.is_trained and job.stage.features == "computed"
 
 
 def _pixels(job: Job) -> float:
