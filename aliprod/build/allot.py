@@ -23,22 +23,14 @@ Seconds = tuple[float, ...]  # at each number of ranks
 
 @dataclass(frozen=True)
 class Paths:
-    """Seconds of the longest paths that are left.
-
-    Attributes:
-        columns: numbers of ranks, ascending, and where each stands in `Seconds`.
-        alone: of each target by itself. below: of the longest path of what needs it, all with so many ranks, or as many
-            as they can have.
-        trains: those that are trainings, or needed by one: they go before all else.
-        rank: the largest; room is counted in such ranks.
-    """
+    """Seconds of the longest paths that are left."""
 
     targets: Mapping[str, Target]
-    columns: Mapping[int, int]
-    alone: Mapping[str, Seconds]
-    below: Mapping[str, Seconds]
-    trains: frozenset[str]
-    rank: Resources
+    columns: Mapping[int, int]  # numbers of ranks, ascending, and where each stands in `Seconds`
+    alone: Mapping[str, Seconds]  # of each target by itself
+    below: Mapping[str, Seconds]  # of the longest path of what needs it, all with so many ranks or as many as they can
+    trains: frozenset[str]  # those that are trainings, or needed by one: they go before all else
+    rank: Resources  # the largest; room is counted in such ranks
 
     @classmethod
     def of(cls, targets: Mapping[str, Target], seconds: Callable[[Target, int], float]) -> "Paths":
@@ -108,50 +100,33 @@ class Paths:
 
     def needed(self, name: str, deadline: float) -> int:
         """The fewest ranks with which a path ends by then; the most where none does."""
-        for size, own, after in zip(self.columns, self.alone[name], self.below[name], strict=True):
-            if own + after <= deadline:
-                return size
-        return max(self.columns)
+        found = zip(self.columns, self.alone[name], self.below[name], strict=True)
+        return next((size for size, own, after in found if own + after <= deadline), max(self.columns))
 
 
 @dataclass(frozen=True)
 class Running:
-    """A target that is being made.
+    """A target that is being made."""
 
-    Attributes:
-        nodes: of each rank. since: when it began there.
-        share: of what it began with, that is left.
-        stopping: it has been asked to end with a checkpoint, and holds its room until it has.
-        before: how many ranks it had before it was last given others; 0: it was not.
-    """
-
-    nodes: tuple[str, ...]
-    since: float
-    share: float = 1.0
-    stopping: bool = False
-    before: int = 0
+    nodes: tuple[str, ...]  # of each rank
+    since: float  # when it began there
+    share: float = 1.0  # of what it began with, that is left
+    stopping: bool = False  # it has been asked to end with a checkpoint, and holds its room until it has
+    before: int = 0  # how many ranks it had before it was last given others; 0: it was not
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a decision depends on.
+    """What a decision depends on."""
 
-    Attributes:
-        targets: all that are not made, each behind what it needs.
-        paths: of these and others, each as if it just began.
-        types: of the nodes that the cluster may still start by itself, one entry a node.
-        most: targets side by side.
-        elsewhere: what another driver makes, with who that is.
-    """
-
-    targets: Mapping[str, Target]
+    targets: Mapping[str, Target]  # all that are not made, each behind what it needs
     running: Mapping[str, Running]
     nodes: Sequence[Node]
-    paths: Paths
+    paths: Paths  # of these targets and others, each as if it just began
     now: float = 0.0
-    types: Sequence[Resources] = ()
-    most: int | None = None
-    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    types: Sequence[Resources] = ()  # of the nodes that the cluster may still start by itself, one entry a node
+    most: int | None = None  # targets side by side
+    elsewhere: Mapping[str, str] = field(default_factory=dict)  # what another driver makes, with who that is
 
     @property
     def slots(self) -> int:
@@ -161,20 +136,13 @@ class Situation:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do now.
+    """What to do now."""
 
-    Attributes:
-        start: the node of each rank, by target. stop: what is to end with a checkpoint, to go on otherwise.
-        waiting: what each target waits for that neither runs nor starts, in words.
-        wanted: ranks for which there is no room.
-        patience: seconds after which to look again, whatever happens.
-    """
-
-    start: Mapping[str, tuple[str, ...]]
-    stop: Sequence[str]
-    waiting: Mapping[str, str]
-    wanted: Sequence[Resources]
-    patience: float
+    start: Mapping[str, tuple[str, ...]]  # the node of each rank, by target
+    stop: Sequence[str]  # what is to end with a checkpoint, to go on otherwise
+    waiting: Mapping[str, str]  # what each target waits for that neither runs nor starts, in words
+    wanted: Sequence[Resources]  # ranks for which there is no room
+    patience: float  # seconds after which to look again, whatever happens
 
 
 def decide(situation: Situation) -> Decision:
@@ -279,10 +247,8 @@ def _widen(paths: Paths, room: Room, growing: set[str], places: dict[str, tuple[
 
 
 def _makespan(situation: Situation, paths: Paths, sizes: Mapping[str, int]) -> float:
-    """About when the plan would end: the longest path, or all work over all room, with what idles until the next end.
-
-    What waits begins when the first of those that run has ended.
-    """
+    """About when the plan would end: the longest path, or all work over all room, with what idles until the next end,
+    when what waits begins."""
     given = {name: size for name, size in sizes.items() if size}
     following = min((paths.own(name, size) for name, size in given.items()), default=0.0)
     longest = max((paths.seconds(name, size) for name, size in given.items()), default=0.0)

@@ -43,22 +43,15 @@ class Reported:
 
 @dataclass(frozen=True)
 class Task:
-    """A target that is being made, or has been made. An event, too, at both ends of what is no training.
-
-    Attributes:
-        job: whose state its failure shows; None: the whole plan's.
-        nodes: of each of its ranks.
-        since, until: seconds since the epoch; ``until`` is None while it is being made.
-        gpus: of each rank.
-    """
+    """A target that is being made, or has been made. An event, too, at both ends of what is no training."""
 
     name: str
     kind: str
-    job: str | None
-    nodes: tuple[str, ...]
-    since: float
-    until: float | None = None
-    gpus: int = 0
+    job: str | None  # whose state its failure shows; None: the whole plan's
+    nodes: tuple[str, ...]  # of each of its ranks
+    since: float  # in seconds since the epoch, as until
+    until: float | None = None  # None while it is being made
+    gpus: int = 0  # of each rank
 
     @property
     def world_size(self) -> int:
@@ -67,23 +60,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a run stands: what its file of states says, and an event about once a second.
+    """How a run stands: what its file of states says, and an event about once a second."""
 
-    Attributes:
-        states: of each job.
-        reasons: what a waiting job waits for, why another failed or was not run.
-        tasks: what is being made, and what has been made, trainings included.
-        nodes: of the cluster.
-        past: attempts that ended before these, in earlier runs too.
-        page: where MLflow shows the jobs.
-    """
-
-    states: Mapping[str, JobState] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    tasks: tuple[Task, ...] = ()
-    nodes: "tuple[Node, ...]" = ()
-    past: tuple[Task, ...] = ()
-    page: str = ""
+    states: Mapping[str, JobState] = field(default_factory=dict)  # of each job
+    reasons: Mapping[str, str] = field(default_factory=dict)  # what a job waits for, or why it failed or was not run
+    tasks: tuple[Task, ...] = ()  # what is being made, and what has been made, trainings included
+    nodes: "tuple[Node, ...]" = ()  # of the cluster
+    past: tuple[Task, ...] = ()  # attempts that ended before these, in earlier runs too
+    page: str = ""  # where MLflow shows the jobs
 
     @property
     def running(self) -> list[Task]:

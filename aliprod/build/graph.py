@@ -10,7 +10,7 @@ from aliprod.build.room import Node, uses_gpu, with_cpus
 from aliprod.build.target import Cost, Resources, Target, powers_of_two
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.errors import Refused
-from aliprod.plan.jobs import Job, order_by_remaining_work
+from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.plan.schema import Cluster
 from aliprod.store import commit
@@ -45,19 +45,13 @@ def splits(catalogue: Catalogue, score: Literal["auto", "val"]) -> Splits:
 
 
 def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = None) -> dict[str, Target]:
-    """All targets of a plan by name, each behind its needs, those on the longest path of work first.
-
-    Args:
-        opened: with its catalogue.
-        gpu: whether a rank takes one.
-        chosen: the checkpoints of members, by job; of the others the best.
-    Raises:
-        Refused: weights of members are to be fitted on a val of too few images.
-    """
+    """All targets of a plan by name, each behind its needs. ``gpu``: whether a rank takes one. ``chosen``: the
+    checkpoints of members, by job; of the others the best. Refused: there is no catalogue, or weights of members are to
+    be fitted on a val of too few images."""
     graph = _Graph(opened, gpu, chosen or {})
-    for name in order_by_remaining_work(opened.jobs):
+    for name, job in opened.jobs.items():
         graph.training(name)
-        if opened.jobs[name].member:
+        if job.member:
             for split in graph.predicted:
                 graph.member(name, split)
     for split in graph.summed:
@@ -125,21 +119,10 @@ class _Graph:
             begin = {role: found for role, found in needs.items() if role in ("start", "pretrained")}
             known = ("train", "val") if len(self.catalogue.val) else ("train",)
             needs["features"] = tuple(self.features(job, split, begin) for split in known)
-        return self._add(
-            Target(
-                kind="training",
-                name=name,
-                facts=job.facts,
-                place=f"{job_place(name, str(job.key))}/{WEIGHTS}",
-                make=making.train,
-                needs=needs,
-                cost=cost_of(job, self.catalogue, newest_step(self.opened.job_folder(name)) or 0),
-                resources=self.rank,
-                world_sizes=world_sizes(job, self.plan.cluster),
-                job=job,
-                goal=True,
-            )
-        )
+        place, make = f"{job_place(name, str(job.key))}/{WEIGHTS}", making.train
+        cost = cost_of(job, self.catalogue, newest_step(self.opened.job_folder(name)) or 0)
+        sizes, rank = world_sizes(job, self.plan.cluster), self.rank
+        return self._add(Target("training", name, job.facts, place, make, needs, cost, rank, sizes, job, goal=True))
 
     def pretrained(self, network: str) -> Target:
         """A network's ImageNet weights, which cannot always be had: fetched before anything is started."""
@@ -164,21 +147,11 @@ class _Graph:
         """A teacher's soft labels of the images of a job; shared by jobs of the same images."""
         teacher, images = self.training(name), making.shown_to_teachers(job.stage)
         facts = {"kind": "soft_labels", "teacher": teacher.key, "images": images}
-        count = int(images_of(job.stage, self.catalogue).sum())
-        return self._add(
-            Target(
-                "soft_labels",
-                f"{name} soft labels of {'all images' if images == 'all' else key_of(images)[:8]}",
-                facts,
-                f"{job_place(name, str(teacher.key))}/soft_labels/{key_of(facts)[:16]}",
-                making.teach,
-                {"teacher": (teacher,)},
-                Cost(teacher.job, seen=count),
-                self.rank,
-                world_sizes=powers_of_two(-(-count // SHARD_ROWS)),
-                job=job,
-            )
-        )
+        name = f"{name} soft labels of {'all images' if images == 'all' else key_of(images)[:8]}"
+        place = f"{job_place(teacher.name, str(teacher.key))}/soft_labels/{key_of(facts)[:16]}"
+        cost = Cost(teacher.job, seen=int(images_of(job.stage, self.catalogue).sum()))
+        sizes, needs = powers_of_two(-(-cost.seen // SHARD_ROWS)), {"teacher": (teacher,)}
+        return self._add(Target("soft_labels", name, facts, place, making.teach, needs, cost, self.rank, sizes, job))
 
     def pseudo_labels(self, job: Job) -> Target:
         """Labels of test images, by what other jobs predict."""
@@ -194,21 +167,10 @@ class _Graph:
         shared = {"kind": "features", "start": known["parents"].get("start"), "pooling": known.get("pooling")}
         shared |= {name: known[name] for name in ("network", "catalogue")}
         shared |= {name: known["stage"][name] for name in ("pretrained", "resize", "crop", "precision")}
-        digest, count = key_of(shared)[:16], len(getattr(self.catalogue, split))
-        return self._add(
-            Target(
-                "features",
-                f"{job.start or job.network} features of {split} {digest[:8]}",
-                shared | {"split": split},
-                f"{FEATURES}/{digest}/{split}",
-                making.look,
-                begin,
-                Cost(job, seen=count),
-                self.rank,
-                world_sizes=powers_of_two(-(-count // SHARD_ROWS)),
-                job=job,
-            )
-        )
+        digest, cost = key_of(shared)[:16], Cost(job, seen=len(getattr(self.catalogue, split)))
+        name, place = f"{job.start or job.network} features of {split} {digest[:8]}", f"{FEATURES}/{digest}/{split}"
+        facts, sizes = shared | {"split": split}, powers_of_two(-(-cost.seen // SHARD_ROWS))
+        return self._add(Target("features", name, facts, place, making.look, begin, cost, self.rank, sizes, job))
 
     def member(self, name: str, split: str) -> Target:
         """The prediction of a member's chosen checkpoint, else of its best."""
@@ -234,8 +196,8 @@ class _Graph:
         members = [self.member(name, split) for name in self.plan.ensemble.members]
         fitted = [self.weights()] if self.fits else []
         facts = _of_members({"kind": "ensemble", "split": split}, members)
-        if facts is not None and fitted:
-            facts |= {"weights": fitted[0].key}
+        if facts and fitted:
+            facts["weights"] = fitted[0].key
         name, place = f"ensemble of {split}", f"{self.plan.name}/ensemble-{split}"
         if split == self.splits.main:  # what people open
             name, place = "ensemble", f"{self.plan.name}/ensemble"
@@ -246,9 +208,7 @@ class _Graph:
         """Weights and temperatures of the members, fitted on their predictions of val."""
         plan, combine, count = self.plan, self.plan.ensemble.combine, len(self.catalogue.val)
         if count < LEAST_VAL:
-            what = (
-                f'combine = "{combine}" is fitted on val, which has {count} images, not the {LEAST_VAL} that it takes.'
-            )
+            what = f'combine = "{combine}" is fitted on val, which has {count} images, not the {LEAST_VAL} it takes.'
             advice = 'Say combine = "sum", or hold images back: [catalogue] val = 0.1.'
             raise Refused(what, f"plan {plan.name}, [ensemble]", advice)
         members = [self.member(name, "val") for name in plan.ensemble.members]
@@ -282,20 +242,9 @@ class _Graph:
             if of.key != job.key:  # the same weights may have predicted the images of another catalogue
                 store += f"-{fingerprint[:8]}"
             place = f"{job_place(job.name, of.key)}/probabilities/{store}"
-        return self._add(
-            Target(
-                "prediction",
-                f"{weights.name} {split}",
-                facts,
-                place,
-                making.predict,
-                {"weights": (weights,)},
-                Cost(job, seen=count, views=views),
-                self.rank,
-                world_sizes=powers_of_two(shards(count, self.catalogue.num_classes)),
-                job=job,
-            )
-        )
+        name, needs, cost = f"{weights.name} {split}", {"weights": (weights,)}, Cost(job, seen=count, views=views)
+        sizes = powers_of_two(shards(count, self.catalogue.num_classes))
+        return self._add(Target("prediction", name, facts, place, making.predict, needs, cost, self.rank, sizes, job))
 
     def _add(self, target: Target) -> Target:
         return self.found.setdefault(target.name, target)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aliprod.build.target import Made, Metrics, Site, Target
-from aliprod.catalogue.catalogue import Images, Integers
+from aliprod.build.target import Metrics, Site, Target
+from aliprod.catalogue.catalogue import Images
 from aliprod.errors import Failed
 from aliprod.recipe import Inputs, Stage, TrainingJob
 from aliprod.store import commit
@@ -49,29 +49,27 @@ def train(target: Target, site: Site) -> Iterator[Metrics]:
             yield {"epoch": progress.state.epoch, **progress.metrics}
 
 
-def fetch(target: Target, site: Site) -> Made:
+def fetch(target: Target, site: Site) -> None:
     """A network's pretrained weights."""
     from aliprod.models.weights import fetch_pretrained
 
     fetch_pretrained((target.facts or {})["network"], target.folder(site.storage))
-    return ()
 
 
-def bring(target: Target, _: Site) -> Made:
+def bring(target: Target, _: Site) -> None:
     """A checkpoint of MLflow's: the driver has done so, before anything that needs it is made."""
     raise Failed("is not in the storage path, and MLflow did not bring it.", target.name, "Choose another version.")
 
 
-def hash_images(target: Target, site: Site) -> Made:
+def hash_images(target: Target, site: Site) -> None:
     """Hashes of the training images."""
     from aliprod.data.duplicates import write_hashes
 
     processes = site.cluster.threads
     write_hashes(target.folder(site.storage), site.read().train, processes if processes > 1 else 0)
-    return ()
 
 
-def filter_rows(target: Target, site: Site) -> Made:
+def filter_rows(target: Target, site: Site) -> None:
     """The rows that a filter of duplicates leaves."""
     from aliprod.inference.deduplicate import write_kept_rows
 
@@ -81,7 +79,6 @@ def filter_rows(target: Target, site: Site) -> Made:
         raise ValueError(f"{target.owner.name} filters no duplicates")
     catalogue, parent = site.read(), start[0] if start else None
     write_kept_rows(target.folder(site.storage), rule, catalogue, hashed.folder(site.storage), parent, processes)
-    return ()
 
 
 def shown_to_teachers(stage: Stage) -> Any:
@@ -91,10 +88,9 @@ def shown_to_teachers(stage: Stage) -> Any:
     return {"images": stage.images.model_dump(), "seed": stage.seed}
 
 
-def teach(target: Target, site: Site) -> Made:
+def teach(target: Target, site: Site) -> None:
     """A teacher's soft labels."""
     import torch
-    from torch import Tensor
 
     from aliprod.data.training_set import base_rows, write_soft_labels
     from aliprod.inference.predict import predicted, ready
@@ -105,17 +101,12 @@ def teach(target: Target, site: Site) -> Made:
     all_of_them = shown_to_teachers(stage) == "all"
     images = catalogue.train if all_of_them else catalogue.train.take(base_rows(catalogue, stage))
     model = ready(teacher.folder(site.storage), site.cluster.loader_processes)
-
-    def blocks(missing: Integers) -> Iterator[Tensor]:
-        yield from predicted(model, images.take(missing), "center")
-
     record, classes = {"job": teacher.name, "key": teacher.key}, np.asarray(model.classes.ids)
     rows = ResumableRows(target.folder(site.storage), images.ids, classes, record, SHARD_ROWS)
-    write_soft_labels(rows, blocks, site.part)
-    return ()
+    write_soft_labels(rows, lambda missing: predicted(model, images.take(missing), "center"), site.part)
 
 
-def label(target: Target, site: Site) -> Made:
+def label(target: Target, site: Site) -> None:
     """Pseudo labels, of what others predict."""
     from aliprod.data.training_set import write_pseudo_labels
     from aliprod.ensemble.add import confident
@@ -126,13 +117,11 @@ def label(target: Target, site: Site) -> Made:
     labels = confident(_stores(target, site, "predictions"), recipe.threshold, recipe.per_class)
     record = {"labellers": {need.owner.name: need.owner.key for need in target.needs["predictions"]}}
     write_pseudo_labels(target.folder(site.storage), *labels, record)
-    return ()
 
 
-def look(target: Target, site: Site) -> Made:
+def look(target: Target, site: Site) -> None:
     """Features of a split, by weights that a training begins with."""
     import torch
-    from torch import Tensor
 
     from aliprod.data.loader import Feed
     from aliprod.data.training_set import write_features
@@ -142,67 +131,56 @@ def look(target: Target, site: Site) -> Made:
 
     torch.set_num_threads(site.cluster.threads)
     catalogue, job, record = site.read(), target.owner, dict(target.facts or {})
+    stage, device = job.stage, own_device()
     images: Images = getattr(catalogue, record["split"])
-    device = own_device()
-    model = Classifier(job.network, catalogue.num_classes, crop=job.stage.crop)
+    model = Classifier(job.network, catalogue.num_classes, crop=stage.crop)
     weights.load_inputs(model, inputs_of(target, site), catalogue.classes.tolist())
     model = model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    processes, dtype = site.cluster.loader_processes, precision(device, job.stage.precision)
+    processes, dtype = site.cluster.loader_processes, precision(device, stage.precision)
     feed = Feed(device, *normalisation(job.network), processes=processes, dtype=dtype)
-
-    def blocks(missing: Integers) -> Iterator[Tensor]:
-        yield from pooled(model, images.take(missing), job.stage.resize, job.stage.crop, feed)
-
-    write_features(target.folder(site.storage), images, blocks, record, site.part)
-    return ()
+    folder, size = target.folder(site.storage), (stage.resize, stage.crop)
+    write_features(folder, images, lambda rows: pooled(model, images.take(rows), *size, feed), record, site.part)
 
 
-def predict(target: Target, site: Site) -> Made:
+def predict(target: Target, site: Site) -> None:
     """Probabilities of a split."""
     import torch
-    from torch import Tensor
 
     from aliprod.inference import probabilities
     from aliprod.inference.predict import predicted, ready
 
     torch.set_num_threads(site.cluster.threads)
-    record = dict(target.facts or {})
-    catalogue, split = site.read(), record["split"]
+    catalogue, record = site.read(), dict(target.facts or {})
     [weights] = target.needs["weights"]
     model = ready(weights.folder(site.storage), site.cluster.loader_processes)
-    images: Images = getattr(catalogue, split)
-    known = catalogue.labels(split)
-
-    def blocks(rows: Integers) -> Iterator[Tensor]:
-        yield from predicted(model, images.take(rows), record["views"])
-
+    images: Images = getattr(catalogue, record["split"])
+    known = catalogue.labels(record["split"])
     labels = None if known is None else probabilities.as_labels(known, catalogue.classes)
-    folder, ids = target.folder(site.storage), model.classes.ids
-    probabilities.write(folder, images.ids, ids, blocks, labels, record, part=site.part)
-    return ()
+    folder, ids, views = target.folder(site.storage), model.classes.ids, record["views"]
+    probabilities.write(
+        folder, images.ids, ids, lambda rows: predicted(model, images.take(rows), views), labels, record, part=site.part
+    )
 
 
-def fit(target: Target, site: Site) -> Made:
+def fit(target: Target, site: Site) -> None:
     """Weights and temperatures of the members."""
     from aliprod.ensemble import choose
 
     facts = target.facts or {}
     found = choose.fit(_stores(target, site), facts["combine"], facts["seed"])
     _keep(target, site, _FITTED, [asdict(one) for one in found])
-    return ()
 
 
-def add_up(target: Target, site: Site) -> Made:
+def add_up(target: Target, site: Site) -> None:
     """The ensemble of a split."""
     from aliprod.ensemble.add import write_ensemble
 
     record, members = {"target": target.key, "split": (target.facts or {})["split"]}, _stores(target, site)
     fitted = _combinations(target, site)[-1]
     write_ensemble(target.folder(site.storage), members, fitted.weights, record, temperatures=fitted.temperatures)
-    return ()
 
 
-def compare(target: Target, site: Site) -> Made:
+def compare(target: Target, site: Site) -> None:
     """What an ensemble of labelled images is worth."""
     from aliprod.ensemble import compare as ensembles
     from aliprod.models.weights import describe
@@ -219,7 +197,6 @@ def compare(target: Target, site: Site) -> Made:
         errors, by = (errors, by) if None in known.values() else (known, ("val", "center"))
     best = {"member": min(errors, key=errors.__getitem__), "split": by[0], "views": by[1]}
     _keep(target, site, COMPARISON, {key: facts[key] for key in ("split", "views", "combine")} | {"best": best} | found)
-    return ()
 
 
 def _stores(target: Target, site: Site, role: str = "members") -> "list[Probabilities]":

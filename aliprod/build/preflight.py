@@ -82,7 +82,7 @@ def make_first(opened: Opened, wanted: list[Target], site: Site) -> None:
 
 def _question(plan: Plan) -> str:
     """A key of all that `check_backbones` depends on."""
-    stages = [plan.stage(*job.split("/", 1)) for job in plan.job_names()]
+    stages = [plan.stage(job) for job in plan.job_names()]
     asked = [stage.model_dump(mode="json", include={"crop", "crops", "test_crop", "objective"}) for stage in stages]
     software = [lineage.software(), *map(version, ("timm", "torch", "torchvision"))]
     return key_of({"backbones": plan.backbones, "jobs": plan.jobs, "asked": asked, "software": software})
@@ -99,8 +99,7 @@ def check_backbones(plan: Plan) -> None:
     for backbone, network in plan.backbones.items():
         check_network(network, f"[backbones] {backbone}")
     for job in plan.job_names():
-        backbone, _, name = job.partition("/")
-        network, stage = plan.backbones[backbone], plan.stage(backbone, name)
+        network, stage = plan.backbones[job.partition("/")[0]], plan.stage(job)
         made, objective = check_network(network, job, stage.crop), stage.objective
         if any(check_network(network, job, crop).options != made.options for crop in stage.sizes):
             what = f"{network} is built for images of one size, not {listing(map(str, stage.sizes))}."

@@ -79,15 +79,9 @@ def execute(
     most: int | None = None,
     running: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> Iterator[Change | None]:
-    """Make all targets, each behind what it needs. A need that is not among them is made.
-
-    One that fails drops those that need it, and nothing else.
-
-    Args:
-        most: targets side by side.
-        running: the nodes of each that runs at the beginning; it is started there first.
-    Yields:
-        Each change, and None after each wait, for whoever watches what runs.
+    """Make all targets, each behind what it needs. A need that is not among them is made. One that fails drops those
+    that need it, and nothing else. ``most``: targets side by side. ``running``: the nodes of each that runs at the
+    beginning; it is started there first. Yields each change, and None after each wait, for whoever watches what runs.
     """
     making = _Making(targets, runner, most, running)
     while making.waiting or making.running:
@@ -164,7 +158,7 @@ class _Making:
                 self.waiting[name] = self.targets[name]
                 self.paths = self.paths.renewed(self.targets[name], self.runner.seconds)
             elif outcome.state == "failed":
-                yield from (Change(lost, "dropped", name) for lost in self._drop(name))
+                yield from self._drop(name)
 
     def _start(self, name: str, nodes: tuple[str, ...]) -> None:
         self.handles[name] = self.runner.start(self.waiting.pop(name), nodes)
@@ -187,11 +181,11 @@ class _Making:
         pace = self._pace(name)
         return max(0.0, 1 - (self.runner.now() - self.running[name].since) / pace) if pace else 0.0
 
-    def _drop(self, failed: str) -> list[str]:
+    def _drop(self, failed: str) -> Iterator[Change]:
         """Take out of what waits whatever needs a failed target, directly or not."""
-        lost = [failed]
+        lost = {failed}
         for name in [name for name in self.targets if name in self.waiting]:  # needs come before those that need them
             if any(need.name in lost for need in self.waiting[name].needed()):
-                lost.append(name)
+                lost.add(name)
                 del self.waiting[name]
-        return lost[1:]
+                yield Change(name, "dropped", failed)

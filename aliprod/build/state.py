@@ -26,15 +26,9 @@ _STANDING_SECONDS = 1.0
 
 
 class RunState:
-    """The states of a run's jobs, and its tasks.
-
-    Args:
-        before: what was told of the plan, where jobs that failed then are not tried again.
-    Attributes:
-        failure: why the plan as a whole has failed; '' while it has not.
-        nodes: of the cluster; none before it is joined.
-        page: where MLflow shows the jobs.
-    """
+    """The states of a run's jobs, and its tasks. ``before``: what was told of the plan, where jobs that failed then are
+    not tried again. ``failure`` says why the plan as a whole has failed, '' while it has not; ``nodes`` are the
+    cluster's, none before it is joined; ``page`` is where MLflow shows the jobs."""
 
     def __init__(self, opened: Opened, before: Standing | None = None) -> None:
         self.opened, self.failure, self.page, self.nodes = opened, "", "", tuple[Node, ...]()
@@ -159,10 +153,8 @@ def waits(jobs: Mapping[str, Job], states: Mapping[str, JobState]) -> dict[str, 
 
 
 def told(opened: Opened) -> Standing:
-    """How a plan stands, by its committed weights and what the last driver said.
-
-    What ran in a driver of this machine that is gone runs no more.
-    """
+    """How a plan stands, by its committed weights and what the last driver said; what ran in one of this machine that
+    is gone runs no more."""
     said, gone = _said(opened.folder / FILE)
     states: dict[str, JobState] = {}
     for name in opened.jobs:

@@ -12,7 +12,7 @@ from aliprod.catalogue.sources import PLAIN, Reading
 from aliprod.errors import Refused
 from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
-from aliprod.plan.places import catalogue_path, catalogue_reading
+from aliprod.plan.places import catalogue_path
 from aliprod.plan.schema import Cluster, Synth
 from aliprod.recipe import Views, never
 from aliprod.store import commit, mirror
@@ -38,31 +38,24 @@ NOTHING = Resources(0, 0)
 
 @dataclass(frozen=True)
 class Site:
-    """Where a target is made: paths that every node sees, how the catalogue is read, and the plan's [cluster].
-
-    Attributes:
-        stop: whether the work is to end early; what can go on from a checkpoint writes one.
-        synth: what the catalogue is rendered from.
-        part: which part of it is made here, of how many: of what is made by several processes apart.
-        driver: token of the driver whose leases hold while it is made; "" where none holds any.
-    """
+    """Where a target is made: paths that every node sees, how the catalogue is read, and the plan's [cluster]."""
 
     storage: Path
     catalogue: Path
     cluster: Cluster
-    stop: Callable[[], bool] = never
-    part: tuple[int, int] = (0, 1)
-    driver: str = ""
+    stop: Callable[[], bool] = never  # whether to end early; what can go on from a checkpoint writes one
+    part: tuple[int, int] = (0, 1)  # which part is made here, of how many: of what several processes make apart
+    driver: str = ""  # token of the driver whose leases hold while it is made; "" where none holds any
     reading: Reading = PLAIN
-    synth: Synth | None = None
+    synth: Synth | None = None  # what the catalogue is rendered from
 
     @classmethod
     def of(cls, opened: Opened) -> "Site":
         """Where the targets of a plan are made. Refused: its catalogue is not there."""
         opened.read_catalogue()
-        path, reading = catalogue_path(opened.plan, opened.places), catalogue_reading(opened.plan, opened.places)
+        path = catalogue_path(opened.plan, opened.places).resolve()
         synth = opened.plan.catalogue.synth if opened.plan.catalogue.path is None else None
-        return cls(opened.places.storage, path.resolve(), opened.plan.cluster, reading=reading, synth=synth)
+        return cls(opened.places.storage, path, opened.plan.cluster, reading=opened.reading, synth=synth)
 
     def read(self) -> Catalogue:
         """The catalogue, as the plan says it is to be read. Refused: as `sources.read`."""
@@ -73,59 +66,37 @@ class Site:
 
 @dataclass(frozen=True)
 class Cost:
-    """Images that a target takes: the cost model divides them by measured rates.
+    """Images that a target takes: the cost model divides them by measured rates."""
 
-    Attributes:
-        job: whose network works.
-        trained, seen: images forward and backward; forward alone, in ``views``.
-        known: False where nothing measures beforehand what it takes.
-    """
-
-    job: Job | None = None
-    trained: int = 0
-    seen: int = 0
+    job: Job | None = None  # whose network works
+    trained: int = 0  # images forward and backward
+    seen: int = 0  # images forward alone, in ``views``
     views: Views = "center"
-    known: bool = True
+    known: bool = True  # False where nothing measures beforehand what it takes
 
 
 Metrics = Mapping[str, float]
-Made = tuple[Metrics, ...]  # of what reports nothing on the way
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """Something that is made once and kept in a committed folder.
-
-    Attributes:
-        kind, name: what it is; the name is unique in a graph, and people read it.
-        facts: plain JSON, all that the key hashes; None while something that it needs is not there yet.
-        needs: the targets that it reads, by their role.
-        place: its folder below the storage path; None while the facts are.
-        make: makes it, in any process, without Ray; yields metrics now and then.
-        cost: what is left of that to do.
-        resources: of one rank.
-        world_sizes: numbers of ranks that it may be made with, ascending; it can be stopped, and goes on with another
-            number. Ranks of a training are a process group, of all else parts of the work (`Site.part`). (): it is made
-            by one process, from its beginning to its end.
-        job: the job whose state its failure shows; None: the whole plan's.
-        goal: made for its own sake; what is no goal is made where something needs it.
-        first: made before anything else is started, since it may refuse the plan.
-        latest: its folder has what was made last, of whichever key; otherwise the folder is the key's own.
-    """
+    """Something that is made once and kept in a committed folder."""
 
     kind: str
-    name: str
-    facts: Mapping[str, Any] | None
-    place: str | None
-    make: Callable[["Target", Site], Iterable[Metrics]]
-    needs: Mapping[str, tuple["Target", ...]] = field(default_factory=dict)
-    cost: Cost = Cost()
-    resources: Resources = Resources(1, 0)
+    name: str  # unique in a graph, and people read it
+    facts: Mapping[str, Any] | None  # plain JSON, all that the key hashes; None while what it needs is not there yet
+    place: str | None  # its folder below the storage path; None while the facts are
+    make: Callable[["Target", Site], Iterable[Metrics] | None]  # in any process, without Ray; a training yields metrics
+    needs: Mapping[str, tuple["Target", ...]] = field(default_factory=dict)  # the targets that it reads, by their role
+    cost: Cost = Cost()  # what is left to do
+    resources: Resources = Resources(1, 0)  # of one rank
+    # Numbers of ranks that it may be made with, ascending; it can be stopped, and goes on with another number. Ranks of
+    # a training are a process group, of all else parts of the work (`Site.part`). (): one process makes it in one go.
     world_sizes: tuple[int, ...] = ()
-    job: Job | None = None
-    goal: bool = False
-    first: bool = False
-    latest: bool = False
+    job: Job | None = None  # the job whose state its failure shows; None: the whole plan's
+    goal: bool = False  # made for its own sake; what is no goal is made where something needs it
+    first: bool = False  # made before anything else is started, since it may refuse the plan
+    latest: bool = False  # its folder has what was made last, of whichever key; otherwise the folder is the key's own
 
     @property
     def key(self) -> str | None:

@@ -130,7 +130,7 @@ def train_rank(config: dict[str, Any]) -> Outcome:
     if ray.train.get_context().get_world_rank() == 0:
         threading.Thread(target=_listen, args=(config["launcher"], config["number"], stop), daemon=True).start()
     try:
-        for metrics in target.make(target, site):
+        for metrics in target.make(target, site) or ():
             ray.train.report(dict(metrics))
     except (NonFiniteLoss, Refused) as error:
         return Outcome("failed", str(error))

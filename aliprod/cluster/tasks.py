@@ -310,7 +310,7 @@ def _make(target: Target, site: Site) -> Outcome:
     if target.record(site.storage) is not None:
         return Outcome("done")
     try:
-        for _ in target.make(target, site):
+        for _ in target.make(target, site) or ():
             pass
     except AliprodError as error:
         return Outcome("failed", str(error))

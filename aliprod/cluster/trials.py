@@ -51,7 +51,7 @@ class Trial:
 
 def search_of(plan: Plan, job: str) -> dict[str, Any]:
     """What is searched for a job: what the plan says, or the two learning rates around its own."""
-    lr, span = plan.stage(*job.split("/", 1)).lr, plan.tune.span
+    lr, span = plan.stage(job).lr, plan.tune.span
     rates = {"backbone": lr.backbone, "heads": lr.heads}
     around = {name: {"low": rate / span, "high": rate * span, "log": True} for name, rate in rates.items()}
     return plan.tune.search or {"lr": around}
@@ -63,7 +63,7 @@ def drawn_stages(plan: Plan, job: str) -> dict[Stage, dict[str, Any]]:
     Raises:
         Refused: the job can have none of the settings, or not one of the choices.
     """
-    stage = plan.stage(*job.split("/", 1))
+    stage = plan.stage(job)
     try:
         return draws(search_of(plan, job), stage.seed, plan.tune.trials, partial(stage_with, plan, job))
     except ValueError as error:

@@ -25,20 +25,13 @@ _NOBODY_KNOWS = networks.Network(UNKNOWN, UNKNOWN, ())
 
 @dataclass(frozen=True)
 class Demand:
-    """NaN: a network that is not in the list, a rate that nobody has measured. Of jobs; under "" the whole plan's.
+    """NaN: a network that is not in the list, a rate that nobody has measured. Of jobs; under "" the whole plan's."""
 
-    Attributes:
-        todo: what is to be made.
-        kept: bytes that stay in the storage folder. resume: those of a job's two checkpoints, while it trains.
-        cache: bytes of a prepared catalogue on the own disk of each machine.
-        gpu_hours: with the fewest ranks; where jobs run on CPUs, hours of ranks.
-    """
-
-    todo: Mapping[str, Target]
-    kept: Mapping[str, float]
-    resume: Mapping[str, float]
-    cache: int
-    gpu_hours: Mapping[str, float]
+    todo: Mapping[str, Target]  # what is to be made
+    kept: Mapping[str, float]  # bytes that stay in the storage folder
+    resume: Mapping[str, float]  # bytes of a job's two checkpoints, while it trains
+    cache: int  # bytes of a prepared catalogue on the own disk of each machine
+    gpu_hours: Mapping[str, float]  # with the fewest ranks; where jobs run on CPUs, hours of ranks
 
     @property
     def kinds(self) -> dict[str, int]:

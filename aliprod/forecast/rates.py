@@ -88,14 +88,9 @@ def predictors(opened: Opened) -> set[str]:
 
 def measure_plan(request: Request, part: Part, steps: int) -> Iterator[dict[str, Any]]:
     """Measure each distinct piece of a plan's work on this machine, one rank's share of a batch on its first GPU where
-    it has one; keep each result, and yield it.
-
-    Args:
-        steps: that are counted of each piece; of predictions a quarter as many batches.
-    Raises:
-        Refused: there is no catalogue, or timm knows no such network.
-        Failed: a step does not fit in the GPU's memory. What was measured before is kept.
-    """
+    it has one, for so many ``steps``, a quarter as many batches of predictions; keep each result, and yield it.
+    Refused: there is no catalogue, or timm knows no such network. Failed: a step does not fit in the GPU's memory; what
+    was measured before is kept."""
     from torch import OutOfMemoryError
 
     opened = prepare(request)
@@ -136,11 +131,9 @@ def keep(opened: Opened, piece: Piece, measured: Mapping[str, Any]) -> None:
 
 
 def speed_up(ranks: int) -> float:
-    """How many times faster several ranks are than one: each more costs all of them 2 %.
-
-    7.0 on eight. NVIDIA's DeepLearningExamples, eight A100 80GB against one, mixed precision, PyTorch: resnet50 6.7,
-    SE-ResNeXt101-32x4d 6.8, efficientnet-b4 7.8.
-    """
+    """How many times faster several ranks are than one: each more costs all of them 2 %; 7.0 on eight. NVIDIA's
+    DeepLearningExamples, eight A100 80GB against one, mixed precision, PyTorch: resnet50 6.7, SE-ResNeXt101-32x4d 6.8,
+    efficientnet-b4 7.8."""
     return ranks / (1 + LOSS * (ranks - 1))
 
 
@@ -150,14 +143,9 @@ def scaled(rate: Rate, ranks: int) -> float:
 
 
 class Estimates:
-    """Rates of a plan's jobs, and seconds of its targets: of what their costs say is left to do.
-
-    Args:
-        fresh_seconds: after which rates are read anew: jobs that run tell theirs.
-        beside: whether ranks run side by side: on CPUs they slow each other, which no benchmark of one has seen.
-    Attributes:
-        paces: pixels a second in training of one rank, of the jobs whose rate is known.
-    """
+    """Rates of a plan's jobs, and seconds of its targets: of what their costs say is left to do. ``fresh_seconds``:
+    after which rates are read anew: jobs that run tell theirs. ``beside``: whether ranks run side by side: on CPUs they
+    slow each other, which no benchmark of one has seen."""
 
     def __init__(self, opened: Opened, fresh_seconds: float = math.inf, beside: bool = False) -> None:
         self.opened, self.fresh_seconds, self.beside = opened, fresh_seconds, beside
@@ -166,31 +154,31 @@ class Estimates:
     def _renew(self) -> None:
         jobs, self.read = self.opened.jobs, time.monotonic()
         self._known = commit.read_json(self.opened.folder / FILE)
-        self._reported = {name: rate for name, job in jobs.items() if (rate := _reported(self.opened, job))}
-        self._alike = {_digest(self.opened, "train", jobs[name]): rate for name, rate in self._reported.items()}
-        self._training = cache(lambda name: self._found(jobs[name]))
-        self._predicting = cache(lambda name, views: self._measured(jobs[name], views))
-        found = [(job, rate) for job in jobs.values() if _looks(job) and (rate := self.training(job))]
+        reported = {name: rate for name, job in jobs.items() if (rate := _reported(self.opened, job))}
+        alike = {_digest(self.opened, "train", jobs[name]): rate for name, rate in reported.items()}
+        self._measured = cache(lambda name, part: self._benchmark(_digest(self.opened, part, jobs[name])))
+        self._training = {
+            name: reported.get(name) or alike.get(_digest(self.opened, "train", job)) or self._measured(name, "train")
+            for name, job in jobs.items()
+        }
+        looking = (job for job in jobs.values() if job.stage.features == "computed")
+        found = [(job, rate) for job in looking if (rate := self.training(job))]
+        # pixels a second in training of one rank, of the jobs whose rate is known
         self.paces = {job.name: _pixels(job) * rate.images_per_second / speed_up(rate.ranks) for job, rate in found}
 
     def training(self, job: Job) -> Rate | None:
         """What the job itself has reported, else one of the plan with the same digest, else the benchmark."""
-        return self._training(job.name)
+        return self._training[job.name]
 
     def predicting(self, job: Job, views: Views) -> Rate | None:
         """The benchmark; of the centre view, else, what training says, whose steps go forward and back."""
-        rate = self._predicting(job.name, views)
-        trained = self.training(job) if rate is None and views == "center" and _looks(job) else None
-        return rate if trained is None else replace(trained, images_per_second=FORWARD * trained.images_per_second)
+        rate: Rate | None = self._measured(job.name, views)
+        if rate is None and views == "center" and job.stage.features == "computed" and (own := self.training(job)):
+            return replace(own, images_per_second=FORWARD * own.images_per_second)
+        return rate
 
-    def _found(self, job: Job) -> Rate | None:
-        digest = _digest(self.opened, "train", job)
-        return self._reported.get(job.name) or self._alike.get(digest) or self._measured(job, "train")
-
-    def _measured(self, job: Job, part: Part | Views) -> Rate | None:
-        """The benchmark alone."""
-        entry = self._known.get(_digest(self.opened, part, job))
-        if entry is None:
+    def _benchmark(self, digest: str) -> Rate | None:
+        if (entry := self._known.get(digest)) is None:
             return None
         slower = _BESIDE if self.beside and entry["device"] == "cpu" else 1.0
         return Rate(slower * entry["images_per_second"], 1, entry["device"], "benchmark")
@@ -259,11 +247,6 @@ def _lasts(images: int, rate: Rate | None) -> float:
     if images == 0:
         return 0.0
     return UNKNOWN if rate is None else images * speed_up(rate.ranks) / rate.images_per_second
-
-
-def _looks(job: Job) -> bool:
-    """Whether its training looks at images."""
-    return job.stage.is_trained and job.stage.features == "computed"
 
 
 def _pixels(job: Job) -> float:

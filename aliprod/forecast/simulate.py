@@ -50,13 +50,8 @@ class _Begun:
 
 class Clock:
     """A simulated cluster of fixed nodes: what is started ends when its seconds are over, and waiting takes no time.
-
-    Args:
-        seconds: that a target takes at a world size.
-        starting: seconds that the start of a training takes. again: those of every other start of it.
-    Attributes:
-        spans: when each target was being made.
-    """
+    ``seconds``: that a target takes at a world size. ``starting``: that the start of a training takes; ``again``: every
+    other start of it. ``spans`` says when each target was being made."""
 
     def __init__(
         self, nodes: Sequence[Node], seconds: Callable[[Target, int], float], starting: float, again: float
@@ -123,44 +118,29 @@ class Clock:
 
 @dataclass(frozen=True)
 class JobForecast:
-    """A job's training, with the validation of its epochs.
-
-    Attributes:
-        seconds: that it is being made, its starts included; 0 where it is finished, None where no rate is known.
-        begin, end: seconds from now; None where it is finished, or anything of the plan is not known.
-        ranks: at first, and at last where that is another number.
-        images_per_second: of all its ranks together, as many as at last; ``source``: where that was seen.
-    """
+    """A job's training, with the validation of its epochs."""
 
     name: str
-    seconds: float | None
-    begin: float | None
+    seconds: float | None  # that it is being made, its starts included; 0: it is finished, None: no rate is known
+    begin: float | None  # in seconds from now, as end; None: it is finished, or anything of the plan is not known
     end: float | None
-    ranks: tuple[int, ...]
-    images_per_second: float | None
-    source: str | None
+    ranks: tuple[int, ...]  # at first, and at last where that is another number
+    images_per_second: float | None  # of all its ranks together, as many as at last
+    source: str | None  # where that was seen
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the unfinished rest takes on so many GPUs; where jobs run on CPUs, on so many ranks at a time.
-
-    Attributes:
-        seconds, gpu_hours: predictions included; None where a rate is missing.
-        lower_bound_seconds: no order, and no number of ranks, is faster on these GPUs.
-        prediction_seconds: GPU-seconds of all predictions.
-        devices: on which the rates were seen.
-        missing: targets whose rate nobody has measured.
-    """
+    """What the unfinished rest takes on so many GPUs; where jobs run on CPUs, on so many ranks at a time."""
 
     gpus: int
     jobs: list[JobForecast]
-    seconds: float | None = None
+    seconds: float | None = None  # predictions included, as in gpu_hours; None where a rate is missing
     gpu_hours: float | None = None
-    lower_bound_seconds: float | None = None
-    prediction_seconds: float | None = None
-    devices: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    lower_bound_seconds: float | None = None  # no order, and no number of ranks, is faster on these GPUs
+    prediction_seconds: float | None = None  # GPU-seconds of all predictions
+    devices: list[str] = field(default_factory=list)  # on which the rates were seen
+    missing: list[str] = field(default_factory=list)  # targets whose rate nobody has measured
 
 
 class Kept(NamedTuple):
@@ -184,7 +164,8 @@ def forecast(opened: Opened, gpus: int, todo: Mapping[str, Target] | None = None
     jobs = [_row(job, estimates, alone.get(job.name), spans.get(job.name, ())) for job in opened.jobs.values()]
     if missing:
         return Forecast(gpus, jobs, missing=missing)
-    taken = {name: _taken(spans[name]) * target.resources.gpus for name, target in todo.items()}
+    ranks = {name: sum((span.end - span.begin) * span.ranks for span in own) for name, own in spans.items()}
+    taken = {name: ranks[name] * target.resources.gpus for name, target in todo.items()}
     return Forecast(
         gpus=gpus,
         jobs=jobs,
@@ -246,11 +227,6 @@ def kept(opened: Opened) -> Kept | None:
     if said.get("plan") != opened.plan.digest:
         return None
     return Kept(said["time"], {name: [Span(*one) for one in own] for name, own in said["spans"].items()})
-
-
-def _taken(spans: Sequence[Span]) -> float:
-    """Seconds of all ranks."""
-    return sum((span.end - span.begin) * span.ranks for span in spans)
 
 
 def _rate(estimates: Estimates, job: Job) -> Rate | None:

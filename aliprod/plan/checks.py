@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from aliprod.errors import Refused, did_you_mean, listing, nearest
 from aliprod.models.sizes import misfit, stride
 from aliprod.plan import networks
-from aliprod.plan.schema import Edge, Plan, Settings, effective, merged
+from aliprod.plan.schema import Edge, Plan, Settings, effective
 from aliprod.plan.source import MOST_NAMES, Key, Problem, dotted, shown, unknown
 from aliprod.recipe import Needs, ObjectiveRecipe, Stage
 from aliprod.recipe.options import needs, refusals
@@ -107,7 +107,7 @@ def edges(plan: Plan) -> Iterator[Problem]:
     """Jobs that start from, learn from or are made of one that is not there, or of each other in a circle."""
     parents: dict[str, list[str]] = {job: [] for job in plan.job_names()}
     for job, needed in parents.items():
-        for edge, targets in plan.edges(*job.split("/", 1)).items():
+        for edge, targets in plan.edges(job).items():
             yield from (_missing(plan, job, edge, to, parents) for to in targets if to not in parents)
             yield from _misshapen(plan, job, edge, [to for to in targets if to in parents])
             needed.extend(targets)
@@ -115,8 +115,8 @@ def edges(plan: Plan) -> Iterator[Problem]:
         TopologicalSorter(parents).prepare()
     except CycleError as error:
         circle = error.args[1]
-        edges_of = plan.edges(*circle[1].split("/", 1))
-        key = _origin(plan, circle[1], *next(edge for edge, targets in edges_of.items() if circle[0] in targets))
+        edge = next(edge for edge, targets in plan.edges(circle[1]).items() if circle[0] in targets)
+        key = _origin(plan, circle[1], *edge)
         alone = len({job.partition("/")[0] for job in circle}) == 1
         shown_circle = " > ".join(job.partition("/")[2] if alone else job for job in circle)
         which = "stages" if alone else "jobs"
@@ -127,17 +127,13 @@ def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
     """Settings that are right each by itself, but not in one stage. ``wrong``: keys of tables that have problems of
     their own; what they take part in is not asked about."""
     used = {name for stages in plan.jobs.values() for name in stages}
-    combinations: list[tuple[str, list[Key]]] = [("", [("stages", name)]) for name in plan.stages if name not in used]
-    for job in dict.fromkeys(plan.job_names()):
-        backbone, _, name = job.partition("/")
-        own: list[Key] = [("overrides", one) for one in (backbone, job) if one in plan.overrides]
-        combinations.append((job, [("stages", name), *own]))
-    for job, keys in combinations:
-        if wrong & {("defaults",), *keys}:
+    alone = [("", {("stages", name): table}) for name, table in plan.stages.items() if name not in used]
+    for job, layers in (*alone, *((job, plan.layers(job)) for job in dict.fromkeys(plan.job_names()))):
+        if wrong & {("defaults",), *layers}:
             continue
-        tables = [getattr(plan, str(group))[name] for group, name in keys]
+        tables = [*layers.values()]
         found = _clashes(plan, job, tables)
-        by_table = [(key, _clashes(plan, job, tables[:count])) for count, key in enumerate(keys, 1)] if found else []
+        by_table = [(key, _clashes(plan, job, tables[:count])) for count, key in enumerate(layers, 1)] if found else []
         for reason in found:  # at the first table with which it is so
             key = next(key for key, reasons in by_table if reason in reasons)
             yield Problem(key, f"{dotted(key)}: {reason}.")
@@ -145,10 +141,10 @@ def together(plan: Plan, wrong: set[Key]) -> Iterator[Problem]:
 
 def stage_with(plan: Plan, job: str, settings: Settings) -> Stage:
     """A job's stage with other settings. ValueError: they are not for this stage; says why."""
-    other, parts = plan.with_settings(job, settings), job.split("/", 1)
-    if found := _clashes(other, job, other.layers(*parts)):
+    other = plan.with_settings(job, settings)
+    if found := _clashes(other, job, other.layers(job).values()):
         raise ValueError("; ".join(found))
-    return other.stage(*parts)
+    return other.stage(job)
 
 
 def remarks(plan: Plan) -> Iterator[str]:
@@ -159,7 +155,7 @@ def remarks(plan: Plan) -> Iterator[str]:
             yield f"{dotted((group, name))}: no job is of it. {did_you_mean(name[:128], needed)}".rstrip()
     idle: dict[str, list[str]] = {}
     for job in plan.job_names():
-        stage = plan.stage(*job.split("/", 1))
+        stage = plan.stage(job)
         if late := [one for one in stage.lr.milestones if one >= stage.epochs]:
             idle.setdefault(f"lr.milestones {late} are never reached: epochs = {stage.epochs}.", []).append(job)
         if "gamma" in stage.lr.model_fields_set and not stage.lr.milestones:
@@ -167,7 +163,7 @@ def remarks(plan: Plan) -> Iterator[str]:
     yield from (f"{listing(jobs)}: {sentence}" for sentence, jobs in idle.items())
 
 
-def _clashes(plan: Plan, job: str, tables: list[Settings]) -> list[str]:
+def _clashes(plan: Plan, job: str, tables: Iterable[Settings]) -> list[str]:
     """What does not go together in a stage, or with the network and the ranks of its job."""
     try:
         stage = effective(plan.seed, plan.defaults, tables)
@@ -197,7 +193,7 @@ def _objections(stage: Stage, network: str) -> Iterator[str]:
         yield f'objective {name} looks at the images: say features = "computed", or another objective'
     yield from (f"{what}: {advice}".rstrip(" .:") for what, advice in refusals(name, options))
     fetched = stage.pretrained is True and stage.start is None and stage.soup is None
-    if network and fetched and not networks.has_weights(network):
+    if fetched and (known := networks.facts(network)) and not known.tags:
         own = "say pretrained = false, or a safetensors file of your own"
         yield f"timm has no pretrained weights for {network}: {own}"
 
@@ -259,7 +255,7 @@ def _misshapen(plan: Plan, job: str, edge: Edge, targets: Iterable[str]) -> Iter
     own = _shape(plan, job)
     for target in targets if edge[0] in ("start", "soup") else ():
         key = _origin(plan, job, *edge)
-        if _said(plan, target, "neighbours"):
+        if plan.said(target).get("neighbours"):
             sentence = f"{dotted(key)}: {shown(target)} has neighbours in place of a classifier."
             yield Problem(key, sentence, "Start from another job, or from pretrained weights.", quoted=None)
         for what, theirs in _shape(plan, target).items():
@@ -268,13 +264,9 @@ def _misshapen(plan: Plan, job: str, edge: Edge, targets: Iterable[str]) -> Iter
                 yield Problem(key, sentence, "Start from another job, or give both the same objective.", quoted=None)
 
 
-def _said(plan: Plan, job: str, setting: str) -> Any:
-    return merged(plan.defaults, *plan.layers(*job.split("/", 1))).get(setting)
-
-
 def _shape(plan: Plan, job: str) -> dict[str, int]:
     """Branches of a job's network, and centres of a class; 1 where what its objective is called is wrong."""
-    said = _said(plan, job, "objective")
+    said = plan.said(job).get("objective")
     try:
         objective = ObjectiveRecipe.model_validate({"name": said} if isinstance(said, str) else said or {"name": ""})
         asked = needs(objective.name, objective.options)
@@ -285,7 +277,5 @@ def _shape(plan: Plan, job: str) -> dict[str, int]:
 
 def _origin(plan: Plan, job: str, setting: str, *below: str) -> Key:
     """Key of a setting in the table that has the last word on it."""
-    backbone, _, name = job.partition("/")
-    keys: list[Key] = [("stages", name), ("overrides", backbone), ("overrides", f"{backbone}/{name}")]
-    said = [key for key, table in zip(keys, plan.layers(backbone, name), strict=True) if setting in table]
+    said: list[Key] = [key for key, table in plan.layers(job).items() if setting in table]
     return (*(said[-1] if said else ("defaults",)), setting, *below)

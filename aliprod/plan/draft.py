@@ -1,6 +1,7 @@
 """A first plan for somebody's own photographs, fit for them and for the machine, with its reasons in comments."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -52,10 +53,8 @@ def look_at(catalogue: Catalogue) -> Photographs:
     rows = np.linspace(0, len(images) - 1, min(_LOOKED_AT, len(images))).astype(int)
     sides = list[int]()
     for row in rows.tolist():
-        try:
+        with suppress(Unreadable):
             sides.append(min(opened(images.source(row)).size))
-        except Unreadable:
-            continue
     train, val, test = map(len, catalogue.splits)
     side = int(np.percentile(sides, 25)) if sides else 0
     return Photographs(train, val, test, tuple(catalogue.class_counts.tolist()), side)
@@ -109,7 +108,6 @@ def _defaults(photographs: Photographs, computer: Computer, epochs: int) -> str:
     """The settings of every stage, line by line."""
     crop, resize = _sizes(photographs, computer)
     batch_size = _batch_size(photographs, computer)
-    shares = f"shares = {batch_size // 32}  # a job may have as many GPUs; the result does not depend on how many"
     offline = "" if computer.online else "  # the hub of weights was not reached; true is far better"
     lines = [
         f"pretrained = {toml_of(computer.online)}{offline}",
@@ -118,8 +116,9 @@ def _defaults(photographs: Photographs, computer: Computer, epochs: int) -> str:
         'objective = { name = "cross_entropy", smoothing = 0.1 }',
         "ema = 0.99",
         f"batch_size = {batch_size}",
-        *([shares] if batch_size > 32 else []),
     ]
+    if (shares := batch_size // 32) > 1:
+        lines.append(f"shares = {shares}  # a job may have as many GPUs; the result does not depend on how many")
     if computer.online and photographs.train < _FEW:
         lines.append('norm_statistics = "frozen"  # of the pretrained weights: few photographs would spoil them')
     if epochs < _MANY_EPOCHS:
@@ -152,8 +151,7 @@ def _batch_size(photographs: Photographs, computer: Computer) -> int:
     most = 32
     if computer.gpus:
         most = 256 if computer.gpu_bytes > 40 * _GB else 128 if computer.gpu_bytes > 14 * _GB else 64
-    fitting = max(8, photographs.train // 8)
-    return int(2 ** min(most.bit_length() - 1, fitting.bit_length() - 1))
+    return 1 << (min(most, max(8, photographs.train // 8)).bit_length() - 1)
 
 
 def _epochs(photographs: Photographs, computer: Computer, trainings: int) -> int:

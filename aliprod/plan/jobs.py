@@ -11,7 +11,7 @@ from typing import Any
 
 from aliprod.errors import Refused
 from aliprod.plan.schema import EDGES, Edge, Plan
-from aliprod.recipe import ADDED, ADDED_BELOW, RECIPE_VERSION, PerClass, Stage
+from aliprod.recipe import ADDED, ADDED_BELOW, RECIPE_VERSION, Stage
 from aliprod.recipe.options import needs
 from aliprod.store.commit import sha256
 from aliprod.store.layout import key_of
@@ -50,14 +50,9 @@ class Job:
 
 
 def jobs_of(plan: Plan, fingerprint: str | None, tree: str = "") -> dict[str, Job]:
-    """All jobs by name, parents before their children.
-
-    Args:
-        fingerprint: of the catalogue, class list included; None where it is not there: the jobs have no keys then.
-        tree: fingerprint of its product tree, part of the keys of those jobs whose objective needs it.
-    Raises:
-        Refused: pretrained weights that are asked for are not there.
-    """
+    """All jobs by name, parents before their children. ``fingerprint``: of the catalogue, class list included; None
+    where it is not there: the jobs have no keys then. ``tree``: of its product tree, part of the keys of those jobs
+    whose objective needs it. Refused: pretrained weights that are asked for are not there."""
     found, left = dict[str, Job](), {name: plan.parents(name) for name in plan.job_names()}
     while left:  # in the plan's order, but for those that must wait for a later one
         name = next(name for name, parents in left.items() if left.keys().isdisjoint(parents))
@@ -66,25 +61,10 @@ def jobs_of(plan: Plan, fingerprint: str | None, tree: str = "") -> dict[str, Jo
     return found
 
 
-def order_by_remaining_work(jobs: Mapping[str, Job]) -> list[str]:
-    """Names of the jobs, the one with the longest path of work before it first.
-
-    Work is epochs x crop^2 x images, of which a balanced view counts as half of all, summed along the longest path
-    down from a job: a job never comes after its children.
-    """
-    remaining: dict[str, float] = {}
-    for job in reversed(list(jobs.values())):
-        children = (remaining[other.name] for other in jobs.values() if job.name in other.parents)
-        looks = job.stage.epochs if job.stage.features == "computed" else 1
-        share = 0.5 if isinstance(job.stage.images, PerClass) else 1.0  # 1.3 M of 2.5 M on AliProducts
-        remaining[job.name] = looks * job.stage.crop**2 * share + max(children, default=0)
-    return sorted(jobs, key=lambda name: -remaining[name])
-
-
 def _job(plan: Plan, name: str, before: Mapping[str, Job], fingerprint: str | None, tree: str) -> Job:
     backbone, _, stage_name = name.partition("/")
-    network, edges = plan.backbones[backbone], plan.edges(backbone, stage_name)
-    stage = plan.stage(backbone, stage_name)
+    network, edges = plan.backbones[backbone], plan.edges(name)
+    stage = plan.stage(name)
     if isinstance(stage.pretrained, str) and not stage.pretrained.endswith(".safetensors"):  # a file of each network
         stage = stage.model_copy(update={"pretrained": str(Path(stage.pretrained) / f"{network}.safetensors")})
     start, soup, _, labellers = (edges[edge] for edge in EDGES)

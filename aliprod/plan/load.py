@@ -6,7 +6,9 @@ Whether the catalogue is there is asked by who needs it; timm itself by `run`, w
 import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
+from functools import reduce
 from itertools import islice
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,14 +49,10 @@ _EXPECTED = {  # pydantic's kinds of errors
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Plan:
-    """Read and check a plan.
+    """Read and check a plan. ``sets``: what --set gave: KEY=VALUE each, VALUE in TOML.
 
-    Args:
-        sets: what --set gave: KEY=VALUE each, VALUE in TOML.
-    Returns:
-        The plan, its paths absolute: those of the file count from its folder, those of ``sets`` from the current one.
-    Raises:
-        Refused: with file, line (or flag), key and nearest right name of each of the first 20 problems.
+    Its paths are made absolute: those of the file count from its folder, those of ``sets`` from the current one.
+    Refused: with file, line (or flag), key and nearest right name of each of the first 20 problems.
     """
     source = read(path, sets)
     found: dict[Key, Problem] = {}
@@ -242,13 +240,13 @@ def _problem(model: type[BaseModel], data: Any, at: Key, key: Key, several: list
             deeper = [f"{field}.{name}" for field in names if name in _fields(model, (*key[:-1], field))]
             return unknown(whole, sentence, name, names + deeper, listed)
         case "missing":
-            too_few = isinstance(_at(data, key[:-1]), list)
+            too_few = isinstance(reduce(getitem, key[:-1], data), list)
             return Problem(whole, f"{table} has too few values." if too_few else f"{table} lacks {dotted((name,))}.")
         case "value_error":
             reason = first["msg"].removeprefix("Value error, ")
             return Problem(whole, f"{dotted(whole)}: {reason}." if whole else f"{reason}.")
     expected = " or ".join(dict.fromkeys(map(_expected, several)))
-    value = _at(data, key)
+    value = reduce(getitem, key, data)
     near = did_you_mean(value[:128], re.findall(r'"([^"]+)"', expected)) if isinstance(value, str) else ""
     return Problem(whole, f"{dotted(whole)} = {shown(value)} must be {expected}.", near)
 
@@ -262,12 +260,6 @@ def _kind(at: Key, key: Key) -> str:
     table = (at + key)[:-1]
     in_stage = table[:1] == ("defaults",) or (len(table) == 2 and table[0] in ("stages", "overrides", "tune"))
     return "A stage" if in_stage else dotted(table[-1:]) or "A plan"
-
-
-def _at(data: Any, key: Key) -> Any:
-    for part in key:
-        data = data[part]
-    return data
 
 
 def _fields(model: type[BaseModel], key: Key) -> Iterable[str]:

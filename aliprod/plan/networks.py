@@ -16,12 +16,11 @@ FILE = Path(__file__).with_name("networks.txt")
 
 
 class Network(NamedTuple):
-    """A network of the list. ``kilobytes``: of its weights in float32, without a classifier; features: in front of one.
-    ``tags``: of its pretrained weights."""
+    """A network of the list."""
 
-    kilobytes: float
-    features: float
-    tags: tuple[str, ...]
+    kilobytes: float  # of its weights in float32, without a classifier
+    features: float  # in front of a classifier
+    tags: tuple[str, ...]  # of its pretrained weights
 
 
 @cache
@@ -48,12 +47,6 @@ def complaint(network: str) -> tuple[str, str]:
     what = "weights tagged" if found else "network"
     near = list(_tagged({architecture: found})) if found else [*names, *_tagged(names)]
     return f'timm {version("timm")} has no {what} "{network[:128]}".', did_you_mean(network[:128], near)
-
-
-def has_weights(network: str) -> bool:
-    """Whether timm has pretrained weights for a network, as far as the list knows."""
-    found = facts(network)
-    return found is None or bool(found.tags)
 
 
 def _tagged(names: Mapping[str, Network]) -> Iterator[str]:

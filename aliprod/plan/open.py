@@ -7,12 +7,13 @@ from typing import Any
 
 from aliprod.catalogue import sources
 from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.sources import Reading
 from aliprod.errors import Refused
 from aliprod.plan.jobs import Job, jobs_of
-from aliprod.plan.places import Places, catalogue_path, catalogue_reading
+from aliprod.plan.places import Places, catalogue_path
 from aliprod.plan.schema import Cluster, Plan
 from aliprod.store import commit, epochs
-from aliprod.store.layout import METRICS, WEIGHTS, job_place
+from aliprod.store.layout import HELD_OUT, METRICS, WEIGHTS, job_place
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class Request:
     plan: Plan
     text: str
     places: Places
+
+    @property
+    def reading(self) -> Reading:
+        """How the catalogue is read; what is held out of it is kept in the storage path, once for all nodes."""
+        says = self.plan.catalogue
+        links = Path(says.links) if says.links else None
+        return Reading(dict(says.columns.items()), says.val, says.seed, links, self.places.storage / HELD_OUT)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,6 @@ class Opened(Request):
 def open_plan(request: Request) -> Opened:
     """Read a plan's catalogue, where it is there, and find its jobs. Refused: what is there is no catalogue."""
     path, plan = catalogue_path(request.plan, request.places), request.plan
-    catalogue = sources.read(path, catalogue_reading(plan, request.places)) if path.exists() else None
+    catalogue = sources.read(path, request.reading) if path.exists() else None
     prints = (catalogue.fingerprint, catalogue.tree_fingerprint) if catalogue else (None, "")
     return Opened(plan, request.text, request.places, catalogue, jobs_of(plan, *prints))

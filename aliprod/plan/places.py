@@ -3,34 +3,22 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aliprod.errors import Refused
 from aliprod.plan.schema import Cluster, Plan
 from aliprod.store import commit, mirror
-from aliprod.store.layout import HELD_OUT
-
-if TYPE_CHECKING:
-    from aliprod.catalogue.sources import Reading
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
 
 
 @dataclass(frozen=True)
 class Places:
-    """Resolved places.
+    """Resolved places."""
 
-    Attributes:
-        storage: absolute folder of all results.
-        tracking_uri: of MLflow; by default SQLite in the storage folder.
-        address: of Ray; None: a local one of our own.
-        note: what a person should know about a default that was taken; may be empty.
-    """
-
-    storage: Path
-    tracking_uri: str = field(repr=False)
-    address: str | None
-    note: str = ""
+    storage: Path  # absolute folder of all results
+    tracking_uri: str = field(repr=False)  # of MLflow; by default SQLite in the storage folder
+    address: str | None  # of Ray; None: a local one of our own
+    note: str = ""  # what a person should know about a default that was taken; may be empty
 
     @property
     def artifacts(self) -> Path | None:
@@ -82,12 +70,3 @@ def catalogue_path(plan: Plan, places: Places) -> Path:
     if plan.catalogue.path is not None or synth is None:
         return mirror.here(mirror.local(str(plan.catalogue.path)))
     return places.storage / "catalogues" / f"synth-{synth.classes}-{synth.images}-{synth.seed}"
-
-
-def catalogue_reading(plan: Plan, places: Places) -> "Reading":
-    """How the catalogue is read; what is held out of it is kept in the storage path, once for all nodes."""
-    from aliprod.catalogue.sources import Reading
-
-    says = plan.catalogue
-    links = Path(says.links) if says.links else None
-    return Reading(dict(says.columns.items()), says.val, says.seed, links, places.storage / HELD_OUT)

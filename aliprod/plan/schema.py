@@ -4,12 +4,13 @@ What a stage may say is `aliprod.recipe.Stage`. A stage's table is partial: defa
 seed are merged into it before it becomes one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage
+from aliprod.recipe import PLAIN_NAME, Frozen, Machine, ObjectiveRecipe, Stage, Views
 from aliprod.recipe.options import complete, options
 from aliprod.store.layout import OWN, key_of
 
@@ -54,28 +55,19 @@ class Synth(Frozen):
 class CatalogueSource(Frozen):
     """The annotated images: where they lie, or how to render them."""
 
-    path: Text | None = Field(
-        None,
-        description="a folder in any layout that docs/catalogues.md names, or a table, relative to the plan's file; or "
-        "the URI of a prepared catalogue in a bucket (s3://, gs://, az://)",
-    )
-    synth: Synth | None = Field(
-        None, description="without a path: { classes, images, seed }, rendered in the storage folder at the first run"
-    )
-    columns: dict[Literal["path", "class", "split"], Text] = Field(
-        {}, description='of its tables, where they have other names: { path = "image", class = "label", split = "set" }'
-    )
-    val: float | None = Field(
-        None,
-        ge=0,
-        le=0.5,
-        description="share of the images of each class that is held out where there is no val; without it 0.1 where "
-        "there is no split at all, else nothing",
-    )
+    path: Text | None = None
+    """a folder in any layout that docs/catalogues.md names, or a table, relative to the plan's file; or the URI of a
+    prepared catalogue in a bucket (s3://, gs://, az://)"""
+    synth: Synth | None = None
+    """without a path: { classes, images, seed }, rendered in the storage folder at the first run"""
+    columns: dict[Literal["path", "class", "split"], Text] = Field({})
+    """of its tables, where they have other names: { path = "image", class = "label", split = "set" }"""
+    val: float | None = Field(None, ge=0, le=0.5)
+    """share of the images of each class that is held out where there is no val; without it 0.1 where there is no split
+    at all, else nothing"""
     seed: int = Field(0, ge=0, description="of what is held out")
-    links: Text | None = Field(
-        None, description="folder below which links and a table's absolute paths may lead too; relative as path is"
-    )
+    links: Text | None = None
+    """folder below which links and a table's absolute paths may lead too; relative as path is"""
 
     @model_validator(mode="after")
     def _one(self) -> "CatalogueSource":
@@ -84,57 +76,40 @@ class CatalogueSource(Frozen):
         return self
 
 
-Combine = Literal["sum", "greedy", "weights"]
-
-
 class Ensemble(Frozen):
     """The members whose probabilities are added."""
 
-    members: tuple[str, ...] = Field(
-        strict=False,
-        min_length=1,
-        max_length=127,  # sums of more float16 probabilities would not be exact in int32
-        description="jobs, each BACKBONE/STAGE",
-    )
-    score: Literal["auto", "val"] = Field(
-        "auto", description="the images whose errors are reported: test where its labels are known, else val"
-    )
-    views: Literal["ten_crop", "center"] = Field(
-        "ten_crop", description="of each test image: ten crops, or the centre alone"
-    )
-    combine: Combine = Field(
-        "sum", description="sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val"
-    )
+    # sums of more float16 probabilities than 127 would not be exact in int32
+    members: tuple[str, ...] = Field(strict=False, min_length=1, max_length=127)
+    """jobs, each BACKBONE/STAGE"""
+    score: Literal["auto", "val"] = "auto"
+    """the images whose errors are reported: test where its labels are known, else val"""
+    views: Views = "ten_crop"
+    """of each test image: ten crops, or the centre alone"""
+    combine: Literal["sum", "greedy", "weights"] = "sum"
+    """sum: all members alike; greedy, weights: a weight and a temperature each, fitted on val"""
 
 
 class Cluster(Machine):
     """Where and how the jobs run. None of it is part of a key: changing it trains nothing again."""
 
-    storage: Text | None = Field(
-        None,
-        description="folder that keeps all results, relative to the plan's file, or the URI of one in a bucket (s3://, "
-        "gs://, az://); without it --storage, ALIPROD_STORAGE or `runs` in the current folder",
-    )
-    tracking_uri: Text | None = Field(
-        None,
-        description="MLflow server; without it --tracking-uri, MLFLOW_TRACKING_URI or SQLite in the storage folder",
-    )
-    ranks: Literal["auto"] | Ranks | FewestAndMost | dict[str, Ranks | FewestAndMost] = Field(
-        "auto",
-        description="of a job, each one GPU, or cpus_per_worker CPUs where there are none: a number, the fewest and "
-        'the most like [2, 8], or a table of these by job like { "resnet50/dcl" = 4 }; auto: as many as end the plan '
-        "soonest, up to the shares of its stage",
-    )
-    max_parallel_jobs: int | None = Field(
-        None, ge=1, description="jobs side by side; without it as many as the cluster has room for"
-    )
+    storage: Text | None = None
+    """folder that keeps all results, relative to the plan's file, or the URI of one in a bucket (s3://, gs://, az://);
+    without it --storage, ALIPROD_STORAGE or `runs` in the current folder"""
+    tracking_uri: Text | None = None
+    """MLflow server; without it --tracking-uri, MLFLOW_TRACKING_URI or SQLite in the storage folder"""
+    ranks: Literal["auto"] | Ranks | FewestAndMost | dict[str, Ranks | FewestAndMost] = "auto"
+    """of a job, each one GPU, or cpus_per_worker CPUs where there are none: a number, the fewest and the most like
+    [2, 8], or a table of these by job like { "resnet50/dcl" = 4 }; auto: as many as end the plan soonest, up to the
+    shares of its stage"""
+    max_parallel_jobs: int | None = Field(None, ge=1)
+    """jobs side by side; without it as many as the cluster has room for"""
     max_failures: int = Field(3, ge=0, description="how often a job is resumed after it failed")
     use_gpu: Literal["auto"] | bool = Field("auto", description="auto: where the cluster has any")
     max_cpus: int | None = Field(None, ge=1, description="CPUs that a cluster that grows on demand can reach")
     max_gpus: int | None = Field(None, ge=1, description="GPUs that a cluster that grows on demand can reach")
-    poll_seconds: float = Field(
-        2.0, gt=0, le=60, description="how often Ray Train looks after its workers; short jobs want 0.2"
-    )
+    poll_seconds: float = Field(2.0, gt=0, le=60)
+    """how often Ray Train looks after its workers; short jobs want 0.2"""
 
     def ranks_of(self, job: str) -> tuple[int, int]:
         """The fewest and the most ranks of a job."""
@@ -147,33 +122,25 @@ class Cluster(Machine):
 class Tune(Frozen):
     """What `aliprod tune` tries. None of it is part of a key."""
 
-    search: Settings = Field(
-        {},
-        description="settings of a stage, in tables as it has them, each with a list of choices or a range: "
-        '`lr.backbone = { low = 1e-3, high = 0.1, log = true }`, `optimizer.name = ["sgd", "lamb"]`; whole numbers '
-        "where both ends are. Without it the two learning rates, evenly in the logarithm",
-    )
-    span: float = Field(
-        10.0, gt=1, le=1e6, description="without search: from the stage's own rates over this to those times this"
-    )
+    search: Settings = Field({})
+    """settings of a stage, in tables as it has them, each with a list of choices or a range:
+    `lr.backbone = { low = 1e-3, high = 0.1, log = true }`, `optimizer.name = ["sgd", "lamb"]`; whole numbers where both
+    ends are. Without it the two learning rates, evenly in the logarithm"""
+    span: float = Field(10.0, gt=1, le=1e6)
+    """without search: from the stage's own rates over this to those times this"""
     trials: int = Field(8, ge=1, le=10_000, description="trainings; the first has the plan's own settings")
     epochs: int = Field(2, ge=1, le=1_000, description="of a trial, its schedule drawn together in proportion")
     per_class: int = Field(10, ge=1, description="training images a class of a trial, at most")
-    grace_period: int = Field(
-        1, ge=1, description="epochs before a trial may be stopped for being worse than others; tune.epochs: none is"
-    )
-    reduction_factor: int = Field(
-        3, ge=2, le=100, description="one trial in so many goes on at each rung, which are as many times apart"
-    )
-    finalists: int = Field(
-        3, ge=1, le=20, description="trials better than the plan's own settings that are trained again, beside these"
-    )
-    seeds: int = Field(
-        3, ge=2, le=100, description="how often, with other seeds: what they gain is told by these alone"
-    )
-    hours: float | None = Field(
-        None, gt=0, description="of GPUs (without them of ranks), finalists included, after which no trial begins"
-    )
+    grace_period: int = Field(1, ge=1)
+    """epochs before a trial may be stopped for being worse than others; tune.epochs: none is"""
+    reduction_factor: int = Field(3, ge=2, le=100)
+    """one trial in so many goes on at each rung, which are as many times apart"""
+    finalists: int = Field(3, ge=1, le=20)
+    """trials better than the plan's own settings that are trained again, beside these"""
+    seeds: int = Field(3, ge=2, le=100)
+    """how often, with other seeds: what they gain is told by these alone"""
+    hours: float | None = Field(None, gt=0)
+    """of GPUs (without them of ranks), finalists included, after which no trial begins"""
 
 
 class Plan(Frozen):
@@ -188,12 +155,10 @@ class Plan(Frozen):
     backbones: dict[PlainName, Text] = Field(description="our name = timm's name, with the tag of its weights")
     defaults: Settings = Field({}, description="settings of every stage that does not say otherwise")
     stages: dict[PlainName, Settings] = Field(description="a table of settings each: [stages.NAME]")
-    overrides: dict[str, Settings] = Field(
-        {}, description='settings of one backbone, [overrides.BACKBONE], or of one job, [overrides."BACKBONE/STAGE"]'
-    )
-    jobs: dict[PlainName, Annotated[tuple[str, ...], Field(strict=False, min_length=1)]] = Field(
-        min_length=1, description="backbone = the list of its stages"
-    )
+    overrides: dict[str, Settings] = Field({})
+    """settings of one backbone, [overrides.BACKBONE], or of one job, [overrides."BACKBONE/STAGE"]"""
+    jobs: dict[PlainName, Annotated[tuple[str, ...], Field(strict=False, min_length=1)]] = Field(min_length=1)
+    """backbone = the list of its stages"""
     ensemble: Ensemble = Field(description="what is added up")
     cluster: Cluster = Field(Cluster(), description="where it runs; no part of any key")
     tune: Tune = Field(Tune(), description="how settings of a stage are searched for; no part of any key")
@@ -215,47 +180,51 @@ class Plan(Frozen):
         said = self.model_dump(mode="json", exclude={"cluster", "tune"})
         return key_of(said | {"catalogue": of_catalogue, "ensemble": ensemble})
 
-    def stage(self, backbone: str, name: str) -> Stage:
+    def stage(self, job: str) -> Stage:
         """The effective stage of a job: everything merged, the objective's options completed."""
-        return effective(self.seed, self.defaults, self.layers(backbone, name))
+        return effective(self.seed, self.defaults, self.layers(job).values())
 
-    def layers(self, backbone: str, name: str) -> list[Settings]:
-        """The tables that say something about a job, the weakest first; defaults apart."""
-        return [self.stages[name], self.overrides.get(backbone, {}), self.overrides.get(f"{backbone}/{name}", {})]
+    def layers(self, job: str) -> dict[tuple[str, str], Settings]:
+        """The tables that say something about a job, by their keys, the weakest first; defaults apart."""
+        backbone, _, name = job.partition("/")
+        own = {("overrides", one): self.overrides[one] for one in (backbone, job) if one in self.overrides}
+        return {("stages", name): self.stages[name], **own}
 
     def with_settings(self, job: str, settings: Settings) -> "Plan":
         """The same plan with other settings of one job. Options are of the objective that the job has, or is given:
         those that it knows."""
-        layers = self.layers(*job.split("/", 1))
         if isinstance(given := settings.get("objective"), dict):
-            said = merged({"objective": Stage().objective.name}, self.defaults, *layers)["objective"]
+            said = self.said(job).get("objective", Stage().objective.name)
             own = {"name": said} if isinstance(said, str) else said
             whole = given if given.get("name", own["name"]) != own["name"] else own | given
             known = options(whole["name"])
             kept = {key: value for key, value in whole.items() if known is None or key in {"name", *known.model_fields}}
             settings = settings | {"objective": kept}
-        return self.model_copy(update={"overrides": self.overrides | {job: merged(layers[-1], settings)}})
+        own = merged(self.overrides.get(job, {}), settings)
+        return self.model_copy(update={"overrides": self.overrides | {job: own}})
 
-    def edges(self, backbone: str, name: str) -> dict[Edge, tuple[str, ...]]:
-        """The jobs that must be finished before a job begins, by the setting that names them.
+    def said(self, job: str) -> Settings:
+        """All that is said of a job's stage, unchecked."""
+        return merged(self.defaults, *self.layers(job).values())
 
-        What is not of the right type is left out: this is also asked of plans that are being checked.
-        """
-        settings = merged(self.defaults, *self.layers(backbone, name))
+    def edges(self, job: str) -> dict[Edge, tuple[str, ...]]:
+        """The jobs that must be finished before a job begins, by the setting that names them. What is not of the right
+        type is left out: this is also asked of plans that are being checked."""
+        settings = self.said(job)
         found: dict[Edge, tuple[str, ...]] = {}
         for edge in EDGES:
             said: Any = settings
             for key in edge:
                 said = said.get(key) if isinstance(said, dict) else None
             names = [said] if edge == ("start",) else said if isinstance(said, list | tuple) else []
-            own = f"{backbone}/" if edge[0] in ("start", "soup") else ""  # these name stages of the same backbone
+            # these name stages of the same backbone
+            own = f"{job.partition('/')[0]}/" if edge[0] in ("start", "soup") else ""
             found[edge] = tuple(own + to for to in names if isinstance(to, str))
         return found
 
     def parents(self, job: str) -> tuple[str, ...]:
         """All jobs that must be finished before a job begins, each once."""
-        backbone, _, name = job.partition("/")
-        return tuple(dict.fromkeys(parent for names in self.edges(backbone, name).values() for parent in names))
+        return tuple(dict.fromkeys(chain(*self.edges(job).values())))
 
     def job_names(self) -> Iterator[str]:
         """Names of all jobs, in the plan's order."""
@@ -263,7 +232,7 @@ class Plan(Frozen):
             yield from (f"{backbone}/{name}" for name in stages)
 
 
-def effective(seed: int, defaults: Settings, layers: list[Settings]) -> Stage:
+def effective(seed: int, defaults: Settings, layers: Iterable[Settings]) -> Stage:
     """Merge tables of settings into a stage. pydantic.ValidationError: the settings do not go together."""
     own = merged(*layers)
     idle = {key for name, key in _IDLE.items() if name in own}
@@ -279,10 +248,9 @@ def merged(*layers: Mapping[str, Any]) -> Settings:
     """Tables of settings, the later ones winning: lr and optimizer key by key, objective, images and another optimizer
     as a whole."""
     result: Settings = {}
-    for layer in layers:
-        for key, value in layer.items():
-            old: Any = result.get(key)
-            tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
-            before = old.get("name", "sgd") if tables else None  # what is said of one optimizer is not for another
-            result[key] = old | value if tables and value.get("name", before) == before else value
+    for key, value in chain(*(layer.items() for layer in layers)):
+        old: Any = result.get(key)
+        tables = isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE
+        before = old.get("name", "sgd") if tables else None  # what is said of one optimizer is not for another
+        result[key] = old | value if tables and value.get("name", before) == before else value
     return result

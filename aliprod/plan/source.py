@@ -134,10 +134,7 @@ def toml_of(value: object) -> str:
 
 
 def absolute(source: Source, key: Key, value: str) -> str:
-    """A path of the plan made absolute: against the plan's folder, or the current one where --set gave it.
-
-    What has a scheme (s3://...) is left as it is.
-    """
+    """A path of the plan made absolute: against its folder, or the current one where --set gave it; no URI is."""
     if "://" in value:
         return value
     base = Path.cwd() if source.flag(key) else source.path.absolute().parent
@@ -192,12 +189,11 @@ def _flag(flag: str, path: Path) -> tuple[Key, Any]:
 
 def _value(text: str, where: str) -> Any:
     try:
-        parsed = _parse(f"value = {text}", where)
+        return _parse(f"value = {text}", where)["value"]
     except Refused:
         if text[:1] in ("", "[", "{", '"', "'"):
             raise
         return text
-    return parsed["value"]
 
 
 def _assign(data: dict[str, Any], key: Key, value: Any, where: str) -> None:

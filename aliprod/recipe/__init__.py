@@ -49,109 +49,68 @@ class Stage(Frozen):
     """A training recipe: which images, how they are shown, what is minimised, how, for how long."""
 
     start: str | None = Field(None, description="the stage of the same backbone whose weights it starts from")
-    pretrained: bool | str = Field(
-        False,
-        description="where there is no start: ImageNet weights (true), none (false), a safetensors file, or a folder "
-        "that holds NETWORK.safetensors",
-    )
-    images: Annotated[Literal["all"] | PerClass, Field(union_mode="left_to_right")] = Field(
-        "all", description="every training image, or the balanced view { per_class = 30 }"
-    )
-    duplicates: Literal["keep", "drop", "majority", "teacher"] = Field(
-        "keep",
-        description="the same picture under several labels: keep it as it is; drop all of them; keep the majority's; "
-        "keep the label that the stage it starts from ranks highest. Under one label, one of them stays",
-    )
-    pseudo_labels: PseudoLabels | None = Field(
-        None, description='test images that are added: { by = ["resnet50/dcl"], threshold = 0.9 }'
-    )
-    sampler: Literal["shuffled", "class_balanced"] = Field(
-        "shuffled", description="each image once an epoch, or every class equally often, with replacement"
-    )
-    trains: Literal["all", "classifier", "norms"] = Field(
-        "all",
-        description="all weights; the classifier alone, drawn anew: cRT, or a linear probe of pretrained weights; the "
-        "classifier as it is and the norm layers: FixRes, for images of another size",
-    )
-    norm_statistics: Literal["batch", "frozen"] = Field(
-        "batch",
-        description="of batch norm while it trains: those of each batch; frozen: those of the weights that it starts "
-        "from, which tens of images a batch, of few classes, would spoil",
-    )
-    features: Literal["computed", "cached"] = Field(
-        "computed",
-        description="cached: the frozen backbone looks at each image once, as inference does (centre crop), for all "
-        'stages of the same weights, resize and crop; with trains = "classifier" or neighbours',
-    )
-    neighbours: Neighbours | None = Field(
-        None, description="no training: the most similar training images vote, { k = 20, temperature = 0.07 }"
-    )
-    teachers: tuple[str, ...] = Field(
-        (),
-        strict=False,
-        description="jobs, each BACKBONE/STAGE, whose mean probabilities objective = distillation learns from",
-    )
+    pretrained: bool | str = False
+    """where there is no start: ImageNet weights (true), none (false), a safetensors file, or a folder that holds
+    NETWORK.safetensors"""
+    images: Annotated[Literal["all"] | PerClass, Field(union_mode="left_to_right")] = "all"
+    """every training image, or the balanced view { per_class = 30 }"""
+    duplicates: Literal["keep", "drop", "majority", "teacher"] = "keep"
+    """the same picture under several labels: keep it as it is; drop all of them; keep the majority's; keep the label
+    that the stage it starts from ranks highest. Under one label, one of them stays"""
+    pseudo_labels: PseudoLabels | None = None
+    """test images that are added: { by = ["resnet50/dcl"], threshold = 0.9 }"""
+    sampler: Literal["shuffled", "class_balanced"] = "shuffled"
+    """each image once an epoch, or every class equally often, with replacement"""
+    trains: Literal["all", "classifier", "norms"] = "all"
+    """all weights; the classifier alone, drawn anew: cRT, or a linear probe of pretrained weights; the classifier as it
+    is and the norm layers: FixRes, for images of another size"""
+    norm_statistics: Literal["batch", "frozen"] = "batch"
+    """of batch norm while it trains: those of each batch; frozen: those of the weights that it starts from, which tens
+    of images a batch, of few classes, would spoil"""
+    features: Literal["computed", "cached"] = "computed"
+    """cached: the frozen backbone looks at each image once, as inference does (centre crop), for all stages of the same
+    weights, resize and crop; with trains = "classifier" or neighbours"""
+    neighbours: Neighbours | None = None
+    """no training: the most similar training images vote, { k = 20, temperature = 0.07 }"""
+    teachers: tuple[str, ...] = Field((), strict=False)
+    """jobs, each BACKBONE/STAGE, whose mean probabilities objective = distillation learns from"""
     soup: Soup | None = Field(None, description='no training: a mean of weights, { of = ["balanced", "dcl"] }')
     resize: int = Field(256, ge=8, le=4096, description="pixels: side of the square that is cropped from")
     crop: int = Field(224, ge=8, le=4096, description="pixels: side of what the network sees")
-    crops: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
-        (),
-        strict=False,
-        description="sides of the crop as training goes on, as many epochs each, the last one crop: progressive sizes, "
-        "of objectives that look at no places",
-    )
-    test_crop: int | None = Field(
-        None,
-        ge=8,
-        le=4096,
-        description="pixels: crop of what is scored and predicted, resize in proportion; without it crop",
-    )
-    augmentation: tuple[Augmentation, ...] = Field(
-        ("random_resized_crop", "flip"),
-        strict=False,
-        description="exactly one of random_resized_crop, random_crop, resize; beside it any of the others",
-    )
-    resizing: Literal["pillow", "torch"] = Field(
-        "pillow",
-        description="torch resizes in a quarter of the time, two grey levels apart at most; pillow leaves it the views "
-        "in which AutoAugment makes no more of a level (posterize, solarize and equalize do, of single pixels)",
-    )
-    augment: Literal["cpu", "device"] = Field(
-        "cpu",
-        description="device: loaders decode and cut out, and a job's device does the rest, a batch at once; Pillow's "
-        "bytes on any device; not with aug_mix",
-    )
-    scale: tuple[float, float] = Field(
-        (0.08, 1.0), strict=False, description="least and largest share of the area, random_resized_crop only"
-    )
-    objective: Annotated[ObjectiveRecipe, BeforeValidator(_named)] = Field(
-        ObjectiveRecipe(name="cross_entropy"),
-        description='what is minimised: a name, or { name = "dcl", parts = 7 } with options',
-    )
+    crops: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field((), strict=False)
+    """sides of the crop as training goes on, as many epochs each, the last one crop: progressive sizes, of objectives
+    that look at no places"""
+    test_crop: int | None = Field(None, ge=8, le=4096)
+    """pixels: crop of what is scored and predicted, resize in proportion; without it crop"""
+    augmentation: tuple[Augmentation, ...] = Field(("random_resized_crop", "flip"), strict=False)
+    """exactly one of random_resized_crop, random_crop, resize; beside it any of the others"""
+    resizing: Literal["pillow", "torch"] = "pillow"
+    """torch resizes in a quarter of the time, two grey levels apart at most; pillow leaves it the views in which
+    AutoAugment makes no more of a level (posterize, solarize and equalize do, of single pixels)"""
+    augment: Literal["cpu", "device"] = "cpu"
+    """device: loaders decode and cut out, and a job's device does the rest, a batch at once; Pillow's bytes on any
+    device; not with aug_mix"""
+    scale: tuple[float, float] = Field((0.08, 1.0), strict=False)
+    """least and largest share of the area, random_resized_crop only"""
+    objective: Annotated[ObjectiveRecipe, BeforeValidator(_named)] = ObjectiveRecipe(name="cross_entropy")
+    """what is minimised: a name, or { name = "dcl", parts = 7 } with options"""
     optimizer: OptimizerRecipe = Field(OptimizerRecipe(), description="how the weights move")
     lr: LearningRate = Field(LearningRate(), description="learning rates and their schedule")
     epochs: int = Field(1, ge=1, le=100_000, description="passes over the images of the stage")
     batch_size: int = Field(256, ge=1, description="images a step, over all devices of a job")
-    shares: Annotated[int, Field(ge=1, le=256)] | Literal["ranks"] = Field(
-        1,
-        description="micro-batches of a step, each with norm statistics and random numbers of its own: a power of two, "
-        "and the most ranks of a job, whose number changes no byte; ranks: one a rank, averaged as DDP does",
-    )
+    shares: Annotated[int, Field(ge=1, le=256)] | Literal["ranks"] = 1
+    """micro-batches of a step, each with norm statistics and random numbers of its own: a power of two, and the most
+    ranks of a job, whose number changes no byte; ranks: one a rank, averaged as DDP does"""
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the backbone")
-    zero_init_last: bool = Field(
-        False, description="zero the last norm scale of each residual block, where training starts from scratch"
-    )
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the averaged weights, scored beside the raw; without it none"
-    )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the forward pass; auto: bfloat16 where the device has it"
-    )
-    gradients: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description='what ranks send each other: bfloat16 halves the traffic, and rounds; with shares = "ranks" alone',
-    )
+    zero_init_last: bool = False
+    """zero the last norm scale of each residual block, where training starts from scratch"""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """decay of the averaged weights, scored beside the raw; without it none"""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """of the forward pass; auto: bfloat16 where the device has it"""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """what ranks send each other: bfloat16 halves the traffic, and rounds; with shares = "ranks" alone"""
     seed: int = Field(0, ge=0, description="of all randomness of the job; without it the plan's seed")
 
     @property
@@ -179,12 +138,13 @@ class Stage(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
-        if wrong := [what for check in _CHECKS for what in check(self)]:
+        checks = (_odd_views, _odd_rates, _odd_optimizer, _odd_shares, _odd_sources, _odd_features)
+        if wrong := [what for check in checks for what in check(self)]:
             raise ValueError("\n".join(wrong))
         return self
 
 
-def _inconsistent_views(stage: Stage) -> Iterator[str]:
+def _odd_views(stage: Stage) -> Iterator[str]:
     if stage.crop > stage.resize:
         yield f"crop = {stage.crop} is larger than resize = {stage.resize}: raise resize, or lower crop"
     if stage.crops and (stage.crops[-1] != stage.crop or len(stage.crops) > stage.epochs):
@@ -205,7 +165,7 @@ def _inconsistent_views(stage: Stage) -> Iterator[str]:
         yield f"scale = {list(stage.scale)}: shares of the area, 0 < smallest <= largest <= 1"
 
 
-def _inconsistent_rates(stage: Stage) -> Iterator[str]:
+def _odd_rates(stage: Stage) -> Iterator[str]:
     if stage.lr.schedule != "steps" and stage.lr.milestones:
         yield f'lr.milestones do nothing with schedule = "{stage.lr.schedule}": leave them out, or say "steps"'
     if stage.lr.schedule == "one_cycle" and not stage.lr.warmup_epochs and not stage.lr.warmup_steps:
@@ -216,7 +176,7 @@ def _inconsistent_rates(stage: Stage) -> Iterator[str]:
         yield f"lr.warmup_epochs = {stage.lr.warmup_epochs:g} is longer than the stage: epochs = {stage.epochs}"
 
 
-def _inconsistent_optimizer(stage: Stage) -> Iterator[str]:
+def _odd_optimizer(stage: Stage) -> Iterator[str]:
     recipe, fields = stage.optimizer, OptimizerRecipe.model_fields
     name = recipe.name
     for setting, kinds in (("momentum", ("sgd", "muon")), ("betas", ("adamw", "lamb", "lion", "muon"))):
@@ -228,7 +188,7 @@ def _inconsistent_optimizer(stage: Stage) -> Iterator[str]:
         yield f"{what}, lr = {{ backbone = 1e-4, heads = 1e-3 }}"
 
 
-def _inconsistent_shares(stage: Stage) -> Iterator[str]:
+def _odd_shares(stage: Stage) -> Iterator[str]:
     if stage.shares == "ranks":
         return
     if stage.shares.bit_count() != 1:
@@ -240,14 +200,15 @@ def _inconsistent_shares(stage: Stage) -> Iterator[str]:
         yield 'gradients = "bfloat16" rounds by rank: it needs shares = "ranks"'
 
 
-def _inconsistent_sources(stage: Stage) -> Iterator[str]:
+def _odd_sources(stage: Stage) -> Iterator[str]:
     if stage.start is not None and "pretrained" in stage.model_fields_set and stage.pretrained:
         yield "a stage with start takes its parent's weights: leave pretrained out"
-    if stage.start is None and not stage.pretrained and stage.trains == "classifier":
+    fresh = stage.start is None and not stage.pretrained
+    if fresh and stage.trains == "classifier":
         yield 'trains = "classifier" needs a backbone that has learned something: a start, or pretrained = true'
     if stage.start is None and stage.trains == "norms":
         yield 'trains = "norms" needs a classifier that has learned something: a start'
-    if stage.start is None and not stage.pretrained and stage.norm_statistics == "frozen":
+    if fresh and stage.norm_statistics == "frozen":
         yield 'norm_statistics = "frozen" needs weights that have some: a start, or pretrained = true'
     if stage.start is None and stage.duplicates == "teacher":
         yield 'duplicates = "teacher" needs a start: it is the teacher'
@@ -257,7 +218,7 @@ def _inconsistent_sources(stage: Stage) -> Iterator[str]:
         yield "teachers have seen the training images alone: leave pseudo_labels or teachers out"
 
 
-def _inconsistent_features(stage: Stage) -> Iterator[str]:
+def _odd_features(stage: Stage) -> Iterator[str]:
     if stage.neighbours is not None and stage.features != "cached":
         yield 'neighbours are sought among cached features: say features = "cached"'
     if stage.neighbours is not None and (stage.soup is not None or stage.epochs != 1 or stage.teachers):
@@ -278,54 +239,30 @@ def _inconsistent_features(stage: Stage) -> Iterator[str]:
         yield "cached features are of training images alone: leave pseudo_labels out"
 
 
-_CHECKS = (
-    _inconsistent_views,
-    _inconsistent_rates,
-    _inconsistent_optimizer,
-    _inconsistent_shares,
-    _inconsistent_sources,
-    _inconsistent_features,
-)
-
-
 class Machine(Frozen):
     """How a rank of a job works, whatever it trains. None of it is part of a key."""
 
-    cpus_per_worker: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="CPUs of a rank; also its number of threads. Without it what the nodes have for each GPU; 1 where "
-        "there are none",
-    )
-    loader_processes: int = Field(
-        0, ge=0, le=1024, description="processes of a rank that read images; 0: the rank reads them itself"
-    )
-    save_every_steps: int | None = Field(
-        None, ge=1, description="steps between resume checkpoints; without it one an epoch"
-    )
-    save_seconds: float = Field(
-        0.0, ge=0, description="an epoch that ends sooner than this after the last checkpoint goes without one"
-    )
+    cpus_per_worker: int | None = Field(None, ge=1, le=1024)
+    """CPUs of a rank; also its number of threads. Without it what the nodes have for each GPU; 1 where there are
+    none"""
+    loader_processes: int = Field(0, ge=0, le=1024)
+    """processes of a rank that read images; 0: the rank reads them itself"""
+    save_every_steps: int | None = Field(None, ge=1)
+    """steps between resume checkpoints; without it one an epoch"""
+    save_seconds: float = Field(0.0, ge=0)
+    """an epoch that ends sooner than this after the last checkpoint goes without one"""
     exact: bool = Field(True, description="kernels that give the same bytes each time; false may be faster on GPUs")
-    compile: bool = Field(
-        False, description="compile the backbone (torch.compile): minutes at a job's start, then faster steps"
-    )
-    checkpointing: bool = Field(
-        False,
-        description="compute activations again on the way back: less memory, a third more time, the same bytes",
-    )
-    watchdog_seconds: float = Field(
-        1800.0,
-        ge=1,
-        le=86_400,
-        description="a step that takes longer is ended with all stacks in the log, and the job resumed; "
-        "a start or a validation may take five times as long",
-    )
+    compile: bool = False
+    """compile the backbone (torch.compile): minutes at a job's start, then faster steps"""
+    checkpointing: bool = False
+    """compute activations again on the way back: less memory, a third more time, the same bytes"""
+    watchdog_seconds: float = Field(1800.0, ge=1, le=86_400)
+    """a step that takes longer is ended with all stacks in the log, and the job resumed; a start or a validation may
+    take five times as long"""
 
     @property
     def threads(self) -> int:
-        """CPUs of a rank; 1 where nobody has said or found out how many."""
+        """1 where nobody has said or found out how many."""
         return self.cpus_per_worker or 1
 
     @property
@@ -336,25 +273,15 @@ class Machine(Frozen):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job reads beside the catalogue.
+    """What a job reads beside the catalogue."""
 
-    Attributes:
-        start: weights folder of the parent job.
-        pretrained: safetensors file of the backbone, in a stage without parent.
-        soup: weights folders of the stages that it is a mean of.
-        teachers: soft labels of its images, a folder a teacher.
-        pseudo_labels: folder of labels of test images.
-        kept: folder of the rows that are left where duplicates are filtered.
-        features: folders of all training images' features and, where there are any, of those of val; (): computed.
-    """
-
-    start: Path | None = None
-    pretrained: Path | None = None
-    soup: tuple[Path, ...] = ()
-    teachers: tuple[Path, ...] = ()
-    pseudo_labels: Path | None = None
-    kept: Path | None = None
-    features: tuple[Path, ...] = ()
+    start: Path | None = None  # weights folder of the parent job
+    pretrained: Path | None = None  # safetensors file of the backbone, in a stage without parent
+    soup: tuple[Path, ...] = ()  # weights folders of the stages that it is a mean of
+    teachers: tuple[Path, ...] = ()  # soft labels of its images, a folder a teacher
+    pseudo_labels: Path | None = None  # folder of labels of test images
+    kept: Path | None = None  # folder of the rows that are left where duplicates are filtered
+    features: tuple[Path, ...] = ()  # folders of all training images' and, where there are any, of val's; (): computed
 
 
 NO_INPUTS = Inputs()
@@ -362,24 +289,19 @@ DEFAULT_MACHINE = Machine()
 
 
 def never() -> bool:
-    """No: nobody tells this job to stop."""
+    """Whether to stop a job that nobody tells to."""
     return False
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A stage of a network, with its inputs and the machine that it is trained on.
-
-    Attributes:
-        network: timm's name.
-        folder: the job's, in the storage path.
-    """
+    """A stage of a network, with its inputs and the machine that it is trained on."""
 
     name: str
     key: str
-    network: str
+    network: str  # timm's name
     stage: Stage
-    folder: Path
+    folder: Path  # the job's, in the storage path
     inputs: Inputs = NO_INPUTS
     machine: Machine = DEFAULT_MACHINE
 

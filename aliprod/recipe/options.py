@@ -19,8 +19,8 @@ from aliprod.recipe.settings import Frozen, Needs
 
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
 _ARITHMETIC = ast.Constant | ast.Name | ast.BinOp | ast.UnaryOp | ast.BoolOp | ast.Compare | ast.IfExp
-_TEXT = ast.JoinedStr | ast.FormattedValue
-_SIGNS = ast.expr_context | ast.operator | ast.unaryop | ast.boolop | ast.cmpop
+_ARITHMETIC |= ast.expr_context | ast.operator | ast.unaryop | ast.boolop | ast.cmpop
+_ARITHMETIC |= ast.JoinedStr | ast.FormattedValue
 # Not by way of the package, which has no file where the current folder holds one named aliprod (a clone, results).
 _FOLDER = Path(__file__).parents[1] / "objectives"
 
@@ -38,18 +38,13 @@ def names() -> list[str]:
 
 @cache
 def options(name: str) -> type[Options] | None:
-    """The options of an objective, keyword-only arguments of its class, as a model of the objective's name.
-
-    Args:
-        name: "dcl" is objectives/dcl.py; a dotted name is a module of the user's, looked up on the Python path.
-    Returns:
-        None where there is no such file, or no class Objective in it. An option whose annotation is no scalar, no
-        Literal and no union of them takes anything; one whose default is no literal has the default None.
-    """
-    body = _class(name)
-    if body is None:
+    """The options of an objective, keyword-only arguments of its class, as a model of the objective's name; None where
+    there is no such file, or no class Objective in it. "dcl" is objectives/dcl.py; a dotted name is a module of the
+    user's, looked up on the Python path. An option whose annotation is no scalar, no Literal and no union of them takes
+    anything; one whose default is no literal has the default None."""
+    if not _class(name):
         return None
-    init = _init(body)
+    init = _init(name)
     pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True) if init else ()
     found: dict[str, Any] = {
         argument.arg: (_type(argument.annotation), ... if default is None else _literal(default))
@@ -62,32 +57,22 @@ def options(name: str) -> type[Options] | None:
 
 def complete(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All options of an objective, defaults included, in canonical form: 1 becomes 1.0 where a float is asked for.
-
-    Raises:
-        pydantic.ValidationError: an option that the objective has not, or of another type.
-    """
+    pydantic.ValidationError: an option that the objective has not, or of another type."""
     known = options(name)
     return dict(given) if known is None else known.model_validate(given).model_dump()
 
 
 def needs(name: str, given: Mapping[str, Any] | None = None) -> Needs:
-    """What an objective needs beyond images and labels, as `aliprod.objectives.build` would set it.
+    """What an objective needs beyond images and labels, as `aliprod.objectives.build` would set it. ``given``: options;
+    None: what it needs whatever its options. Refused: it is said in another way than below.
 
     It stands in the class body as ``needs = Needs(...)``, or in ``__init__`` as ``self.needs = Needs(...)`` where it
     depends on options: arithmetic of options and literals alone.
-
-    Args:
-        given: options; None: what it needs whatever its options.
-    Raises:
-        Refused: it is said in another way.
     """
-    body = _class(name) or []
-    init = _init(body) if given is not None else None
-    for node in [*reversed(init.body if init else []), *body]:
+    init = _init(name) if given is not None else None
+    for node in [*reversed(init.body if init else []), *_class(name)]:
         match node:
-            case ast.Assign(
-                targets=[ast.Name(id="needs") | ast.Attribute(attr="needs")], value=ast.Call(keywords=said)
-            ):
+            case ast.Assign(targets=[ast.Name("needs") | ast.Attribute(attr="needs")], value=ast.Call(keywords=said)):
                 known = complete(name, given or {}) if init else {}
                 values = {word.arg: _evaluated(name, word.value, known) for word in said}
                 return Needs(**{field.name: values[field.name] for field in fields(Needs) if field.name in values})
@@ -97,11 +82,11 @@ def needs(name: str, given: Mapping[str, Any] | None = None) -> Needs:
 def refusals(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What an objective would refuse of its options, and its advice: each ``require(holds, what, advice)`` at the top
     of its ``__init__`` that asks about options alone."""
-    init = _init(_class(name) or [])
+    init = _init(name)
     known = complete(name, given) if init else {}
     for node in init.body if init else ():
         match node:
-            case ast.Expr(value=ast.Call(func=ast.Name(id="require"), args=[holds, *said])):
+            case ast.Expr(ast.Call(ast.Name("require"), [holds, *said])):
                 with suppress(Refused):
                     if not _evaluated(name, holds, known):
                         what, advice = (_evaluated(name, one, known) for one in said)
@@ -111,7 +96,7 @@ def refusals(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _evaluated(name: str, node: ast.expr, known: dict[str, Any]) -> Any:
     """The value of arithmetic; neither calls nor attributes, so that nothing of a module is run."""
     try:
-        if all(isinstance(part, _ARITHMETIC | _TEXT | _SIGNS) for part in ast.walk(node)):
+        if all(isinstance(part, _ARITHMETIC) for part in ast.walk(node)):
             return eval(compile(ast.Expression(node), name, "eval"), {"__builtins__": {}}, known)  # noqa: S307
     except (NameError, TypeError, ValueError, ArithmeticError):
         pass
@@ -120,14 +105,14 @@ def _evaluated(name: str, node: ast.expr, known: dict[str, Any]) -> Any:
 
 
 @cache
-def _class(name: str) -> list[ast.stmt] | None:
-    """The body of an objective's class; None where there is none."""
+def _class(name: str) -> list[ast.stmt]:
+    """The body of an objective's class; [] where there is none."""
     path = _source(name)
     try:
         tree = ast.parse(path.read_bytes() if path else b"")
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return None
-    return next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Objective"), None)
+        return []
+    return next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Objective"), [])
 
 
 def _source(name: str) -> Path | None:
@@ -145,8 +130,8 @@ def _source(name: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.has_location else None
 
 
-def _init(body: list[ast.stmt]) -> ast.FunctionDef | None:
-    return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
+def _init(name: str) -> ast.FunctionDef | None:
+    return next((node for node in _class(name) if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
 
 
 def _type(node: ast.expr | None) -> Any:

@@ -70,15 +70,12 @@ def nested(settings: dict[Way, Any]) -> dict[str, Any]:
 def draws(
     search: dict[str, Any], seed: int, count: int, stage_of: Callable[[dict[str, Any]], Stage]
 ) -> dict[Stage, dict[str, Any]]:
-    """Stages to be tried, each with its settings as tables: first that of none, the plan's own; then what is drawn.
-
-    The same each time; more of them begin with the same.
+    """Stages to be tried, each with its settings as tables: first that of none, the plan's own; then what is drawn:
+    ``count``, or fewer where there are no more. The same each time; more of them begin with the same.
 
     Args:
         search: checked: what `searched` yields are ranges and lists of choices.
         stage_of: the stage with other settings. It raises ValueError where there is none: then others are drawn.
-    Returns:
-        ``count``, or fewer where there are no more.
     Raises:
         ValueError: no stage is possible, or none with one of the choices; says which, and why.
     """
@@ -96,9 +93,8 @@ def draws(
 
 
 def _drawn(ways: dict[Way, Any], source: random.Random) -> dict[str, Any]:
-    return nested(
-        {w: said.draw(source) if isinstance(said, Range) else source.choice(said) for w, said in ways.items()}
-    )
+    drawn = {w: said.draw(source) if isinstance(said, Range) else source.choice(said) for w, said in ways.items()}
+    return nested(drawn)
 
 
 def _check_possible(
@@ -109,9 +105,8 @@ def _check_possible(
     for _ in range(TRIES):
         try:
             stage_of(_drawn(ways | {way: [choice] for way, choice in fixed.items()}, source))
+            return
         except ValueError as error:
             why = why or str(error)
-        else:
-            return
     said = "".join(f" with {'.'.join(way)} = {json.dumps(choice)}" for way, choice in fixed.items())
     raise ValueError(f"no stage{said} is possible: {why}")

@@ -10,6 +10,9 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of plans, stages
 
 
 class Frozen(BaseModel):
+    """A table of a plan. What a setting means stands in its Field or, where that is long, in a string below it, which
+    docs/site/reference.py reads."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
@@ -24,48 +27,33 @@ class LearningRate(Frozen):
 
     backbone: float = Field(0.01, gt=0, le=100, description="of the backbone's weights")
     heads: float = Field(0.1, gt=0, le=100, description="of the classifier and the objective's own layers")
-    schedule: Literal["steps", "cosine", "one_cycle"] = Field(
-        "steps",
-        description="after the warm-up: drops at milestones, or half a cosine down to zero at the last step; one_cycle "
-        "warms up along half a cosine, too, usually for three tenths of the epochs",
-    )
+    schedule: Literal["steps", "cosine", "one_cycle"] = "steps"
+    """after the warm-up: drops at milestones, or half a cosine down to zero at the last step; one_cycle warms up along
+    half a cosine, too, usually for three tenths of the epochs"""
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of warm-up, linear; may be a fraction")
     warmup_steps: int | None = Field(None, ge=1, description="the same in steps, in place of warmup_epochs")
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), strict=False, description="epochs (from 0) at whose start lr is multiplied by gamma; steps only"
-    )
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field((), strict=False)
+    """epochs (from 0) at whose start lr is multiplied by gamma; steps only"""
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
 
 
 class OptimizerRecipe(Frozen):
     """How the weights move; weight decay on weights only, not on norm parameters, biases and position embeddings."""
 
-    name: Literal["sgd", "adamw", "lamb", "lion", "muon"] = Field(
-        "sgd",
-        description="SGD without Nesterov, or AdamW, LAMB, Lion, Muon (AdamW for the heads and what is no matrix)",
-    )
+    name: Literal["sgd", "adamw", "lamb", "lion", "muon"] = "sgd"
+    """SGD without Nesterov, or AdamW, LAMB, Lion, Muon (AdamW for the heads and what is no matrix)"""
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and muon")
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=2, max_length=2)] | None = Field(
-        None, strict=False, description="of all but sgd; without it the optimizer's own"
+        None, strict=False
     )
-    weight_decay: float = Field(
-        1e-4,
-        ge=0,
-        description="on weights; none on norm parameters and biases; of all but sgd 0.05 where it is not said",
-    )
-    layer_decay: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="factor of the learning rate from layer to layer, from the heads down; without it 1",
-    )
+    """of all but sgd; without it the optimizer's own"""
+    weight_decay: float = Field(1e-4, ge=0)
+    """on weights; none on norm parameters and biases; of all but sgd 0.05 where it is not said"""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """factor of the learning rate from layer to layer, from the heads down; without it 1"""
     clip_norm: float | None = Field(5.0, gt=0, description="largest norm of the gradient")
-    sharpness: float | None = Field(
-        None,
-        gt=0,
-        le=10,
-        description="radius of SAM: the gradient is that of weights moved so far uphill; two passes a step",
-    )
+    sharpness: float | None = Field(None, gt=0, le=10)
+    """radius of SAM: the gradient is that of weights moved so far uphill; two passes a step"""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,40 +75,26 @@ class ObjectiveRecipe(BaseModel):
 
 @dataclass(frozen=True)
 class Needs:
-    """What the loader, the network and the scoring of an epoch must give an objective (`aliprod.objectives`).
+    """What the loader, the network and the scoring of an epoch must give an objective (`aliprod.objectives`)."""
 
-    Args:
-        group: images of one class that stand together in a batch.
-        second: a second batch beside the first, from the reversed sampler (the rare classes often): ``Batch.second``.
-        teacher: the teachers' probabilities of each image: ``Batch.teacher``. The plan names the teachers.
-        tree: the product tree, which then is part of the job's key.
-        branches: copies of the backbone's last block, side by side, whose features the classifier sees in a row.
-        unit_weights, scale: lengths 1 and so many of the classifier's rows and of features, at inference too; 0: own.
-        centres: rows of the classifier that each class has; the one nearest to an image counts.
-        maps: a square map of features, or patch tokens that make one.
-        pixels: the images themselves, which cached features cannot stand for.
-        distorts: training images are unlike those of inference: norm statistics are also scored taken anew.
-    """
-
-    group: int = 1
-    second: bool = False
-    teacher: bool = False
-    tree: bool = False
-    branches: int = 1
-    unit_weights: bool = False
-    scale: float = 0.0
-    centres: int = 1
-    maps: bool = False
-    pixels: bool = False
-    distorts: bool = False
+    group: int = 1  # images of one class that stand together in a batch
+    second: bool = False  # ``Batch.second``: a second batch, from the reversed sampler (the rare classes often)
+    teacher: bool = False  # ``Batch.teacher``: the teachers' probabilities of each image. The plan names the teachers
+    tree: bool = False  # the product tree, which then is part of the job's key
+    branches: int = 1  # copies of the backbone's last block, side by side, whose features the classifier sees in a row
+    unit_weights: bool = False  # length 1 of the classifier's rows, at inference too
+    scale: float = 0.0  # length of features, at inference too; 0: their own
+    centres: int = 1  # rows of the classifier that each class has; the one nearest to an image counts
+    maps: bool = False  # a square map of features, or patch tokens that make one
+    pixels: bool = False  # the images themselves, which cached features cannot stand for
+    distorts: bool = False  # training images are unlike those of inference: norm statistics are also scored taken anew
 
 
 class PseudoLabels(Frozen):
     """Test images that a stage also trains on, as what other jobs together take them for."""
 
-    by: tuple[str, ...] = Field(
-        strict=False, min_length=1, description="jobs, each BACKBONE/STAGE, whose ten-crop probabilities are averaged"
-    )
+    by: tuple[str, ...] = Field(strict=False, min_length=1)
+    """jobs, each BACKBONE/STAGE, whose ten-crop probabilities are averaged"""
     threshold: float = Field(0.9, gt=0, le=1, description="least probability of the predicted class")
     per_class: int = Field(30, ge=1, description="at most this many images of a class, the surest")
     weight: float = Field(0.5, gt=0, le=1, description="of such an image in the loss; a labelled one has 1")
@@ -137,6 +111,5 @@ class Soup(Frozen):
     """Weights that are a mean of other stages' (model soup, Wortsman et al. 2022): nothing is trained."""
 
     of: tuple[str, ...] = Field(strict=False, min_length=2, description="stages of the same backbone")
-    greedy: bool = Field(
-        False, description="add them from the best on, and keep one only if the error on val does not rise"
-    )
+    greedy: bool = False
+    """add them from the best on, and keep one only if the error on val does not rise"""

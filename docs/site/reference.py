@@ -1,15 +1,21 @@
 """The reference of a plan, made from the types that check it: a JSON Schema for editors, Markdown for people."""
 
+import ast
+import inspect
 import json
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
+from aliprod import recipe
+from aliprod.plan import schema as plans
 from aliprod.plan.schema import Plan
-from aliprod.recipe import Stage, options
+from aliprod.recipe import Stage, options, settings
 
 Schema = dict[str, Any]
 
@@ -56,6 +62,10 @@ def plan_schema() -> Schema:
     """The JSON Schema of a plan: what each table may say; not what tables say about each other."""
     schema, stage = (model.model_json_schema(schema_generator=_Untitled) for model in (Plan, Stage))
     schema["$defs"] |= stage.pop("$defs") | {"Stage": stage}  # all its settings may be left out, as in every table
+    for table in (schema, *schema["$defs"].values()):
+        for name, text in _described(table["title"]).items():
+            properties = table["properties"]
+            properties[name] = dict(sorted([*properties[name].items(), ("description", text)]))
     said, properties = {"$ref": "#/$defs/Stage"}, schema["properties"]
     properties["defaults"] |= said
     properties["overrides"]["additionalProperties"] = said
@@ -64,6 +74,18 @@ def plan_schema() -> Schema:
     alone, tables = {"enum": options.names()}, [_objective(name) for name in options.names()]
     schema["$defs"]["ObjectiveRecipe"] = {"anyOf": [alone, _OWN_MODULE, *tables, own]}
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
+
+
+def _described(table: str) -> dict[str, str]:
+    """What stands below the settings of a table, for those whose Field does not describe them."""
+    model: Any = next(getattr(module, table) for module in (plans, recipe, settings) if hasattr(module, table))
+    found = dict[str, str]()
+    for base in model.__mro__[: model.__mro__.index(BaseModel)]:
+        for field, below in pairwise(ast.parse(inspect.getsource(base)).body[0].body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return found
 
 
 def files() -> dict[str, str]:

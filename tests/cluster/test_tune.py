@@ -49,7 +49,7 @@ def test_a_schedule_of_thirty_epochs_drops_at_the_same_shares_of_three() -> None
 def test_without_a_search_the_learning_rates_are_drawn_around_the_stages_own() -> None:
     plan = load(ROOT / "jobs" / "aliproducts.toml", ["tune.span=5.0"])
     own, *others = drawn_stages(plan, "resnet50/dcl")
-    assert own == plan.stage("resnet50", "dcl")
+    assert own == plan.stage("resnet50/dcl")
     assert len({(stage.lr.backbone, stage.lr.heads) for stage in others}) == plan.tune.trials - 1
     for stage in others:
         assert own.lr.backbone / 5 <= stage.lr.backbone <= own.lr.backbone * 5

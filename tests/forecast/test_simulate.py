@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aliprod.build.allot import Paths
 from aliprod.build.graph import targets
 from aliprod.build.target import Resources, Target
 from aliprod.catalogue import sources
@@ -27,6 +28,7 @@ from aliprod.plan.places import resolve
 from aliprod.store import commit
 
 GPUS = 4
+SEED = Path(__file__).resolve().parents[2] / "jobs" / "aliproducts.toml"
 PLAN = """\
 format = 1
 name = "shop"
@@ -102,6 +104,18 @@ def test_a_job_takes_its_images_at_the_measured_rates(prepared: Opened) -> None:
     assert both.lower_bound_seconds == pytest.approx(full + accuracy + ten_crop)
     assert both.seconds == pytest.approx(2 * START + both.lower_bound_seconds)
     assert both.gpu_hours == pytest.approx(found.gpu_hours)
+
+
+def test_where_no_rate_is_known_the_longest_path_of_the_seeds_plan_comes_first(tmp_path: Path, photos: Path) -> None:
+    plan = load(SEED)
+    catalogue = sources.read(photos)
+    opened = Opened(plan, "", resolve(plan, tmp_path, None, None), catalogue, jobs_of(plan, catalogue.fingerprint))
+    graph = targets(opened, gpu=True)
+    trainings = {name: one for name, one in graph.items() if one.kind == "training"}
+    order = Paths.of(trainings, Estimates(opened).seconds).in_order(trainings)
+    assert order.index("resnet50/full") == 0  # dcl at 448 comes behind it
+    assert order.index("efficientnet-b3/full") < order.index("seresnet101/full")  # one stage more behind it
+    assert all(order.index(parent) < order.index(name) for name, job in opened.jobs.items() for parent in job.parents)
 
 
 def test_what_a_job_has_told_goes_before_its_twin_and_that_before_the_benchmark(prepared: Opened) -> None:

@@ -160,7 +160,7 @@ def test_an_objective_of_a_kind_that_is_none_is_refused_with_the_nearest(load_te
 
 def test_a_soup_ignores_the_epochs_of_the_defaults(load_text: Load, small: str) -> None:
     plan = load_text(with_stage(small, 'soup = { of = ["full", "dcl"] }'), ["defaults.epochs=7"])
-    assert [plan.stage("resnet", name).epochs for name in ("full", "more")] == [2, 1]
+    assert [plan.stage(f"resnet/{name}").epochs for name in ("full", "more")] == [2, 1]
 
 
 def test_a_soup_of_a_stage_that_the_backbone_has_not_is_told_where_to_add_it(load_text: Load, small: str) -> None:

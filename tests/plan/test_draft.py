@@ -37,7 +37,7 @@ def test_any_draft_is_a_plan_that_fits_what_it_was_drafted_from(  # type: ignore
     assert plan.catalogue.val == 0.2
     assert plan.catalogue.columns == {"class": folder + "x"}
     for job in plan.job_names():
-        stage = plan.stage(*job.split("/"))
+        stage = plan.stage(job)
         heavy = stage.features == "computed" and plan.stages["full"]["epochs"] >= 10
         assert ("auto_augment" in stage.augmentation) == heavy
         assert (stage.norm_statistics == "frozen") == (computer.online and seen.train < 100_000)
@@ -51,7 +51,7 @@ def test_any_draft_is_a_plan_that_fits_what_it_was_drafted_from(  # type: ignore
     assert probes == ({f"{one}/probe" for one in plan.backbones} if computer.online else set())
     assert not probes & {*plan.ensemble.members}
     for job in probes:
-        stage = plan.stage(*job.split("/"))
+        stage = plan.stage(job)
         assert (stage.trains, stage.features, stage.images, stage.shares) == ("classifier", "cached", "all", 1)
     assert (plan.cluster.use_gpu is False) == (computer.gpus == 0)
 

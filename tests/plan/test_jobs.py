@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from aliprod.errors import Refused
-from aliprod.plan.jobs import jobs_of, order_by_remaining_work
+from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,23 +131,6 @@ def test_local_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
 def test_a_job_is_told_the_weights_file_of_its_network(tmp_path: Path) -> None:
     found = jobs_of(load(SEED, [f"stages.full.pretrained='{tmp_path}'"]), None)
     assert found["resnet50/full"].stage.pretrained == str(tmp_path / "resnet50.tv_in1k.safetensors")
-
-
-@settings(max_examples=30, deadline=2_000)
-@given(st.lists(st.integers(1, 100), min_size=3, max_size=3))
-def test_no_job_is_ordered_before_its_parent(epochs: list[int]) -> None:
-    stages = zip(("full", "balanced", "dcl"), epochs, strict=True)
-    found = jobs_of(load(SEED, [f"stages.{name}.epochs={count}" for name, count in stages]), None)
-    order = order_by_remaining_work(found)
-    assert sorted(order) == sorted(found)
-    assert all(order.index(parent) < order.index(job.name) for job in found.values() for parent in job.parents)
-
-
-def test_the_longest_remaining_path_comes_first() -> None:
-    found = jobs_of(load(SEED), None)
-    order = order_by_remaining_work(found)
-    assert order.index("resnet50/full") == 0  # dcl at 448 comes behind it
-    assert order.index("efficientnet-b3/full") < order.index("seresnet101/full")  # one stage more behind it
 
 
 def test_a_setting_that_came_later_changes_a_key_only_where_it_says_something() -> None:

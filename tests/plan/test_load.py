@@ -229,9 +229,9 @@ def test_a_flag_that_cannot_be_printed_is_refused_without_printing_it(load_text:
 def test_flags_override_the_file_and_the_last_one_counts(load_text: Any, small: str) -> None:
     flags = ["stages.full.epochs=5", "stages.full.epochs=6", "stages.dcl.lr.heads=1", 'overrides."resnet/full".ema=0.5']
     plan = load_text(small, flags)
-    assert plan.stage("resnet", "full").epochs == 6
-    assert plan.stage("resnet", "full").ema == 0.5
-    assert plan.stage("resnet", "dcl").lr.heads == 1.0
+    assert plan.stage("resnet/full").epochs == 6
+    assert plan.stage("resnet/full").ema == 0.5
+    assert plan.stage("resnet/dcl").lr.heads == 1.0
 
 
 def test_a_bare_word_of_a_flag_is_a_string(load_text: Any, small: str) -> None:
@@ -239,12 +239,12 @@ def test_a_bare_word_of_a_flag_is_a_string(load_text: Any, small: str) -> None:
     assert (
         load_text(small, ["cluster.tracking_uri=http://127.0.0.1:5000"]).cluster.tracking_uri == "http://127.0.0.1:5000"
     )
-    assert load_text(small, ["stages.full.objective=focal"]).stage("resnet", "full").objective.name == "focal"
+    assert load_text(small, ["stages.full.objective=focal"]).stage("resnet/full").objective.name == "focal"
 
 
 def test_a_flag_may_reach_into_an_objective_that_is_given_by_name(load_text: Any, small: str) -> None:
     plan = load_text(small, ["stages.full.objective=focal", "stages.full.objective.gamma=3"])
-    assert plan.stage("resnet", "full").objective.options == {"gamma": 3.0}
+    assert plan.stage("resnet/full").objective.options == {"gamma": 3.0}
 
 
 def test_paths_of_the_file_count_from_it_and_those_of_flags_from_here(
@@ -256,7 +256,7 @@ def test_paths_of_the_file_count_from_it_and_those_of_flags_from_here(
     plan = load_text(small.replace("pretrained = true", 'pretrained = "weights"'), ["catalogue.path=mine"])
     assert plan.catalogue.path == str(here / "mine")
     assert plan.cluster.storage == str(tmp_path / "results")
-    assert plan.stage("resnet", "full").pretrained == str(tmp_path / "weights")
+    assert plan.stage("resnet/full").pretrained == str(tmp_path / "weights")
     assert load_text(small, ["cluster.storage=s3://bucket/runs"]).cluster.storage == "s3://bucket/runs"
 
 

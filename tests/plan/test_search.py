@@ -89,7 +89,7 @@ def test_draws_are_the_plans_own_first_then_others_the_same_each_time_within_wha
 ) -> None:
     plan = load_text(small + SEARCH)
     found = drawn(plan)
-    assert next(iter(found)) == plan.stage(*JOB.split("/"))
+    assert next(iter(found)) == plan.stage(JOB)
     assert next(iter(found.values())) == {}
     assert list(drawn(plan).items()) == list(found.items())
     assert list(drawn(plan, 5).items()) == list(found.items())[:5], "more of them begin with the same"
@@ -117,8 +117,8 @@ def test_what_is_found_makes_the_same_stage_as_a_flag_and_as_a_table_of_the_plan
         before, after = small.split('[overrides."net-b3/dcl"]\nepochs = 4\nlr = { heads = 0.25 }\n')
         pasted = load_text(f'{before}[overrides."{JOB}"]\n{table}\n{after}')
         for job in plan.job_names():
-            expected = stage if job == JOB else load_text(small).stage(*job.split("/"))
-            assert flagged.stage(*job.split("/")) == pasted.stage(*job.split("/")) == expected
+            expected = stage if job == JOB else load_text(small).stage(job)
+            assert flagged.stage(job) == pasted.stage(job) == expected
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_best_is_trained_again_with_other_seeds_and_its_gain_decides(searche
     assert low <= finalist["gain"] <= high
     assert (low > 0) == (found["set"] is not None)
     if found["set"] is not None:
-        rates, stage = finalist["settings"], load(plan, [*SETS, found["set"]]).stage(*JOB.split("/"))
+        rates, stage = finalist["settings"], load(plan, [*SETS, found["set"]]).stage(JOB)
         assert (stage.lr.heads, stage.lr.backbone) == (rates["lr.heads"], rates["lr.backbone"])
 
 
