@@ -79,8 +79,8 @@ def evaluate_command(predictions: Path, labels: Path) -> None:
 
     Or of a folder of probabilities.
 
-    LABELS is test_labels.json of a catalogue, or a CSV with the columns id and class_id; every image in it must
-    have a prediction.
+    LABELS is test_labels.json of a catalogue, or a table (CSV, JSON lines, Parquet) with the columns id and
+    class_id; every image in it must have a prediction.
 
     \b
     Example: aliprod evaluate submission.csv photos/test_labels.json

@@ -20,7 +20,7 @@ def evaluate(predictions: Path, labels: Path) -> dict[str, float | int]:
     """Errors of predictions on all images that have a label; predictions of others are left out.
 
     ``predictions``: submission.csv, an ensemble's folder or a member's probabilities. ``labels``: test_labels.json of a
-    catalogue, or a CSV with the columns id and class_id. Refused: either cannot be read, no image is in both, or a
+    catalogue, or a table with the columns id and class_id. Refused: either cannot be read, no image is in both, or a
     labelled image has no prediction.
     """
     ids, predicted = _predictions(predictions)

@@ -47,16 +47,17 @@ def test_a_submission_against_the_labels_of_a_catalogue(predictions: Path, label
     assert evaluate(predictions, labels) == EXPECTED
 
 
+@pytest.mark.parametrize(("name", "between"), [("labels.csv", ","), ("labels.csv", ";"), ("labels.tsv", "\t")])
 @pytest.mark.parametrize("header", ["id,class_id", "split,class_id,id"])
-def test_labels_may_be_a_csv(predictions: Path, tmp_path: Path, header: str) -> None:
-    with (tmp_path / "labels.csv").open("w", newline="", encoding="utf-8-sig") as file:
-        table = csv.DictWriter(file, header.split(","))
+def test_labels_may_be_a_table(predictions: Path, tmp_path: Path, header: str, name: str, between: str) -> None:
+    with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.DictWriter(file, header.split(","), delimiter=between)
         table.writeheader()
         table.writerows(
             {"id": i, "class_id": c} | ({"split": "test"} if "split" in header else {})
             for i, c in zip(IMAGES, LABELS, strict=True)
         )
-    assert evaluate(predictions, tmp_path / "labels.csv") == EXPECTED
+    assert evaluate(predictions, tmp_path / name) == EXPECTED
 
 
 def test_a_members_probabilities_and_an_ensemble_are_judged_by_their_highest_class(
