@@ -21,8 +21,8 @@ from aliprod.forecast.simulate import STARTING_SECONDS, Clock
 from aliprod.plan.open import Opened
 from aliprod.store import epochs
 
-STARTING = {"training": STARTING_SECONDS, "prediction": 5.0}  # before the first image
-_STARTING_ALONE = 5.0
+STARTING = {"training": STARTING_SECONDS}  # before the first image
+STARTING_ELSE = 2.0  # of a process that may have imported all it needs: the demo's predictions
 _AT_LEAST = 0.1  # of what was expected is left of what takes longer
 
 
@@ -101,4 +101,4 @@ class Outlook:
 
 def _whole(estimates: Estimates, target: Target, ranks: int) -> float:
     """All that there is to do, the start included."""
-    return STARTING.get(target.kind, _STARTING_ALONE) + estimates.seconds(target, ranks)
+    return STARTING.get(target.kind, STARTING_ELSE) + estimates.seconds(target, ranks)

@@ -9,7 +9,7 @@ from aliprod.build.events import JobState, Standing, Task
 from aliprod.build.room import Node
 from aliprod.build.target import Resources
 from aliprod.catalogue import sources
-from aliprod.forecast.left import STARTING, Left, Outlook
+from aliprod.forecast.left import STARTING, STARTING_ELSE, Left, Outlook
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
@@ -77,7 +77,7 @@ def test_what_nobody_has_measured_is_guessed_by_its_pixels(opened: Opened) -> No
     assert found.ends["net/full"] == pytest.approx(2 / 3 * full)
     assert found.ends["other/full"] == pytest.approx(STARTING["training"] + full)
     assert found.ends["net/dcl"] - found.ends["net/full"] == pytest.approx(dcl)
-    assert found.ends["net/dcl test"] - found.ends["net/dcl"] == pytest.approx(STARTING["prediction"] + TEST / 30)
+    assert found.ends["net/dcl test"] - found.ends["net/dcl"] == pytest.approx(STARTING_ELSE + TEST / 30)
     assert found.seconds == max(found.ends.values())
 
 
@@ -106,7 +106,7 @@ def test_what_has_ended_says_how_far_the_rest_is_misjudged(opened: Opened) -> No
     assert found.ends["other/full"] == pytest.approx(2 * own)
     dcl = expected["net/dcl"] - expected["net/full"]
     assert found.ends["net/dcl"] == pytest.approx(2 * dcl)
-    assert found.ends["net/dcl test"] - found.ends["net/dcl"] == pytest.approx(STARTING["prediction"] + TEST / 30)
+    assert found.ends["net/dcl test"] - found.ends["net/dcl"] == pytest.approx(STARTING_ELSE + TEST / 30)
 
 
 def test_what_a_failure_keeps_from_running_is_not_left_to_do(opened: Opened) -> None:
