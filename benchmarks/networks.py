@@ -1,7 +1,7 @@
 """Which of timm's networks train here, at which sizes of images, with which objectives?
 
 python benchmarks/networks.py names            aliprod/plan/networks.txt: all names, their sizes and tags of weights
-python benchmarks/networks.py sizes            aliprod/models/networks.json: sizes and strides of all, no arithmetic
+python benchmarks/networks.py sizes            aliprod/plan/sizes.json: sizes and strides of all, no arithmetic
 python benchmarks/networks.py survey           docs/networks.md: the smallest of each family, trained and asked
 """
 
@@ -38,7 +38,7 @@ from aliprod.store.lineage import Voice
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ROOT / "aliprod/plan/networks.txt"
-TABLE, PAGE = ROOT / "aliprod/models/networks.json", ROOT / "docs/networks.md"
+TABLE, PAGE = ROOT / "aliprod/plan/sizes.json", ROOT / "docs/networks.md"
 SIZES = (64, 96, 224)
 PROBED = (64, 96, 100, 104, 112)  # multiples of 32, 32, 4, 8, 16
 FINE = range(32, 513, 16)  # where no multiple explains them
@@ -142,7 +142,7 @@ def sizes(cache: Path) -> None:
 
 
 def table(known: dict[str, dict[str, Any]], groups: dict[str, list[list[str]]]) -> str:
-    """The JSON of networks.json: names by what is known of them; others are not in it."""
+    """The JSON of sizes.json: names by what is known of them; others are not in it."""
     rules: dict[str, list[str]] = defaultdict(list)
     for family in groups.values():
         plain = known.get(family[0][0]) == {}
@@ -240,7 +240,7 @@ with the fewest parameters, below 100 million, drawn anew, forward and backward 
 96, 224 pixels and its own size; DCL, LIO and `export --to torch` at the smallest that goes. {counts}
 
 Any other name of `timm.list_models()` may be tried: before a GPU is held, `aliprod run` asks the network itself whether
-it takes the `crop` of each of its stages, and `aliprod plan` looks into `aliprod/models/networks.json`.
+it takes the `crop` of each of its stages, and `aliprod plan` looks into `aliprod/plan/sizes.json`.
 
 | family | network | million parameters | own size | trains and predicts at | DCL | LIO | export |
 |---|---|---|---|---|---|---|---|

@@ -27,8 +27,8 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from aliprod.build.schedule import Outcome
 from aliprod.build.target import Site
 from aliprod.cluster import session
-from aliprod.cluster.barrier import Barrier
 from aliprod.cluster.launch import Start, train_rank
+from aliprod.processes import Barrier
 
 _making = threading.Lock()
 worker_group.SynchronizationActor = ray.remote(num_cpus=0)(Barrier)  # type: ignore[assignment,attr-defined]

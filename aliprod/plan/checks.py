@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from aliprod.errors import Refused, did_you_mean, listing, nearest
-from aliprod.models.sizes import misfit, stride
 from aliprod.plan import networks
 from aliprod.plan.schema import Edge, Plan, Settings, effective
 from aliprod.plan.source import MOST_NAMES, Key, Problem, dotted, shown, unknown
@@ -172,8 +171,8 @@ def _clashes(plan: Plan, job: str, tables: Iterable[Settings]) -> list[str]:
     network = plan.backbones.get(job.partition("/")[0], "")
     found = [
         _undealt(stage, *plan.cluster.ranks_of(job)),
-        next(filter(None, (misfit(network, crop) for crop in stage.sizes)), "")
-        or _off_grid(stage, stride(network) if network else 32),
+        next(filter(None, (networks.misfit(network, crop) for crop in stage.sizes)), "")
+        or _off_grid(stage, networks.stride(network) if network else 32),
         *_objections(stage, network),
     ]
     return [reason for reason in found if reason]

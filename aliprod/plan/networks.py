@@ -1,18 +1,20 @@
 """What timm's networks are called and can do, without timm, which takes torch along.
 
-networks.txt beside this file has timm's version, then a line a network: its name and what `Network` holds.
-`python benchmarks/networks.py names` makes it anew of the timm that is installed.
+networks.txt beside this file has timm's version, then a line a network: its name and what `Network` holds; sizes.json
+which images networks take, by rule. `python benchmarks/networks.py names` and `sizes` make them anew of the timm that
+is installed. Of a network that is not in sizes.json nothing is said: `classifier.check_network` asks the network.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aliprod.errors import did_you_mean
 
-FILE = Path(__file__).with_name("networks.txt")
+FILE, SIZES = (Path(__file__).with_name(name) for name in ("networks.txt", "sizes.json"))
 
 
 class Network(NamedTuple):
@@ -51,3 +53,37 @@ def complaint(network: str) -> tuple[str, str]:
 
 def _tagged(names: Mapping[str, Network]) -> Iterator[str]:
     return (f"{name}.{tag}" for name, found in names.items() for tag in found.tags)
+
+
+def misfit(network: str, crop: int) -> str:
+    """Why a network takes no images of ``crop`` x ``crop`` pixels, with sizes that it takes; empty where it does."""
+    facts = _sizes(network)
+    if facts.get("sizes") == []:
+        return f"{network} pools no features for a classifier: take another network"
+    if "multiple" in facts:
+        low = crop // facts["multiple"] * facts["multiple"]
+        near = [] if low == crop else [low or facts["multiple"], low + facts["multiple"]]
+    elif "above" in facts:
+        near = [] if crop > facts["above"] else [facts["above"] + 32]
+    else:
+        asked = "sizes" in facts and crop % 16 == 0 and crop <= 512  # of others the table knows nothing
+        unfit = asked and crop not in facts["sizes"]
+        near = sorted(facts["sizes"], key=lambda size: abs(size - crop))[:3] if unfit else []
+    fits = " or ".join(map(str, sorted(set(near))))
+    return f"{network} takes no images of {crop} x {crop} pixels; crop = {fits} would fit" if fits else ""
+
+
+def stride(network: str) -> int | None:
+    """Pixels of a cell of a network's feature map, or of its patches; 0 where it makes no map, None where the table
+    does not know."""
+    facts = _sizes(network)
+    return facts.get("stride", 32) if facts else None
+
+
+def _sizes(network: str) -> dict[str, Any]:
+    return _rules().get(network.partition(".")[0], {})
+
+
+@cache
+def _rules() -> dict[str, dict[str, Any]]:
+    return {name: rule for rule in json.loads(SIZES.read_text(encoding="utf-8")) for name in rule["networks"]}

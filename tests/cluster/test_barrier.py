@@ -6,7 +6,7 @@ from ray.train.v2._internal.execution.checkpoint.sync_actor import Synchronizati
 from ray.train.v2._internal.execution.worker_group import worker_group
 
 from aliprod.cluster import trainer
-from aliprod.cluster.barrier import Barrier
+from aliprod.processes import Barrier
 
 REPORTS = 3
 

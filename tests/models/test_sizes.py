@@ -7,7 +7,7 @@ import pytest
 
 from aliprod.errors import Refused
 from aliprod.models.classifier import _made, check_network, own_size
-from aliprod.models.sizes import misfit, stride
+from aliprod.plan.networks import misfit, stride
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,6 @@ def test_nothing_is_said_of_networks_that_the_table_has_not() -> None:
 
 def test_the_table_is_read_without_torch() -> None:
     code = (
-        "import sys; from aliprod.models.sizes import misfit; misfit('resnet50', 7); sys.exit('torch' in sys.modules)"
+        "import sys; from aliprod.plan.networks import misfit; misfit('resnet50', 7); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
