@@ -1,6 +1,6 @@
 """The graph of a plan: all that it makes, from the catalogue to the submission. How: `aliprod.build.making`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -44,10 +44,12 @@ def splits(catalogue: Catalogue, score: Literal["auto", "val"]) -> Splits:
     return Splits("test" if len(catalogue.test) else "val", scored)
 
 
-def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = None) -> dict[str, Target]:
+def targets(
+    opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = None, lost: Collection[str] = ()
+) -> dict[str, Target]:
     """All targets of a plan by name, each behind its needs. ``gpu``: whether a rank takes one. ``chosen``: the
-    checkpoints of members, by job; of the others the best. Refused: there is no catalogue, or weights of members are to
-    be fitted on a val of too few images."""
+    checkpoints of members, by job; of the others the best. ``lost``: jobs that the ensemble is not compared with.
+    Refused: there is no catalogue, or weights of members are to be fitted on a val of too few images."""
     graph = _Graph(opened, gpu, chosen or {})
     for name, job in opened.jobs.items():
         graph.training(name)
@@ -57,7 +59,7 @@ def targets(opened: Opened, gpu: bool, chosen: Mapping[str, Chosen] | None = Non
     for split in graph.summed:
         graph.ensemble(split)
     if graph.splits.scored:
-        graph.comparison(graph.splits.scored)
+        graph.comparison(graph.splits.scored, lost)
     return graph.found
 
 
@@ -216,11 +218,12 @@ class _Graph:
         place, needs = f"{plan.name}/weights", {"members": tuple(members)}
         return self._add(Target("weights", "weights", facts, place, making.fit, needs, latest=True))
 
-    def comparison(self, split: str) -> Target:
+    def comparison(self, split: str, lost: Collection[str]) -> Target:
         """What the ensemble of labelled images is worth: `aliprod.ensemble.compare`, with its best member, and the
-        floors that it is to beat."""
+        floors that it is to beat, but for those that are lost."""
         plan, summed = self.plan, self.ensemble(split)
-        floors = [self.prediction(job.name, split) for job in self.opened.jobs.values() if job.is_floor]
+        known = (name for name, job in self.opened.jobs.items() if job.is_floor and name not in lost)
+        floors = [self.prediction(name, split) for name in known]
         facts: dict[str, Any] | None = None
         if summed.facts is not None:
             facts = {"kind": "comparison", "ensemble": summed.key, "split": split}

@@ -192,7 +192,7 @@ class _Run:
             self.site,
             launcher,
             lambda: self.signals.told,
-            lambda target: self._graph(gpu)[target.name],
+            lambda target: self._graph(gpu).get(target.name, target),
             seconds,
             self.leases,
         )
@@ -218,7 +218,10 @@ class _Run:
                 commit.refresh(*(self.opened.job_folder(name) for name in self.state.jobs_in("running")))
 
     def _graph(self, gpu: bool) -> dict[str, Target]:
-        return targets(self.opened.with_cluster(self.site.cluster), gpu, self.chosen)
+        lost, jobs = self.state.jobs_in(*LOST), self.opened.jobs.items()
+        if not self.whole:  # nothing is trained
+            lost += [name for name, job in jobs if job.is_floor and self.opened.record(name) is None]
+        return targets(self.opened.with_cluster(self.site.cluster), gpu, self.chosen, lost)
 
     def _missing(self, gpu: bool) -> dict[str, Target]:
         """What is to be made now: nothing that needs what has failed, and an ensemble once its members are known."""

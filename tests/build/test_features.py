@@ -225,6 +225,14 @@ def test_the_ensemble_is_compared_with_its_floors(shop: Opened, made: list[str])
         assert floor["interval"][0] <= floor["top1_error"] <= floor["interval"][1]
 
 
+def test_a_floor_that_is_lost_holds_no_comparison_back(shop: Opened) -> None:
+    graph = targets(shop, False, lost=["net/probe"])
+    [floor] = graph["comparison"].needs["floors"]
+    assert floor.owner.name == "net/balanced"
+    assert "net/probe" in graph, "it is tried again"
+    assert graph["comparison"].key != targets(shop, False)["comparison"].key, "and compared with then"
+
+
 class Killed(Exception):
     """What a process is told by SIGKILL."""
 

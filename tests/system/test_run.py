@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import timm
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from aliprod.cli import app
 from aliprod.ensemble.guesses import read_predictions
@@ -223,13 +225,29 @@ def test_a_job_that_fails_for_good_stops_its_descendants_alone(whole: Run, clust
     assert "Traceback" not in process.stderr
 
 
-def test_an_ensemble_is_made_where_what_failed_is_none_of_its_members(whole: Run, cluster: Any, plan: Path) -> None:
-    sets = ["--set", "stages.dcl.optimizer.weight_decay=1e38", "--set", 'name="unrelated"']
-    sets += ["--set", 'ensemble.members=["resnet/lio", "efficientnet/full"]', "--storage", str(whole.storage), "--json"]
+def test_an_ensemble_is_made_where_what_failed_is_none_of_its_members(
+    whole: Run, cluster: Any, plan: Path, tmp_path: Path
+) -> None:
+    """A job, and a probe that the ensemble would have been compared with."""
+    backbone = timm.create_model("test_resnet", num_classes=0)
+    save_file(backbone.state_dict(), tmp_path / "test_resnet.r160_in1k.safetensors")
+    probe = f'{{pretrained = "{tmp_path}", features = "cached", trains = "classifier"}}'
+    said = {
+        "name": '"unrelated"',
+        "jobs.resnet": '["full", "dcl", "lio", "accuracy", "probe"]',
+        "stages.probe": probe,
+        "stages.probe.optimizer.weight_decay": "1e38",
+        "stages.dcl.optimizer.weight_decay": "1e38",
+        "ensemble.members": '["resnet/lio", "efficientnet/full"]',
+    }
+    sets = [word for name, value in said.items() for word in ("--set", f"{name}={value}")]
+    sets += ["--storage", str(whole.storage), "--json"]
     process = cluster.aliprod("run", plan, *sets)
     outcome = last_line(process)
-    assert (process.returncode, outcome["failed"], outcome["not_run"]) == (1, ["resnet/dcl"], ["resnet/accuracy"])
+    assert (process.returncode, outcome["not_run"]) == (1, ["resnet/accuracy"]), process.stderr
+    assert sorted(outcome["failed"]) == ["resnet/dcl", "resnet/probe"]
     assert set(outcome["ensemble"]["members"]) == {"resnet/lio", "efficientnet/full"}
+    assert outcome["ensemble"]["comparison"]["floors"] == {}
     assert "The ensemble was made: it needs none of them." in process.stderr
 
     def told() -> dict[str, tuple[str, str | None]]:
