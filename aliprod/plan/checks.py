@@ -88,8 +88,8 @@ def names_of_jobs(plan: Plan) -> Iterator[Problem]:
         yield unknown(("overrides", target), sentence, target, known, "Backbones and jobs")
     ranks = plan.cluster.ranks if isinstance(plan.cluster.ranks, dict) else {}
     for job in (one for one in ranks if one not in known):
-        sentence = f"cluster.ranks: {shown(job)} is not a job of this plan."
-        yield unknown(("cluster", "ranks", job), sentence, job, jobs, "Jobs")
+        sentence = f"cluster.ranks: {shown(job)} is neither a backbone nor a job of this plan."
+        yield unknown(("cluster", "ranks", job), sentence, job, known, "Backbones and jobs")
     key: Key = ("ensemble", "members")
     for member, count in Counter(plan.ensemble.members).items():
         if member not in jobs:

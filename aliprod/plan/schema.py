@@ -100,8 +100,8 @@ class Cluster(Machine):
     """MLflow server; without it --tracking-uri, MLFLOW_TRACKING_URI or SQLite in the storage folder"""
     ranks: Literal["auto"] | Ranks | FewestAndMost | dict[str, Ranks | FewestAndMost] = "auto"
     """of a job, each one GPU, or cpus_per_worker CPUs where there are none: a number, the fewest and the most like
-    [2, 8], or a table of these by job like { "resnet50/dcl" = 4 }; auto: as many as end the plan soonest, up to the
-    shares of its stage"""
+    [2, 8], or a table of these by job or backbone like { "resnet50/dcl" = 4 }; auto: as many as end the plan soonest,
+    up to the shares of its stage"""
     max_parallel_jobs: int | None = Field(None, ge=1)
     """jobs side by side; without it as many as the cluster has room for"""
     max_failures: int = Field(3, ge=0, description="how often a job is resumed after it failed")
@@ -112,8 +112,9 @@ class Cluster(Machine):
     """how often Ray Train looks after its workers; short jobs want 0.2"""
 
     def ranks_of(self, job: str) -> tuple[int, int]:
-        """The fewest and the most ranks of a job."""
-        said = self.ranks.get(job, "auto") if isinstance(self.ranks, dict) else self.ranks
+        """The fewest and the most ranks of a job: its own, else its backbone's."""
+        by_job = self.ranks if isinstance(self.ranks, dict) else {"": self.ranks}
+        said = next((by_job[name] for name in (job, job.partition("/")[0], "") if name in by_job), "auto")
         if isinstance(said, str):
             return 1, MOST_RANKS
         return (said, said) if isinstance(said, int) else said

@@ -77,13 +77,13 @@ def test_facts_are_plain_json_and_no_two_targets_share_a_key(path: Path, photos:
 
 def test_a_rank_takes_a_gpu_and_a_job_may_have_as_many_as_shares_or_as_is_said(photos: Path, tmp_path: Path) -> None:
     sets = ["cluster.cpus_per_worker=3", "defaults.shares=4", "stages.dcl.shares='ranks'"]
-    ranks = "'resnet50/dcl' = 3, 'seresnext50/dcl' = 3, 'resnet50/full' = 2, 'seresnext50/full' = [2, 64]"
+    ranks = "'resnet50/dcl' = 3, 'seresnext50/dcl' = 3, 'resnet50/full' = 2, seresnext50 = [2, 64]"
     sets += [f"cluster.ranks={{ {ranks} }}"]
     found = targets(opened(PLANS[1], photos, tmp_path, *sets, "stages.dcl.batch_size=6"), True)
     kinds = [target for target in found.values() if target.kind in ("training", "prediction")]
     assert {target.resources for target in kinds} == {Resources(3, 1)}
-    names = ("resnet50/full", "resnet50/balanced", "resnet50/dcl", "seresnext50/full")
-    assert [found[name].world_sizes for name in names] == [(2,), (1, 2, 4), (3,), (2, 4)]
+    names = ("resnet50/full", "resnet50/balanced", "resnet50/dcl", "seresnext50/full", "seresnext50/dcl")
+    assert [found[name].world_sizes for name in names] == [(2,), (1, 2, 4), (3,), (2, 4), (3,)]
 
 
 def test_a_prediction_may_have_as_many_parts_as_shards() -> None:

@@ -133,7 +133,12 @@ def test_a_small_plan_is_accepted(load_text: Any, small: str) -> None:
             "[stages.full]",
             "batch_size = 7 cannot be dealt to 2 shares",
         ),
-        ("ranks = 2", "ranks = { 'net-b3/dlc' = 2 }", "ranks", '"net-b3/dlc" is not a job|Did you mean net-b3/dcl?'),
+        (
+            "ranks = 2",
+            "ranks = { 'net-b3/dlc' = 2 }",
+            "ranks",
+            '"net-b3/dlc" is neither a backbone nor a job|Did you mean net-b3/dcl?',
+        ),
         ("ranks = 2", "rank = 2", "rank", "cluster has no setting rank.|Did you mean ranks?"),
         (
             '"net-b3/dcl",\n]',
