@@ -1,7 +1,7 @@
 """`torch._dynamo`, the half of torch that compiles, imported when something is compiled and not before.
 
 timm, torchvision and the first step of an optimizer import it, only to say what is not to be compiled. That is a second
-of a CPU and 110 MB in each process that sees an image (benchmarks/doors.py).
+of a CPU and 110 MB in each process that sees an image (benchmarks/job_start.py).
 """
 
 import sys

@@ -21,8 +21,7 @@ from aliprod.forecast.simulate import STARTING_SECONDS, Clock
 from aliprod.plan.open import Opened
 from aliprod.store import epochs
 
-STARTING = {"training": STARTING_SECONDS}  # before the first image
-STARTING_ELSE = 2.0  # of a process that may have imported all it needs: the demo's predictions
+STARTING_ELSE = 2.0  # of what is no training: its process may have imported all it needs, as in the demo
 _AT_LEAST = 0.1  # of what was expected is left of what takes longer
 
 
@@ -101,4 +100,5 @@ class Outlook:
 
 def _whole(estimates: Estimates, target: Target, ranks: int) -> float:
     """All that there is to do, the start included."""
-    return STARTING.get(target.kind, STARTING_ELSE) + estimates.seconds(target, ranks)
+    starting = STARTING_SECONDS if target.kind == "training" else STARTING_ELSE
+    return starting + estimates.seconds(target, ranks)

@@ -57,18 +57,18 @@ def _tagged(names: Mapping[str, Network]) -> Iterator[str]:
 
 def misfit(network: str, crop: int) -> str:
     """Why a network takes no images of ``crop`` x ``crop`` pixels, with sizes that it takes; empty where it does."""
-    facts = _sizes(network)
-    if facts.get("sizes") == []:
+    rule = _rule(network)
+    if rule.get("sizes") == []:
         return f"{network} pools no features for a classifier: take another network"
-    if "multiple" in facts:
-        low = crop // facts["multiple"] * facts["multiple"]
-        near = [] if low == crop else [low or facts["multiple"], low + facts["multiple"]]
-    elif "above" in facts:
-        near = [] if crop > facts["above"] else [facts["above"] + 32]
+    if "multiple" in rule:
+        low = crop // rule["multiple"] * rule["multiple"]
+        near = [] if low == crop else [low or rule["multiple"], low + rule["multiple"]]
+    elif "above" in rule:
+        near = [] if crop > rule["above"] else [rule["above"] + 32]
     else:
-        asked = "sizes" in facts and crop % 16 == 0 and crop <= 512  # of others the table knows nothing
-        unfit = asked and crop not in facts["sizes"]
-        near = sorted(facts["sizes"], key=lambda size: abs(size - crop))[:3] if unfit else []
+        asked = "sizes" in rule and crop % 16 == 0 and crop <= 512  # of others the table knows nothing
+        unfit = asked and crop not in rule["sizes"]
+        near = sorted(rule["sizes"], key=lambda size: abs(size - crop))[:3] if unfit else []
     fits = " or ".join(map(str, sorted(set(near))))
     return f"{network} takes no images of {crop} x {crop} pixels; crop = {fits} would fit" if fits else ""
 
@@ -76,11 +76,11 @@ def misfit(network: str, crop: int) -> str:
 def stride(network: str) -> int | None:
     """Pixels of a cell of a network's feature map, or of its patches; 0 where it makes no map, None where the table
     does not know."""
-    facts = _sizes(network)
-    return facts.get("stride", 32) if facts else None
+    rule = _rule(network)
+    return rule.get("stride", 32) if rule else None
 
 
-def _sizes(network: str) -> dict[str, Any]:
+def _rule(network: str) -> dict[str, Any]:
     return _rules().get(network.partition(".")[0], {})
 
 

@@ -16,7 +16,8 @@ from aliprod.errors import Refused
 from aliprod.recipe import OptimizerRecipe, Stage
 from aliprod.training.learner import Learner
 
-_NAMES = {"momentum": "momentum_buffer"}  # of a resume checkpoint, where torch has another
+_SHORT = {"momentum_buffer": "momentum"}  # names of torch's in a resume checkpoint
+_LONG = {short: name for name, short in _SHORT.items()}
 _SCALER = ("scale", "_growth_tracker")  # the changing part of a gradient scaler's state
 
 
@@ -139,7 +140,7 @@ class Optimizer:
         checkpoint."""
         state = {f"group.{i}": group["step"] for i, group in enumerate(self.groups) if "step" in group}
         for i, parameter in enumerate(self.parameters):
-            state |= {f"{name.removesuffix('_buffer')}.{i}": one for name, one in self.kernel.state[parameter].items()}
+            state |= {f"{_SHORT.get(name, name)}.{i}": one for name, one in self.kernel.state[parameter].items()}
         scaler = self._scaler.state_dict()  # {} where there is no need of one
         state |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in _SCALER if scaler}
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -154,7 +155,7 @@ class Optimizer:
                 parameter = self.parameters[int(place)]
                 device = parameter.device if self._on_device else "cpu"
                 copy = torch.empty_like(parameter).copy_(value) if value.ndim else value.to(device)
-                self.kernel.state[parameter][_NAMES.get(kind, kind)] = copy
+                self.kernel.state[parameter][_LONG.get(kind, kind)] = copy
         if self._scaler.is_enabled():
             saved = {name: state[f"scaler.{name}"].item() for name in _SCALER}
             self._scaler.load_state_dict(self._scaler.state_dict() | saved)

@@ -9,7 +9,8 @@ from aliprod.build.events import JobState, Standing, Task
 from aliprod.build.room import Node
 from aliprod.build.target import Resources
 from aliprod.catalogue import sources
-from aliprod.forecast.left import STARTING, STARTING_ELSE, Left, Outlook
+from aliprod.forecast.left import STARTING_ELSE, Left, Outlook
+from aliprod.forecast.simulate import STARTING_SECONDS
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
@@ -73,9 +74,9 @@ def test_what_nobody_has_measured_is_guessed_by_its_pixels(opened: Opened) -> No
     paced(opened, "net/full", 5, 10.0)
     found = left(opened, training("net/full", NOW - 30), training("other/full", NOW))
     full = 3 * (TRAINED / 10 + VAL / 30)  # to look at an image takes a third
-    dcl = STARTING["training"] + 2 * TRAINED / 10 + (2 * VAL + TRAINED) / 30  # an epoch of two views, scored twice
+    dcl = STARTING_SECONDS + 2 * TRAINED / 10 + (2 * VAL + TRAINED) / 30  # an epoch of two views, scored twice
     assert found.ends["net/full"] == pytest.approx(2 / 3 * full)
-    assert found.ends["other/full"] == pytest.approx(STARTING["training"] + full)
+    assert found.ends["other/full"] == pytest.approx(STARTING_SECONDS + full)
     assert found.ends["net/dcl"] - found.ends["net/full"] == pytest.approx(dcl)
     assert found.ends["net/dcl test"] - found.ends["net/dcl"] == pytest.approx(STARTING_ELSE + TEST / 30)
     assert found.seconds == max(found.ends.values())
@@ -100,7 +101,7 @@ def test_a_job_that_goes_slower_now_takes_longer(opened: Opened) -> None:
 def test_what_has_ended_says_how_far_the_rest_is_misjudged(opened: Opened) -> None:
     paced(opened, "net/full", 5, 10.0)
     expected = left(opened, training("net/full", NOW)).ends
-    own = STARTING["training"] + 3 * (TRAINED / 10 + VAL / 30)
+    own = STARTING_SECONDS + 3 * (TRAINED / 10 + VAL / 30)
     found = left(opened, training("net/full", 1000.0, 1000.0 + 2 * own))
     assert "net/full" not in found.ends
     assert found.ends["other/full"] == pytest.approx(2 * own)
