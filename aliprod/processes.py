@@ -1,6 +1,5 @@
 """Work that processes and threads do side by side, and the memory that they keep."""
 
-import asyncio
 import ctypes
 import fcntl
 import logging
@@ -92,26 +91,6 @@ class Ahead(Generic[Task, Result]):
         """What was asked for, or is read now. It raises as ``read`` does."""
         asked = self.asked.pop(task, None)
         return asked.result() if asked else self.read(task)
-
-
-class Barrier:
-    """Where the ranks of a training wait for each other at the end of an epoch: an actor that does what Ray Train's
-    SynchronizationActor does in `ray.train.report`, without importing Ray Train, pandas and Ray Data for it, most of a
-    CPU second and 60 MB a job."""
-
-    def __init__(self, **_settings: Any) -> None:
-        self.ranks: asyncio.Barrier | None = None
-        self.data: Any = None
-
-    async def broadcast_from_rank_zero(self, world_rank: int, world_size: int, data: Any, **_call: Any) -> Any:
-        """Rank 0's data, once all ranks have called."""
-        self.ranks = self.ranks or asyncio.Barrier(world_size)
-        if world_rank == 0:
-            self.data = data
-        await self.ranks.wait()
-        found = self.data
-        await self.ranks.wait()  # all have read it before rank 0 can come again
-        return found
 
 
 def ordered_map(

@@ -1,14 +1,13 @@
 """How each target is made: plain functions of the target and its site, in any process, without Ray."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aliprod.build.target import Metrics, Site, Target
+from aliprod.build.target import Site, Target
 from aliprod.catalogue.catalogue import Images
 from aliprod.errors import Failed
 from aliprod.recipe import Inputs, Stage, TrainingJob
@@ -37,16 +36,15 @@ def inputs_of(target: Target, site: Site) -> Inputs:
     return Inputs(**folders | one)
 
 
-def train(target: Target, site: Site) -> Iterator[Metrics]:
-    """Train on this rank; yield the metrics of each epoch."""
+def train(target: Target, site: Site) -> None:
+    """Train on this rank."""
     from aliprod.training.job import run
 
     job, folder = target.owner, target.folder(site.storage).parent
     inputs = inputs_of(target, site)
     work = TrainingJob(job.name, str(job.key), job.network, job.stage, folder, inputs, site.cluster)
-    for progress in run(work, site.read(), site.stop):
-        if progress.last is not None:
-            yield {"epoch": progress.state.epoch, **progress.metrics}
+    for _ in run(work, site.read(), site.stop):
+        pass
 
 
 def fetch(target: Target, site: Site) -> None:

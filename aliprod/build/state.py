@@ -1,7 +1,6 @@
 """The state of a run: of every job and task, in a file that `aliprod status` reads, and as events."""
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from aliprod.plan.jobs import Job
 from aliprod.plan.open import Opened
 from aliprod.store import commit, epochs
 from aliprod.store.layout import METRICS
+from aliprod.store.lease import ended, sign
 
 FILE = "state.json"
 _STANDING = TypeAdapter(Standing)
@@ -138,8 +138,7 @@ class RunState:
         return Changed(name, state, reason, self.opened.record(name) or {}, seconds, ranks)
 
     def _publish(self) -> None:
-        said = {"host": os.uname().nodename, "pid": os.getpid(), **asdict(self.standing())}
-        commit.write_file(self.opened.folder / FILE, json.dumps(said))
+        commit.write_file(self.opened.folder / FILE, json.dumps(sign() | asdict(self.standing())))
 
 
 def waits(jobs: Mapping[str, Job], states: Mapping[str, JobState]) -> dict[str, str]:
@@ -173,12 +172,11 @@ def told(opened: Opened) -> Standing:
 def _said(path: Path) -> tuple[Standing, bool]:
     """What a driver has said, and whether it is known to be gone."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        standing = _STANDING.validate_python(said)
+        said = path.read_bytes()
+        standing = _STANDING.validate_json(said)
     except (OSError, ValueError):
         return Standing(), True
-    here = said.get("host") == os.uname().nodename
-    return standing, here and not Path(f"/proc/{said.get('pid')}").exists()
+    return standing, ended(said)
 
 
 class _Tail:

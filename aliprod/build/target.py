@@ -75,9 +75,6 @@ class Cost:
     known: bool = True  # False where nothing measures beforehand what it takes
 
 
-Metrics = Mapping[str, float]
-
-
 @dataclass(frozen=True, eq=False)
 class Target:
     """Something that is made once and kept in a committed folder."""
@@ -86,7 +83,7 @@ class Target:
     name: str  # unique in a graph, and people read it
     facts: Mapping[str, Any] | None  # plain JSON, all that the key hashes; None while what it needs is not there yet
     place: str | None  # its folder below the storage path; None while the facts are
-    make: Callable[["Target", Site], Iterable[Metrics] | None]  # in any process, without Ray; a training yields metrics
+    make: Callable[["Target", Site], None]  # in any process, without Ray
     needs: Mapping[str, tuple["Target", ...]] = field(default_factory=dict)  # the targets that it reads, by their role
     cost: Cost = Cost()  # what is left to do
     resources: Resources = Resources(1, 0)  # of one rank

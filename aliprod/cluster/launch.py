@@ -116,8 +116,9 @@ def _free_places(which: Literal["all", "lost"]) -> None:
 def train_rank(config: dict[str, Any]) -> Outcome:
     """Train on this rank.
 
-    A checkpoint is what the storage path has committed; Ray is given numbers only, once an epoch, since its
-    report is a barrier. What an exact replay would repeat is returned, not raised: Ray would try it again.
+    A checkpoint is what the storage path has committed; Ray Train is told nothing on the way: its report is a barrier
+    that waits for its controller's next look, and shows no number to anybody. What an exact replay would repeat is
+    returned, not raised: Ray would try it again.
     """
     import ray.train  # here: it takes a second, and only the worker needs it
 
@@ -130,8 +131,7 @@ def train_rank(config: dict[str, Any]) -> Outcome:
     if ray.train.get_context().get_world_rank() == 0:
         threading.Thread(target=_listen, args=(config["launcher"], config["number"], stop), daemon=True).start()
     try:
-        for metrics in target.make(target, site) or ():
-            ray.train.report(dict(metrics))
+        target.make(target, site)
     except (NonFiniteLoss, Refused) as error:
         return Outcome("failed", str(error))
     return Outcome("paused" if stop.is_set() and target.record(site.storage) is None else "done")

@@ -310,8 +310,7 @@ def _make(target: Target, site: Site) -> Outcome:
     if target.record(site.storage) is not None:
         return Outcome("done")
     try:
-        for _ in target.make(target, site) or ():
-            pass
+        target.make(target, site)
     except AliprodError as error:
         return Outcome("failed", str(error))
     return Outcome("done")

@@ -7,9 +7,9 @@ imports, or waits for that. Here the controller runs in the launcher, which has 
 import asyncio
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-import ray
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import worker_group
+from ray.train.v2._internal.execution.worker_group import state, worker_group
 from ray.train.v2._internal.logging import LoggingManager
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -28,10 +28,13 @@ from aliprod.build.schedule import Outcome
 from aliprod.build.target import Site
 from aliprod.cluster import session
 from aliprod.cluster.launch import Start, train_rank
-from aliprod.processes import Barrier
 
 _making = threading.Lock()
-worker_group.SynchronizationActor = ray.remote(num_cpus=0)(Barrier)  # type: ignore[assignment,attr-defined]
+# For each training Ray Train starts an actor in which its ranks wait for each other when they report. They report
+# nothing.
+_no_actor = SimpleNamespace(remote=lambda **_: "none")
+worker_group.SynchronizationActor = SimpleNamespace(options=lambda **_: _no_actor)  # type: ignore[assignment,attr-defined]
+state._shutdown_sync_actor = lambda _: None  # type: ignore[assignment]
 
 
 def _stay_configured(context: TrainRunContext) -> None:

@@ -16,6 +16,7 @@ from aliprod.catalogue.decode import Unreadable, decode
 from aliprod.catalogue.remote_folder import RemoteFolder, folder_at
 from aliprod.data.augment import square
 from aliprod.errors import Refused, listing
+from aliprod.processes import Ahead
 
 Size = tuple[int, str]  # the side to which a picture is squared, in pixels, and the interpolation
 Squares = Mapping[Size, np.ndarray]  # a picture at each size that is asked for: (3, side, side) uint8
@@ -49,11 +50,12 @@ def listed(inputs: Sequence[str]) -> list[Picture]:
 
 
 def read(sizes: set[Size], pictures: Sequence[Picture]) -> list[Squares | str]:
-    """Each picture at these sizes, or why it cannot be read."""
-    found = list[Squares | str]()
+    """Each picture at these sizes, or why it cannot be read. Those of buckets are read side by side."""
+    found, ahead = list[Squares | str](), Ahead(Picture.source)
+    ahead.ask(picture for picture in pictures if isinstance(picture.folder, RemoteFolder))
     for picture in pictures:
         try:
-            found.append(squares(sizes, picture.source()))
+            found.append(squares(sizes, ahead.take(picture)))
         except Unreadable as reason:
             found.append(str(reason))
     return found

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from aliprod.errors import AliprodError, Failed
 from aliprod.store import commit, mirror
@@ -63,7 +63,7 @@ class Leases:
         self.folder, self.token, self.lost = storage / FOLDER, uuid.uuid4().hex, ""
         self._kept = _kept(self.folder)
         self._patience, self._pause = patience, patience / _BEATS
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "work": work} | _process(os.getpid())
+        self._me = sign() | {"work": work}
         self._number, self._renewed = 0, time.monotonic()  # of signs of life; when the last was given
         self._held: dict[str, str] = {}  # our mark in each lease that we hold
         self._seen: dict[str, _Seen] = {}
@@ -86,7 +86,7 @@ class Leases:
             if name in self._held:
                 return ""
             seen = self._look(name)
-            if not seen.marks or seen.silent >= self._patience or all(map(_ended, seen.marks.values())):
+            if not seen.marks or seen.silent >= self._patience or all(map(ended, seen.marks.values())):
                 return ""
             return _words(next(iter(seen.marks.values())))
 
@@ -274,8 +274,13 @@ def _words(sign: bytes) -> str:
     return "".join(filter(str.isprintable, words))[:_MOST_LETTERS]
 
 
-def _ended(sign: bytes) -> bool:
-    """Whether a process of this very machine has written it, and is no more."""
+def sign() -> dict[str, Any]:
+    """What says who has written something; `ended` knows it again."""
+    return {"host": socket.gethostname(), "pid": os.getpid()} | _process(os.getpid())
+
+
+def ended(sign: bytes) -> bool:
+    """Whether a process of this very machine has signed this JSON, and is no more."""
     said, here = commit.parsed(sign), _process(os.getpid())
     if not here or said.get("machine") != here["machine"] or not isinstance(said.get("pid"), int):
         return False

@@ -99,7 +99,7 @@ def made(shop: Opened) -> list[str]:
     site, made = Site.of(shop), []
     while todo := lacking(targets(shop, False), site.storage):
         target = next(t for t in todo.values() if not any(need.name in todo for need in t.needed()))
-        list(target.make(target, site) or ())
+        target.make(target, site)
         assert target.record(site.storage) is not None, f"{target.name} is there"
         made.append(target.name)
     return made

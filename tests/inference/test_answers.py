@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Barrier
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from pyarrow import csv
 
 from aliprod.catalogue.annotations import UNREAD
 from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.data.loader import Feed
 from aliprod.errors import Refused
 from aliprod.inference.classify import CHUNK, Answered, Recogniser, classify, write_answers
@@ -160,3 +162,15 @@ def test_home_folders_and_uris_of_this_machine_are_found(
 def test_a_photograph_that_no_decoder_opens_is_a_row_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     assert read({(32, "bicubic")}, listed([str(tmp_path)])) == [UNREAD]
+
+
+def test_pictures_of_a_bucket_are_read_side_by_side(packages: Catalogue) -> None:
+    content, together = packages.test.path(0).read_bytes(), Barrier(8)
+
+    class Bucket(RemoteFolder):
+        def content(self, path: str) -> bytes:
+            together.wait(timeout=60)  # of one after another, none would ever answer
+            return content if path.endswith("7.jpg") else b"no picture"
+
+    found = read({(32, "bicubic")}, [Picture(Bucket("s3://team/photos"), f"{number}.jpg") for number in range(8)])
+    assert [isinstance(one, str) for one in found] == [True] * 7 + [False]

@@ -20,7 +20,7 @@ from aliprod.plan.open import Opened
 from aliprod.plan.places import Places, resolve
 from aliprod.plan.schema import Plan
 from aliprod.report import status
-from aliprod.store import commit, epochs
+from aliprod.store import commit, epochs, lease
 
 PLAN = """\
 format = 1
@@ -49,14 +49,14 @@ class Shop:
     def folder(self, name: str) -> Path:
         return self.opened.job_folder(name)
 
-    def told(self, pid: int, host: str = os.uname().nodename, tasks: Sequence[Task] = (), **states: str) -> None:
+    def told(self, pid: int, tasks: Sequence[Task] = (), signed: tuple[str, str] = ("", ""), **states: str) -> None:
         """As a driver leaves it, whose jobs did not end well for a reason each."""
         file = self.places.of(self.plan) / "state.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         jobs = {f"net/{name}": state for name, state in states.items()}
         reasons = {name: f"why {state}" for name, state in jobs.items() if state in ("waiting", "failed", "not_run")}
         said = {"states": jobs, "reasons": reasons, "tasks": [asdict(task) for task in tasks], "nodes": []}
-        file.write_text(json.dumps({"host": host, "pid": pid, **said}))
+        file.write_text(json.dumps(lease.sign() | {"pid": pid} | dict([signed]) | said))
 
     def epoch(self, name: str, epoch: int, seconds: float, error: float = 0.5) -> None:
         line = {"epoch": epoch, "time_ms": round(1000 * seconds), "val/top1_error": error}
@@ -193,8 +193,15 @@ def test_tasks_that_are_no_trainings_are_told_while_they_are_made(shop: Shop) ->
 
 
 def test_a_driver_on_another_machine_is_taken_at_its_word(shop: Shop, gone: int) -> None:
-    shop.told(gone, host="another machine", full="reused", accuracy="running")
+    shop.told(gone, signed=("machine", "another"), full="reused", accuracy="running")
     assert shop.states()["net/accuracy"]["state"] == "running"
+
+
+def test_a_process_with_the_number_of_a_driver_that_is_gone_is_another(shop: Shop) -> None:
+    shop.told(os.getpid(), accuracy="running")
+    assert shop.states()["net/accuracy"]["state"] == "running"
+    shop.told(os.getpid(), signed=("started", "1"), accuracy="running")
+    assert shop.states()["net/accuracy"]["state"] == "waiting"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": 1, "states": 3}', '{"jobs": {}}', "null"])

@@ -112,7 +112,7 @@ def driver(cluster: Any, opened: Opened, site: Site) -> Iterator[Driver]:
     found = Driver(cluster, opened, site)
     for target in lacking(found.graph(), site.storage, [found.graph()[JOB]]).values():
         if target.name != JOB:
-            list(target.make(target, site) or ())
+            target.make(target, site)
     with found.stack:
         yield found
 
@@ -123,7 +123,7 @@ def undisturbed(opened: Opened, site: Site, tmp_path_factory: pytest.TempPathFac
     threads = torch.get_num_threads()
     target = targets(opened.with_cluster(site.cluster), False, {})[JOB]
     alone = replace(site, storage=tmp_path_factory.mktemp("alone"))
-    list(target.make(target, alone) or ())
+    target.make(target, alone)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
     return commit.sha256(target.folder(alone.storage) / "model.safetensors")
