@@ -15,7 +15,11 @@ import psutil
 from aliprod.store import commit
 from aliprod.store.layout import METRICS
 
-ONE_JOB = ("--set", 'jobs={efficientnet=["full"]}', "--set", 'ensemble.members=["efficientnet/full"]')
+ONE_JOB = [
+    word
+    for one in ('jobs={efficientnet=["full"]}', 'ensemble.members=["efficientnet/full"]', "stages.full.epochs=20")
+    for word in ("--set", one)
+]
 JOB = "efficientnet/full"
 
 
@@ -82,6 +86,6 @@ def test_what_two_drivers_of_a_plan_and_one_of_another_share_is_trained_once_tho
         if outcome["plan"] == outcomes[0]["plan"]:
             assert outcome["ensemble"] == outcomes[0]["ensemble"]
     [metrics] = tmp_path.glob(f"jobs/{JOB}/*/{METRICS}")
-    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == [0, 1, 2]
+    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == list(range(20))
     left = {"plan-other"} if first is started[2] else set()  # nobody is there to take that over
     assert {path.name for path in (tmp_path / ".leases").iterdir()} == left

@@ -36,6 +36,14 @@ class Run:
     bytes: dict[str, str]
 
 
+@pytest.fixture(scope="module")
+def plan(plan: Path) -> Path:
+    """The plan with trainings that last long enough to be killed."""
+    longer = plan.with_name("longer.toml")
+    longer.write_text(plan.read_text().replace("epochs = 3", "epochs = 8"))
+    return longer
+
+
 def last_line(process: subprocess.CompletedProcess[str]) -> Any:
     assert process.returncode in (0, 1), process.stderr
     return json.loads(process.stdout.splitlines()[-1])
