@@ -4,9 +4,9 @@ Three processes iterate `aliprod.training.loop.steps` on the same pictures: a wo
 a second bare one that tells what the method itself is worth. All live at once and train in strict turns, a block of
 steps at a time, in a new order each round; whoever waits sleeps on a socket. A block is timed while its process has
 the turn (CPU of the process with all threads, Ray's too; CPU of the thread that trains; wall) and compared with the
-other blocks of its round. The weights must be equal to the bit. Ray is told once an epoch, as
-`aliprod.orchestration.worker` does, with the settings that `aliprod.cluster.launch` gives it. Two processes that
-do the same differ by where their memory lies: a median is worth what it is over many starts.
+other blocks of its round. The weights must be equal to the bit. Ray Train has the settings that
+`aliprod.cluster.launch` gives it, and is told nothing on the way. Two processes that do the same differ by where their
+memory lies: a median is worth what it is over many starts.
 
 Ray's threads and processes burn by the second, whatever is trained, so that the CPU of all threads a step grows with
 the step's length. What they burn is measured in the worker while it waits for its turn, and told apart.
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -36,7 +36,7 @@ import psutil
 from ratio import cpu, header, median_interval
 
 BLOCK = 5  # steps of a turn
-BLOCKS = 40  # of an epoch; in the first is also the end of the epoch before, with its report: it is told apart
+BLOCKS = 40  # of an epoch; in the first is also the end of the epoch before: it is told apart
 BATCH = 8
 TRAINER, BARE, AGAIN = "trainer", "bare", "bare again"
 CLOCKS = {"CPU": cpu, "CPU of the training thread": time.thread_time, "wall time": time.perf_counter}
@@ -164,17 +164,12 @@ def show_more(what: str, seconds: Mapping[str, list[float]]) -> dict[str, float]
 
 
 def show_beside(ends: Mapping[str, dict[str, Any]], rest: float, real: float) -> None:
-    """A report, what burns by the second, and both in an epoch of real size."""
-    took, waited = (statistics.median(report[n] for report in ends[TRAINER]["reports"]) for n in (0, 1))
-    print(f"  a report: {1000 * took:.1f} ms CPU, {1000 * waited:.0f} ms of wall time")
+    """What burns by the second, and in an epoch of real size."""
     idle = {side: 1000 * end["idle"] for side, end in ends.items()}
     told = ", ".join(f"{side} {idle[side]:.2f}" for side in (TRAINER, BARE, AGAIN))
     print(f"  CPU-ms in a second of waiting: {told}; in all other processes of Ray {1000 * rest:.1f}")
     burnt = (idle[TRAINER] - idle[BARE]) / 10
-    print(
-        f"  of an epoch of 100 real steps ({100 * real:.0f} s): its report {took / real:.4f} % of CPU, "
-        f"{waited / real:.4f} % of time; the worker's threads of Ray {burnt:.2f} % of a core"
-    )
+    print(f"  of an epoch of 100 real steps ({100 * real:.0f} s): the worker's threads of Ray {burnt:.2f} % of a core")
 
 
 def rest_of_ray() -> float:
@@ -198,7 +193,7 @@ def in_trainer(config: dict[str, Any], storage: Path, name: str) -> None:
 
     TorchTrainer(
         trained,
-        train_loop_config=config | {"report": True},
+        train_loop_config=config,
         torch_config=TorchConfig("gloo"),
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(name=name, storage_path=str(storage)),
@@ -244,7 +239,7 @@ class Turns:
 
 
 def trained(config: dict[str, Any]) -> None:
-    """Train in turns; at the end the sha256 of the weights, the reports (CPU, wall) and CPU a second of waiting."""
+    """Train in turns; at the end the sha256 of the weights, and CPU a second of waiting."""
     from step import NETWORK
 
     from aliprod.catalogue import sources
@@ -263,21 +258,15 @@ def trained(config: dict[str, Any]) -> None:
         augmentation=("resize",),
         ema=0.99,
     )
-    turns, reports = Turns(config["address"], config["side"]), list[Sequence[float]]()
+    turns = Turns(config["address"], config["side"])
     for event in steps(set_up(stage, NETWORK, catalogue, DEFAULT_MACHINE)):
         if isinstance(event, Step):
             turns.after_step()
             continue
-        if config.get("report"):
-            import ray.train
-
-            spent, began = cpu(), time.perf_counter()
-            ray.train.report({"epoch": event.state.epoch, **event.metrics})
-            reports.append((cpu() - spent, time.perf_counter() - began))
         assert event.last is not None
         weights = event.last.tensors
     digest = hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
-    turns.line.send({"sha256": digest, "reports": reports, "idle": turns.idle_cpu / turns.idle_seconds})
+    turns.line.send({"sha256": digest, "idle": turns.idle_cpu / turns.idle_seconds})
 
 
 if __name__ == "__main__":

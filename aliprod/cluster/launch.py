@@ -117,7 +117,7 @@ def train_rank(config: dict[str, Any]) -> Outcome:
     """Train on this rank.
 
     A checkpoint is what the storage path has committed; Ray Train is told nothing on the way: its report is a barrier
-    that waits for its controller's next look, and shows no number to anybody. What an exact replay would repeat is
+    that may wait for its controller's next look, and shows no number to anybody. What an exact replay would repeat is
     returned, not raised: Ray would try it again.
     """
     import ray.train  # here: it takes a second, and only the worker needs it
