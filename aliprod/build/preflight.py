@@ -6,8 +6,11 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+
 from aliprod.build.target import Site, Target, render
-from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue import decode
+from aliprod.catalogue.catalogue import Catalogue, Images
 from aliprod.errors import Refused, StorageFull, Unreachable, listing
 from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import catalogue_path
@@ -15,6 +18,8 @@ from aliprod.plan.schema import Plan
 from aliprod.recipe.options import needs
 from aliprod.store import commit, lineage, mirror
 from aliprod.store.layout import cache, key_of
+
+_TRIED = 24  # pictures, before a training
 
 
 def prepare(request: Request) -> Opened:
@@ -34,12 +39,26 @@ def prepare(request: Request) -> Opened:
 
 
 def check_catalogue(catalogue: Catalogue, path: Path) -> None:
-    """Refused: it has nothing to tell apart, or nothing to predict."""
+    """Refused: it has nothing to tell apart, or nothing to predict; or most pictures of a few cannot be read."""
     if catalogue.num_classes < 2:
         advice = "Is a folder or a column read as it is meant? `aliprod data check` shows how."
         raise Refused(f"has one class, {catalogue.name(0)}: there is nothing to tell apart.", path, advice)
     if not len(catalogue.val) and not len(catalogue.test):
         raise Refused("has neither val nor test images: there is nothing to predict.", path, "Hold some images back.")
+    check_pictures(catalogue.train, path)
+
+
+def check_pictures(images: Images, path: Path) -> None:
+    """Refused: of a few, evenly spread, most cannot be read: grey squares would stand for them."""
+    tried, reasons = np.linspace(0, len(images) - 1, min(_TRIED, len(images))).astype(int).tolist(), list[str]()
+    for row in [] if images.store else tried:
+        try:
+            decode.opened(images.source(row))
+        except decode.Unreadable as reason:
+            reasons.append(f"{images.paths[row].as_py()} {reason}")
+    if 2 * len(reasons) > len(tried):
+        what = f"{len(reasons)} of {len(tried)} training pictures that were tried cannot be read: {reasons[0]}."
+        raise Refused(what, path, "`aliprod data check` names all that are wrong.")
 
 
 def check_labellers(opened: Opened) -> None:

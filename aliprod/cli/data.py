@@ -187,11 +187,22 @@ def drafted(asked: Asked) -> Asked:
         return asked
     plan = _file_of(asked.file)
     if plan.exists():
+        _check_plan_of(asked.file, plan)
         say(f"The plan of {asked.file} is {plan}: it goes on.")
     else:
         _write(_reading(), asked.file, plan)
         say(f"{plan} is written: every value is yours to change.")
     return replace(asked, file=plan)
+
+
+def _check_plan_of(photos: Path, plan: Path) -> None:
+    """Refused: the plan is one of other photographs."""
+    from aliprod.plan.load import load
+
+    named = str(load(plan).catalogue.path)
+    if Path(named).resolve() != photos.resolve():
+        advice = f"`aliprod init {photos} --out ANOTHER.toml` writes one of its own; `aliprod run` takes that."
+        raise Refused(f"is the plan of {named}, not of {photos}.", plan, advice)
 
 
 def _file_of(photos: Path) -> Path:

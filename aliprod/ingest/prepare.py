@@ -229,8 +229,8 @@ class _Run:
             prepared=shards.FORMAT,
             short_side=self.settings.short_side,
             quality=self.settings.quality,
-            source=self.catalogue.fingerprint,
-            content=left.fingerprint,
+            source=self.catalogue.annotation,
+            content=left.annotation,
             classes=left.classes.tolist(),
             names=list(left.names),
             ancestor=None if left.ancestor is None else left.ancestor.tolist(),
@@ -262,7 +262,7 @@ def _prepared(
 ) -> PreparedCatalogue:
     """What is there, in files of these sizes; refused where it is not what was asked for."""
     record = found.record
-    asked = (catalogue.fingerprint, settings.short_side, settings.quality)
+    asked = (catalogue.annotation, settings.short_side, settings.quality)
     if (record.source, record.short_side, record.quality) != asked:
         otherwise = f"short side {record.short_side}, quality {record.quality}"
         what = f"holds another catalogue, or one that was prepared otherwise: {otherwise}."
@@ -306,6 +306,7 @@ def make_shard(recipe: ShardRecipe) -> ShardResult:
         "settings": asdict(recipe.settings) | {"subsampling": SUBSAMPLING},
         "source": [images.location, images.store and images.store.fingerprint],
         "rows": [images.ids.to_pylist(), recipe.class_ids.tolist(), images.paths.to_pylist()],
+        "sizes": [] if images.store or images.remote else [images.size(row) for row in range(len(images))],
     }
     record: dict[str, Any] = {"facts": key_of(facts)}
     there = commit.read(folder) or {}

@@ -1,11 +1,13 @@
 """What is checked before a GPU is held, and what is not checked twice."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from aliprod.build.preflight import check_backbones, check_catalogue, make_first
 from aliprod.build.target import Site
+from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.sources import Reading, read
 from aliprod.errors import Refused
 from aliprod.plan.load import load
@@ -59,6 +61,22 @@ def test_a_network_of_one_size_takes_no_other_in_tests(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="built for images of one size, not 160, 144") as refused:
         check_backbones(load(tmp_path / "plan.toml", ["stages.full.test_crop=144"]))
     assert "Leave crops and test_crop out" in refused.value.advice
+
+
+def test_photographs_of_which_most_cannot_be_read_are_refused_before_a_training(
+    packages: Catalogue, tmp_path: Path
+) -> None:
+    shutil.copytree(packages.root, tmp_path / "photos")
+    catalogue = read(tmp_path / "photos")
+    rows = range(len(catalogue.train))
+    for row in rows[::4]:  # these are replaced by others of their class
+        catalogue.train.path(row).write_bytes(b"")
+    check_catalogue(catalogue, tmp_path)
+    for row in rows[1:]:
+        catalogue.train.path(row).unlink(missing_ok=True)
+    with pytest.raises(Refused, match=r"24 of 24 training pictures .* cannot be read: .* is empty") as refused:
+        check_catalogue(catalogue, tmp_path)
+    assert "data check" in refused.value.advice
 
 
 def test_a_catalogue_of_one_class_is_refused_with_its_name(tmp_path: Path) -> None:

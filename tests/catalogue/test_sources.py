@@ -292,6 +292,20 @@ def test_the_fingerprint_is_one_of_content_and_not_of_order_or_place(order: list
     assert straight.fingerprint == mixed.fingerprint
 
 
+def test_other_pictures_of_the_same_names_have_another_fingerprint(tmp_path: Path) -> None:
+    names = [f"train/{label}/{image}.jpg" for label in "ab" for image in range(3)]
+    cat, car = [9, 10, 11, 12, 13, 14], [29, 30, 31, 32, 33, 34]
+    sizes = {"cats": cat, "copies of cats": cat, "cars": car, "swapped": cat[3:] + cat[:3]}
+    for folder, of_each in sizes.items():
+        for name, count in zip(names, of_each, strict=True):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_bytes(b"." * count)
+    cats, copies, cars, swapped = (read(tmp_path / folder) for folder in sizes)
+    assert len({one.annotation for one in (cats, copies, cars, swapped)}) == 1
+    assert cats.fingerprint == copies.fingerprint
+    assert len({one.fingerprint for one in (cats, cars, swapped)}) == 3
+
+
 def test_the_fingerprint_changes_with_an_id_a_label_a_class_and_a_split(tmp_path: Path) -> None:
     def fingerprint(name: str, *rows: tuple[str, int], val: tuple[tuple[str, int], ...] = ()) -> str:
         write_rows(tmp_path / name / "val.json", [{"image_id": i, "class_id": c} for i, c in val])

@@ -1,5 +1,6 @@
 """From photographs to a plan: init writes it, measures and forecasts; run takes photographs too."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,7 @@ def test_run_takes_photographs_and_goes_on_with_their_plan(
     (plan,) = tmp_path.glob("*.toml")
     assert [request.plan for request in ran] == [load(plan)] * 2
     assert "it goes on" in result.output
+    assert "it goes on" in aliprod("run", f"{photos}/../{photos.name}").output
+    other = shutil.copytree(photos, tmp_path / "other" / photos.name)
+    assert f"is the plan of {photos}, not of {other}." in refusal(2, "run", other)
+    assert len(ran) == 3

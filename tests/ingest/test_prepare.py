@@ -418,11 +418,14 @@ def test_a_picture_that_changed_changes_the_fingerprint_and_its_place_does_not(
 ) -> None:
     first = prepared(copied.root, tmp_path / "first")
     shutil.copytree(copied.root, tmp_path / "elsewhere")
+    plain = copied.fingerprint
+    assert read(tmp_path / "elsewhere").fingerprint == plain
     assert prepared(tmp_path / "elsewhere", tmp_path / "second").fingerprint == first.fingerprint
     shutil.copy(copied.train.path(0), copied.train.path(1))
     changed = prepared(copied.root, tmp_path / "third")
     assert changed.fingerprint != first.fingerprint
-    assert read(copied.root).fingerprint == copied.fingerprint  # a plain folder's says nothing of pictures
+    assert read(copied.root).fingerprint != plain  # the file has another size
+    assert read(copied.root).annotation == copied.annotation
 
 
 STAGE = Stage(
