@@ -46,6 +46,12 @@ class Unreachable(AliprodError):
 class Failed(AliprodError):
     """Something went wrong while running."""
 
+    @classmethod
+    def printed(cls, text: str) -> "Failed":
+        """What has failed elsewhere, by what was printed of it there; it prints the same."""
+        what, *advice = text.split("\n  ")
+        return cls(what, advice="\n".join(advice))
+
 
 class StorageFull(Failed):
     """No room, no right to write, or the storage path is gone; finished work is intact."""

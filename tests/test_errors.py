@@ -27,6 +27,12 @@ def test_an_error_survives_the_way_from_another_process(kind: type[AliprodError]
     assert (copy.what, copy.where, copy.advice) == (error.what, error.where, error.advice)
 
 
+@pytest.mark.parametrize("advice", ["", "Say it right.", "Say it right.\nOr leave it."])
+def test_what_was_printed_elsewhere_is_printed_again_with_its_lines(advice: str) -> None:
+    error = Refused("is wrong.", "plan.toml, line 3", advice)
+    assert str(Failed.printed(str(error))) == str(error)
+
+
 def test_an_error_without_place_or_advice_is_one_sentence() -> None:
     assert str(Failed("It broke.")) == "It broke."
 

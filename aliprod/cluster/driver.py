@@ -154,7 +154,7 @@ class _Run:
                 break
             yield from self._make(choices)
             if self.state.failure:
-                raise Failed(self.state.failure)
+                raise Failed.printed(self.state.failure)
             if before == set(self._missing(gpu=False)):
                 raise Failed(f"made, and not there: {listing(sorted(before))}.", mirror.shown(self.site.storage))
         graph = self._graph(gpu=False)
