@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,7 +113,7 @@ def _chosen(file: Path, columns: Mapping[str, str], needed: Iterable[str]) -> di
             near = did_you_mean(name, header) if role in columns else ""
             advice = f"The first line should name {listing(dict.fromkeys(needed))}; or say which they are: "
             advice += f"--column {role}=NAME, in a plan `columns`."
-            what = f"has no column {name}; its first line says: {listing(header) or 'nothing'}."
+            what = f"has no column {name}; its columns are: {listing(header) or 'none'}."
             raise Refused(what, f"{file}, line 1", f"{near} {advice}".strip())
     return chosen
 
@@ -135,7 +136,20 @@ def _csv(file: Path, names: list[str] | None) -> Cells:
 
 
 def _jsonl(file: Path, names: list[str] | None) -> Cells:
-    """An object a line; its keys are the columns, those of the first line the header."""
+    """An object a line; all keys of all lines are the columns, and one that a line lacks is blank there."""
+    if names is None:
+        yield 1, list(dict.fromkeys(key for _, row in _objects(file) for key in row))
+        return
+    for number, row in _objects(file):
+        if odd := next((name for name in names if isinstance(row.get(name), (list, dict))), ""):
+            what = f"has {json.dumps(row[odd])[:60]} under {odd}."
+            raise Refused(what, f"{file}, line {number}", "A path, a class and a split are each a text or a number.")
+        said = ("" if row.get(name) is None else str(row[name]) for name in names)
+        yield number, [cell.encode("utf-8", "replace").decode() for cell in said]  # no halves of characters
+
+
+def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The object of each line that is not blank, with the line's number. Refused: a line is none."""
     for number, line in enumerate(annotations.utf8(file).split("\n"), 1):
         if not line.strip():
             continue
@@ -146,11 +160,7 @@ def _jsonl(file: Path, names: list[str] | None) -> Cells:
         if not isinstance(row, dict):
             advice = 'Each line should be like {"file_name": "1.jpg", "label": "apple"}.'
             raise Refused("is no JSON object.", f"{file}, line {number}", advice)
-        if names is None:
-            yield number, list(row)
-            return
-        said = ("" if row.get(name) is None else str(row[name]) for name in names)
-        yield number, [cell.encode("utf-8", "replace").decode() for cell in said]  # no halves of characters
+        yield number, row
 
 
 def _parquet(file: Path, names: list[str] | None) -> Cells:

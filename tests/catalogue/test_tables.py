@@ -1,5 +1,6 @@
 """tables: columns by any name, three delimiters, Parquet, and whatever is wrong is said with its line."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,6 +54,29 @@ def test_json_lines_are_a_table_too(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert found.train.paths.to_pylist() == ["train/a.jpg", "train/b.jpg"]
     assert (found.classes.tolist(), found.val.labels.tolist()) == ([7, 8], [1])
+
+
+def test_a_key_that_the_first_line_of_json_lacks_is_a_column_too(tmp_path: Path) -> None:
+    lines = ['{"path": "a.jpg", "class": "pear"}', '{"path": "b.jpg", "class": "pear", "split": "test"}']
+    file = tmp_path / "all.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(Refused, match=r"the split of 'a\.jpg' is ''") as refused:
+        read(file)
+    assert refused.value.where.endswith("all.jsonl, line 1")
+    file.write_text("\n".join([lines[0].replace("}", ', "split": "train"}'), lines[1]]))
+    assert [images.ids.to_pylist() for images in read(file).splits] == [["a.jpg"], [], ["b.jpg"]]
+    file.write_text("\n".join([lines[0].replace("class", "what"), lines[0]]))
+    with pytest.raises(Refused, match=r"the class of 'a\.jpg' is blank"):
+        read(file)
+
+
+@pytest.mark.parametrize("key", ["path", "class", "split"])
+def test_a_list_where_json_should_say_a_text_is_refused_with_its_line(tmp_path: Path, key: str) -> None:
+    row = {"path": "a.jpg", "class": "pear", "split": "train"}
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, [row, row | {key: ["x"]}])))
+    with pytest.raises(Refused, match=rf'has \["x"\] under {key}') as refused:
+        read(tmp_path)
+    assert refused.value.where.endswith("all.jsonl, line 2")
 
 
 @pytest.mark.parametrize(
