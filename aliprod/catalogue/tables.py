@@ -119,20 +119,28 @@ def _chosen(file: Path, columns: Mapping[str, str], needed: Iterable[str]) -> di
 
 
 def _csv(file: Path, names: list[str] | None) -> Cells:
+    """The number of a row is that of its first line: quoted cells may have several."""
     text = annotations.utf8(file)
     first = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=first.count))
+    line = 1
     try:
         header = next(reader, [])
         if names is None:
-            yield 1, header
+            yield line, header
             return
         places = [header.index(name) for name in names]
-        for row in filter(None, reader):
-            yield reader.line_num, [row[place] if place < len(row) else "" for place in places]
+        line = reader.line_num + 1
+        for row in reader:
+            if any(cell.strip() for cell in row[len(header) :]):
+                what = f"has {len(row)} cells, where the header has {len(header)}."
+                advice = f'Quote a cell with a {reader.dialect.delimiter!r} in it, as in "salt, fine".'
+                raise Refused(what, f"{file}, line {line}", advice)
+            if row:
+                yield line, [row[place] if place < len(row) else "" for place in places]
+            line = reader.line_num + 1
     except csv.Error as error:
-        where = f"{file}, line {reader.line_num}"
-        raise Refused(f"is not CSV: {error}.", where, "Quote it as RFC 4180 says.") from error
+        raise Refused(f"is not CSV: {error}.", f"{file}, line {line}", "Quote it as RFC 4180 says.") from error
 
 
 def _jsonl(file: Path, names: list[str] | None) -> Cells:

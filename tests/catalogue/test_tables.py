@@ -126,6 +126,21 @@ def test_paths_count_from_the_folder_that_has_the_files(tmp_path: Path) -> None:
     assert any("pictures/" in note for note in found.notes)
 
 
+def test_a_row_with_more_cells_than_the_header_is_refused_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="has 3 cells, where the header has 2") as refused:
+        read(table(tmp_path, 'path,class\na.jpg,"salt\ncoarse"\nb.jpg,salt, fine\n'))
+    assert refused.value.where.endswith("train.csv, line 4")
+    assert "Quote" in refused.value.advice
+    assert read(table(tmp_path, "path,class\na.jpg,salt,\nb.jpg,sugar,\n")).names == ("salt", "sugar")
+
+
+@pytest.mark.parametrize("after", ["c.jpg,1\nd.jpg,1\n", 'c.jpg,"1"\n'])
+def test_a_quote_that_is_not_closed_is_named_where_it_begins(tmp_path: Path, after: str) -> None:
+    with pytest.raises(Refused, match="is not CSV") as refused:
+        read(table(tmp_path, f'path,class\na.jpg,1\nb.jpg,"1\n{after}'))
+    assert refused.value.where.endswith("train.csv, line 3")
+
+
 @pytest.mark.parametrize("said", ["holdout", ""])
 def test_a_split_that_is_none_is_refused_with_its_line(tmp_path: Path, said: str) -> None:
     with pytest.raises(Refused, match="split") as refused:
