@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aliprod.catalogue import annotations
-from aliprod.catalogue.annotations import path_fault
+from aliprod.catalogue.annotations import path_fault, tidy
 from aliprod.catalogue.folders import folder_names, split_of
 from aliprod.catalogue.rows import Line, Numbering, Rows, line_of, of_lines
 from aliprod.errors import Refused, did_you_mean, listing
@@ -80,7 +80,7 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
         if not of:
             what, where = f"the split of {row['path']!r} is {row['split']!r}.", f"{file}, {line_of(file, number)}"
             raise Refused(what, where, "A split is train, val or test.")
-        found.setdefault(of, []).append((number, row["path"], row.get("class", "").strip()))
+        found.setdefault(of, []).append((number, tidy(row["path"]), row.get("class", "").strip()))
     return found
 
 

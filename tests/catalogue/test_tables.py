@@ -141,6 +141,17 @@ def test_a_quote_that_is_not_closed_is_named_where_it_begins(tmp_path: Path, aft
     assert refused.value.where.endswith("train.csv, line 3")
 
 
+def test_a_path_as_find_writes_it_is_the_path_without_its_dots(tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    lines = "./img/a.jpg,1\nimg/./b.jpg,2\nimg/a.jpg,1\n./../c.jpg,1\n.,1\n"
+    (tmp_path / "train.csv").write_text(f"path,class\n{lines}")
+    found = read(tmp_path)
+    assert found.train.ids.to_pylist() == found.train.paths.to_pylist() == ["img/a.jpg", "img/b.jpg"]
+    assert [flaw.path for flaw in found.problems] == ["../c.jpg", ".", "img/a.jpg"]
+    found = read(table(tmp_path, "path,class\n./a.jpg,1\n./b.jpg,2\n", folder="img"))
+    assert (found.train.ids[0].as_py(), found.train.paths[0].as_py()) == ("a.jpg", "img/a.jpg")
+
+
 @pytest.mark.parametrize("said", ["holdout", ""])
 def test_a_split_that_is_none_is_refused_with_its_line(tmp_path: Path, said: str) -> None:
     with pytest.raises(Refused, match="split") as refused:
