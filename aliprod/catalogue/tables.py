@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,27 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
 
 
 def _below(table: Path, lines: Mapping[str, list[Line]], links: Path | None) -> dict[str, list[Line]]:
-    """The lines with absolute paths made relative where they lead below the table's folder. Refused: one leads
-    neither there nor below ``links``."""
-    own, absolute = f"{table.parent}/", ("/", "\\")
-    found = {of: [(number, path.removeprefix(own), said) for number, path, said in some] for of, some in lines.items()}
-    far = [(n, path) for some in found.values() for n, path, _ in some if path[:1] in absolute or path[1:3] == ":\\"]
-    outside = [(n, path) for n, path in far if not (links and path.startswith(f"{links}/"))]
+    """The lines with absolute paths made relative where they lead below the table's folder, links followed. Refused:
+    one leads neither there nor below ``links``."""
+    own, allowed = (f"{str(folder).rstrip('/')}/" for folder in (table.parent, links or table.parent))
+    real = cache(os.path.realpath)  # of a folder; both of these are, too
+
+    def nearer(path: str) -> str:
+        if path[:1] == "/" and not path.startswith((own, allowed)) and not path_fault(path[1:]):
+            folder, _, name = path.rpartition("/")
+            path = f"{real(folder or '/').rstrip('/')}/{name}"
+        return path.removeprefix(own)
+
+    found = {of: [(number, nearer(path), said) for number, path, said in some] for of, some in lines.items()}
+    far = [(n, path) for some in found.values() for n, path, _ in some if path[:1] in ("/", "\\") or path[1:3] == ":\\"]
+    outside = [(n, path) for n, path in far if not (links and path.startswith(allowed))]
     if outside:
         above = os.path.commonpath([os.path.dirname(path) for _, path in outside if path[0] == "/"] or ["/"])  # noqa: PTH120
         advice = "Write it relative to the table's folder, or put the table above its pictures, or allow where they "
         advice += f"are: --links {above} (data check, init; in a plan `links`)."
-        number, path = outside[0]
-        raise Refused(f"the path {path!r} is absolute.", f"{table}, {line_of(table, number)}", advice)
+        number = outside[0][0]
+        written = next(path for some in lines.values() for n, path, _ in some if n == number)
+        raise Refused(f"the path {written!r} is absolute.", f"{table}, {line_of(table, number)}", advice)
     return found
 
 

@@ -112,6 +112,24 @@ def test_absolute_paths_lead_below_the_table_or_to_where_the_user_allows(tmp_pat
         read(table, Reading(links=shelf))
 
 
+@pytest.mark.parametrize("links", ["home/img", "real", "/", ""])
+def test_absolute_paths_may_lead_through_links(tmp_path: Path, links: str) -> None:
+    (tmp_path / "real" / "img").mkdir(parents=True)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "home").symlink_to(tmp_path / "real")
+    Image.effect_noise((32, 32), 20).save(tmp_path / "real" / "img" / "a.jpg")
+    table = tmp_path / ("lists" if links else "home") / "all.csv"  # "": the table is beside its pictures
+    table.write_text(f"path,class\n{tmp_path}/home/img/a.jpg,pear\n")
+    if links:
+        with pytest.raises(Refused, match=r"home/img/a\.jpg' is absolute") as refused:
+            read(table)
+        advised = refused.value.advice.partition("--links ")[2].partition(" ")[0]
+        assert len(read(table, Reading(links=Path(advised))).train) == 1
+    found = read(table, Reading(links=tmp_path / links if links else None)).train
+    assert found.path(0) == tmp_path / "real" / "img" / "a.jpg"
+    assert (found.paths[0].as_py() == "img/a.jpg") == (not links)
+
+
 def test_train_without_val_says_that_nothing_is_held_out(tmp_path: Path) -> None:
     table(tmp_path, "path,class\na.jpg,1\nb.jpg,2\n")
     assert ["no val" in note for note in read(tmp_path).notes] == [True]
