@@ -77,12 +77,21 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
     found: dict[str, list[Line]] = {split: []}
     for number, cells in cells_of(file, list(chosen.values())):
         row = dict(zip(chosen, cells, strict=True))
-        of = split_of(row["split"]) if "split" in row else split
+        of = split_of(row["split"].strip()) if "split" in row else split
         if not of:
             what, where = f"the split of {row['path']!r} is {row['split']!r}.", f"{file}, {line_of(file, number)}"
             raise Refused(what, where, "A split is train, val or test.")
-        found.setdefault(of, []).append((number, tidy(row["path"]), row.get("class", "").strip()))
+        found.setdefault(of, []).append((number, _trimmed(row["path"], file.parent), row.get("class", "").strip()))
     return found
+
+
+def _trimmed(path: str, folder: Path) -> str:
+    """A path as it is counted from here on: without the blanks around it where its file is there only so."""
+    bare = path.strip()
+    if bare != path:
+        there = [os.path.isfile(os.path.join(folder, name)) for name in (path, bare)]  # noqa: PTH113, PTH118
+        path = bare if there == [False, True] else path
+    return tidy(path)
 
 
 def _below(table: Path, lines: Mapping[str, list[Line]], links: Path | None) -> dict[str, list[Line]]:

@@ -170,6 +170,19 @@ def test_a_path_as_find_writes_it_is_the_path_without_its_dots(tmp_path: Path) -
     assert (found.train.ids[0].as_py(), found.train.paths[0].as_py()) == ("a.jpg", "img/a.jpg")
 
 
+def test_blanks_after_commas_are_in_no_cell_but_in_a_name_that_has_them(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", " c.jpg", "c.jpg"):
+        (tmp_path / name).touch()
+    lines = f"pear, a.jpg, train\napple, ./b.jpg , val \npear, c.jpg, train\napple, {tmp_path}/c.jpg, train\n"
+    (tmp_path / "all.csv").write_text(f"class, path, split\n{lines}")
+    found = read(tmp_path)
+    assert [images.ids.to_pylist() for images in found.splits] == [["a.jpg", " c.jpg", "c.jpg"], ["b.jpg"], []]
+    assert found.names == ("apple", "pear")
+    (tmp_path / "all.csv").write_text("class, path\npear, /etc/passwd\n")
+    with pytest.raises(Refused, match="'/etc/passwd' is absolute"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("said", ["holdout", ""])
 def test_a_split_that_is_none_is_refused_with_its_line(tmp_path: Path, said: str) -> None:
     with pytest.raises(Refused, match="split") as refused:
