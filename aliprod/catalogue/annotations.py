@@ -121,6 +121,11 @@ def path_fault(path: str) -> str:
     return next(filter(None, map(name_fault, path.split("/"))), "").replace("its id", "a name in its path")
 
 
+def tidy(path: str) -> str:
+    """A path without the parts that are `.`, which find and tar write and which lead nowhere."""
+    return "/".join(part for part in path.split("/") if part != ".") if "./" in path else path
+
+
 def class_number(class_id: Any) -> int | None:
     """``"7"``, ``"00007"`` and ``7`` are class 7; None for whatever else."""
     if type(class_id) is str:

@@ -6,13 +6,15 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aliprod.catalogue import annotations
-from aliprod.catalogue.annotations import path_fault
+from aliprod.catalogue.annotations import path_fault, tidy
 from aliprod.catalogue.folders import folder_names, split_of
 from aliprod.catalogue.rows import Line, Numbering, Rows, line_of, of_lines
 from aliprod.errors import Refused, did_you_mean, listing
@@ -75,27 +77,45 @@ def _lines(file: Path, split: str, alone: bool, columns: Mapping[str, str], note
     found: dict[str, list[Line]] = {split: []}
     for number, cells in cells_of(file, list(chosen.values())):
         row = dict(zip(chosen, cells, strict=True))
-        of = split_of(row["split"]) if "split" in row else split
+        of = split_of(row["split"].strip()) if "split" in row else split
         if not of:
             what, where = f"the split of {row['path']!r} is {row['split']!r}.", f"{file}, {line_of(file, number)}"
             raise Refused(what, where, "A split is train, val or test.")
-        found.setdefault(of, []).append((number, row["path"], row.get("class", "").strip()))
+        found.setdefault(of, []).append((number, _trimmed(row["path"], file.parent), row.get("class", "").strip()))
     return found
 
 
+def _trimmed(path: str, folder: Path) -> str:
+    """A path as it is counted from here on: without the blanks around it where its file is there only so."""
+    bare = path.strip()
+    if bare != path:
+        there = [os.path.isfile(os.path.join(folder, name)) for name in (path, bare)]  # noqa: PTH113, PTH118
+        path = bare if there == [False, True] else path
+    return tidy(path)
+
+
 def _below(table: Path, lines: Mapping[str, list[Line]], links: Path | None) -> dict[str, list[Line]]:
-    """The lines with absolute paths made relative where they lead below the table's folder. Refused: one leads
-    neither there nor below ``links``."""
-    own, absolute = f"{table.parent}/", ("/", "\\")
-    found = {of: [(number, path.removeprefix(own), said) for number, path, said in some] for of, some in lines.items()}
-    far = [(n, path) for some in found.values() for n, path, _ in some if path[:1] in absolute or path[1:3] == ":\\"]
-    outside = [(n, path) for n, path in far if not (links and path.startswith(f"{links}/"))]
+    """The lines with absolute paths made relative where they lead below the table's folder, links followed. Refused:
+    one leads neither there nor below ``links``."""
+    own, allowed = (f"{str(folder).rstrip('/')}/" for folder in (table.parent, links or table.parent))
+    real = cache(os.path.realpath)  # of a folder; both of these are, too
+
+    def nearer(path: str) -> str:
+        if path[:1] == "/" and not path.startswith((own, allowed)) and not path_fault(path[1:]):
+            folder, _, name = path.rpartition("/")
+            path = f"{real(folder or '/').rstrip('/')}/{name}"
+        return path.removeprefix(own)
+
+    found = {of: [(number, nearer(path), said) for number, path, said in some] for of, some in lines.items()}
+    far = [(n, path) for some in found.values() for n, path, _ in some if path[:1] in ("/", "\\") or path[1:3] == ":\\"]
+    outside = [(n, path) for n, path in far if not (links and path.startswith(allowed))]
     if outside:
         above = os.path.commonpath([os.path.dirname(path) for _, path in outside if path[0] == "/"] or ["/"])  # noqa: PTH120
         advice = "Write it relative to the table's folder, or put the table above its pictures, or allow where they "
         advice += f"are: --links {above} (data check, init; in a plan `links`)."
-        number, path = outside[0]
-        raise Refused(f"the path {path!r} is absolute.", f"{table}, {line_of(table, number)}", advice)
+        number = outside[0][0]
+        written = next(path for some in lines.values() for n, path, _ in some if n == number)
+        raise Refused(f"the path {written!r} is absolute.", f"{table}, {line_of(table, number)}", advice)
     return found
 
 
@@ -112,30 +132,51 @@ def _chosen(file: Path, columns: Mapping[str, str], needed: Iterable[str]) -> di
             near = did_you_mean(name, header) if role in columns else ""
             advice = f"The first line should name {listing(dict.fromkeys(needed))}; or say which they are: "
             advice += f"--column {role}=NAME, in a plan `columns`."
-            what = f"has no column {name}; its first line says: {listing(header) or 'nothing'}."
+            what = f"has no column {name}; its columns are: {listing(header) or 'none'}."
             raise Refused(what, f"{file}, line 1", f"{near} {advice}".strip())
     return chosen
 
 
 def _csv(file: Path, names: list[str] | None) -> Cells:
+    """The number of a row is that of its first line: quoted cells may have several."""
     text = annotations.utf8(file)
     first = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=first.count))
+    line = 1
     try:
         header = next(reader, [])
         if names is None:
-            yield 1, header
+            yield line, header
             return
         places = [header.index(name) for name in names]
-        for row in filter(None, reader):
-            yield reader.line_num, [row[place] if place < len(row) else "" for place in places]
+        line = reader.line_num + 1
+        for row in reader:
+            if any(cell.strip() for cell in row[len(header) :]):
+                what = f"has {len(row)} cells, where the header has {len(header)}."
+                advice = f'Quote a cell with a {reader.dialect.delimiter!r} in it, as in "salt, fine".'
+                raise Refused(what, f"{file}, line {line}", advice)
+            if row:
+                yield line, [row[place] if place < len(row) else "" for place in places]
+            line = reader.line_num + 1
     except csv.Error as error:
-        where = f"{file}, line {reader.line_num}"
-        raise Refused(f"is not CSV: {error}.", where, "Quote it as RFC 4180 says.") from error
+        raise Refused(f"is not CSV: {error}.", f"{file}, line {line}", "Quote it as RFC 4180 says.") from error
 
 
 def _jsonl(file: Path, names: list[str] | None) -> Cells:
-    """An object a line; its keys are the columns, those of the first line the header."""
+    """An object a line; all keys of all lines are the columns, and one that a line lacks is blank there."""
+    if names is None:
+        yield 1, list(dict.fromkeys(key for _, row in _objects(file) for key in row))
+        return
+    for number, row in _objects(file):
+        if odd := next((name for name in names if isinstance(row.get(name), (list, dict))), ""):
+            what = f"has {json.dumps(row[odd])[:60]} under {odd}."
+            raise Refused(what, f"{file}, line {number}", "A path, a class and a split are each a text or a number.")
+        said = ("" if row.get(name) is None else str(row[name]) for name in names)
+        yield number, [cell.encode("utf-8", "replace").decode() for cell in said]  # no halves of characters
+
+
+def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The object of each line that is not blank, with the line's number. Refused: a line is none."""
     for number, line in enumerate(annotations.utf8(file).split("\n"), 1):
         if not line.strip():
             continue
@@ -146,11 +187,7 @@ def _jsonl(file: Path, names: list[str] | None) -> Cells:
         if not isinstance(row, dict):
             advice = 'Each line should be like {"file_name": "1.jpg", "label": "apple"}.'
             raise Refused("is no JSON object.", f"{file}, line {number}", advice)
-        if names is None:
-            yield number, list(row)
-            return
-        said = ("" if row.get(name) is None else str(row[name]) for name in names)
-        yield number, [cell.encode("utf-8", "replace").decode() for cell in said]  # no halves of characters
+        yield number, row
 
 
 def _parquet(file: Path, names: list[str] | None) -> Cells:

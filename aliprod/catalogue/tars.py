@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aliprod.catalogue.annotations import PICTURE_SUFFIXES
+from aliprod.catalogue.annotations import PICTURE_SUFFIXES, tidy
 from aliprod.catalogue.decode import MOST_BYTES, Unreadable
 from aliprod.errors import Refused
 
@@ -89,7 +89,7 @@ def members(path: Path) -> Iterator[Member]:
 
 def _pictures(found: list[tarfile.TarInfo], labels: dict[str, str]) -> list[Member]:
     written = next((labels[kind] for kind in _LABELS if labels.get(kind)), "")
-    return [Member(member.name, member.offset_data, member.size, written) for member in found]
+    return [Member(tidy(member.name), member.offset_data, member.size, written) for member in found]
 
 
 def _label(kind: str, content: bytes) -> str:

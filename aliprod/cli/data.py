@@ -105,6 +105,7 @@ def _checked_plan(file: Path, storage: Path | None) -> "Report":
     request = Asked(file, (), storage).request()
     from aliprod.ingest.check import check
     from aliprod.plan.open import open_plan
+    from aliprod.plan.places import catalogue_path
     from aliprod.recipe.options import needs
     from aliprod.report.error_analysis import doubted
 
@@ -112,7 +113,7 @@ def _checked_plan(file: Path, storage: Path | None) -> "Report":
     catalogue = opened.read_catalogue()
     asked = {name: job.stage.objective for name, job in opened.jobs.items()}
     groups = {name: needs(objective.name, objective.options).group for name, objective in asked.items()}
-    report = check(catalogue.root, cores(), opened.reading, groups)
+    report = check(catalogue_path(opened.plan, opened.places), cores(), opened.reading, groups)
     return replace(report, problems=(*report.problems, *doubted(opened.folder, catalogue)))
 
 

@@ -1,5 +1,6 @@
 """tables: columns by any name, three delimiters, Parquet, and whatever is wrong is said with its line."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -55,6 +56,29 @@ def test_json_lines_are_a_table_too(tmp_path: Path) -> None:
     assert (found.classes.tolist(), found.val.labels.tolist()) == ([7, 8], [1])
 
 
+def test_a_key_that_the_first_line_of_json_lacks_is_a_column_too(tmp_path: Path) -> None:
+    lines = ['{"path": "a.jpg", "class": "pear"}', '{"path": "b.jpg", "class": "pear", "split": "test"}']
+    file = tmp_path / "all.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(Refused, match=r"the split of 'a\.jpg' is ''") as refused:
+        read(file)
+    assert refused.value.where.endswith("all.jsonl, line 1")
+    file.write_text("\n".join([lines[0].replace("}", ', "split": "train"}'), lines[1]]))
+    assert [images.ids.to_pylist() for images in read(file).splits] == [["a.jpg"], [], ["b.jpg"]]
+    file.write_text("\n".join([lines[0].replace("class", "what"), lines[0]]))
+    with pytest.raises(Refused, match=r"the class of 'a\.jpg' is blank"):
+        read(file)
+
+
+@pytest.mark.parametrize("key", ["path", "class", "split"])
+def test_a_list_where_json_should_say_a_text_is_refused_with_its_line(tmp_path: Path, key: str) -> None:
+    row = {"path": "a.jpg", "class": "pear", "split": "train"}
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, [row, row | {key: ["x"]}])))
+    with pytest.raises(Refused, match=rf'has \["x"\] under {key}') as refused:
+        read(tmp_path)
+    assert refused.value.where.endswith("all.jsonl, line 2")
+
+
 @pytest.mark.parametrize(
     ("line", "what"), [("[1]", "no JSON object"), ("{", "no JSON object"), ('{"file_name": "b"}', "blank")]
 )
@@ -88,6 +112,24 @@ def test_absolute_paths_lead_below_the_table_or_to_where_the_user_allows(tmp_pat
         read(table, Reading(links=shelf))
 
 
+@pytest.mark.parametrize("links", ["home/img", "real", "/", ""])
+def test_absolute_paths_may_lead_through_links(tmp_path: Path, links: str) -> None:
+    (tmp_path / "real" / "img").mkdir(parents=True)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "home").symlink_to(tmp_path / "real")
+    Image.effect_noise((32, 32), 20).save(tmp_path / "real" / "img" / "a.jpg")
+    table = tmp_path / ("lists" if links else "home") / "all.csv"  # "": the table is beside its pictures
+    table.write_text(f"path,class\n{tmp_path}/home/img/a.jpg,pear\n")
+    if links:
+        with pytest.raises(Refused, match=r"home/img/a\.jpg' is absolute") as refused:
+            read(table)
+        advised = refused.value.advice.partition("--links ")[2].partition(" ")[0]
+        assert len(read(table, Reading(links=Path(advised))).train) == 1
+    found = read(table, Reading(links=tmp_path / links if links else None)).train
+    assert found.path(0) == tmp_path / "real" / "img" / "a.jpg"
+    assert (found.paths[0].as_py() == "img/a.jpg") == (not links)
+
+
 def test_train_without_val_says_that_nothing_is_held_out(tmp_path: Path) -> None:
     table(tmp_path, "path,class\na.jpg,1\nb.jpg,2\n")
     assert ["no val" in note for note in read(tmp_path).notes] == [True]
@@ -100,6 +142,45 @@ def test_paths_count_from_the_folder_that_has_the_files(tmp_path: Path) -> None:
     assert found.train.paths.to_pylist() == ["pictures/a.jpg", "pictures/b.jpg"]
     assert found.train.ids.to_pylist() == ["a.jpg", "b.jpg"]
     assert any("pictures/" in note for note in found.notes)
+
+
+def test_a_row_with_more_cells_than_the_header_is_refused_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="has 3 cells, where the header has 2") as refused:
+        read(table(tmp_path, 'path,class\na.jpg,"salt\ncoarse"\nb.jpg,salt, fine\n'))
+    assert refused.value.where.endswith("train.csv, line 4")
+    assert "Quote" in refused.value.advice
+    assert read(table(tmp_path, "path,class\na.jpg,salt,\nb.jpg,sugar,\n")).names == ("salt", "sugar")
+
+
+@pytest.mark.parametrize("after", ["c.jpg,1\nd.jpg,1\n", 'c.jpg,"1"\n'])
+def test_a_quote_that_is_not_closed_is_named_where_it_begins(tmp_path: Path, after: str) -> None:
+    with pytest.raises(Refused, match="is not CSV") as refused:
+        read(table(tmp_path, f'path,class\na.jpg,1\nb.jpg,"1\n{after}'))
+    assert refused.value.where.endswith("train.csv, line 3")
+
+
+def test_a_path_as_find_writes_it_is_the_path_without_its_dots(tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    lines = "./img/a.jpg,1\nimg/./b.jpg,2\nimg/a.jpg,1\n./../c.jpg,1\n.,1\n"
+    (tmp_path / "train.csv").write_text(f"path,class\n{lines}")
+    found = read(tmp_path)
+    assert found.train.ids.to_pylist() == found.train.paths.to_pylist() == ["img/a.jpg", "img/b.jpg"]
+    assert [flaw.path for flaw in found.problems] == ["../c.jpg", ".", "img/a.jpg"]
+    found = read(table(tmp_path, "path,class\n./a.jpg,1\n./b.jpg,2\n", folder="img"))
+    assert (found.train.ids[0].as_py(), found.train.paths[0].as_py()) == ("a.jpg", "img/a.jpg")
+
+
+def test_blanks_after_commas_are_in_no_cell_but_in_a_name_that_has_them(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", " c.jpg", "c.jpg"):
+        (tmp_path / name).touch()
+    lines = f"pear, a.jpg, train\napple, ./b.jpg , val \npear, c.jpg, train\napple, {tmp_path}/c.jpg, train\n"
+    (tmp_path / "all.csv").write_text(f"class, path, split\n{lines}")
+    found = read(tmp_path)
+    assert [images.ids.to_pylist() for images in found.splits] == [["a.jpg", " c.jpg", "c.jpg"], ["b.jpg"], []]
+    assert found.names == ("apple", "pear")
+    (tmp_path / "all.csv").write_text("class, path\npear, /etc/passwd\n")
+    with pytest.raises(Refused, match="'/etc/passwd' is absolute"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("said", ["holdout", ""])

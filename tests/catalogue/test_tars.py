@@ -78,6 +78,17 @@ def test_a_tar_that_is_compressed_cut_short_or_none_is_refused(tmp_path: Path) -
         read(tmp_path)
 
 
+def test_a_tar_of_a_folder_as_dot_holds_the_same_pictures(tmp_path: Path) -> None:
+    members = tar(tmp_path / "plain" / "train.tar", samples(4))
+    tar(tmp_path / "dotted" / "train.tar", {f"./{name}": content for name, content in members.items()})
+    plain, dotted = (read(tmp_path / name).train for name in ("plain", "dotted"))
+    assert dotted.ids.to_pylist() == plain.ids.to_pylist()
+    assert [dotted.source(row) for row in range(4)] == [plain.source(row) for row in range(4)]
+    tar(tmp_path / "above" / "train.tar", {f"./../{name}": content for name, content in members.items()})
+    with pytest.raises(Refused, match="lead out"):
+        read(tmp_path / "above")
+
+
 @pytest.mark.parametrize("name", ["train-0.tar.gz", "train/0.tgz"])
 def test_a_packed_tar_is_refused_with_what_to_do(tmp_path: Path, name: str) -> None:
     tar(tmp_path / name, samples(2), "w:gz")

@@ -78,6 +78,17 @@ def test_data_check_of_a_plan_names_the_labels_that_its_ensemble_doubts(shop: Sh
     assert told["problem"] == f"its label {own} may be wrong: the ensemble is 80% sure of {other}"
 
 
+def test_data_check_of_a_plan_reads_the_table_that_the_plan_names(shop: Shop) -> None:
+    for number in range(8):
+        Image.effect_noise((32, 32), 20 + number).save(shop.folder / f"{number}.png")
+    rows = [f"{number}.png,{'ab'[number % 2]},x\n" for number in range(8)]
+    (shop.folder / "mine.csv").write_text("what,shows,label\n" + "".join(rows))
+    (shop.folder / "train.csv").write_text("path,class\n" + "".join(row.rpartition(",")[0] + "\n" for row in rows[:3]))
+    shop.write('path = "photos"', 'path = "mine.csv"\ncolumns = { path = "what", class = "shows" }\nval = 0.25')
+    told = answer("data", "check", shop.plan)
+    assert (told["train"], told["val"], told["classes"], told["problems"]) == (6, 2, 2, [])
+
+
 @pytest.mark.parametrize("odd", ["\x1b[31m", "\r", "\n", "\x9b", "\u202e"])
 def test_an_odd_name_of_a_picture_forges_no_line_and_such_a_class_is_refused(tmp_path: Path, odd: str) -> None:
     photos, shown = tmp_path / "photos", f"\\u{ord(odd[0]):04x}{odd[1:]}"
