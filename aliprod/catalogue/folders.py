@@ -65,7 +65,7 @@ def from_folders(root: Path, tops: Mapping[str, str], links: Path | None) -> Ite
         above, _, train_folder = deep[0].rpartition("/")
         advice = f"If {root / above} is the catalogue, name that. If {above} is a class, put its pictures into "
         raise Refused(f"has its splits below {above}: {deep[0]}.", root, f"{advice}{train_folder}/{above}.")
-    classes = Numbering.of(folder.way for folder in folders if folder.is_class)
+    classes = Numbering.of(folder.way for folder in folders if folder.is_class and any(map(_is_picture, folder.names)))
     train.words = classes.words
     yield _filled(train, folders, classes)
     for split in ("val", "test"):
@@ -78,16 +78,16 @@ def _filled(rows: Rows, folders: "Iterable[_Folder]", classes: Numbering) -> Row
     """The rows with the pictures of all folders; those of val and test need not be classes of train."""
     for folder in folders:
         class_id = classes.number(folder.way) if folder.is_class else None
-        if class_id is not None:
-            if not _add(rows, folder, class_id) and rows.split == "train":
+        if class_id is not None or (folder.is_class and rows.split == "train"):
+            if not _add(rows, folder, -1 if class_id is None else class_id) and rows.split == "train":
                 rows.note(folder.path, "holds no picture: the class is not made up")
         elif rows.split == "test":
             if folder.is_class:
-                rows.note(folder.path, "the class has no folder in train: its pictures are predicted, without a label")
+                rows.note(folder.path, "the class has no picture in train: its pictures are predicted, without a label")
             _add(rows, folder, -1)
         elif folder.is_class:
             hint = classes.hint(folder.way)
-            rows.note(folder.path, f"the class has no folder in train: left out. {hint}".rstrip(". "), skipped=True)
+            rows.note(folder.path, f"the class has no picture in train: left out. {hint}".rstrip(". "), skipped=True)
         elif not folder.way:
             for name in folder.names:
                 if name.lower().endswith((*PICTURE_SUFFIXES, *UNREAD_SUFFIXES)):
@@ -140,6 +140,10 @@ def _folders(rows: Rows, root: Path, top: str, links: Path | None) -> Iterator[_
         for name in unread:
             what = "lies in the folder of a class, which has pictures of its own: not read"
             rows.note(_joined(path, name), what, skipped=True)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES) and not name_fault(name)
 
 
 def _raise(error: OSError) -> None:

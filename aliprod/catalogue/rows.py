@@ -19,6 +19,7 @@ ADVICE = (
     "A catalogue has train.json and train/00000/ (AliProducts), or train/NAME/ or NAME/ (ImageFolder), or a table such "
     "as train.csv with the columns path and class, or tars (WebDataset); or `aliprod data prepare` wrote it."
 )
+_ANOTHER = "an earlier row gives it another class, which counts"
 _MOST_HINTS = 20  # of a table: the nearest of 50,000 names takes a moment
 
 Line = tuple[int, str, str]  # its number, path, class as it is written ("" unknown)
@@ -58,6 +59,16 @@ class Numbering:
     words: dict[int, str]
 
     @classmethod
+    def of_lines(cls, lines: Iterable[Line]) -> "Numbering":
+        """Of the lines of train that count: one that is refused makes up no class."""
+        first, found = dict[str, str](), set[str]()
+        for _, path, written in lines:
+            counts = written and first.setdefault(path, written) == written
+            if counts and written not in found and not path_fault(path.removeprefix("/")):
+                found.add(written)
+        return cls.of(found)
+
+    @classmethod
     def of(cls, written: Iterable[str]) -> "Numbering":
         names = sorted(set(written))
         numbers = {class_number(name) for name in names}
@@ -86,6 +97,8 @@ def of_lines(rows: Rows, lines: Iterable[Line], classes: Numbering, file: Path, 
         class_id = classes.number(written) if written or rows.split != "test" else -1
         absolute = path[:1] == "/"
         fault = path_fault(path[absolute:])
+        if not fault and class_id is None and written and rows.split == "train":
+            fault = _ANOTHER
         if not fault and class_id is None:
             if not written:
                 advice = "Write its class, or take the row out."
@@ -97,7 +110,7 @@ def of_lines(rows: Rows, lines: Iterable[Line], classes: Numbering, file: Path, 
                 rows.note(path, f"{line_of(file, line)} of {file.name}: {fault}: its label is left out")
                 fault, class_id = "", -1
         if not fault and class_of.setdefault(path, class_id or 0) != (class_id or 0):
-            fault = "an earlier row gives it another class, which counts"
+            fault = _ANOTHER
         if fault or class_id is None:
             rows.note(path or file.name, f"{line_of(file, line)} of {file.name}: {fault}", skipped=True)
         else:

@@ -95,8 +95,21 @@ def test_an_empty_class_is_named_and_not_made_up(tmp_path: Path) -> None:
     (tmp_path / "train/b").mkdir()
     found = read(tmp_path)
     assert found.names == ("a", "c")
-    assert found.classes.tolist() == [0, 2], "as it was before empty folders were named"
+    assert found.classes.tolist() == [0, 1], "as if the empty folder were not there"
     assert "no picture" in said(found)["train/b"]
+
+
+@pytest.mark.parametrize("names", [("1", "2", "10"), ("a", "b", "c")])
+def test_a_folder_without_a_picture_that_is_read_changes_no_class_id(tmp_path: Path, names: tuple[str, ...]) -> None:
+    files(tmp_path, *(f"{split}/{name}/{split}.jpg" for name in names for split in ("train", "val")))
+    before = read(tmp_path)
+    for name in ("__MACOSX", "0", "02"):
+        (tmp_path / "train" / name).mkdir()
+    files(tmp_path, "train/aa/notes.txt", "train/bb/\x07.jpg", "val/aa/1.jpg")
+    found = read(tmp_path)
+    assert (found.classes.tolist(), found.fingerprint) == (before.classes.tolist(), before.fingerprint)
+    assert {"train/__MACOSX", "train/0", "train/02", "train/aa", "train/bb", "val/aa"} < set(said(found))
+    assert said(found)["val/aa"].startswith("the class has no picture in train: left out")
 
 
 @pytest.mark.parametrize("path", ["photos/train", "apple/train"])
