@@ -12,6 +12,7 @@ from typing import NamedTuple
 from aliprod.catalogue.annotations import PICTURE_SUFFIXES, UNREAD, UNREAD_SUFFIXES, name_fault
 from aliprod.catalogue.rows import Numbering, Rows
 from aliprod.errors import Refused
+from aliprod.store import lease
 
 _SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val"}
 _SPLITS |= {"test": "test", "testing": "test"}
@@ -121,10 +122,14 @@ class _Folder(NamedTuple):
 
 
 def _folders(rows: Rows, root: Path, top: str, links: Path | None) -> Iterator[_Folder]:
-    """All folders below a split's, itself first, in the order of their names. What is not read is named."""
+    """All folders below a split's, itself first, in the order of their names. What is not read is named, but for a
+    storage folder: nothing in it is the user's."""
     goals = set[str]()  # of links
     for folder, below, files in os.walk(root / top, onerror=_raise, followlinks=True):
         path, way = (os.path.relpath(folder, start).removeprefix(".") for start in (root, root / top))
+        if way and lease.FOLDER in below:
+            below.clear()
+            continue
         inner = []
         for name in sorted(name for name in below if name[0] != "."):
             fault = name_fault(name) or _link_fault(os.path.join(folder, name), (root, links), goals)  # noqa: PTH118

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from aliprod.build.preflight import check_storage
 from aliprod.catalogue.annotations import UNREAD
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import Unreadable
@@ -110,6 +112,20 @@ def test_a_folder_without_a_picture_that_is_read_changes_no_class_id(tmp_path: P
     assert (found.classes.tolist(), found.fingerprint) == (before.classes.tolist(), before.fingerprint)
     assert {"train/__MACOSX", "train/0", "train/02", "train/aa", "train/bb", "val/aa"} < set(said(found))
     assert said(found)["val/aa"].startswith("the class has no picture in train: left out")
+
+
+def test_a_storage_folder_in_a_catalogue_is_no_part_of_it(tmp_path: Path) -> None:
+    for label in ("apple", "pear"):
+        (tmp_path / label).mkdir()
+        for number in range(3):
+            Image.effect_noise((64, 64), 20 + number).save(tmp_path / label / f"{number}.png")
+    reading = Reading(kept=tmp_path / "runs" / "held-out")
+    check_storage(tmp_path / "runs")
+    first = read(tmp_path, reading)
+    files(tmp_path, "runs/jobs/net/train/weights/w.bin", "runs/mlartifacts/1/error.png", "runs/tiny/report/1.png")
+    found = read(tmp_path, reading)
+    assert (found.names, first.problems, found.problems) == (("apple", "pear"), (), ())
+    assert found.fingerprint == first.fingerprint
 
 
 @pytest.mark.parametrize("path", ["photos/train", "apple/train"])
