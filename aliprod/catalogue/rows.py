@@ -174,6 +174,9 @@ def _images(rows: Rows, classes: Integers, root: Path) -> Images:
     names = ids.take(kept)
     qualified = pc.binary_join_element_wise(pa.array(class_ids[kept]).cast(pa.string()), names, "/")
     unique = pc.if_else(pa.array(shared), qualified, names)
+    codes = np.asarray(unique.dictionary_encode().indices)
+    clash = (np.bincount(codes)[codes] > 1) & ~shared  # a folder that is no class of train, named as a class id is
+    unique = pc.if_else(pa.array(clash), pc.binary_join_element_wise(".", names, "/"), unique)
     paths = pa.array(rows.paths, pa.string()).take(kept)
     places = None if rows.tars is None else np.array(rows.places, np.int64)[kept]
     return Images(rows.split, unique, labels[kept], paths, root, rows.tars, places)

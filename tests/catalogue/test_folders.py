@@ -49,6 +49,20 @@ def test_a_test_in_class_folders_is_labelled_and_loses_no_picture(tmp_path: Path
     assert list(said(found)) == ["test/c"]
 
 
+@pytest.mark.parametrize("classes", [("apple", "pear"), ("5", "6")])
+def test_no_two_pictures_of_a_split_have_one_id(tmp_path: Path, classes: tuple[str, str]) -> None:
+    known = [f"test/{name}/1.jpg" for name in classes]
+    odd = ["test/1.jpg", *(f"test/{name}/1.jpg" for name in ("0", "1", "5", "6", "-1", "-1/0", "plum"))]
+    files(tmp_path, *(f"train/{name}/1.jpg" for name in classes), *known)
+    before = read(tmp_path)
+    files(tmp_path, *odd)
+    found = read(tmp_path)
+    ids = dict(zip(found.test.paths.to_pylist(), found.test.ids.to_pylist(), strict=True))
+    assert len(set(ids.values())) == len(ids) == len({*known, *odd}) - 1, "-1/0 lies below pictures of -1"
+    assert [ids[path] for path in known] == before.test.ids.to_pylist()
+    assert ids["test/plum/1.jpg"] == "plum/1.jpg"
+
+
 def test_a_class_is_the_way_below_its_split(tmp_path: Path) -> None:
     found = read(
         files(tmp_path, "train/fruit/apple/1.jpg", "train/fruit/notes.txt", "train/nut/1.jpg", "val/nut/2.jpg")
