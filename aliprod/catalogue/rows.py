@@ -159,13 +159,16 @@ def _images(rows: Rows, classes: Integers, root: Path) -> Images:
     codes = np.asarray(ids.dictionary_encode().indices).astype(np.int64)  # equal ids, equal codes
     listed, dense = np.unique(class_ids, return_inverse=True)
     once = np.zeros(len(ids), bool)
-    once[np.unique(codes * len(listed) + dense, return_index=True)[1]] = True
+    _, first, pair = np.unique(codes * len(listed) + dense, return_index=True, return_inverse=True)
+    once[first] = True
     labels = _labels(class_ids, classes)
     known = (labels >= 0) | (class_ids < 0)
     kept = np.flatnonzero(once & (known | (rows.split == "test")))
     shared = np.bincount(codes[kept])[codes[kept]] > 1
     for row in np.flatnonzero(~once):
-        rows.note(rows.paths[row], "is listed more than once: it counts once")
+        path, other = rows.paths[row], rows.paths[first[pair[row]]]
+        said = f"has the name and the class of {other}, which counts: not used. Rename it"
+        rows.note(path, "is listed more than once: it counts once" if path == other else said, skipped=path != other)
     for row in np.flatnonzero(once & ~known):
         what = "its label is" if rows.split == "test" else ""
         rows.note(rows.paths[row], f"class {class_ids[row]} has no training image: {what} left out", skipped=not what)

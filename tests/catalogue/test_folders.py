@@ -63,6 +63,14 @@ def test_no_two_pictures_of_a_split_have_one_id(tmp_path: Path, classes: tuple[s
     assert ids["test/plum/1.jpg"] == "plum/1.jpg"
 
 
+def test_two_pictures_of_one_name_in_two_folders_of_a_class_are_not_called_one(tmp_path: Path) -> None:
+    found = read(files(tmp_path, "train/1/1.jpg", "train/2/1.jpg", "val/01/5.jpg", "val/01/6.jpg", "val/1/5.jpg"))
+    assert found.val.paths.to_pylist() == ["val/01/5.jpg", "val/01/6.jpg"]
+    assert list(said(found)) == ["val/1/5.jpg"]
+    assert said(found)["val/1/5.jpg"].startswith("has the name and the class of val/01/5.jpg, which counts: not used")
+    assert [flaw.skipped for flaw in found.problems] == [True]
+
+
 def test_a_class_is_the_way_below_its_split(tmp_path: Path) -> None:
     found = read(
         files(tmp_path, "train/fruit/apple/1.jpg", "train/fruit/notes.txt", "train/nut/1.jpg", "val/nut/2.jpg")
