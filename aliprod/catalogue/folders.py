@@ -89,10 +89,11 @@ def _filled(rows: Rows, folders: "Iterable[_Folder]", classes: Numbering) -> Row
         elif folder.is_class:
             hint = classes.hint(folder.way)
             rows.note(folder.path, f"the class has no picture in train: left out. {hint}".rstrip(". "), skipped=True)
-        elif not folder.way:
+        else:
+            what = UNREAD if folder.way else "lies in no folder of a class: not used"
             for name in folder.names:
                 if name.lower().endswith((*PICTURE_SUFFIXES, *UNREAD_SUFFIXES)):
-                    rows.note(_joined(folder.path, name), "lies in no folder of a class: not used", skipped=True)
+                    rows.note(_joined(folder.path, name), what, skipped=True)
     return rows
 
 

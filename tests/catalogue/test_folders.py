@@ -176,6 +176,14 @@ def test_photographs_of_telephones_are_named_with_what_to_do(tmp_path: Path) -> 
     assert said(found) == dict.fromkeys(["train/a/2.HEIC", "train/a/3.avif"], UNREAD)
 
 
+def test_photographs_of_telephones_above_the_folders_of_classes_are_named(tmp_path: Path) -> None:
+    whole = files(tmp_path, "train/fruit/apple/1.jpg", "train/fruit/notes.txt", "val/fruit/apple/2.jpg")
+    heic = ["train/fruit/I.heic", "val/fruit/I.HEIC"]
+    found = read(files(whole, *heic))
+    assert said(found) == dict.fromkeys(heic, UNREAD)
+    assert all(flaw.skipped for flaw in found.problems)
+
+
 @pytest.mark.parametrize(
     ("path", "what"),
     [("photos.zip", "is a zip"), ("list.xlsx", "is a spreadsheet"), ("val/a/1.jpg", "has val/, but no train/")],
