@@ -170,8 +170,8 @@ def _images(rows: Rows, classes: Integers, root: Path) -> Images:
         said = f"has the name and the class of {other}, which counts: not used. Rename it"
         rows.note(path, "is listed more than once: it counts once" if path == other else said, skipped=path != other)
     for row in np.flatnonzero(once & ~known):
-        what = "its label is" if rows.split == "test" else ""
-        rows.note(rows.paths[row], f"class {class_ids[row]} has no training image: {what} left out", skipped=not what)
+        what = "its label is " if rows.split == "test" else ""
+        rows.note(rows.paths[row], f"class {class_ids[row]} has no training image: {what}left out", skipped=not what)
     for row in kept[shared] if rows.ids_are_unique else ():
         rows.note(rows.paths[row], f"its id occurs under several classes: kept as {class_ids[row]}/{rows.ids[row]}")
     names = ids.take(kept)
