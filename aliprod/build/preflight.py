@@ -16,7 +16,7 @@ from aliprod.plan.open import Opened, Request, open_plan
 from aliprod.plan.places import catalogue_path
 from aliprod.plan.schema import Plan
 from aliprod.recipe.options import needs
-from aliprod.store import commit, lineage, mirror
+from aliprod.store import commit, lease, lineage, mirror
 from aliprod.store.layout import cache, key_of
 
 _TRIED = 24  # pictures, before a training
@@ -76,10 +76,11 @@ def check_labellers(opened: Opened) -> None:
 
 
 def check_storage(storage: Path) -> None:
-    """Write a file and take it away again. Unreachable: that failed."""
+    """Write a file and take it away again: the folder of leases stays, by which a catalogue around the storage path
+    knows it. Unreachable: that failed."""
     try:
-        commit.write_file(storage / ".writable", "")
-        commit.remove(storage / ".writable")
+        commit.write_file(storage / lease.FOLDER / ".writable", "")
+        commit.remove(storage / lease.FOLDER / ".writable")
     except (StorageFull, OSError) as error:
         what = error.what if isinstance(error, StorageFull) else str(error)
         advice = "Give --storage a folder that you may write, with room."

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from aliprod.catalogue.annotations import PICTURE_SUFFIXES, UNREAD, UNREAD_SUFFIXES, name_fault
 from aliprod.catalogue.rows import Numbering, Rows
 from aliprod.errors import Refused
+from aliprod.store import lease
 
 _SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val"}
 _SPLITS |= {"test": "test", "testing": "test"}
@@ -65,7 +66,7 @@ def from_folders(root: Path, tops: Mapping[str, str], links: Path | None) -> Ite
         above, _, train_folder = deep[0].rpartition("/")
         advice = f"If {root / above} is the catalogue, name that. If {above} is a class, put its pictures into "
         raise Refused(f"has its splits below {above}: {deep[0]}.", root, f"{advice}{train_folder}/{above}.")
-    classes = Numbering.of(folder.way for folder in folders if folder.is_class)
+    classes = Numbering.of(folder.way for folder in folders if folder.is_class and any(map(_is_picture, folder.names)))
     train.words = classes.words
     yield _filled(train, folders, classes)
     for split in ("val", "test"):
@@ -78,20 +79,21 @@ def _filled(rows: Rows, folders: "Iterable[_Folder]", classes: Numbering) -> Row
     """The rows with the pictures of all folders; those of val and test need not be classes of train."""
     for folder in folders:
         class_id = classes.number(folder.way) if folder.is_class else None
-        if class_id is not None:
-            if not _add(rows, folder, class_id) and rows.split == "train":
+        if class_id is not None or (folder.is_class and rows.split == "train"):
+            if not _add(rows, folder, -1 if class_id is None else class_id) and rows.split == "train":
                 rows.note(folder.path, "holds no picture: the class is not made up")
         elif rows.split == "test":
             if folder.is_class:
-                rows.note(folder.path, "the class has no folder in train: its pictures are predicted, without a label")
+                rows.note(folder.path, "the class has no picture in train: its pictures are predicted, without a label")
             _add(rows, folder, -1)
         elif folder.is_class:
             hint = classes.hint(folder.way)
-            rows.note(folder.path, f"the class has no folder in train: left out. {hint}".rstrip(". "), skipped=True)
-        elif not folder.way:
+            rows.note(folder.path, f"the class has no picture in train: left out. {hint}".rstrip(". "), skipped=True)
+        else:
+            what = UNREAD if folder.way else "lies in no folder of a class: not used"
             for name in folder.names:
                 if name.lower().endswith((*PICTURE_SUFFIXES, *UNREAD_SUFFIXES)):
-                    rows.note(_joined(folder.path, name), "lies in no folder of a class: not used", skipped=True)
+                    rows.note(_joined(folder.path, name), what, skipped=True)
     return rows
 
 
@@ -121,10 +123,14 @@ class _Folder(NamedTuple):
 
 
 def _folders(rows: Rows, root: Path, top: str, links: Path | None) -> Iterator[_Folder]:
-    """All folders below a split's, itself first, in the order of their names. What is not read is named."""
+    """All folders below a split's, itself first, in the order of their names. What is not read is named, but for a
+    storage folder: nothing in it is the user's."""
     goals = set[str]()  # of links
     for folder, below, files in os.walk(root / top, onerror=_raise, followlinks=True):
         path, way = (os.path.relpath(folder, start).removeprefix(".") for start in (root, root / top))
+        if way and lease.FOLDER in below:
+            below.clear()
+            continue
         inner = []
         for name in sorted(name for name in below if name[0] != "."):
             fault = name_fault(name) or _link_fault(os.path.join(folder, name), (root, links), goals)  # noqa: PTH118
@@ -140,6 +146,10 @@ def _folders(rows: Rows, root: Path, top: str, links: Path | None) -> Iterator[_
         for name in unread:
             what = "lies in the folder of a class, which has pictures of its own: not read"
             rows.note(_joined(path, name), what, skipped=True)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES) and not name_fault(name)
 
 
 def _raise(error: OSError) -> None:

@@ -30,13 +30,15 @@ def hold_out(catalogue: Catalogue, share: float, seed: int, kept: Path) -> Catal
     key = key_of({"version": 1, "images": _listing(train), "share": share, "seed": seed})
     folder = kept / key
     if commit.read(folder) is None:
-        rows = chosen(_groups(train), train.labels, [seed_of(seed, name) for name in train.ids.to_pylist()], share)
+        readable, groups = _groups(train)  # what is not stays in train, where it is named, and counts for no share
+        order = [seed_of(seed, name) for name in train.ids.take(readable).to_pylist()]
+        rows = readable[chosen(groups, train.labels[readable], order, share)]
         commit.write(folder, lambda staging: np.save(staging / "val.npy", rows))
     held = np.load(folder / "val.npy")
     left = np.setdiff1d(np.arange(len(train)), held)
     note = f"there is no val: {len(held):,} of {len(train):,} images are held out as val, {share:.0%} of each class."
     if not len(held):
-        note = "there is no val, and nothing to hold out: no class has two pictures that differ."
+        note = "there is no val, and nothing to hold out: no class has two pictures that can be read and differ."
     val = replace(train.take(held), split="val")
     prepared = catalogue.prepared and key_of([catalogue.prepared, key])
     return replace(catalogue, train=train.take(left), val=val, notes=(*catalogue.notes, note), prepared=prepared)
@@ -64,8 +66,8 @@ def chosen(groups: Integers, labels: Integers, order: list[int], share: float) -
     return np.flatnonzero(held[group])
 
 
-def _groups(images: Images) -> Integers:
-    """(N,) the lowest row of each one's copies; what cannot be read is alone."""
+def _groups(images: Images) -> tuple[Integers, Integers]:
+    """The rows of what can be read, and for each a number that its copies share."""
 
     def grey(row: int) -> np.ndarray | None:
         try:
@@ -75,10 +77,8 @@ def _groups(images: Images) -> Integers:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as readers:
         greys = {row: seen for row, seen in enumerate(readers.map(grey, range(len(images)))) if seen is not None}
-    found, rows = np.arange(len(images)), np.array(list(greys), np.int64)
-    if greys:
-        found[rows] = rows[alike.groups(alike.dct_bits(np.stack(list(greys.values()))), _ALIKE)]
-    return found
+    rows = np.array(list(greys), np.int64)
+    return rows, alike.groups(alike.dct_bits(np.stack(list(greys.values()))), _ALIKE) if greys else rows
 
 
 def _listing(images: Images) -> str:

@@ -19,6 +19,7 @@ ADVICE = (
     "A catalogue has train.json and train/00000/ (AliProducts), or train/NAME/ or NAME/ (ImageFolder), or a table such "
     "as train.csv with the columns path and class, or tars (WebDataset); or `aliprod data prepare` wrote it."
 )
+_ANOTHER = "an earlier row gives it another class, which counts"
 _MOST_HINTS = 20  # of a table: the nearest of 50,000 names takes a moment
 
 Line = tuple[int, str, str]  # its number, path, class as it is written ("" unknown)
@@ -58,6 +59,16 @@ class Numbering:
     words: dict[int, str]
 
     @classmethod
+    def of_lines(cls, lines: Iterable[Line]) -> "Numbering":
+        """Of the lines of train that count: one that is refused makes up no class."""
+        first, found = dict[str, str](), set[str]()
+        for _, path, written in lines:
+            counts = written and first.setdefault(path, written) == written
+            if counts and written not in found and not path_fault(path.removeprefix("/")):
+                found.add(written)
+        return cls.of(found)
+
+    @classmethod
     def of(cls, written: Iterable[str]) -> "Numbering":
         names = sorted(set(written))
         numbers = {class_number(name) for name in names}
@@ -86,6 +97,8 @@ def of_lines(rows: Rows, lines: Iterable[Line], classes: Numbering, file: Path, 
         class_id = classes.number(written) if written or rows.split != "test" else -1
         absolute = path[:1] == "/"
         fault = path_fault(path[absolute:])
+        if not fault and class_id is None and written and rows.split == "train":
+            fault = _ANOTHER
         if not fault and class_id is None:
             if not written:
                 advice = "Write its class, or take the row out."
@@ -97,7 +110,7 @@ def of_lines(rows: Rows, lines: Iterable[Line], classes: Numbering, file: Path, 
                 rows.note(path, f"{line_of(file, line)} of {file.name}: {fault}: its label is left out")
                 fault, class_id = "", -1
         if not fault and class_of.setdefault(path, class_id or 0) != (class_id or 0):
-            fault = "an earlier row gives it another class, which counts"
+            fault = _ANOTHER
         if fault or class_id is None:
             rows.note(path or file.name, f"{line_of(file, line)} of {file.name}: {fault}", skipped=True)
         else:
@@ -146,21 +159,27 @@ def _images(rows: Rows, classes: Integers, root: Path) -> Images:
     codes = np.asarray(ids.dictionary_encode().indices).astype(np.int64)  # equal ids, equal codes
     listed, dense = np.unique(class_ids, return_inverse=True)
     once = np.zeros(len(ids), bool)
-    once[np.unique(codes * len(listed) + dense, return_index=True)[1]] = True
+    _, first, pair = np.unique(codes * len(listed) + dense, return_index=True, return_inverse=True)
+    once[first] = True
     labels = _labels(class_ids, classes)
     known = (labels >= 0) | (class_ids < 0)
     kept = np.flatnonzero(once & (known | (rows.split == "test")))
     shared = np.bincount(codes[kept])[codes[kept]] > 1
     for row in np.flatnonzero(~once):
-        rows.note(rows.paths[row], "is listed more than once: it counts once")
+        path, other = rows.paths[row], rows.paths[first[pair[row]]]
+        said = f"has the name and the class of {other}, which counts: not used. Rename it"
+        rows.note(path, "is listed more than once: it counts once" if path == other else said, skipped=path != other)
     for row in np.flatnonzero(once & ~known):
-        what = "its label is" if rows.split == "test" else ""
-        rows.note(rows.paths[row], f"class {class_ids[row]} has no training image: {what} left out", skipped=not what)
+        what = "its label is " if rows.split == "test" else ""
+        rows.note(rows.paths[row], f"class {class_ids[row]} has no training image: {what}left out", skipped=not what)
     for row in kept[shared] if rows.ids_are_unique else ():
         rows.note(rows.paths[row], f"its id occurs under several classes: kept as {class_ids[row]}/{rows.ids[row]}")
     names = ids.take(kept)
     qualified = pc.binary_join_element_wise(pa.array(class_ids[kept]).cast(pa.string()), names, "/")
     unique = pc.if_else(pa.array(shared), qualified, names)
+    codes = np.asarray(unique.dictionary_encode().indices)
+    clash = (np.bincount(codes)[codes] > 1) & ~shared  # a folder that is no class of train, named as a class id is
+    unique = pc.if_else(pa.array(clash), pc.binary_join_element_wise(".", names, "/"), unique)
     paths = pa.array(rows.paths, pa.string()).take(kept)
     places = None if rows.tars is None else np.array(rows.places, np.int64)[kept]
     return Images(rows.split, unique, labels[kept], paths, root, rows.tars, places)

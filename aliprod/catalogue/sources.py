@@ -210,7 +210,7 @@ def _from_tars(root: Path, names: list[str]) -> Iterator[Rows]:
     for number, (tar, member) in enumerate(found, 1):
         path = f"{names[tar]}/{member.name}"
         lines.setdefault(_split_of_tar(names[tar]) or "train", []).append((number, path, member.written))
-    classes = Numbering.of({written for _, _, written in lines["train"] if written})
+    classes = Numbering.of_lines(lines["train"])
     for split, of_split in lines.items():
         rows = of_lines(Rows(split, classes.words, tars=tars), of_split, classes, root)
         rows.places = [place_of[path] for path in rows.paths]

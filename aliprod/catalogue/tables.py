@@ -42,7 +42,7 @@ def from_tables(
     notes: list[str] = []
     for split, table in tables.items():
         lines |= _below(table, _lines(table, split, len(tables) == 1, columns, notes), links)
-    classes = Numbering.of({written for _, _, written in lines.get("train", ()) if written})
+    classes = Numbering.of_lines(lines.get("train", ()))
     for split in ("train", "val", "test"):
         if split in lines:
             table = tables[split] if split in tables else tables["train"]

@@ -22,6 +22,7 @@ from aliprod.catalogue.sources import PLAIN, Reading, read
 from aliprod.errors import listing
 from aliprod.processes import ordered_map
 from aliprod.shown import escaped
+from aliprod.store import lease
 
 _CHUNK = 64  # images that a process is handed at once
 _GROUPS = MappingProxyType({"LIO": 4})  # images of one class that stand side by side in a batch: one and its positives
@@ -177,7 +178,10 @@ def not_listed(catalogue: Catalogue) -> Iterator[Flaw]:
 
 def _pictures(root: Path, top: str) -> Iterator[str]:
     if (root / top).resolve().is_relative_to(root):
-        for folder, _, names in os.walk(root / top):  # follows no links
+        for folder, below, names in os.walk(root / top):  # follows no links
+            if lease.FOLDER in below:  # a storage folder
+                below.clear()
+                continue
             relative = Path(folder).relative_to(root).as_posix()
             yield from sorted(
                 f"{relative}/{name}" for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from aliprod.build.preflight import check_storage
 from aliprod.catalogue.annotations import UNREAD
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import Unreadable
@@ -45,6 +47,28 @@ def test_a_test_in_class_folders_is_labelled_and_loses_no_picture(tmp_path: Path
     )
     assert (found.test.labels == -1).all()
     assert list(said(found)) == ["test/c"]
+
+
+@pytest.mark.parametrize("classes", [("apple", "pear"), ("5", "6")])
+def test_no_two_pictures_of_a_split_have_one_id(tmp_path: Path, classes: tuple[str, str]) -> None:
+    known = [f"test/{name}/1.jpg" for name in classes]
+    odd = ["test/1.jpg", *(f"test/{name}/1.jpg" for name in ("0", "1", "5", "6", "-1", "-1/0", "plum"))]
+    files(tmp_path, *(f"train/{name}/1.jpg" for name in classes), *known)
+    before = read(tmp_path)
+    files(tmp_path, *odd)
+    found = read(tmp_path)
+    ids = dict(zip(found.test.paths.to_pylist(), found.test.ids.to_pylist(), strict=True))
+    assert len(set(ids.values())) == len(ids) == len({*known, *odd}) - 1, "-1/0 lies below pictures of -1"
+    assert [ids[path] for path in known] == before.test.ids.to_pylist()
+    assert ids["test/plum/1.jpg"] == "plum/1.jpg"
+
+
+def test_two_pictures_of_one_name_in_two_folders_of_a_class_are_not_called_one(tmp_path: Path) -> None:
+    found = read(files(tmp_path, "train/1/1.jpg", "train/2/1.jpg", "val/01/5.jpg", "val/01/6.jpg", "val/1/5.jpg"))
+    assert found.val.paths.to_pylist() == ["val/01/5.jpg", "val/01/6.jpg"]
+    assert list(said(found)) == ["val/1/5.jpg"]
+    assert said(found)["val/1/5.jpg"].startswith("has the name and the class of val/01/5.jpg, which counts: not used")
+    assert [flaw.skipped for flaw in found.problems] == [True]
 
 
 def test_a_class_is_the_way_below_its_split(tmp_path: Path) -> None:
@@ -95,8 +119,35 @@ def test_an_empty_class_is_named_and_not_made_up(tmp_path: Path) -> None:
     (tmp_path / "train/b").mkdir()
     found = read(tmp_path)
     assert found.names == ("a", "c")
-    assert found.classes.tolist() == [0, 2], "as it was before empty folders were named"
+    assert found.classes.tolist() == [0, 1], "as if the empty folder were not there"
     assert "no picture" in said(found)["train/b"]
+
+
+@pytest.mark.parametrize("names", [("1", "2", "10"), ("a", "b", "c")])
+def test_a_folder_without_a_picture_that_is_read_changes_no_class_id(tmp_path: Path, names: tuple[str, ...]) -> None:
+    files(tmp_path, *(f"{split}/{name}/{split}.jpg" for name in names for split in ("train", "val")))
+    before = read(tmp_path)
+    for name in ("__MACOSX", "0", "02"):
+        (tmp_path / "train" / name).mkdir()
+    files(tmp_path, "train/aa/notes.txt", "train/bb/\x07.jpg", "val/aa/1.jpg")
+    found = read(tmp_path)
+    assert (found.classes.tolist(), found.fingerprint) == (before.classes.tolist(), before.fingerprint)
+    assert {"train/__MACOSX", "train/0", "train/02", "train/aa", "train/bb", "val/aa"} < set(said(found))
+    assert said(found)["val/aa"].startswith("the class has no picture in train: left out")
+
+
+def test_a_storage_folder_in_a_catalogue_is_no_part_of_it(tmp_path: Path) -> None:
+    for label in ("apple", "pear"):
+        (tmp_path / label).mkdir()
+        for number in range(3):
+            Image.effect_noise((64, 64), 20 + number).save(tmp_path / label / f"{number}.png")
+    reading = Reading(kept=tmp_path / "runs" / "held-out")
+    check_storage(tmp_path / "runs")
+    first = read(tmp_path, reading)
+    files(tmp_path, "runs/jobs/net/train/weights/w.bin", "runs/mlartifacts/1/error.png", "runs/tiny/report/1.png")
+    found = read(tmp_path, reading)
+    assert (found.names, first.problems, found.problems) == (("apple", "pear"), (), ())
+    assert found.fingerprint == first.fingerprint
 
 
 @pytest.mark.parametrize("path", ["photos/train", "apple/train"])
@@ -123,6 +174,14 @@ def test_pictures_and_spreadsheets_beside_the_splits_are_named(tmp_path: Path) -
 def test_photographs_of_telephones_are_named_with_what_to_do(tmp_path: Path) -> None:
     found = read(files(tmp_path, "train/a/1.jpg", "train/a/2.HEIC", "train/a/3.avif"))
     assert said(found) == dict.fromkeys(["train/a/2.HEIC", "train/a/3.avif"], UNREAD)
+
+
+def test_photographs_of_telephones_above_the_folders_of_classes_are_named(tmp_path: Path) -> None:
+    whole = files(tmp_path, "train/fruit/apple/1.jpg", "train/fruit/notes.txt", "val/fruit/apple/2.jpg")
+    heic = ["train/fruit/I.heic", "val/fruit/I.HEIC"]
+    found = read(files(whole, *heic))
+    assert said(found) == dict.fromkeys(heic, UNREAD)
+    assert all(flaw.skipped for flaw in found.problems)
 
 
 @pytest.mark.parametrize(

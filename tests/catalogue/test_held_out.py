@@ -58,6 +58,25 @@ def test_a_seed_is_a_split_and_a_new_picture_moves_no_old_one(photos: Path) -> N
     assert len(first - val(0)) <= 1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_cannot_be_read_is_not_held_out_in_place_of_what_can(photos: Path, seed: int) -> None:
+    reading = Reading(val=0.2, seed=seed, kept=photos.parent / "kept")
+    whole = {path for path in read(photos, reading).val.paths.to_pylist() if path < "b"}
+    for label in "acd":
+        (photos / label).mkdir(exist_ok=True)
+        (photos / label / "broken.png").touch()
+    (photos / "d" / "empty.png").touch()
+    Image.effect_noise((64, 64), 99).save(photos / "c" / "0.png")
+    for number in range(6):
+        (photos / "b" / f"{number}.png").write_bytes(b"")
+    found = read(photos, reading)
+    val, train = set(found.val.paths.to_pylist()), set(found.train.paths.to_pylist())
+    assert {path for path in val if path < "b"} == whole
+    assert len([path for path in val if path > "b"]) == 1, "of the four in b that are left"
+    assert not any((photos / path).stat().st_size == 0 for path in val)
+    assert "c/0.png" in train
+
+
 def test_only_what_is_said_is_held_out_of_a_catalogue_with_splits(photos: Path) -> None:
     (photos / "b").rename(photos.parent / "b")
     (photos / "train").mkdir()

@@ -172,6 +172,7 @@ def test_validation_images_of_an_untrained_class_are_named_and_left_out(tmp_path
     catalogue = train_of(tmp_path, {"image_id": "a.jpg", "class_id": 1})
     assert catalogue.val.ids.to_pylist() == ["w.jpg"]
     assert [(problem.path, "77" in problem.problem) for problem in catalogue.problems] == [("val/00077/v.jpg", True)]
+    assert catalogue.problems[0].problem == "class 77 has no training image: left out"
 
 
 def test_a_row_that_is_left_out_does_not_rename_the_one_that_stays(tmp_path: Path) -> None:

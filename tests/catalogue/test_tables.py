@@ -207,6 +207,17 @@ def test_test_rows_keep_their_place_whatever_their_class(tmp_path: Path) -> None
     assert [flaw.path for flaw in found.problems] == ["c.jpg"]
 
 
+@pytest.mark.parametrize("refused", ["../x.jpg,unknown", "a.jpg,unknown", "a.jpg,01", "x//y.jpg,01"])
+def test_a_row_that_is_refused_changes_no_class_id(tmp_path: Path, refused: str) -> None:
+    text = "path,class\na.jpg,1\nb.jpg,2\nc.jpg,10\n"
+    before = read(table(tmp_path, text))
+    (tmp_path / "train.csv").write_text(f"{text}{refused}\n")
+    found = read(tmp_path)
+    assert (found.classes.tolist(), found.fingerprint) == ([1, 2, 10], before.fingerprint)
+    assert len(found.problems) == 1
+    assert "not in train" not in found.problems[0].problem
+
+
 def test_a_class_that_looks_like_one_of_train_is_asked_about(tmp_path: Path) -> None:
     table(tmp_path, "path,class\na.jpg,0\nb.jpg,10\n")
     found = read(table(tmp_path, "path,class\nc.jpg,0.0\nd.jpg,10.00\ne.jpg,10\n", "val.csv"))

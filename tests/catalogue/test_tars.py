@@ -52,6 +52,13 @@ def test_pictures_labels_and_splits_are_those_of_the_members(tmp_path: Path, kin
     assert check(tmp_path, 1).readable == 6
 
 
+def test_a_member_that_is_refused_changes_no_class_id(tmp_path: Path) -> None:
+    tar(tmp_path / "train.tar", samples(4) | {"x\x07.jpg": picture(9), "x\x07.cls": b"unknown"})
+    found = read(tmp_path)
+    assert (found.classes.tolist(), found.names) == ([0, 1], ("", ""))
+    assert [flaw.skipped for flaw in found.problems] == [True]
+
+
 def test_tars_without_a_split_give_some_of_each_class_to_val_and_can_be_prepared(tmp_path: Path) -> None:
     tar(tmp_path / "tars" / "000.tar", samples(20))
     reading = Reading(val=0.2, kept=tmp_path / "held-out")

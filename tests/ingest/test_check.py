@@ -139,6 +139,16 @@ def test_the_kind_of_a_twin_is_told_apart(tmp_path: Path) -> None:
     }
 
 
+def test_pictures_of_a_storage_folder_are_not_missed_in_the_list(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "runs/mlartifacts/1/error.png", "old/c.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((64, 64), 20 + len(name)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "runs" / ".leases").mkdir()
+    (tmp_path / "train.csv").write_text("path,class\nphotos/a.png,a\nphotos/b.png,b\n")
+    said = [flaw.problem for flaw in check(tmp_path, 1).problems if "not listed" in flaw.problem]
+    assert said == ["1 picture is not listed and not used: photos/old/c.png"]
+
+
 def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path: Path) -> None:
     picture(tmp_path / "train/1/a.png", "red")
     (tmp_path / "train/2").mkdir()
