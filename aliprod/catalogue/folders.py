@@ -148,6 +148,18 @@ def _folders(rows: Rows, root: Path, top: str, links: Path | None) -> Iterator[_
             rows.note(_joined(path, name), what, skipped=True)
 
 
+def pictures_below(root: Path, top: str) -> Iterator[str]:
+    """The paths of all pictures below a folder of a catalogue, but for those in a storage folder; links are not
+    followed."""
+    if (root / top).resolve().is_relative_to(root):
+        for folder, below, names in os.walk(root / top):
+            if lease.FOLDER in below:
+                below.clear()
+                continue
+            relative = Path(folder).relative_to(root).as_posix()
+            yield from sorted(f"{relative}/{name}" for name in names if _is_picture(name) and name[0] != ".")
+
+
 def _is_picture(name: str) -> bool:
     return name.lower().endswith(PICTURE_SUFFIXES) and not name_fault(name)
 

@@ -14,7 +14,15 @@ import numpy as np
 from aliprod.catalogue import annotations, shards
 from aliprod.catalogue.annotations import PICTURE_SUFFIXES, class_fault, class_number, name_fault
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images
-from aliprod.catalogue.folders import by_split, folder_names, from_folders, is_inside, split_folders, split_of
+from aliprod.catalogue.folders import (
+    by_split,
+    folder_names,
+    from_folders,
+    is_inside,
+    pictures_below,
+    split_folders,
+    split_of,
+)  # fmt: skip
 from aliprod.catalogue.held_out import hold_out
 from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.rows import ADVICE, Line, Numbering, Rows, assembled, of_lines
@@ -107,7 +115,7 @@ def _found(path: Path, reading: Reading) -> tuple[Catalogue, bool]:
             raise Refused("leads out of the catalogue by a link.", root / outside[0], "Name where to in `links`.")
         return assembled(root, root, _from_tars(root, tars)), any(map(_split_of_tar, tars))
     if not folders and folder_names(root):
-        return _beside(assembled(root, root, from_folders(root, {"train": ""}, reading.links)), []), False
+        return _beside(assembled(root, root, from_folders(root, {"train": ""}, reading.links))), False
     has = f"has {listing(f'{name}/' for name in folders.values())}, but no train/." if folders else ""
     raise Refused(has or "holds no catalogue.", path, ADVICE)
 
@@ -167,19 +175,26 @@ def _from_splits(root: Path, folders: Mapping[str, str], reading: Reading) -> Ca
     notes = [f"{name}/ is read as {split}." for split, name in folders.items() if name.lower() != split]
     without = [name for split, name in folders.items() if by_table and split not in tables]
     flaws = [Flaw(name, "has no table of its pictures, as train has: not read", skipped=True) for name in without]
-    found = replace(found, notes=(*notes, *found.notes), problems=(*found.problems, *flaws))
-    return _beside(found, [name for name in folder_names(root) if name not in folders.values()])
+    beside = "lies beside the folders of the splits"
+    others = [name for name in folder_names(root) if name not in folders.values()]
+    lost = [name for name in others if _is_like_a_split(root / name, root / folders["train"])]
+    flaws += [Flaw(name, f"{beside}: its pictures are not used", skipped=True) for name in lost]
+    loose = sorted(file.name for file in root.iterdir() if file.name.lower().endswith(PICTURE_SUFFIXES))
+    flaws += [Flaw(name, f"{beside}: not used", skipped=True) for name in loose]
+    return _beside(replace(found, notes=(*notes, *found.notes), problems=(*found.problems, *flaws)))
 
 
-def _beside(found: Catalogue, folders: list[str]) -> Catalogue:
-    """The catalogue, with a word on what lies beside it and is not read: pictures in these folders, spreadsheets."""
-    flaws = [
-        Flaw(name, "lies beside the folders of the splits: its pictures are not used", skipped=True)
-        for name in folders
-        if any(file.name.lower().endswith(PICTURE_SUFFIXES) for file in (found.root / name).iterdir())
-    ]
+def _is_like_a_split(folder: Path, train: Path) -> bool:
+    """Whether it has pictures of its own, or folders of train's classes; those that train has as links are train's."""
+    if any((train / name).is_dir() and not (train / name).is_symlink() for name in folder_names(folder)):
+        return any(pictures_below(folder.parent, folder.name))
+    return any(file.name.lower().endswith(PICTURE_SUFFIXES) for file in folder.iterdir())
+
+
+def _beside(found: Catalogue) -> Catalogue:
+    """The catalogue, with a word on the spreadsheets beside it."""
     sheets = sorted(file.name for file in found.root.iterdir() if file.suffix.lower() in _SPREADSHEETS)
-    flaws += [Flaw(name, "is a spreadsheet, which is not read: save it as CSV", skipped=True) for name in sheets]
+    flaws = [Flaw(name, "is a spreadsheet, which is not read: save it as CSV", skipped=True) for name in sheets]
     return replace(found, problems=(*found.problems, *flaws))
 
 

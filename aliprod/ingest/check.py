@@ -1,7 +1,6 @@
 """What is wrong with a catalogue: every image is read once, and every fault is named."""
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from aliprod.catalogue.annotations import PICTURE_SUFFIXES
 from aliprod.catalogue.catalogue import Catalogue, Flaw, Images, Integers
 from aliprod.catalogue.decode import Unreadable, animated, content_of, decode
+from aliprod.catalogue.folders import pictures_below
 from aliprod.catalogue.sources import PLAIN, Reading, read
 from aliprod.errors import listing
 from aliprod.processes import ordered_map
 from aliprod.shown import escaped
-from aliprod.store import lease
 
 _CHUNK = 64  # images that a process is handed at once
 _GROUPS = MappingProxyType({"LIO": 4})  # images of one class that stand side by side in a batch: one and its positives
@@ -170,19 +168,7 @@ def not_listed(catalogue: Catalogue) -> Iterator[Flaw]:
     paths = {path for images in catalogue.splits for path in images.paths.to_pylist()}
     refused = {flaw.path.rpartition("/")[2] for flaw in catalogue.problems}
     for top in sorted({path.partition("/")[0] for path in paths if "/" in path} - {""}):  # "": of absolute ones
-        found = (path for path in _pictures(catalogue.root, top) if path not in paths)
+        found = (path for path in pictures_below(catalogue.root, top) if path not in paths)
         if extra := [path for path in found if path.rpartition("/")[2] not in refused]:
             files = "1 picture is" if len(extra) == 1 else f"{len(extra):,} pictures are"
             yield Flaw(top, escaped(f"{files} not listed and not used: {listing(extra, 5)}"))
-
-
-def _pictures(root: Path, top: str) -> Iterator[str]:
-    if (root / top).resolve().is_relative_to(root):
-        for folder, below, names in os.walk(root / top):  # follows no links
-            if lease.FOLDER in below:  # a storage folder
-                below.clear()
-                continue
-            relative = Path(folder).relative_to(root).as_posix()
-            yield from sorted(
-                f"{relative}/{name}" for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."
-            )

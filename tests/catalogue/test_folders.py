@@ -165,9 +165,12 @@ def test_a_picture_beside_the_folders_of_classes_is_named(tmp_path: Path, split:
 
 
 def test_pictures_and_spreadsheets_beside_the_splits_are_named(tmp_path: Path) -> None:
-    found = read(files(tmp_path, "train/a/1.jpg", "val/a/2.jpg", "b/3.jpg", "notes/plan.txt", "labels.xlsx"))
-    assert list(said(found)) == ["b", "labels.xlsx"]
+    beside = ("b/3.jpg", "val_set/a/4.jpg", "notes/plan.txt", "labels.xlsx", "5.jpg")
+    found = read(files(tmp_path, "train/a/1.jpg", "val/a/2.jpg", *beside))
+    assert list(said(found)) == ["b", "val_set", "5.jpg", "labels.xlsx"]
     assert "its pictures are not used" in said(found)["b"]
+    assert "its pictures are not used" in said(found)["val_set"]
+    assert said(found)["5.jpg"].endswith("splits: not used")
     assert "save it as CSV" in said(found)["labels.xlsx"]
 
 
