@@ -74,7 +74,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def near_file(path: Path, pattern: str = "*") -> str:
     """'Did you mean X?' with the name beside a path that is nearest to its own, or ''."""
-    return did_you_mean(path.name, (found.name for found in islice(path.parent.glob(pattern), 100)))
+    beside = (found.name for found in islice(path.parent.glob(pattern), 100))
+    return did_you_mean(path.name, (name for name in beside if name != path.name))
 
 
 def listing(names: Iterable[str], most: int = 12) -> str:

@@ -42,6 +42,14 @@ def test_exit_codes_are_those_of_the_interface() -> None:
     assert [kind("").status for kind in kinds] == [1, 1, 1, 2, 3]
 
 
+def test_a_file_is_not_taken_for_a_misspelling_of_itself(tmp_path: Path) -> None:
+    for name in ("runs", "run"):
+        (tmp_path / name).mkdir()
+    assert near_file(tmp_path / "runs") == "Did you mean run?"
+    (tmp_path / "run").rmdir()
+    assert near_file(tmp_path / "runs") == ""
+
+
 def test_a_near_name_is_suggested_and_a_far_one_is_not() -> None:
     assert did_you_mean("epohcs", ["crop", "epochs", "lr"]) == "Did you mean epochs?"
     assert did_you_mean("zebra", ["crop", "epochs", "lr"]) == ""

@@ -38,7 +38,7 @@ class RunState:
         }
         self.reasons = {name: why for name, why in (before or Standing()).reasons.items() if name in lost}
         self.tasks: dict[str, Task] = {}
-        said, _ = _said(opened.folder / FILE)
+        said, _ = _said(opened)
         self._past = [task for task in (*said.past, *said.tasks) if task.until is not None]
         self._tails = {name: _Tail(opened.job_folder(name) / METRICS) for name in opened.jobs}
         self._stood = 0.0
@@ -138,7 +138,8 @@ class RunState:
         return Changed(name, state, reason, self.opened.record(name) or {}, seconds, ranks)
 
     def _publish(self) -> None:
-        commit.write_file(self.opened.folder / FILE, json.dumps(sign() | asdict(self.standing())))
+        keys = {name: job.key for name, job in self.opened.jobs.items()}
+        commit.write_file(self.opened.folder / FILE, json.dumps(sign() | asdict(self.standing()) | {"keys": keys}))
 
 
 def waits(jobs: Mapping[str, Job], states: Mapping[str, JobState]) -> dict[str, str]:
@@ -154,7 +155,7 @@ def waits(jobs: Mapping[str, Job], states: Mapping[str, JobState]) -> dict[str, 
 def told(opened: Opened) -> Standing:
     """How a plan stands, by its committed weights and what the last driver said; what ran in one of this machine that
     is gone runs no more."""
-    said, gone = _said(opened.folder / FILE)
+    said, gone = _said(opened)
     states: dict[str, JobState] = {}
     for name in opened.jobs:
         state = said.states.get(name, "waiting")
@@ -162,21 +163,25 @@ def told(opened: Opened) -> Standing:
             states[name] = "reused" if state == "reused" else "finished"
         else:
             states[name] = "waiting" if state in DONE or (gone and state == "running") else state
-    kept = {name: why for name, why in said.reasons.items() if said.states.get(name) in LOST}
+    kept = {name: why for name, why in said.reasons.items() if states.get(name) in LOST}
     if not gone:
         kept |= {name: why for name, why in said.reasons.items() if states.get(name) == "waiting"}
     tasks = tuple(task for task in said.tasks if task.until is not None or not gone)
     return Standing(states, waits(opened.jobs, states) | kept, tasks, said.nodes, said.past, said.page)
 
 
-def _said(path: Path) -> tuple[Standing, bool]:
-    """What a driver has said, and whether it is known to be gone."""
+def _said(opened: Opened) -> tuple[Standing, bool]:
+    """What a driver has said, of jobs as the plan has them now, and whether it is known to be gone."""
     try:
-        said = path.read_bytes()
+        said = (opened.folder / FILE).read_bytes()
         standing = _STANDING.validate_json(said)
     except (OSError, ValueError):
         return Standing(), True
-    return standing, ended(said)
+    keys = commit.parsed(said).get("keys", {})
+    other = {name for name, job in opened.jobs.items() if keys.get(name, job.key) != job.key}
+    states = {name: state for name, state in standing.states.items() if name not in other}
+    reasons = {name: why for name, why in standing.reasons.items() if name not in other}
+    return replace(standing, states=states, reasons=reasons), ended(said)
 
 
 class _Tail:

@@ -166,6 +166,8 @@ def predict_command(asked: Asked, inputs: tuple[str, ...], out: Path | None, vie
     """
     if out and out.suffix not in _ENDINGS:
         raise Refused("has an ending that says no format.", out, f"Write {listing(_ENDINGS)}.")
+    if out and any(out.exists() and out.samefile(given) for given in inputs if Path(given).exists()):
+        raise Refused("is what is to be classified: it would be written over.", out, "Name another file.")
     voices = _voices(asked)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of torch that wait leave their cores to who reads
     from aliprod.inference.classify import Recogniser, classify, write_answers

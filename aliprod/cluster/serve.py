@@ -197,7 +197,8 @@ def _look_at_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise Refused(f"cannot be listened at: {error.strerror}.", f"{host}:{port}", "Give another --port.") from error
+        what, advice = f"cannot be listened at: {error.strerror}.", "Give another --port or --host."
+        raise Refused(what, f"{host}:{port}", advice) from error
 
 
 def _limited(request: Request) -> Request:

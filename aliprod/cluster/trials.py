@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,8 @@ class Log:
         self.trials = {one.stage: one for one in read if all(0 <= row < self.images for row in one.wrong)}
 
     def of(self, wanted: Trial) -> Trial:
-        """What is known of a trial."""
-        return self.trials.get(wanted.stage, wanted)
+        """What is known of a trial; its settings are those of this search, whichever one has trained it."""
+        return replace(self.trials.get(wanted.stage, wanted), settings=wanted.settings)
 
     def keep(self, trial: Trial) -> None:
         """Write a trial as it is now."""

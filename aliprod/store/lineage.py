@@ -91,7 +91,8 @@ def find(submission: Path, storage: Path) -> dict[str, Any]:
         digest = commit.sha256(submission)
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror or error}.", submission, near_file(submission)) from None
-    for record in sorted(storage.glob(f"*/{_FOLDER}/{digest}.json")):
+    own = submission.absolute().parent / _FOLDER  # plans that share their jobs write the same bytes
+    for record in sorted(storage.glob(f"*/{_FOLDER}/{digest}.json"), key=lambda file: (file.parent != own, file)):
         return dict(json.loads(redacted(record.read_text(encoding="utf-8"))))
     known = sum(1 for _ in storage.glob(f"*/{_FOLDER}/*.json"))
     advice = f"{known} are known there. Was it changed after it was written? Is it another --storage?"

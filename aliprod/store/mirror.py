@@ -37,7 +37,7 @@ from aliprod.store.layout import cache, check_cache
 
 MANIFEST = "manifest.json"
 _MIRROR = "aliprod-mirror"
-_URI = re.compile(r"(s3|gs|az):/+(.+)")  # a Path has made one slash of two
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?:/+(.*))?")  # a Path has made one slash of two, or none
 _OF_A_FOLDER = re.compile(r"(.*)/[0-9a-f]{16}/[^/]+")
 _LEASE = re.compile(r"(^|/)\.leases/")
 _SMALL = 1 << 20  # bytes of a file that comes with its manifest
@@ -71,12 +71,13 @@ class _File:
 
 def place(stated: str | Path) -> Path | None:
     """The folder of this machine that stands for a URI; None where it is a path. Refused: as `check_uri`."""
-    if not (found := _URI.fullmatch(str(stated))):
+    if not (found := _URI.fullmatch(str(stated).strip())):
         return None
-    check_uri(f"{found[1]}://{found[2]}")
+    scheme, rest = found[1], found[2] or ""
+    check_uri(f"{scheme}://{rest}")
     root = cache().expanduser().absolute()
     check_cache(root)
-    return root.joinpath(_MIRROR, found[1], *filter(None, found[2].split("/")))
+    return root.joinpath(_MIRROR, scheme, *filter(None, rest.split("/")))
 
 
 def local(stated: str | Path) -> Path:

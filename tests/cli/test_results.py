@@ -73,6 +73,14 @@ def test_a_model_that_is_none_is_refused(shop: Shop, model: str, what: str) -> N
     assert what in refusal(2, "predict", model, shop.folder / "photos" / "test")
 
 
+def test_answers_are_not_written_over_the_table_that_is_asked_about(weights_folder: Path, photos: Path) -> None:
+    table = photos.parent / "asked.csv"
+    table.write_text("path,mine\n")
+    said = refusal(2, "predict", weights_folder, table, "--out", table)
+    assert "it would be written over" in said
+    assert table.read_text() == "path,mine\n"
+
+
 def test_pictures_that_are_not_there_are_named(weights_folder: Path, photos: Path) -> None:
     picture = min((photos / "test").iterdir())
     result = aliprod("predict", weights_folder, "none.jpg", picture, "--json")

@@ -75,6 +75,13 @@ def suggest(listed: _Listed, name: str) -> Any:
     return SimpleNamespace(trial_id=name, config=found) if isinstance(found, dict) else found
 
 
+def test_a_trial_of_another_search_is_known_by_the_settings_that_this_one_searches(tmp_path: Path) -> None:
+    log(tmp_path).keep(Trial("stage", {"lr.backbone": 0.1, "lr.heads": 0.2}, 0, errors=(0.5,), ended=True))
+    wanted = Trial("stage", {"batch_size": 8}, 0)
+    found = log(tmp_path).of(wanted)
+    assert (found.settings, found.errors, found.ended) == (wanted.settings, (0.5,), True)
+
+
 def test_bad_trials_are_stopped_the_plans_own_never_also_where_the_others_ended_before(tmp_path: Path) -> None:
     first = _Listed(trials(3), log(tmp_path), Tune(reduction_factor=3))
     halving, (own, good, bad) = _Halving(first, 4), [suggest(first, name) for name in "abc"]

@@ -197,6 +197,20 @@ def test_a_driver_on_another_machine_is_taken_at_its_word(shop: Shop, gone: int)
     assert shop.states()["net/accuracy"]["state"] == "running"
 
 
+def test_what_was_said_of_other_settings_of_a_job_is_not_said_of_these(shop: Shop) -> None:
+    keys = {name: job.key for name, job in shop.jobs.items()}
+    shop.told(os.getpid(), full="failed", accuracy="not_run")
+    file = shop.places.of(shop.plan) / "state.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"keys": keys}))
+    assert [row["state"] for row in shop.states().values()] == ["failed", "not_run"]
+    file.write_text(json.dumps(said | {"keys": keys | {"net/full": "of other settings"}}))
+    rows = shop.states()
+    assert (rows["net/full"]["state"], rows["net/full"]["reason"]) == ("waiting", None)
+    shop.finish("net/accuracy", 0.5)  # since then
+    assert (shop.states()["net/accuracy"]["state"], shop.states()["net/accuracy"]["reason"]) == ("finished", None)
+
+
 def test_a_process_with_the_number_of_a_driver_that_is_gone_is_another(shop: Shop) -> None:
     shop.told(os.getpid(), accuracy="running")
     assert shop.states()["net/accuracy"]["state"] == "running"

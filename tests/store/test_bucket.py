@@ -503,7 +503,17 @@ def test_what_names_no_bucket_is_refused_or_a_path() -> None:
     for stated in ("runs", "/mnt/s3/x", "s3", "s3files/x", "./s3:x"):
         assert mirror.place(stated) is None
         assert mirror.of(Path(stated)) is None
-    for stated in ("az:///", "s3://team/../other", "gs://."):
+    for stated in (
+        "az:///",
+        "s3://team/../other",
+        "gs://.",
+        "s3://",
+        "s3:",
+        " gs://",
+        "S3://b",
+        "hdfs://a/b",
+        "file:///b",
+    ):
         with pytest.raises(Refused, match="names no bucket"):
             mirror.place(stated)
 

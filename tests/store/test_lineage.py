@@ -35,6 +35,15 @@ def test_one_that_was_overwritten_since_is_still_known(submission: Path, tmp_pat
     assert lineage.find(submission, tmp_path / "storage")["plan"] == {"name": "later"}
 
 
+def test_bytes_that_two_plans_wrote_are_traced_to_the_one_whose_file_it_is(submission: Path, tmp_path: Path) -> None:
+    other = tmp_path / "storage" / "before" / "submission.csv"
+    other.parent.mkdir()
+    other.write_bytes(submission.read_bytes())
+    lineage.keep(other, ORIGIN | {"plan": {"name": "before"}})
+    found = [lineage.find(file, tmp_path / "storage")["plan"]["name"] for file in (submission, other)]
+    assert found == ["shop", "before"]
+
+
 def test_a_changed_byte_is_refused_and_nothing_is_guessed(submission: Path, tmp_path: Path) -> None:
     submission.write_text("id,predicted\na.jpg,3\n")
     with pytest.raises(Refused, match=r"submission\.csv: no plan in .* has written these bytes\.\n  1 are known there"):
