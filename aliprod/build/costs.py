@@ -7,6 +7,7 @@ import numpy as np
 from aliprod.build.target import Cost
 from aliprod.catalogue.catalogue import Catalogue, Integers
 from aliprod.data.selection import epoch_size
+from aliprod.errors import Refused
 from aliprod.plan.jobs import Job
 from aliprod.recipe import STATISTICS_BATCHES, PerClass, Stage, options
 
@@ -47,7 +48,10 @@ def images_of(stage: Stage, catalogue: Catalogue) -> Integers:
 
 
 def cost_of(job: Job, catalogue: Catalogue, done: int) -> Cost:
-    """What is left of a job's training once so many steps are done."""
-    epoch, epochs = epoch_of(job.stage, catalogue), job.stage.epochs
+    """What is left of a job's training once so many steps are done. Refused: as `epoch_of`, naming the job."""
+    try:
+        epoch, epochs = epoch_of(job.stage, catalogue), job.stage.epochs
+    except Refused as error:
+        raise Refused(error.what, job.name, error.advice) from None
     trained = max(0, epochs * epoch.steps - done) * job.stage.batch_size
     return Cost(job, trained=trained, seen=(epochs - done // max(1, epoch.steps)) * epoch.seen)

@@ -242,9 +242,10 @@ class _Graph:
             facts = {"job": job.name, "key": of.key, "weights": of.sha256, "split": split, "views": views}
             facts |= {"catalogue": fingerprint}
             store = f"{of.sha256[:16]}-{split}" + ("" if views == "ten_crop" else f"-{views}")
-            if of.key != job.key:  # the same weights may have predicted the images of another catalogue
-                store += f"-{fingerprint[:8]}"
             place = f"{job_place(job.name, of.key)}/probabilities/{store}"
+            if of.key != job.key:  # the same weights may have predicted the images of another catalogue
+                there = commit.read(self.opened.places.storage / place) or {}
+                place += "" if there.get("catalogue") == fingerprint else f"-{fingerprint[:8]}"
         name, needs, cost = f"{weights.name} {split}", {"weights": (weights,)}, Cost(job, seen=count, views=views)
         sizes = powers_of_two(shards(count, self.catalogue.num_classes))
         return self._add(Target("prediction", name, facts, place, making.predict, needs, cost, self.rank, sizes, job))

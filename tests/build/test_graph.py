@@ -1,21 +1,25 @@
 """The graph: all that a plan makes, whatever its methods, each target behind those it needs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aliprod.build.costs import cost_of
 from aliprod.build.graph import Chosen, best, targets
 from aliprod.build.schedule import Change
 from aliprod.build.state import RunState, told
 from aliprod.build.target import Resources, Target, lacking
 from aliprod.catalogue import sources
 from aliprod.cli.watch import doing
+from aliprod.errors import Refused
 from aliprod.plan.jobs import jobs_of
 from aliprod.plan.load import load
 from aliprod.plan.open import Opened
 from aliprod.plan.places import resolve
+from aliprod.recipe import ObjectiveRecipe
 from aliprod.store import commit
 from aliprod.store.resumable import shards
 from aliprod.synth.synth import synthesise
@@ -194,6 +198,33 @@ def test_a_chosen_checkpoint_is_another_ensemble(shop: Opened) -> None:
     [weights] = elsewhere["ensemble"].needs["members"][0].needs["weights"]
     assert weights.place == f"shop/chosen/{'b' * 16}", "MLflow alone has it"
     assert weights.record(shop.places.storage) is None
+
+
+def test_what_a_chosen_checkpoint_has_predicted_of_these_images_is_not_predicted_again(shop: Opened) -> None:
+    for name in shop.jobs:
+        finish(shop, name)
+    chosen, storage = Chosen("a" * 64, "b" * 64), shop.places.storage
+
+    def predicted() -> Target:
+        return targets(shop, False, {"net/labelled": chosen})["ensemble"].needs["members"][0]
+
+    apart, facts = predicted().folder(storage), predicted().facts
+    plain = apart.with_name(apart.name.rpartition("-")[0])
+    assert plain.name == f"{'b' * 16}-test"
+    commit.write(plain, lambda new: None, {"catalogue": "another"})
+    assert predicted().folder(storage) == apart, "of other images"
+    commit.remove(plain)
+    commit.write(plain, lambda new: None, dict(facts or {}))
+    assert predicted().folder(storage) == plain
+    assert predicted().record(storage) is not None
+
+
+def test_a_batch_that_no_group_fits_in_is_refused_by_its_job(shop: Opened) -> None:
+    job = shop.jobs["net/labelled"]
+    lio = ObjectiveRecipe.model_validate({"name": "lio", "positives": 300})
+    with pytest.raises(Refused, match="in groups of 301 of one class") as refused:
+        cost_of(replace(job, stage=job.stage.model_copy(update={"objective": lio})), shop.read_catalogue(), 0)
+    assert refused.value.where == "net/labelled"
 
 
 def test_an_ensemble_is_made_again_when_its_key_changes(shop: Opened) -> None:
