@@ -16,6 +16,7 @@ from aliprod.catalogue.decode import Unreadable
 from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.shards import Store
 from aliprod.catalogue.tars import Tars
+from aliprod.shown import escaped
 from aliprod.store.mirror import size_of
 
 _SIZES = 2_000  # of pictures of a split: seconds, where each takes a millisecond to ask for
@@ -133,7 +134,7 @@ class Catalogue:
         """What a person should know before it is used: what was taken for granted, and what is not used."""
         yield from self.notes
         if skipped := [flaw for flaw in self.problems if flaw.skipped]:
-            first = f"{skipped[0].path}: {skipped[0].problem}"
+            first = escaped(f"{skipped[0].path}: {skipped[0].problem}")
             yield f"{first} ({len(skipped):,} such in all are not used: `aliprod data check` names them)"
 
     @property

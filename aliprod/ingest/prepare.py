@@ -33,6 +33,7 @@ from aliprod.catalogue.sources import PLAIN, Reading, read
 from aliprod.errors import Refused
 from aliprod.ingest.check import first_picture, judged, not_listed
 from aliprod.processes import ReadProgress, ordered_map
+from aliprod.shown import escaped
 from aliprod.store import commit
 from aliprod.store.layout import cache, key_of
 
@@ -72,7 +73,7 @@ class PreparedCatalogue:
 
     def text(self) -> str:
         """For a terminal: the first problems, and what is there."""
-        lines = [f"{problem.path}: {problem.problem}" for problem in self.problems[:20]]
+        lines = [escaped(f"{problem.path}: {problem.problem}") for problem in self.problems[:20]]
         if len(self.problems) > 20:
             lines.append(f"... and {len(self.problems) - 20:,} more, in {self.path}/{commit.MANIFEST}")
         lines.append(f"{self.path}: {self.images:,} images, {self.skipped:,} skipped, {self.bytes:,} bytes")

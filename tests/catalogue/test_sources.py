@@ -293,6 +293,13 @@ def test_the_fingerprint_is_one_of_content_and_not_of_order_or_place(order: list
     assert straight.fingerprint == mixed.fingerprint
 
 
+def test_a_name_forges_no_line_of_a_remark(tmp_path: Path) -> None:
+    image_folder(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "train/a/2.heic\nError: all is lost.heic")
+    told = "; ".join(read(tmp_path).remarks)
+    assert "\n" not in told
+    assert "all is lost" in told
+
+
 def test_other_pictures_of_the_same_names_have_another_fingerprint(tmp_path: Path) -> None:
     names = [f"train/{label}/{image}.jpg" for label in "ab" for image in range(3)]
     cat, car = [9, 10, 11, 12, 13, 14], [29, 30, 31, 32, 33, 34]

@@ -26,7 +26,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
 
 from aliprod.catalogue import shards
-from aliprod.catalogue.catalogue import Catalogue
+from aliprod.catalogue.catalogue import Catalogue, Flaw
 from aliprod.catalogue.decode import decode
 from aliprod.catalogue.sources import read
 from aliprod.cli import app
@@ -543,3 +543,9 @@ def test_a_prepared_catalogue_is_prepared_smaller(packages: Catalogue, tmp_path:
     small = read(tmp_path / "small")
     assert small.train.ids == packages.train.ids
     assert min(decode(small.train.source(0)).size) == 32
+
+
+def test_a_name_forges_no_line_of_what_is_told(tmp_path: Path) -> None:
+    problems = (Flaw("train/a\nError: all is lost.jpg", "is damaged"),)
+    told = PreparedCatalogue("out", images=3, skipped=1, fingerprint="", bytes=9, problems=problems).text()
+    assert len(told.splitlines()) == 2
