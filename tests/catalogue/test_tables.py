@@ -112,16 +112,16 @@ def test_absolute_paths_lead_below_the_table_or_to_where_the_user_allows(tmp_pat
         read(table, Reading(links=shelf))
 
 
-@pytest.mark.parametrize("links", ["home/img", "real", "/", ""])
+@pytest.mark.parametrize("links", ["linked/img", "real", "/", ""])
 def test_absolute_paths_may_lead_through_links(tmp_path: Path, links: str) -> None:
     (tmp_path / "real" / "img").mkdir(parents=True)
     (tmp_path / "lists").mkdir()
-    (tmp_path / "home").symlink_to(tmp_path / "real")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
     Image.effect_noise((32, 32), 20).save(tmp_path / "real" / "img" / "a.jpg")
-    table = tmp_path / ("lists" if links else "home") / "all.csv"  # "": the table is beside its pictures
-    table.write_text(f"path,class\n{tmp_path}/home/img/a.jpg,pear\n")
+    table = tmp_path / ("lists" if links else "linked") / "all.csv"  # "": the table is beside its pictures
+    table.write_text(f"path,class\n{tmp_path}/linked/img/a.jpg,pear\n")
     if links:
-        with pytest.raises(Refused, match=r"home/img/a\.jpg' is absolute") as refused:
+        with pytest.raises(Refused, match=r"linked/img/a\.jpg' is absolute") as refused:
             read(table)
         advised = refused.value.advice.partition("--links ")[2].partition(" ")[0]
         assert len(read(table, Reading(links=Path(advised))).train) == 1

@@ -512,7 +512,7 @@ def test_what_names_no_bucket_is_refused_or_a_path() -> None:
         " gs://",
         "S3://b",
         "hdfs://a/b",
-        "file:///b",
+        "file://b",
     ):
         with pytest.raises(Refused, match="names no bucket"):
             mirror.place(stated)
