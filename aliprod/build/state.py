@@ -177,8 +177,9 @@ def _said(opened: Opened) -> tuple[Standing, bool]:
         standing = _STANDING.validate_json(said)
     except (OSError, ValueError):
         return Standing(), True
-    keys = commit.parsed(said).get("keys", {})
-    other = {name for name, job in opened.jobs.items() if keys.get(name, job.key) != job.key}
+    keys = commit.parsed(said).get("keys")
+    known = keys if isinstance(keys, dict) else {}
+    other = {name for name, job in opened.jobs.items() if known.get(name, job.key) != job.key}
     states = {name: state for name, state in standing.states.items() if name not in other}
     reasons = {name: why for name, why in standing.reasons.items() if name not in other}
     return replace(standing, states=states, reasons=reasons), ended(said)

@@ -22,7 +22,7 @@ from aliprod.catalogue.folders import (
     pictures_below,
     split_folders,
     split_of,
-)  # fmt: skip
+)
 from aliprod.catalogue.held_out import hold_out
 from aliprod.catalogue.remote_folder import RemoteFolder
 from aliprod.catalogue.rows import ADVICE, Line, Numbering, Rows, assembled, of_lines

@@ -200,7 +200,7 @@ def _check_plan_of(photos: Path, plan: Path) -> None:
     """Refused: the plan is one of other photographs."""
     from aliprod.plan.load import load
 
-    named = str(load(plan).catalogue.path)
+    named = load(plan).catalogue.path or "a rendered catalogue"
     if Path(named).resolve() != photos.resolve():
         advice = f"`aliprod init {photos} --out ANOTHER.toml` writes one of its own; `aliprod run` takes that."
         raise Refused(f"is the plan of {named}, not of {photos}.", plan, advice)

@@ -218,7 +218,9 @@ def test_a_process_with_the_number_of_a_driver_that_is_gone_is_another(shop: Sho
     assert shop.states()["net/accuracy"]["state"] == "waiting"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": 1, "states": 3}', '{"jobs": {}}', "null"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"pid": 1}', '{"pid": 1, "states": 3}', '{"jobs": {}}', '{"keys": 3}', "null"]
+)
 def test_a_damaged_file_of_states_tells_nothing(shop: Shop, text: str) -> None:
     shop.told(1)
     (shop.places.of(shop.plan) / "state.json").write_text(text)
