@@ -10,6 +10,6 @@ __all__ = ["__version__"]
 
 # torch, timm, Ray and MLflow make a million objects that stay. Looking for garbage among them at Python's pace takes a
 # third of the time that a process needs to import them, and to end.
-gc.set_threshold(50_000, 50)
+gc.set_threshold(50_000)
 atexit.register(gc.freeze)
 import_when_compiling()
