@@ -41,6 +41,7 @@ class RunState:
         said, _ = _said(opened)
         self._past = [task for task in (*said.past, *said.tasks) if task.until is not None]
         self._tails = {name: _Tail(opened.job_folder(name) / METRICS) for name in opened.jobs}
+        self._signed = sign() | {"keys": {name: job.key for name, job in opened.jobs.items()}}
         self._stood = 0.0
 
     def reuse(self, of: JobState = "reused") -> Iterator[Event]:
@@ -138,8 +139,7 @@ class RunState:
         return Changed(name, state, reason, self.opened.record(name) or {}, seconds, ranks)
 
     def _publish(self) -> None:
-        keys = {name: job.key for name, job in self.opened.jobs.items()}
-        commit.write_file(self.opened.folder / FILE, json.dumps(sign() | asdict(self.standing()) | {"keys": keys}))
+        commit.write_file(self.opened.folder / FILE, json.dumps(self._signed | asdict(self.standing())))
 
 
 def waits(jobs: Mapping[str, Job], states: Mapping[str, JobState]) -> dict[str, str]:

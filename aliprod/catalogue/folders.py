@@ -157,7 +157,9 @@ def pictures_below(root: Path, top: str) -> Iterator[str]:
                 below.clear()
                 continue
             relative = Path(folder).relative_to(root).as_posix()
-            yield from sorted(f"{relative}/{name}" for name in names if _is_picture(name) and name[0] != ".")
+            yield from sorted(
+                f"{relative}/{name}" for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."
+            )
 
 
 def _is_picture(name: str) -> bool:

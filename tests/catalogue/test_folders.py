@@ -9,6 +9,7 @@ from aliprod.build.preflight import check_storage
 from aliprod.catalogue.annotations import UNREAD
 from aliprod.catalogue.catalogue import Catalogue
 from aliprod.catalogue.decode import Unreadable
+from aliprod.catalogue.folders import pictures_below
 from aliprod.catalogue.sources import Reading, read
 from aliprod.errors import Refused
 
@@ -172,6 +173,11 @@ def test_pictures_and_spreadsheets_beside_the_splits_are_named(tmp_path: Path) -
     assert "its pictures are not used" in said(found)["val_set"]
     assert said(found)["5.jpg"].endswith("splits: not used")
     assert "save it as CSV" in said(found)["labels.xlsx"]
+
+
+def test_a_picture_whose_name_is_refused_is_still_one_that_lies_there(tmp_path: Path) -> None:
+    files(tmp_path, "b/1.jpg", "b/c/2\n.jpg", "b/.3.jpg", "b/runs/.leases/x", "b/runs/4.jpg")
+    assert list(pictures_below(tmp_path, "b")) == ["b/1.jpg", "b/c/2\n.jpg"]
 
 
 def test_photographs_of_telephones_are_named_with_what_to_do(tmp_path: Path) -> None:
